@@ -1,0 +1,136 @@
+"""Every op in a few lines of torch: the truth that all else is tested against.
+
+M tokens, K in_features, N out_features. The one contract (BitNet b1.58, arXiv 2402.17764):
+
+    acc = sum_k codes[n,k] * x_q[m,k]                      int32, exact in any order
+    y   = ((acc.float() * s_x[m]) * gamma[n]) (+ bias[n])  fp32 in this order, then one cast
+
+Because ``acc`` is exact, training, packed inference and every kernel agree on it bit for bit.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bitnet_kernels.packing import unpack_ternary
+
+EPS = 1e-5
+"""Lower clamp of the statistic (max|x| or mean|W|), not of the scale."""
+_FP32_EXACT_K = 2**24 // 128
+"""fp32 sums of |x_q * code| <= 128 are exact integers up to 2^24: up to this K."""
+
+
+def absmax_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Absmax int8 per token: ``s = max(max|x|, 1e-5) / 127``, ``x_q = round_half_even(x / s)``.
+
+    A token that holds a NaN or an infinity gets scale NaN and codes 0, so that everything computed
+    from it is NaN; other tokens are untouched.
+
+    Arguments:
+        x: float ``[..., K]``, K >= 1. Statistics are taken in fp32 whatever its dtype.
+    Returns:
+        codes int8 ``[..., K]`` and scale fp32 ``[...]``; ``codes * scale[..., None]`` is about x.
+    """
+    x = x.float()
+    absmax = x.abs().amax(-1)
+    # A tensor, not a number: on CUDA torch divides by a number by multiplying with its reciprocal,
+    # which rounds differently.
+    scale = absmax.clamp(min=EPS) / absmax.new_full((), 127.0)
+    scale = torch.where(absmax.isfinite(), scale, torch.nan)
+    codes = (x / scale.unsqueeze(-1)).round().clamp(-128, 127)
+    return codes.nan_to_num(0.0).to(torch.int8), scale
+
+
+def quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`absmax_int8` and the row sum ``X = sum_k x_q`` (int32 ``[...]``) that kernels which
+    work on ``code + 1`` subtract."""
+    codes, scale = absmax_int8(x)
+    return codes, scale, codes.sum(-1, dtype=torch.int32)
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Exact ``a @ b.T``: activations int8 ``[M, K]``, ternary codes int8 ``[N, K]`` -> int32.
+
+    ``torch._int_mm`` where it runs, with what its kernels want: on CUDA M > 16 and K, N in
+    multiples of 8; on CPU K > 1 (torch 2.13 returns wrong products at K = 1), and the activations
+    on the left: without VNNI instructions oneDNN adds pairs of products in int16, which codes of
+    magnitude 1 cannot overflow from that side but activations could from the other. Elsewhere an
+    fp32 product, exact while K * 128 <= 2^24, in slices of K.
+    """
+    m, n = a.shape[0], b.shape[0]
+    if 0 in (m, n):
+        return a.new_empty((m, n), dtype=torch.int32)
+    if a.device.type == "cpu":
+        if a.shape[1] == 1:
+            a, b = pad(a, (0, 1)), pad(b, (0, 1))
+        return torch._int_mm(a, b.t())
+    if a.device.type == "cuda":
+        k_pad = -a.shape[1] % 8
+        a = pad(a, (0, k_pad, 0, max(0, 17 - m)))
+        b = pad(b, (0, k_pad, 0, -n % 8))
+        return torch._int_mm(a, b.t())[:m, :n]
+    return _fp32_matmul(a, b)
+
+
+def _fp32_matmul(a: Tensor, b: Tensor) -> Tensor:
+    acc = a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.int32)
+    for a_k, b_k in zip(a.split(_FP32_EXACT_K, 1), b.split(_FP32_EXACT_K, 1), strict=True):
+        acc += (a_k.float() @ b_k.float().t()).to(torch.int32)
+    return acc
+
+
+def rescale(
+    acc: Tensor, s_x: Tensor, gamma: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The epilogue shared by every path: ``((acc * s_x) * gamma) (+ bias)`` in fp32, one cast.
+
+    Arguments:
+        acc: int32 ``[M, N]``; s_x: fp32 ``[M]``; gamma: fp32 ``[]`` or ``[N]``;
+        bias: ``[N]`` or None, added after the rescale and never scaled.
+    """
+    y = acc.float() * s_x.unsqueeze(-1) * gamma
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(dtype)
+
+
+def scaled_matmul(
+    x_q: Tensor,
+    s_x: Tensor,
+    codes: Tensor,
+    gamma: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    group_size: int = 128,
+) -> Tensor:
+    """Integer product and rescale, for every granularity of the scale.
+
+    Arguments:
+        x_q: int8 ``[M, K]``; s_x: fp32 ``[M]``; codes: int8 ``[N, K]`` in {-1, 0, +1};
+        gamma: fp32 ``[]`` (one a tensor), ``[N]`` (one a row) or ``[N, ceil(K/group_size)]`` (one
+        a group of ``group_size`` columns): group terms are rescaled one by one and added in
+        ascending order, then the bias.
+    Returns:
+        ``dtype`` ``[M, N]``.
+    """
+    if gamma.dim() < 2:
+        return rescale(int8_matmul(x_q, codes), s_x, gamma, bias, dtype)
+    y = torch.zeros(x_q.shape[0], codes.shape[0], device=x_q.device)
+    groups = zip(x_q.split(group_size, 1), codes.split(group_size, 1), gamma.unbind(1), strict=True)
+    for x_g, codes_g, gamma_g in groups:
+        y = y + rescale(int8_matmul(x_g, codes_g), s_x, gamma_g, None, torch.float32)
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def ternary_matmul(x_q: Tensor, packed: Tensor) -> Tensor:
+    """int8 ``[M, K]`` times packed ternary uint8 ``[N, ceil(K/64)*16]`` -> int32 ``[M, N]``."""
+    return int8_matmul(x_q, unpack_ternary(packed, x_q.shape[1]))
+
+
+def ternary_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group_size: int = 128
+) -> Tensor:
+    """Quantize, multiply, rescale: float ``[M, K]`` -> the same dtype ``[M, N]``."""
+    x_q, s_x = absmax_int8(x)
+    codes = unpack_ternary(packed, x.shape[1])
+    return scaled_matmul(x_q, s_x, codes, scale, bias, x.dtype, group_size)
