@@ -1,0 +1,348 @@
+"""BitLinear for training, TernaryLinear for inference, and what puts them into a model.
+
+    layer = BitLinear(512, 2048)     # nn.Linear's arguments; latent fp32 weights, ternary maths
+    model = replace_linear(model)    # every nn.Linear of any model -> BitLinear
+    ...train...
+    model = pack(model)              # every BitLinear -> TernaryLinear, 2 bits a weight
+
+A BitLinear *is* an nn.Linear whose forward quantizes: its state dict has the same names, so a
+checkpoint moves between the two. A TernaryLinear has no latent weights; it holds packed codes and
+an fp32 scale and gives the same outputs to the last bit, since both add the same integers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bitnet.quant import (
+    GradMask,
+    Granularity,
+    absmean_ternary,
+    output_dtype,
+    ternary_linear_ste,
+)
+from bitnet_kernels import pack_ternary, ternary_linear, unpack_ternary
+
+Kernel = Literal["auto", "addsub", "dot", "reference"]
+DEFAULT_SKIP = ("lm_head",)
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm that computes in fp32 and returns the dtype of its input (torch's own mixes
+    dtypes, with a warning, where an autocast layer hands bf16 to an fp32 weight)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float ``[..., features]`` -> the same shape and dtype."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        y = nn.functional.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return y.to(x.dtype)
+
+
+class BitLinear(nn.Linear):
+    """A drop-in for ``nn.Linear`` with ternary weights and int8 activations (BitNet b1.58).
+
+    The forward is exact integer arithmetic and one fp32 rescale, the backward straight-through;
+    the maths stands in :mod:`bitnet.quant`.
+
+    Arguments:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``. Keep the latent weights
+            fp32: at |w| ~ 0.02 bf16 loses updates below 6e-5. For bf16 use autocast.
+        granularity: one weight scale a ``"tensor"`` (b1.58), a ``"row"`` or a ``"group"``.
+        group_size: columns a group, for ``"group"``.
+        norm: normalize the input with a learned RMSNorm first (the placement of Microsoft's
+            "Training Tips"); its weight is ``rms_norm.weight``.
+        norm_eps: of that norm.
+        grad_mask, grad_mask_c: latent weights that receive no gradient; see
+            :func:`bitnet.quant.ternary_linear_ste`.
+    Shapes:
+        input ``[..., in_features]`` -> ``[..., out_features]``; empty batches included.
+    Raises:
+        TypeError, ValueError: an input that is not floating point or has another last dimension.
+        A NaN or infinity in a token makes that token's outputs NaN, no other's.
+    """
+
+    rms_norm: RMSNorm | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        granularity: Granularity = "tensor",
+        group_size: int = 128,
+        norm: bool = False,
+        norm_eps: float = 1e-5,
+        grad_mask: GradMask = "none",
+        grad_mask_c: float = 1.0,
+    ) -> None:
+        if in_features < 1 or out_features < 1:
+            raise ValueError(
+                f"in_features, out_features: expected >= 1, got {in_features}, {out_features}"
+            )
+        for name, value, valid in (
+            ("granularity", granularity, ("tensor", "row", "group")),
+            ("grad_mask", grad_mask, ("none", "clip", "trust")),
+        ):
+            if value not in valid:
+                raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {value!r}")
+        if group_size < 1:
+            raise ValueError(f"group_size: expected >= 1, got {group_size}")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.granularity: Granularity = granularity
+        self.group_size = group_size
+        self.grad_mask: GradMask = grad_mask
+        self.grad_mask_c = grad_mask_c
+        self.rms_norm = RMSNorm(in_features, norm_eps, device=device, dtype=dtype) if norm else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float ``[..., in_features]`` -> ``[..., out_features]``, differentiable."""
+        if self.rms_norm is not None:
+            input = self.rms_norm(input)
+        return ternary_linear_ste(
+            input,
+            self.weight,
+            self.bias,
+            self.granularity,
+            self.group_size,
+            self.grad_mask,
+            self.grad_mask_c,
+        )
+
+    @torch.no_grad()
+    def quantize(self) -> tuple[Tensor, Tensor]:
+        """The codes int8 ``[N, K]`` and the scale that the forward uses now."""
+        return absmean_ternary(self.weight, self.granularity, self.group_size)
+
+    def extra_repr(self) -> str:
+        """As ``nn.Linear``'s, with the granularity."""
+        return f"{super().extra_repr()}, granularity={self.granularity}"
+
+
+class TernaryLinear(nn.Module):
+    """A packed ternary linear layer, for inference: 2 bits a weight and an fp32 scale.
+
+    Arguments:
+        in_features, out_features, bias: as ``nn.Linear``.
+        granularity, group_size: of the scale.
+        norm, norm_eps: an RMSNorm before the quantization, as in :class:`BitLinear`.
+        kernel: ``"auto"`` by device and shape, or one family by name (``bitnet_kernels``).
+    State:
+        ``packed`` uint8 ``[N, ceil(K/64)*16]``, ``scale`` fp32 ``[]``, ``[N]`` or ``[N, G]``,
+        ``bias``. The scale stays fp32 under ``.to(dtype)``: rounding it moves every logit.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    bias: nn.Parameter | None
+    rms_norm: RMSNorm | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        *,
+        granularity: Granularity = "tensor",
+        group_size: int = 128,
+        norm: bool = False,
+        norm_eps: float = 1e-5,
+        kernel: Kernel = "auto",
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.granularity: Granularity = granularity
+        self.group_size = group_size
+        self.kernel: Kernel = kernel
+        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        shape = {
+            "tensor": (),
+            "row": (out_features,),
+            "group": (out_features, -(-in_features // group_size)),
+        }[granularity]
+        self.register_buffer("packed", pack_ternary(codes))
+        self.register_buffer("scale", torch.ones(shape, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
+        self.rms_norm = RMSNorm(in_features, norm_eps, device=device) if norm else None
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        granularity: Granularity = "tensor",
+        group_size: int = 128,
+        kernel: Kernel = "auto",
+    ) -> "TernaryLinear":
+        """From int8 codes ``[N, K]`` and their fp32 scale, taken as they are: nothing is
+        estimated again. Raises ValueError where a scale or its shape does not fit."""
+        layer = cls(
+            codes.shape[1],
+            codes.shape[0],
+            bias is not None,
+            codes.device,
+            granularity=granularity,
+            group_size=group_size,
+            kernel=kernel,
+        )
+        if scale.shape != layer.scale.shape or scale.dtype != torch.float32:
+            raise ValueError(
+                f"scale: expected float32 {list(layer.scale.shape)} for granularity "
+                f"{granularity!r}, got {scale.dtype} {list(scale.shape)}"
+            )
+        layer.packed, layer.scale = pack_ternary(codes), scale.detach().clone()
+        if layer.bias is not None and bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone())
+        return layer
+
+    @classmethod
+    def from_bitlinear(cls, linear: BitLinear, kernel: Kernel = "auto") -> "TernaryLinear":
+        """The packed form of a trained layer; raises ValueError if its weights are not finite."""
+        codes, scale = linear.quantize()
+        if not bool(scale.isfinite().all()):
+            raise ValueError("weight: holds NaN or infinity; such a layer has no ternary form")
+        layer = cls.from_codes(
+            codes,
+            scale,
+            linear.bias,
+            granularity=linear.granularity,
+            group_size=linear.group_size,
+            kernel=kernel,
+        )
+        layer.rms_norm = linear.rms_norm
+        return layer.train(linear.training)
+
+    def codes(self) -> Tensor:
+        """The unpacked codes, int8 ``[N, K]``."""
+        return unpack_ternary(self.packed, self.in_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float ``[..., in_features]`` -> ``[..., out_features]``; no gradient."""
+        if self.rms_norm is not None:
+            input = self.rms_norm(input)
+        y = ternary_linear(
+            input, self.packed, self.scale, self.bias, self.kernel, group_size=self.group_size
+        )
+        return y.to(output_dtype(input))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TernaryLinear":
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:  # .to(dtype), .half(): move, but do not round
+            self.scale = scale.to(self.scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes, granularity and kernel."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, granularity={self.granularity}, kernel={self.kernel}"
+        )
+
+
+def replace_linear(
+    model: nn.Module, skip: Sequence[str] = DEFAULT_SKIP, **options: Any
+) -> nn.Module:
+    """Replace every ``nn.Linear`` by a :class:`BitLinear` with the same parameters, in place.
+
+    Only plain ``nn.Linear`` modules are replaced: a subclass may use its weight in its own way
+    (the output projection of ``nn.MultiheadAttention`` is never *called*, so a BitLinear there
+    would change nothing). ``nn.TransformerEncoder`` reads its layers' weights past their forward
+    in a fused inference path; that path is switched off where a layer is replaced.
+
+    Arguments:
+        model: any module; an ``nn.Linear`` itself is replaced by the returned BitLinear.
+        skip: names to leave in full precision: a module's own name, its path, or a pattern
+            (``"lm_head"``, ``"layers.0.mlp.*"``, ``"*.gate"``).
+        options: BitLinear's keywords (``granularity``, ``norm``, ...).
+    Raises:
+        ValueError: a name in ``skip`` that no module has.
+    """
+    if tuple(skip) != DEFAULT_SKIP:
+        _check_skip(model, skip)
+
+    def convert(name: str, module: nn.Module) -> nn.Module | None:
+        if type(module) is not nn.Linear or _skipped(name, skip):
+            return None
+        linear = BitLinear(
+            module.in_features, module.out_features, module.bias is not None, "meta", **options
+        )
+        if linear.rms_norm is not None:
+            linear.rms_norm = RMSNorm(
+                module.in_features, linear.rms_norm.eps, device=module.weight.device
+            )
+        linear.weight, linear.bias = module.weight, module.bias
+        return linear.train(module.training)
+
+    model = _replace(model, convert)
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # its fused path runs only for 1 and 2
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+    return model
+
+
+def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
+    """Replace every :class:`BitLinear` by its packed :class:`TernaryLinear`, in place.
+
+    Arguments:
+        model: any module; a BitLinear itself is replaced by the returned TernaryLinear.
+        kernel: which kernel the packed layers use.
+    Raises:
+        ValueError: a layer whose weights are not finite (named).
+    """
+
+    def convert(name: str, module: nn.Module) -> nn.Module | None:
+        if not isinstance(module, BitLinear):
+            return None
+        try:
+            return TernaryLinear.from_bitlinear(module, kernel)
+        except ValueError as error:
+            raise ValueError(f"{name or 'model'}.{error}") from error
+
+    return _replace(model, convert)
+
+
+def _replace(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
+    """Swap modules for what ``convert`` returns; a module used twice stays one module."""
+    replaced: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules()):
+        if (new := convert(name, module)) is not None:
+            replaced[id(module)] = new
+    if id(model) in replaced:
+        return replaced[id(model)]
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if id(child) in replaced:
+                setattr(parent, child_name, replaced[id(child)])
+    return model
+
+
+def _skipped(name: str, skip: Sequence[str]) -> bool:
+    own_name = name.rpartition(".")[2]
+    return any(fnmatch(name, pattern) or own_name == pattern for pattern in skip)
+
+
+def _check_skip(model: nn.Module, skip: Sequence[str]) -> None:
+    def names() -> Iterator[str]:
+        for name, _ in model.named_modules():
+            yield name
+            yield name.rpartition(".")[2]
+
+    known = set(names())
+    for pattern in skip:
+        if not any(fnmatch(name, pattern) for name in known):
+            near = get_close_matches(pattern, known, 1)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(f"skip: no module is named {pattern!r}{hint}")

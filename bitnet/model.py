@@ -1,0 +1,388 @@
+"""The whole transformer: decoder-only, ternary or full precision from one config.
+
+    tokens -> embedding -> n_layers x [x + attention(norm(x));  x + mlp(norm(x))] -> norm -> logits
+
+RMSNorm, rotary positions, grouped-query attention, a gated MLP, no biases. The matrices inside the
+layers are BitLinear (`linear = "ternary"`) or nn.Linear (`"fp"`, the full-precision twin); the
+embedding, the head and the norms stay in high precision either way. Where the normalization sits
+is the one structural choice ternary models add:
+
+    sub_norm   BitNet 2B4T (arXiv 2504.12285): pre-norms, plus a norm before each output projection
+               (attn_sub_norm, ffn_sub_norm), which keeps the int8 activations there well scaled
+    pre_norm   LLaMA: norms before attention and MLP only
+    in_linear  Microsoft's Training Tips: a norm inside every linear and none outside
+
+Parameter names and maths are those of Hugging Face's BitNet where both have the thing, so that
+exporting is renaming. One dial, ``depth``, chooses the whole shape (:meth:`ModelConfig.resolve`).
+
+B batch, T tokens, D d_model, H query heads, G key-value heads, E head_dim, F d_ff, V vocabulary.
+"""
+
+import dataclasses
+import math
+from typing import Annotated, Literal
+
+import torch
+from einops import rearrange
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet.linear import BitLinear, RMSNorm
+from bitnet.quant import GradMask, Granularity
+from bitnet.schema import STRICT, UserError
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    """The model's shape and arithmetic. 0 means: computed from ``depth``."""
+
+    depth: Annotated[int, Field(ge=1)] = 6
+    """The one dial: layers, width, heads, FFN and (elsewhere) learning rate, batch and tokens."""
+    linear: Literal["ternary", "fp"] = "ternary"
+    """Arithmetic of the layers' matrices; "fp" is the full-precision twin."""
+    n_layers: Count = 0
+    """Layers. 0: depth."""
+    d_model: Count = 0
+    """Width of the residual stream. 0: 64 * depth."""
+    n_heads: Count = 0
+    """Query heads; d_model must divide by it. 0: heads of 64."""
+    n_kv_heads: Count = 0
+    """Key-value heads; must divide n_heads. 0: the largest divisor up to a quarter of n_heads."""
+    d_ff: Count = 0
+    """Width inside the gated MLP. 0: 8/3 of d_model, rounded up to a multiple of 64."""
+    vocab_size: Count = 0
+    """Rows of the embedding. 0: the tokenizer's."""
+    max_seq_len: Count = 0
+    """Longest context. 0: data.seq_len."""
+    norm_placement: Literal["sub_norm", "pre_norm", "in_linear"] = "sub_norm"
+    """Where the RMSNorms sit; see the head of bitnet/model.py."""
+    activation: Literal["relu2", "silu"] = "relu2"
+    """Gate of the MLP: squared ReLU (BitNet 2B4T) or SiLU (LLaMA)."""
+    qk_norm: bool = False
+    """RMSNorm on each head's queries and keys before the rotation."""
+    tie_embeddings: bool = True
+    """Use the embedding as the output head."""
+    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    """Base of the rotary frequencies."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    granularity: Granularity = "tensor"
+    """One weight scale a "tensor" (b1.58), a "row" or a "group" of columns."""
+    group_size: Annotated[int, Field(ge=1)] = 128
+    """Columns a group, for granularity = "group"."""
+    grad_mask: GradMask = "none"
+    """Latent weights that receive no gradient: "none", "clip" or "trust" (bitnet/quant.py)."""
+    grad_mask_c: Annotated[float, Field(gt=0)] = 1.0
+    """Bound of the mask in units of the scale."""
+
+    def resolve(self, vocab_size: int = 0, seq_len: int = 0) -> "ModelConfig":
+        """Fill every 0 by the dial's rules and check what remains.
+
+        Raises UserError, naming the key, for a shape that cannot be.
+        """
+        d_model = self.d_model or 64 * self.depth
+        if d_model % 2:
+            raise UserError(f"model.d_model = {d_model} is odd; rotary positions turn pairs")
+        fitting = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
+        n_heads = self.n_heads or max(n for n in fitting if n <= max(1, d_model // 64))
+        if n_heads not in fitting:
+            nearest = min(fitting, key=lambda n: abs(n - n_heads))
+            raise UserError(
+                f"model.n_heads = {n_heads} does not divide model.d_model = {d_model} into heads "
+                f"of an even head_dim; the nearest that does is {nearest}"
+            )
+        divisors = [n for n in range(1, max(1, n_heads // 4) + 1) if n_heads % n == 0]
+        n_kv_heads = self.n_kv_heads or divisors[-1]
+        if n_heads % n_kv_heads:
+            raise UserError(
+                f"model.n_kv_heads = {n_kv_heads} does not divide model.n_heads = {n_heads}"
+            )
+        resolved = dataclasses.replace(
+            self,
+            n_layers=self.n_layers or self.depth,
+            d_model=d_model,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            d_ff=self.d_ff or 64 * math.ceil(d_model * 8 / 3 / 64),
+            vocab_size=self.vocab_size or vocab_size,
+            max_seq_len=self.max_seq_len or seq_len,
+        )
+        for key in ("vocab_size", "max_seq_len"):
+            if getattr(resolved, key) < 1:
+                raise UserError(f"model.{key} is not set")
+        return resolved
+
+    @property
+    def head_dim(self) -> int:
+        """Channels a head: d_model / n_heads."""
+        return self.d_model // self.n_heads
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The matrices of one layer: name -> (out_features, in_features)."""
+        d, kv = self.d_model, self.n_kv_heads * self.head_dim
+        return {
+            "self_attn.q_proj": (d, d),
+            "self_attn.k_proj": (kv, d),
+            "self_attn.v_proj": (kv, d),
+            "self_attn.o_proj": (d, d),
+            "mlp.gate_proj": (self.d_ff, d),
+            "mlp.up_proj": (self.d_ff, d),
+            "mlp.down_proj": (d, self.d_ff),
+        }
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters by kind: ``embedding`` (with an untied head), ``matrices`` (the layers',
+        which a ternary model quantizes), ``norms``, and their ``total``."""
+        d, inputs = self.d_model, sum(k for _, k in self.matrices().values())
+        embedding = self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        matrices = self.n_layers * sum(n * k for n, k in self.matrices().values())
+        norms = {"sub_norm": 3 * d + self.d_ff, "pre_norm": 2 * d, "in_linear": inputs}
+        norm = norms[self.norm_placement] + (2 * self.head_dim if self.qk_norm else 0)
+        counts = {"embedding": embedding, "matrices": matrices, "norms": self.n_layers * norm + d}
+        return counts | {"total": sum(counts.values())}
+
+    def flops_per_token(self, seq_len: int) -> float:
+        """Training FLOPs a token, forward and backward: ``6 N + 12 L D T`` (PaLM, arXiv
+        2204.02311, appendix B), N the weights that multiply (layers and head), without the
+        causal discount. A forward alone is a third of it."""
+        multiplied = self.num_parameters()["matrices"] + self.d_model * self.vocab_size
+        return 6.0 * multiplied + 12.0 * self.n_layers * self.d_model * seq_len
+
+
+class NormLinear(nn.Linear):
+    """nn.Linear with a learned RMSNorm on its input: the full-precision twin of in_linear."""
+
+    def __init__(self, in_features: int, out_features: int, norm_eps: float) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.rms_norm = RMSNorm(in_features, norm_eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float ``[..., in_features]`` -> ``[..., out_features]``."""
+        return super().forward(self.rms_norm(input))
+
+
+def make_linear(config: ModelConfig, name: str) -> nn.Module:
+    """The layer matrix ``name`` (a key of :meth:`ModelConfig.matrices`) as the config asks."""
+    out_features, in_features = config.matrices()[name]
+    norm = config.norm_placement == "in_linear"
+    if config.linear == "ternary":
+        return BitLinear(
+            in_features,
+            out_features,
+            bias=False,
+            granularity=config.granularity,
+            group_size=config.group_size,
+            norm=norm,
+            norm_eps=config.norm_eps,
+            grad_mask=config.grad_mask,
+            grad_mask_c=config.grad_mask_c,
+        )
+    if norm:
+        return NormLinear(in_features, out_features, config.norm_eps)
+    return nn.Linear(in_features, out_features, bias=False)
+
+
+def make_norm(config: ModelConfig, features: int, *placements: str) -> nn.Module:
+    """An RMSNorm where the config's placement is one of ``placements``, else nothing."""
+    if config.norm_placement in placements:
+        return RMSNorm(features, config.norm_eps)
+    return nn.Identity()
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, preallocated.
+
+    Rows of a batch fill in step; shorter prompts are padded on the *left*, and ``pad`` says by how
+    much, so that the newest token of every row sits in the same column.
+
+    Arguments:
+        config: of the model. batch: rows. max_len: columns, padding included, so that rows of
+            different lengths may need more than config.max_seq_len.
+    Attributes:
+        length: columns filled. pad: int64 ``[B]``, padding columns at the left of each row.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        max_len: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        shape = (config.n_layers, batch, config.n_kv_heads, max_len, config.head_dim)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.pad = torch.zeros(batch, device=device, dtype=torch.int64)
+        self.length = 0
+
+    @property
+    def max_len(self) -> int:
+        """Columns there are."""
+        return self.k.shape[3]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store ``[B, G, T, E]`` after the filled columns; return all columns up to there."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end].to(k.dtype), self.v[layer, :, :, :end].to(v.dtype)
+
+    def mask(self, n_tokens: int) -> Tensor:
+        """Which columns each of the next tokens may look at: bool ``[B, 1, T, length + T]``."""
+        columns = torch.arange(self.length + n_tokens, device=self.pad.device)
+        queries = columns[self.length :]
+        causal = columns <= queries[:, None]
+        seen = rearrange(self.pad, "b -> b 1 1") <= columns
+        itself = columns == queries[:, None]  # a padding token too: an empty row would be NaN
+        return rearrange((causal & seen) | itself, "b t c -> b 1 t c")
+
+    def positions(self, n_tokens: int) -> Tensor:
+        """Rotary positions of the next tokens, counted without padding: int64 ``[B, T]``."""
+        columns = torch.arange(self.length, self.length + n_tokens, device=self.pad.device)
+        return (columns - self.pad[:, None]).clamp(min=0)
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of RoPE (arXiv 2104.09864): int64 ``[..., T]`` -> fp32 ``[..., T, E]``."""
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    angles = positions.float().unsqueeze(-1) * theta ** (-pairs / head_dim)
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (i, i + E/2) by its position's angle (the rotate-half form)."""
+    first, second = x_BHTE.chunk(2, -1)
+    return (x_BHTE * cos + torch.cat((-second, first), -1) * sin).to(x_BHTE.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.q_proj = make_linear(config, "self_attn.q_proj")
+        self.k_proj = make_linear(config, "self_attn.k_proj")
+        self.v_proj = make_linear(config, "self_attn.v_proj")
+        self.o_proj = make_linear(config, "self_attn.o_proj")
+        self.attn_sub_norm = make_norm(config, config.d_model, "sub_norm")
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None
+    ) -> Tensor:
+        """``[B, T, D]`` -> ``[B, T, D]``."""
+        q, k, v = (
+            rearrange(proj(x_BTD), "b t (h e) -> b h t e", e=self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.o_proj(self.attn_sub_norm(rearrange(y, "b h t e -> b t (h e)")))
+
+
+class MLP(nn.Module):
+    """down(norm(act(gate(x)) * up(x)))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.gate_proj = make_linear(config, "mlp.gate_proj")
+        self.up_proj = make_linear(config, "mlp.up_proj")
+        self.down_proj = make_linear(config, "mlp.down_proj")
+        self.ffn_sub_norm = make_norm(config, config.d_ff, "sub_norm")
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """``[B, T, D]`` -> ``[B, T, D]``."""
+        gate = self.gate_proj(x_BTD)
+        gate = F.relu(gate).square() if self.activation == "relu2" else F.silu(gate)
+        return self.down_proj(self.ffn_sub_norm(gate * self.up_proj(x_BTD)))
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = make_norm(config, config.d_model, "sub_norm", "pre_norm")
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = make_norm(config, config.d_model, "sub_norm", "pre_norm")
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None
+    ) -> Tensor:
+        """``[B, T, D]`` -> ``[B, T, D]``."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, cache, mask)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Transformer(nn.Module):
+    """A language model from a resolved :class:`ModelConfig`.
+
+    Matrices start at N(0, 0.02), those that write to the residual stream (o_proj, down_proj)
+    smaller by sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config = config.resolve()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights from torch's global generator."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                residual = name.endswith(("o_proj", "down_proj"))
+                nn.init.normal_(module.weight, std=residual_std if residual else 0.02)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits of the next token at every position.
+
+        Arguments:
+            tokens: int64 ``[B, T]``; cache: earlier tokens, to which these are appended.
+        Returns:
+            ``[B, T, V]``, fp32 or the autocast dtype.
+        Raises:
+            ValueError: more tokens than the context (or the cache) holds.
+        """
+        n_tokens = tokens.shape[1]
+        start, limit = (
+            (0, self.config.max_seq_len) if cache is None else (cache.length, cache.max_len)
+        )
+        if start + n_tokens > limit:
+            raise ValueError(f"tokens: {start} + {n_tokens} tokens exceed the context of {limit}")
+        mask = None
+        if cache is None:
+            positions = torch.arange(n_tokens, device=tokens.device)
+        else:
+            positions, mask = cache.positions(n_tokens), cache.mask(n_tokens)
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        if cache is not None:
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        x_BTD = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, cos, sin, cache, mask)
+        if cache is not None:
+            cache.length += n_tokens
+        return self.lm_head(self.norm(x_BTD))
