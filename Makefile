@@ -1,0 +1,71 @@
+# `make` lists the targets. Each works on a fresh clone with only Python (>= 3.11) and make: it makes
+# .venv if there is none and installs into it what it needs, once; after that no network is used.
+#
+# An existing .venv is used as it is. On Linux without a GPU that is worth knowing, since the default
+# torch brings several GB of CUDA libraries: make .venv first and install PyTorch's CPU build into it
+# (pytorch.org, "Get Started", says how); any torch>=2.11,<2.14 is kept.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Stamps: an installation is complete only once its stamp is there, and is repeated when
+# pyproject.toml changes; one that was interrupted is taken up again by the next make.
+RUN := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+QUICK := runs/quickstart/model
+
+.PHONY: help quickstart test lint types format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@echo 'make PYTHON=python3.12 ... takes another Python; the head of Makefile tells more'
+
+quickstart: $(RUN)  ## train a small ternary model on a CPU in minutes, pack it, let it write
+	$(BIN)/python train.py configs/quickstart.toml
+	$(BIN)/bitnet pack $(QUICK)
+	$(BIN)/bitnet eval $(QUICK)-packed --data data/python-stdlib --baselines
+	$(BIN)/bitnet generate $(QUICK)-packed --prompt "def " --max-new-tokens 100
+
+test: $(DEV)  ## run the tests (about 10 minutes on 2 cores)
+	$(BIN)/pytest
+
+lint: $(DEV)  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV)  ## check types
+	$(BIN)/mypy
+
+format: $(DEV)  ## format the code and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove caches and builds; keeps .venv, data and runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find bitnet kernels tests -name __pycache__ -prune -exec rm -rf {} +
+
+# A virtual environment that can install: the one that is there, a new one, or, where half of one
+# cannot be completed, one from scratch.
+define venv
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo 'error: $(PYTHON) is missing or older than Python 3.11; try: make PYTHON=python3.12 ...' >&2; \
+	    exit 2; }; \
+	  $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	    echo 'error: $(PYTHON) has no venv module (Debian, Ubuntu: apt install python3-venv)' >&2; \
+	    exit 2; }; \
+	  echo 'making $(VENV)'; \
+	  { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip --version >/dev/null; } \
+	    || $(PYTHON) -m venv --clear $(VENV); \
+	fi
+endef
+
+$(RUN): pyproject.toml
+	$(venv)
+	$(BIN)/python -m pip install --disable-pip-version-check -e .
+	@touch $@
+
+$(DEV): pyproject.toml
+	$(venv)
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
+	@touch $(RUN) $@

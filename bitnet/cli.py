@@ -1,0 +1,307 @@
+"""The ``bitnet`` command: prepare data, inspect a config, and what comes after training.
+
+Every command is a thin layer over a function of the library; ``bitnet COMMAND --help`` teaches it.
+A mistake of the user ends in one line on stderr and exit code 2.
+"""
+
+import copy
+import dataclasses
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bitnet import generate as generation
+from bitnet.config import describe, load_config
+from bitnet.data import SplitName, TokenDataset, sequential_windows
+from bitnet.evaluate import compressor_baselines, evaluate_text, evaluate_windows
+from bitnet.export.folder import load, save_model, sizes
+from bitnet.export.proof import prove
+from bitnet.linear import Kernel, pack
+from bitnet.model import Transformer
+from bitnet.prepare import prepare
+from bitnet.schema import UserError
+from bitnet.summary import human, tables
+
+app = typer.Typer(
+    help="Ternary language models: prepare data, inspect configs, pack, generate, evaluate.\n\n"
+    "Training itself is train.py of a checkout: python train.py configs/quickstart.toml",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Folder = Annotated[Path, typer.Argument(help="A model folder, such as runs/quickstart/model.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ... auto: a GPU if there is one.")]
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process as a user expects: a mistake is one line and exit code 2, never a traceback.
+
+    A traceback that does appear is a defect of ours.
+    """
+    try:
+        yield
+    except UserError as error:
+        _fail(str(error))
+    except torch.OutOfMemoryError as error:
+        _fail(f"out of GPU memory: lower train.micro_batch, or take a smaller model ({error})")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(f"{where}{error.strerror or error}")
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def config_help() -> str:
+    """Every config key with its default and meaning, as text for ``--help``."""
+    lines = ["\b", "Keys of a config (section.key = default):"]
+    section = ""
+    for name, key, default, text in describe():
+        if name != section:
+            section = name
+            lines += ["\b", f"\n[{section}]"]
+        value = f'"{default}"' if isinstance(default, str) else str(default).replace("'", '"')
+        lines.append(f"  {key} = {value.lower() if isinstance(default, bool) else value}")
+        lines += [f"      {line}" for line in textwrap.wrap(text, 88)]
+    return "\n".join(lines)
+
+
+@app.command("prepare")
+def prepare_command(
+    sources: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Files, globs or folders of .txt .md .py .jsonl(.gz|.xz|.zst) .parquet; "
+            "hf:OWNER/NAME[:CONFIG]; python-stdlib. None: those of --config."
+        ),
+    ] = None,
+    config: Annotated[str, typer.Option(help="Take [data] from this config file.")] = "",
+    path: Annotated[str, typer.Option(help="Folder to write.")] = "",
+    vocab_size: Annotated[int, typer.Option(help="Of the tokenizer to train. 0: default.")] = 0,
+    tokenizer: Annotated[str, typer.Option(help="A sentencepiece model to use instead.")] = "",
+    val_fraction: Annotated[float, typer.Option(help="Of the documents. 0: default.")] = 0.0,
+    text_field: Annotated[str, typer.Option(help="Of .jsonl and .parquet rows.")] = "",
+) -> None:
+    """Turn text into token shards: train a tokenizer, tokenize, split off validation documents.
+
+    The result is checked whole: an interrupted run leaves nothing that loads. train.py does this
+    by itself when its config's data.path is missing.
+
+    Example: bitnet prepare my-texts/ --path data/my-texts --vocab-size 8192
+    """
+    if not sources and not config:
+        raise UserError("nothing to prepare: name a source (a folder, say) or --config FILE")
+    base = load_config([config] if config else []).data
+    given: dict[str, Any] = {
+        "sources": sources,
+        "path": path,
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer,
+        "val_fraction": val_fraction,
+        "text_field": text_field,
+    }
+    data = dataclasses.replace(base, **{key: value for key, value in given.items() if value})
+    folder = prepare(data)
+    table = Table("split", "documents", "tokens", "bytes", "bytes a token", title=str(folder))
+    for split in ("train", "val"):
+        dataset = TokenDataset(folder, split)
+        row = (dataset.n_documents, dataset.n_tokens, dataset.n_bytes)
+        table.add_row(split, *(f"{n:,}" for n in row), f"{row[2] / row[1]:.2f}")
+    Console().print(table)
+
+
+@app.command("inspect")
+def inspect_command(
+    args: Annotated[list[str], typer.Argument(metavar="CONFIG.toml... [SECTION.KEY=VALUE...]")],
+) -> None:
+    """Print what a config comes to: shapes, parameters, FLOPs, memory, and what the dial chose.
+
+    Nothing is built or downloaded. Try: bitnet inspect configs/15m.toml model.depth=8
+    """
+    for table in tables(load_config(*split_args(args))):
+        Console().print(table)
+
+
+def split_args(args: list[str]) -> tuple[list[str], list[str]]:
+    """Config files and ``section.key=value`` overrides, told apart."""
+    paths = [arg for arg in args if arg.endswith(".toml") and "=" not in arg]
+    return paths, [arg for arg in args if arg not in paths]
+
+
+@app.command("pack")
+def pack_command(
+    folder: Folder,
+    out: Annotated[str, typer.Option(help="Folder to write. Default: FOLDER-packed.")] = "",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Text for the proof; repeatable.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Greedy tokens a prompt in the proof.")] = 32,
+) -> None:
+    """Pack a trained ternary model and prove that it computes the same.
+
+    The packed folder is read back from disk and compared with the trained model: codes, int32
+    accumulators, logits and greedy tokens must be equal to the last bit. Exit code 1 if not.
+    """
+    target = Path(out or f"{folder}-packed")
+    model, tokenizer = load(folder)
+    save_model(target, as_transformer(pack(copy.deepcopy(model))), tokenizer)
+    packed, _ = load(target)
+    prompts = prompt or ["", "The ", "def __init__(self"]
+    ids = [generation.encode_prompt(tokenizer, text) for text in prompts]
+    room = model.config.max_seq_len - max(len(row) for row in ids)
+    proof = prove(model, packed, ids, max(0, min(tokens, room)))
+
+    console = Console()
+    before, after = sizes(target).fp32, sizes(target).stored
+    table = Table("weights", "fp32", "packed", "ratio", title=str(target))
+    for kind, fp32 in before.items():
+        table.add_row(
+            kind, human(fp32, "B"), human(after[kind], "B"), f"{fp32 / max(1, after[kind]):.2f}"
+        )
+    console.print(table)
+    console.print(
+        f"compared: {proof.matrices} matrices ({proof.weights:,} codes), "
+        f"{proof.accumulators:,} int32 accumulators, {proof.logits:,} logits, "
+        f"{proof.tokens} greedy tokens"
+    )
+    if not proof.holds:
+        for difference in proof.differences:
+            console.print(f"DIFFERS: {difference}")
+        raise typer.Exit(1)
+    console.print("proof: all equal, bit for bit")
+
+
+def as_transformer(module: torch.nn.Module) -> Transformer:
+    """What packing a Transformer returns, to the type checker."""
+    assert isinstance(module, Transformer)
+    return module
+
+
+@app.command("generate")
+def generate_command(
+    folder: Folder,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most, for each prompt.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among the k most likely. 0: all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Among those of this probability. 1: all.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    device: Device = "auto",
+    kernel: Annotated[Kernel, typer.Option(help="Of a packed model's layers.")] = "auto",
+) -> None:
+    """Continue a text, or several at once, with a trained or a packed model.
+
+    Example: bitnet generate runs/quickstart/model --prompt "def main" --temperature 0.7
+    """
+    model, tokenizer = load(folder, pick_device(device), kernel)
+    prompts = [generation.encode_prompt(tokenizer, text) for text in prompt or [""]]
+    streams = [generation.TextStream(tokenizer, ids) for ids in prompts]
+    live = len(prompts) == 1
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def on_token(row: int, token: int) -> None:
+        if live:
+            write(streams[row].push(token))
+
+    if live:
+        write(tokenizer.decode(prompts[0]))
+    new = generation.generate(
+        model,
+        prompts,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        eos_id=tokenizer.eos_id,
+        on_token=on_token,
+    )
+    if live:
+        write(streams[0].finish() + "\n")
+        return
+    for number, (ids, row) in enumerate(zip(prompts, new, strict=True), 1):
+        write(f"--- {number}\n{tokenizer.decode([*ids, *row])}\n")
+
+
+@app.command("eval")
+def eval_command(
+    folder: Folder,
+    text: Annotated[str, typer.Option(help="A UTF-8 text file to evaluate on.")] = "",
+    data: Annotated[str, typer.Option(help="Or a prepared data folder (data.path).")] = "",
+    split: Annotated[SplitName, typer.Option(help="Of the data folder.")] = "val",
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also what gzip -9 and xz -9 reach on the text.")
+    ] = False,
+    device: Device = "auto",
+    kernel: Annotated[Kernel, typer.Option(help="Of a packed model's layers.")] = "auto",
+) -> None:
+    """Measure a trained or packed model on a text: loss, perplexity, bits per byte.
+
+    Example: bitnet eval runs/quickstart/model-packed --data data/python-stdlib --baselines
+    """
+    if bool(text) == bool(data):
+        raise UserError("name what to evaluate on: either --text FILE or --data FOLDER")
+    model, tokenizer = load(folder, pick_device(device), kernel)
+    if text:
+        content = read_text(Path(text))
+        result = evaluate_text(model, tokenizer, content)
+    else:
+        dataset = TokenDataset(Path(data), split)
+        if dataset.tokenizer().hash != tokenizer.hash:
+            raise UserError(f"{data}: was tokenized with another tokenizer than {folder} has")
+        content = ""
+        if baselines:
+            content = tokenizer.decode(dataset.tokens(0, dataset.n_tokens).tolist())
+        windows = sequential_windows(dataset, model.config.max_seq_len)
+        result = evaluate_windows(model, windows, tokenizer.count_bytes)
+    table = Table("", "bits per byte", "loss", "perplexity", title=f"{result.bytes:,} bytes")
+    table.add_row(
+        str(folder), f"{result.bits_per_byte:.4f}", f"{result.loss:.4f}", f"{result.perplexity:.2f}"
+    )
+    if baselines:
+        for name, bits in compressor_baselines(content.encode()).items():
+            table.add_row(name, f"{bits:.4f}", "", "")
+    Console().print(table)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text; raises UserError naming it where it is not one."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: {error}") from error
+
+
+def pick_device(name: str) -> torch.device:
+    """A device by name, ``"auto"``: a GPU if there is one. UserError where it is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {name!r} cannot be used here: {reason}") from error
+    return device
+
+
+def main() -> None:
+    """The console script."""
+    with one_line_errors():
+        app()

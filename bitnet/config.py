@@ -1,0 +1,307 @@
+"""One config from TOML files and `section.key=value`, strict, and what the dial computes from it.
+
+Each section is a dataclass that lives with the code it configures (``optim`` in optim.py, ...); a
+value comes from its default, then the files in order, then the command line. A file may begin with
+``extends = "other.toml"`` (relative to itself), which is how the full-precision twins differ from
+their ternary originals by a few lines. An unknown key, a wrong type or a value out of range is an
+error that names the file, the key and the nearest valid name: a typo must never train a model.
+
+Zeros are then *resolved*: ``model.depth`` alone gives the shape (model.py) and, from the number of
+parameters N it implies, by these rules,
+
+    learning rate   2.4e-3 * (140M / N)^0.29, at most 4e-3   TriLM's table (arXiv 2407.12327) to 5%
+                    a sixth of that for the full-precision twin (recipes: ternary wants 6-8 times)
+    batch           262,144 * sqrt(N / 50M) tokens, to a power of two in 16k .. 1M: 262k at 50M
+                    (QuEST, arXiv 2502.05003), 1M at 700M (b1.58)
+    tokens          20 N (Chinchilla, arXiv 2203.15556)
+
+The resolved config is what is printed, saved in the run folder and compared on resume.
+"""
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tomli_w
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
+
+from bitnet.checkpoint import CheckpointConfig
+from bitnet.data import DataConfig
+from bitnet.evaluate import EvalConfig
+from bitnet.metrics import LogConfig
+from bitnet.model import ModelConfig
+from bitnet.optim import OptimConfig
+from bitnet.schema import STRICT, UserError
+from bitnet.tokenizer import Tokenizer
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class RunConfig:
+    """The run and where it is kept."""
+
+    name: str = ""
+    """Folder of the run. "": the name of the (last) config file."""
+    dir: str = "runs"
+    """Folder of all runs."""
+    seed: Count = 0
+    """Of the initial weights and the order of the data."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainConfig:
+    """The loop."""
+
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1"; "auto": a GPU if there is one."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast dtype; "auto": bf16 on a GPU, fp32 on a CPU. Latent weights are always fp32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    threads: Count = 0
+    """CPU threads of torch. 0: torch's own choice."""
+    batch_tokens: Count = 0
+    """Tokens an optimizer step. 0: from the parameters; see the head of bitnet/config.py."""
+    micro_batch: Count = 0
+    """Sequences a forward; the rest of the batch is accumulated. 0: about 8,192 tokens."""
+    tokens: Count = 0
+    """Tokens in the run. 0: 20 a parameter."""
+    steps: Count = 0
+    """Optimizer steps in the run. 0: tokens / batch_tokens, rounded up."""
+    init_from: str = ""
+    """Folder of a saved model to start from."""
+    max_bad_steps: Annotated[int, Field(ge=1)] = 10
+    """Steps in a row with a non-finite loss or gradient that end the run; each is skipped."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Config:
+    """Everything a run needs."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run is kept."""
+        return Path(self.run.dir) / self.run.name
+
+    @property
+    def batch_sequences(self) -> int:
+        """Sequences an optimizer step (of a resolved config)."""
+        return self.train.batch_tokens // self.data.seq_len
+
+    def resolve(self) -> "Config":
+        """Fill every 0 that the dial computes; raises UserError for what cannot be."""
+        vocab_size = self.data.vocab_size
+        if self.data.tokenizer:
+            vocab_size = Tokenizer(Path(self.data.tokenizer)).vocab_size
+        model = self.model.resolve(vocab_size, self.data.seq_len)
+        if model.vocab_size != vocab_size:
+            raise UserError(
+                f"model.vocab_size = {model.vocab_size} differs from the tokenizer's {vocab_size}; "
+                "leave it at 0 to take the tokenizer's"
+            )
+        if model.max_seq_len < self.data.seq_len:
+            raise UserError(
+                f"model.max_seq_len = {model.max_seq_len} is less than data.seq_len = "
+                f"{self.data.seq_len}"
+            )
+        n_parameters = model.num_parameters()["total"]
+        optim = dataclasses.replace(
+            self.optim, lr=self.optim.lr or default_lr(n_parameters, model.linear)
+        )
+        return dataclasses.replace(
+            self, model=model, optim=optim, train=self._resolve_train(n_parameters)
+        )
+
+    def _resolve_train(self, n_parameters: int) -> TrainConfig:
+        train, seq_len = self.train, self.data.seq_len
+        batch = train.batch_tokens or default_batch_tokens(n_parameters)
+        micro = train.micro_batch or max(1, min(8192, batch) // seq_len)
+        if train.batch_tokens and batch % (micro * seq_len):
+            near = max(1, round(batch / (micro * seq_len))) * micro * seq_len
+            raise UserError(
+                f"train.batch_tokens = {batch} is not a multiple of train.micro_batch * "
+                f"data.seq_len = {micro} * {seq_len}; the nearest that is: {near}"
+            )
+        batch = max(1, round(batch / (micro * seq_len))) * micro * seq_len
+        tokens = train.tokens or (train.steps or math.ceil(20 * n_parameters / batch)) * batch
+        steps = train.steps or math.ceil(tokens / batch)
+        if math.ceil(tokens / batch) != steps:
+            raise UserError(
+                f"train.tokens = {tokens} and train.steps = {steps} disagree at {batch} tokens a "
+                "step; set one of them and leave the other 0"
+            )
+        return dataclasses.replace(
+            train, batch_tokens=batch, micro_batch=micro, tokens=tokens, steps=steps
+        )
+
+
+def default_lr(n_parameters: int, linear: str) -> float:
+    """The dial's peak learning rate (AdamW), to two digits; the rule stands in the module head."""
+    lr = min(4e-3, 2.4e-3 * (140e6 / n_parameters) ** 0.29)
+    return float(f"{lr if linear == 'ternary' else lr / 6:.1e}")
+
+
+def default_batch_tokens(n_parameters: int) -> int:
+    """The dial's tokens a step; the rule stands in the module head."""
+    exponent = round(math.log2(2**18 * math.sqrt(n_parameters / 50e6)))
+    return int(2 ** min(20, max(14, exponent)))
+
+
+def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> Config:
+    """Read, merge and check; nothing is resolved yet.
+
+    Arguments:
+        paths: TOML files, later ones win. overrides: ``section.key=value``, which win over files;
+            the value is TOML (``3e-4``, ``true``, ``["a", "b"]``), a bare word is a string.
+    Raises:
+        UserError: one line that names the file or argument, the key and the nearest valid name.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for path in paths:
+        _merge(values, origins, _read_toml(Path(path)))
+    for override in overrides:
+        _override(values, origins, override)
+    if paths and not values.get("run", {}).get("name"):
+        values.setdefault("run", {})["name"] = Path(paths[-1]).stem
+    return _validate(values, origins)
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """Plain dictionaries: section -> key -> value."""
+    return dataclasses.asdict(config)
+
+
+def to_toml(config: Config) -> str:
+    """The TOML text that reads back as the same config."""
+    return tomli_w.dumps(to_dict(config))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Keys that differ between two results of :func:`to_dict`: ``"model.d_model: 64 -> 128"``."""
+    changed = []
+    for section in sorted(old.keys() | new.keys()):
+        before, after = old.get(section, {}), new.get(section, {})
+        for key in sorted(before.keys() | after.keys()):
+            if before.get(key) != after.get(key):
+                changed.append(f"{section}.{key}: {before.get(key)!r} -> {after.get(key)!r}")
+    return changed
+
+
+def describe() -> Iterator[tuple[str, str, object, str]]:
+    """Every key for ``--help``: section, key, default, documentation."""
+    for section in dataclasses.fields(Config):
+        config_class = get_type_hints(Config)[section.name]
+        for key, info in config_class.__pydantic_fields__.items():
+            default = getattr(config_class(), key)
+            yield section.name, key, default, " ".join((info.description or "").split())
+
+
+def _read_toml(path: Path, extending: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """The file's tables, those it extends first."""
+    if not path.is_file():
+        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
+        hint = f"; the nearest is {path.parent / near[0]}" if near else ""
+        raise UserError(f"{path}: no such config file{hint}")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    base = values.pop("extends", None)
+    if base is None:
+        return [(str(path), values)]
+    extending = (*extending, path.resolve())
+    if not isinstance(base, str) or (path.parent / base).resolve() in extending:
+        raise UserError(f"{path}: extends = {base!r} must name another config file, not a circle")
+    return [*_read_toml(path.parent / base, extending), (str(path), values)]
+
+
+def _merge(
+    values: dict[str, Any], origins: dict[str, str], files: list[tuple[str, dict[str, Any]]]
+) -> None:
+    for origin, tables in files:
+        for section, table in tables.items():
+            if not isinstance(table, dict):
+                _unknown(origin, section, "is outside any section; sections are", _sections())
+            for key, value in table.items():
+                values.setdefault(section, {})[key] = value
+                origins[f"{section}.{key}"] = origin
+            origins[section] = origin
+
+
+def _override(values: dict[str, Any], origins: dict[str, str], override: str) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not (equals and dot and key):
+        raise UserError(
+            f"{override!r}: expected section.key=value (such as optim.lr=1e-3) or a .toml file"
+        )
+    hint = get_type_hints(_sections()[section]).get(key) if section in _sections() else None
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if hint is str and not isinstance(value, str):
+        value = text
+    if get_origin(hint) is list and not isinstance(value, list):
+        value = [value]
+    values.setdefault(section, {})[key] = value
+    origins[section] = origins[f"{section}.{key}"] = "command line"
+
+
+def _sections() -> dict[str, type]:
+    return dict(get_type_hints(Config))
+
+
+def _unknown(origin: str, name: str, problem: str, valid: Sequence[str] | dict[str, type]) -> None:
+    near = get_close_matches(name.rpartition(".")[2], list(valid), 1, 0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"{origin}: {name} {problem} {', '.join(valid)}{hint}")
+
+
+def _validate(values: dict[str, Any], origins: dict[str, str]) -> Config:
+    """Build the config; turn the first of pydantic's errors into one line."""
+    sections = _sections()
+    for section in values:
+        if section not in sections:
+            _unknown(origins[section], section, "is no section; sections are", sections)
+    built: dict[str, Any] = {}
+    for section, table in values.items():
+        try:
+            built[section] = sections[section](**table)
+        except ValidationError as error:
+            raise UserError(_one_line(error, section, origins)) from None
+    return Config(**built)
+
+
+def _one_line(error: ValidationError, section: str, origins: dict[str, str]) -> str:
+    first, *rest = error.errors(include_url=False)
+    key = ".".join(str(part) for part in first["loc"])
+    origin = origins.get(f"{section}.{first['loc'][0]}", section)
+    hints = get_type_hints(_sections()[section], include_extras=True)
+    if first["loc"][0] not in hints:
+        near = get_close_matches(key, list(hints), 1, 0.5)
+        hint = f"the nearest is {section}.{near[0]}" if near else "valid are " + ", ".join(hints)
+        return f"{origin}: unknown key {section}.{key}; {hint}"
+    message = first["msg"].replace("Input should be", "expected")
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        valid = [str(value) for value in get_args(hints[key])]
+        near = get_close_matches(first["input"], valid, 1, 0.4)
+        message += f"; the nearest is {near[0]!r}" if near else ""
+    more = f" (and {len(rest)} more)" if rest else ""
+    return f"{origin}: {section}.{key} = {first['input']!r}: {message}{more}"

@@ -1,0 +1,221 @@
+"""How good a model is: loss, perplexity and bits per byte on text it has not seen.
+
+Loss in nats a token depends on the tokenizer (longer tokens, fewer and harder predictions), so it
+compares only runs that share one. Bits per byte spreads the same total over the bytes of the text,
+
+    bits_per_byte = sum of -log2 p(token | tokens before it) / bytes of the text,
+
+which compares models with different tokenizers, and models with compressors: it is the size of the
+text, in bits per byte, after arithmetic coding with the model's probabilities.
+
+The text is cut into windows of the context length that do not overlap; each token but the first is
+predicted once, and the first tokens of a window are predicted from little context. Windows that
+slide would flatter the model somewhat and cost several times as much. Sums are kept in float64,
+logits turned to fp32 before the softmax, and the result does not depend on the batch size but for
+the rounding inside the model.
+"""
+
+import gzip
+import lzma
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, NamedTuple
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet.model import Transformer
+from bitnet.schema import STRICT, UserError
+from bitnet.tokenizer import Tokenizer
+
+_Count = Annotated[int, Field(ge=0)]
+
+_CPU_LOGITS, _GPU_LOGITS = 2**23, 2**28
+"""Logits computed together where the batch size is left open: 32 MiB and 1 GiB in fp32, and the
+softmax needs as much again. A CPU gains nothing from more: at 4M parameters, windows of 256 and a
+vocabulary of 4096, 64 windows at once take up to 3 times as long a token as 8 (2 threads)."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvalConfig:
+    """The ``[eval]`` section: what is measured on the validation split during a run."""
+
+    every: Annotated[int, Field(ge=1)] = 250
+    """steps between evaluations (the last step is always evaluated)"""
+    max_tokens: _Count = 0
+    """validation tokens predicted in an evaluation, from the start of the split; 0 = all"""
+    micro_batch: _Count = 0
+    """sequences at once; 0 = as many as keep the logits within 32 MiB (CPU) or 1 GiB (GPU)"""
+    sample_prompt: str = ""
+    """text that the sample of each evaluation continues; "" = the start of a document"""
+    sample_tokens: _Count = 64
+    """tokens of the sample; 0 = no sample"""
+
+
+class EvalResult(NamedTuple):
+    """What an evaluation found."""
+
+    loss: float
+    """mean negative log likelihood of a token, in nats"""
+    bits_per_byte: float
+    """total negative log likelihood in bits, over the bytes of the text"""
+    tokens: int
+    """tokens predicted"""
+    bytes: int
+    """bytes of UTF-8 that those tokens stand for"""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that is beyond a float."""
+        return math.inf if self.loss > 700 else math.exp(self.loss)
+
+
+def evaluate_windows(
+    model: Transformer,
+    windows: Iterable[Tensor],
+    count_bytes: Callable[[Tensor], int],
+    batch_size: int = 0,
+    max_tokens: int = 0,
+) -> EvalResult:
+    """Evaluate on windows of tokens, as ``bitnet.data.sequential_windows`` cuts them.
+
+    End-of-document tokens are predictions like any other and stand for no bytes.
+
+    Arguments:
+        model: evaluated on its device, in eval mode (restored afterwards), under the caller's
+            autocast if there is one.
+        windows: integers ``[T + 1]`` each: T inputs and, shifted by one, T targets. T may vary.
+        count_bytes: bytes of text that the targets ``window[1:]`` of a window stand for
+            (``Tokenizer.count_bytes``).
+        batch_size: windows at once; 0 = as many as keep the logits within 32 MiB on a CPU, 1 GiB
+            elsewhere.
+        max_tokens: stop after this many predictions; 0 = all. The last window may be cut.
+
+    Raises:
+        UserError: the windows hold nothing to predict.
+    """
+    n_bytes = 0
+
+    def counted() -> Iterator[Tensor]:
+        nonlocal n_bytes
+        left = max_tokens or math.inf
+        for window in windows:
+            if left <= 0:
+                return
+            kept = window if len(window) - 1 <= left else window[: int(left) + 1]
+            left -= len(kept) - 1
+            n_bytes += count_bytes(kept)
+            yield kept
+
+    nats, tokens = _negative_log_likelihood(model, counted(), batch_size)
+    return _result(nats, tokens, n_bytes)
+
+
+def evaluate_text(
+    model: Transformer, tokenizer: Tokenizer, text: str, batch_size: int = 0
+) -> EvalResult:
+    """Evaluate on a text taken as one document: every token of it is predicted.
+
+    The first token's context is the end-of-document token, as in training; the end itself is not
+    predicted. ``bytes`` is the length of the text in UTF-8. Arguments as :func:`evaluate_windows`.
+
+    Raises:
+        UserError: the text is empty, or the tokenizer is not the model's.
+    """
+    if not text:
+        raise UserError("the text to evaluate is empty")
+    vocab_size = model.config.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, "
+            f"the model only {vocab_size}: they do not belong together"
+        )
+    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)])
+    span = model.config.max_seq_len
+    windows = (ids[start : start + span + 1] for start in range(0, len(ids) - 1, span))
+    nats, tokens = _negative_log_likelihood(model, windows, batch_size)
+    return _result(nats, tokens, len(text.encode()))
+
+
+def compressor_baselines(text: bytes) -> dict[str, float]:
+    """Bits per byte that ``gzip -9`` and ``xz -9`` reach on a text, for scale.
+
+    Their size includes all that is needed to unpack; a model's bits per byte leave out the model.
+
+    Raises:
+        UserError: the text is empty.
+    """
+    if not text:
+        raise UserError("the text to compress is empty")
+    return {
+        "gzip -9": 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text),
+        "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
+    }
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients inside; afterwards each module's own mode is back.
+
+    Not ``torch.inference_mode``: a tensor that a module keeps from a forward inside it could not
+    be used in training afterwards.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _result(nats: float, tokens: int, n_bytes: int) -> EvalResult:
+    if tokens == 0 or n_bytes == 0:
+        raise UserError("there is nothing to evaluate on: the data hold no text to predict")
+    return EvalResult(
+        loss=nats / tokens,
+        bits_per_byte=nats / math.log(2) / n_bytes,
+        tokens=tokens,
+        bytes=n_bytes,
+    )
+
+
+def _negative_log_likelihood(
+    model: Transformer, windows: Iterable[Tensor], batch_size: int
+) -> tuple[float, int]:
+    """The sum over all predictions, in nats, and their number."""
+    device = model.embed_tokens.weight.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = 0
+    logits_at_once = _CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS
+    max_predictions = logits_at_once // model.config.vocab_size
+    with evaluation_mode(model):
+        for batch in _batches(windows, batch_size, max_predictions):
+            batch_BT = batch.to(device, torch.int64)
+            inputs, targets = batch_BT[:, :-1], batch_BT[:, 1:]
+            logits_BTV = model(inputs).float()
+            each = F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten(), reduction="none")
+            total += each.double().sum()
+            tokens += targets.numel()
+    return float(total), tokens
+
+
+def _batches(windows: Iterable[Tensor], batch_size: int, max_predictions: int) -> Iterator[Tensor]:
+    """Stack neighbours of equal length, ``batch_size`` or (where that is 0) as many as make up to
+    ``max_predictions``, but one at least."""
+    batch: list[Tensor] = []
+    for window in windows:
+        if len(window) < 2:
+            continue
+        limit = batch_size or max(1, max_predictions // (len(window) - 1))
+        if batch and (len(batch) == limit or len(batch[0]) != len(window)):
+            yield torch.stack(batch)
+            batch = []
+        batch.append(window)
+    if batch:
+        yield torch.stack(batch)

@@ -1,0 +1,151 @@
+"""The proof that a packed model computes what the trained one computes, bit for bit.
+
+Packing keeps integers and one fp32 scale a tensor (or row, or group), so nothing may differ, at any
+depth: the codes, the int32 accumulators of each layer (on the activations that the layer really
+sees, and on random int8, which reach the extremes), the logits, and the tokens chosen greedily. The
+accumulators are also compared with a float64 product, exact below 2^53: the two integer paths
+could be wrong together.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from bitnet.evaluate import evaluation_mode
+from bitnet.generate import generate
+from bitnet.linear import BitLinear, TernaryLinear
+from bitnet.model import Transformer
+from bitnet.schema import UserError
+from bitnet_kernels import ternary_matmul
+from bitnet_kernels.reference import absmax_int8, int8_matmul
+
+RANDOM_TOKENS = 16
+"""Rows of random int8 activations for each layer, beside those of the prompts."""
+
+
+@dataclass
+class Proof:
+    """What was compared, and every difference found."""
+
+    matrices: int = 0
+    """Ternary matrices whose codes and scales were compared."""
+    weights: int = 0
+    """Codes in them."""
+    accumulators: int = 0
+    """int32 accumulators compared."""
+    logits: int = 0
+    """Logits compared."""
+    tokens: int = 0
+    """Greedily generated tokens compared."""
+    differences: list[str] = field(default_factory=list)
+    """One line each, naming the layer."""
+
+    @property
+    def holds(self) -> bool:
+        """Nothing differs."""
+        return not self.differences
+
+
+def prove(
+    latent: Transformer, packed: Transformer, prompts: list[list[int]], new_tokens: int
+) -> Proof:
+    """Compare a trained model with its packed form.
+
+    Arguments:
+        latent: with BitLinear layers. packed: the same with TernaryLinear layers, on the same
+            device; neither is changed.
+        prompts: token ids, each at least one and short enough for ``new_tokens`` more.
+        new_tokens: greedy tokens a prompt.
+    Raises:
+        UserError: ``latent`` has no ternary layer. ValueError: no prompts, or an empty one.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("prompts: expected at least one, and none empty")
+    trained = {n: module for n, module in latent.named_modules() if isinstance(module, BitLinear)}
+    if not trained:
+        raise UserError("the model has no ternary layers: there is nothing to pack")
+    proof = Proof()
+    with evaluation_mode(latent), evaluation_mode(packed):
+        seen = _compare_logits(latent, packed, prompts, trained, proof)
+        for name, linear in trained.items():
+            _compare_layer(name, linear, dict(packed.named_modules()).get(name), seen[name], proof)
+        _compare_rest(latent, packed, proof)
+    texts = zip(
+        generate(latent, prompts, new_tokens), generate(packed, prompts, new_tokens), strict=True
+    )
+    for row, (ours, theirs) in enumerate(texts):
+        proof.tokens += len(ours)
+        if ours != theirs:
+            proof.differences.append(f"prompt {row}: greedy tokens differ: {ours} and {theirs}")
+    return proof
+
+
+def _compare_logits(
+    latent: Transformer,
+    packed: Transformer,
+    prompts: list[list[int]],
+    trained: dict[str, BitLinear],
+    proof: Proof,
+) -> dict[str, list[Tensor]]:
+    """Run the prompts through both; returns the int8 activations that each layer saw."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in trained}
+
+    def record(name: str, linear: BitLinear) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            (x,) = args
+            if linear.rms_norm is not None:
+                x = linear.rms_norm(x)
+            seen[name].append(absmax_int8(x.flatten(0, -2))[0])
+
+        return linear.register_forward_pre_hook(hook)
+
+    handles = [record(name, linear) for name, linear in trained.items()]
+    try:
+        for row, prompt in enumerate(prompts):
+            tokens = torch.tensor([prompt], device=latent.embed_tokens.weight.device)
+            ours, theirs = latent(tokens), packed(tokens)
+            proof.logits += ours.numel()
+            if not torch.equal(ours, theirs):
+                proof.differences.append(f"prompt {row}: logits differ")
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _compare_layer(
+    name: str, linear: BitLinear, packed: nn.Module | None, seen: list[Tensor], proof: Proof
+) -> None:
+    if not isinstance(packed, TernaryLinear):
+        proof.differences.append(f"{name}: is not packed")
+        return
+    codes, scale = linear.quantize()
+    proof.matrices += 1
+    proof.weights += codes.numel()
+    if not torch.equal(packed.codes(), codes):
+        proof.differences.append(f"{name}: codes differ")
+    if not torch.equal(packed.scale, scale):
+        proof.differences.append(f"{name}: scales differ")
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randint(
+        -128, 128, (RANDOM_TOKENS, codes.shape[1]), dtype=torch.int8, generator=generator
+    )
+    x_q = torch.cat([*seen, random.to(codes.device)])
+    ours = int8_matmul(x_q, codes)
+    proof.accumulators += ours.numel()
+    if not torch.equal(ternary_matmul(x_q, packed.packed, packed.kernel), ours):
+        proof.differences.append(f"{name}: integer accumulators differ")
+    if not torch.equal(x_q.double() @ codes.double().t(), ours.double()):
+        proof.differences.append(f"{name}: integer accumulators are not the exact product")
+
+
+def _compare_rest(latent: Transformer, packed: Transformer, proof: Proof) -> None:
+    """Embeddings, norms and head: everything that packing leaves as it is."""
+    theirs = dict(packed.named_parameters())
+    for name, parameter in latent.named_parameters():
+        owner = latent.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, BitLinear) and name.endswith(".weight"):
+            continue
+        if name not in theirs or not torch.equal(theirs[name], parameter):
+            proof.differences.append(f"{name}: differs")

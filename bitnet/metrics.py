@@ -1,0 +1,321 @@
+"""What a run says about itself: ``metrics.jsonl``, wandb and the console.
+
+``metrics.jsonl`` is the record: one JSON object a line, each with the ``step`` it belongs to. It
+is exact over kills because of an order, not a lock:
+
+    append(step s) ... sync() -> checkpoint of step s becomes durable      while training
+    rewind(s) -> train on from s                                           on resume
+
+A line is in the file before the checkpoint that covers it, and lines past the checkpoint go before
+their steps are run again; so whatever the moment of a SIGKILL, no step is lost or doubled. The
+console and wandb are views: they may be cut off at any time, and a failure of wandb is one warning,
+never the end of a run.
+"""
+
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from netrc import NetrcParseError, netrc
+from pathlib import Path
+from typing import IO, Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+import rich.console
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from rich.live import Live
+from rich.text import Text
+
+from bitnet.durable import write_atomic
+from bitnet.schema import STRICT, UserError
+
+
+@dataclass(frozen=True, config=STRICT)
+class LogConfig:
+    """What is logged, how often and where to."""
+
+    every: Annotated[int, Field(ge=1)] = 10
+    """Steps between lines of metrics.jsonl (and of the console, where it is not a terminal)."""
+    telemetry_every: Annotated[int, Field(ge=0)] = 100
+    """Steps between readings of the ternary weights (zeros, flips, ...); 0 turns them off."""
+    wandb: Literal["offline", "online", "disabled"] = "offline"
+    """offline: under the run folder, for `wandb sync`; online needs an API key; disabled."""
+    wandb_project: Annotated[str, Field(min_length=1)] = "bitnet"
+    """The wandb project."""
+
+
+class MetricsFile:
+    """``metrics.jsonl``, append-only between rewinds.
+
+    Arguments:
+        path: of the file; it and its folder are made by the first write.
+    Raises:
+        UserError: from any method, where the file cannot be written (permissions, a full disk).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one line and hand it to the operating system at once: it survives a killed
+        process, and after :meth:`sync` a killed machine.
+
+        Floats are written with all their digits and read back bit for bit. JSON has no NaN and
+        no infinity; both become ``null``.
+
+        Arguments:
+            row: ``step`` (int: completed steps) and whatever else JSON can hold.
+        """
+        assert type(row.get("step")) is int, "a line without its step cannot be rewound"
+        line = memoryview(json.dumps(_json_value(row), allow_nan=False).encode() + b"\n")
+        with _user_error(self.path):
+            if not self.path.exists():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(self.path, b"")  # so that the name, too, survives a power cut
+            with self.path.open("ab", buffering=0) as file:
+                while line:
+                    line = line[file.write(line) :]
+
+    def sync(self) -> None:
+        """Wait until every line is on disk; call before a checkpoint becomes durable."""
+        with _user_error(self.path):
+            if self.path.exists():
+                with self.path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+    def rewind(self, step: int) -> None:
+        """Keep exactly the whole lines with a step <= ``step``; atomic (write aside, rename).
+
+        Call once before the first append, with the checkpoint's step, or with -1 where there is
+        no checkpoint. What a killed process left past it goes, a half-written last line too.
+
+        Raises:
+            UserError: a line that is no JSON object with a step stands before lines to be kept:
+                that is damage, not a kill.
+        """
+        with _user_error(self.path):
+            data = self.path.read_bytes() if self.path.exists() else b""
+        kept, damaged = [], 0
+        for number, line in enumerate(data.split(b"\n")[:-1], 1):
+            line_step = _step_of(line)
+            if line_step is None:
+                damaged = damaged or number
+            elif line_step <= step:
+                if damaged:
+                    raise UserError(
+                        f"{self.path}: line {damaged} is not a JSON object with a step; "
+                        "delete that line, or move the file away"
+                    )
+                kept.append(line + b"\n")
+        if (new := b"".join(kept)) == data:
+            return
+        with _user_error(self.path):
+            write_atomic(self.path, new)
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _json_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(item) for item in value]
+    return value
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if type(step) is int else None
+
+
+@contextmanager
+def _user_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+
+
+class Tracker:
+    """wandb, held at arm's length: it never blocks for long, never asks, never ends a run.
+
+    Online is used only where an API key is at hand; without one wandb would stop at a prompt. The
+    first failure of any call prints one warning and switches the tracker off. wandb is imported
+    here and not with this module, since a disabled run need not pay for it. The run's id is kept
+    in ``<folder>/wandb/id``, so a resumed run continues its curves (steps that wandb has already
+    seen, it ignores).
+
+    Arguments:
+        config: ``wandb`` and ``wandb_project`` count here.
+        folder: the run's folder; name: the run's name; settings: the resolved config, to store.
+        warn: prints one warning line.
+    """
+
+    def __init__(
+        self,
+        config: LogConfig,
+        folder: Path,
+        name: str,
+        settings: Mapping[str, Any],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._warn = warn
+        self._run: Any = None
+        mode = config.wandb
+        if mode == "disabled":
+            return
+        if mode == "online" and not _has_wandb_key():
+            warn("wandb: no API key (run `wandb login`, or set WANDB_API_KEY): logging offline")
+            mode = "offline"
+        with self._guard("start"):
+            import wandb
+
+            self._run = wandb.init(
+                project=config.wandb_project,
+                name=name,
+                id=_wandb_id(folder / "wandb" / "id"),
+                dir=str(folder),
+                config=dict(settings),
+                resume="allow" if mode == "online" else None,  # offline has nothing to ask
+                settings=wandb.Settings(
+                    mode=mode, console="off", silent=True, init_timeout=30, finish_timeout=30
+                ),
+            )
+
+    def log(self, row: Mapping[str, Any], step: int) -> None:
+        """Log numbers (nested dicts are flattened by wandb) at a step, which must not fall."""
+        if self._run is not None:
+            with self._guard("log"):
+                self._run.log(dict(row), step=step)
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Close the run; online it waits at most 30 s for the upload. Safe to call twice."""
+        run, self._run = self._run, None
+        if run is not None:
+            with self._guard("finish"):
+                run.finish(exit_code=exit_code)
+
+    @contextmanager
+    def _guard(self, action: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._run = None
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            self._warn(f"wandb: {action} failed ({reason}); it is off, metrics.jsonl goes on")
+
+
+def _has_wandb_key() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
+    except (OSError, NetrcParseError):
+        return False
+
+
+def _wandb_id(path: Path) -> str:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, secrets.token_hex(4).encode())  # not `random`, whose state is the run's
+    return path.read_text().strip()
+
+
+_CONTROL_CODES = (*range(9), *range(11, 32), *range(127, 160))  # all but tab and newline
+_PRINTABLE = dict.fromkeys(_CONTROL_CODES, "\N{REPLACEMENT CHARACTER}")
+
+
+class Console:
+    """A live line on a terminal; elsewhere (a pipe, a CI log) a plain line every ``every`` steps.
+
+    rich decides which, and honours NO_COLOR, TERM and FORCE_COLOR. Use as a context manager: the
+    terminal's cursor comes back however the run ends.
+
+    Arguments:
+        total_steps: of the run; start_step: where this process resumed.
+        every: steps between plain lines; the last step has one too.
+        quiet: print nothing at all.
+        file: default stdout.
+        clock: seconds, for the ETA, which is the wall clock of this process: evaluations and
+            checkpoints included.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        *,
+        every: int = 1,
+        quiet: bool = False,
+        file: IO[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total_steps, self.start_step, self.every = total_steps, start_step, every
+        self._clock, self._start = clock, clock()
+        self._val_bpb = math.nan
+        self._last_line = -1
+        self._rich = rich.console.Console(
+            file=file, quiet=quiet, markup=False, highlight=False, emoji=False
+        )
+        terminal = self._rich.is_terminal and not self._rich.is_dumb_terminal and not quiet
+        self._live = Live(console=self._rich, refresh_per_second=4) if terminal else None
+
+    def __enter__(self) -> "Console":
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def progress(self, step: int, row: Mapping[str, Any]) -> None:
+        """Show a step, once or more; uses ``loss``, ``val_bpb`` (the last one seen stays),
+        ``tokens_per_second`` and ``lr`` of the row, whichever are there."""
+        self._val_bpb = row.get("val_bpb", self._val_bpb)
+        done = step - self.start_step
+        seconds = (self._clock() - self._start) * (self.total_steps - step) / max(done, 1)
+        fields = [f"step {step}/{self.total_steps}"]
+        if "loss" in row:
+            fields.append(f"loss {row['loss']:.4f}")
+        fields.append(f"ETA {_duration(seconds)}" if done > 0 else "ETA ?")
+        if not math.isnan(self._val_bpb):
+            fields.append(f"val {self._val_bpb:.3f} bpb")
+        if "tokens_per_second" in row:
+            fields.append(f"{row['tokens_per_second']:,.0f} tok/s")
+        if "lr" in row:
+            fields.append(f"lr {row['lr']:.2e}")
+        if self._live is None:
+            due = step % self.every == 0 or step == self.total_steps
+            if due and step != self._last_line:
+                self.print("  ".join(fields))
+                self._last_line = step
+            return
+        while len(fields) > 1 and len("  ".join(fields)) > self._rich.width:
+            fields.pop()  # the most telling fields stand first
+        self._live.update(Text("  ".join(fields), no_wrap=True, overflow="ellipsis"))
+
+    def print(self, text: str, style: str = "") -> None:
+        """Print lines (above the live line). Control characters, which a generated sample may
+        hold, and characters that the stream cannot encode are replaced."""
+        encoding = self._rich.encoding
+        text = text.translate(_PRINTABLE).encode(encoding, "replace").decode(encoding)
+        self._rich.print(Text(text, style=style), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print a warning line."""
+        self.print(f"warning: {text}", style="yellow")
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(int(seconds) // 60, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{int(seconds) % 60:02}s"

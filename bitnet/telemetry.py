@@ -1,0 +1,190 @@
+"""What the ternary weights are doing: seven numbers a layer, read every few hundred steps.
+
+A loss curve does not show a quantizer that is stuck. These do, for the whole model and a layer:
+
+    zeros        share of codes that are 0. 0.31 for Gaussian weights, 0.25 for nn.Linear's uniform
+                 initial ones; a trained run sits at 0.31 to 0.34.
+    flip_rate    share of codes that changed since the last reading (absent from the first). It
+                 falls with the learning rate; near 0 early on means the codes are frozen.
+    dead_zone    share of weights with ||W| - gamma/2| <= 0.05 * gamma/2, i.e. about to flip or
+                 flipping back and forth. 0.029 for Gaussian weights.
+    gamma        the weight scale (its mean where a layer has several).
+    gamma_drift  gamma / gamma of the first reading - 1.
+    act_clipped  share of int8 activation codes at the ends, +-127. Absmax never cuts a value off,
+                 so this is the share *at* its token's maximum after rounding: about 1/K where one
+                 outlier sets the scale, more where tokens saturate together.
+    act_kurtosis fourth standardized moment of the activations that are quantized: 3 for Gaussian
+                 ones; the larger, the more of the 8 bits outliers take from everything else.
+
+The weights are read as they are. The activations come from one extra forward pass without
+gradients on one micro-batch, so a reading costs about half of a training micro-step. It leaves
+no trace: random state, train/eval modes, gradients and compiled code are as before.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitnet.linear import BitLinear
+from bitnet.quant import spread_groups
+from bitnet_kernels import pack_ternary, unpack_ternary
+from bitnet_kernels.reference import absmax_int8
+
+DEAD_ZONE = 0.05
+"""Half-width of the dead zone around the threshold, in units of the threshold gamma/2."""
+
+
+class Telemetry:
+    """Reads a model's BitLinears; remembers the codes of the last reading, 2 bits each.
+
+    Arguments:
+        model: as it is called in training, but not wrapped (no ``torch.compile`` wrapper). One
+            without a BitLinear, such as a full-precision twin, is read as ``{}``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._layers = {
+            name: module for name, module in model.named_modules() if isinstance(module, BitLinear)
+        }
+        self._packed: dict[str, Tensor] = {}
+        self._first_gamma: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def read(self, inputs: Tensor) -> dict[str, Any]:
+        """Take a reading.
+
+        Arguments:
+            inputs: what the model's forward takes, one micro-batch.
+        Returns:
+            For a line of metrics: ``ternary/<number>`` over the model (a mean weighted by each
+            layer's weights, or activations), and ``ternary/layers``: layer -> number -> value,
+            to 4 digits. Numbers as above.
+        """
+        if not self._layers:
+            return {}
+        activations = self._read_activations(inputs)
+        keys: list[tuple[str, str]] = []
+        values: list[Tensor] = []
+        for name, layer in self._layers.items():
+            numbers = self._read_weights(name, layer) | activations[name].numbers()
+            keys += [(name, number) for number in numbers]
+            values += [value.float() for value in numbers.values()]
+        layers: dict[str, dict[str, float]] = {name: {} for name in self._layers}
+        totals: dict[str, list[tuple[int, float]]] = {}
+        for (name, number), value in zip(keys, torch.stack(values).tolist(), strict=True):
+            layers[name][number] = float(f"{value:.4g}")
+            weight = activations[name].count if number.startswith("act_") else self._size(name)
+            totals.setdefault(number, []).append((weight, value))
+        overall = {
+            f"ternary/{number}": sum(w * value for w, value in terms) / sum(w for w, _ in terms)
+            for number, terms in totals.items()
+        }
+        return {**overall, "ternary/layers": layers}
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint: ``codes.<layer>`` uint8 (packed) and ``gamma.<layer>`` fp32 ``[]`` of
+        the first reading; empty before it."""
+        codes = {f"codes.{name}": packed for name, packed in self._packed.items()}
+        return codes | {f"gamma.{name}": gamma for name, gamma in self._first_gamma.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Continue from :meth:`state`: the next reading equals that of an uninterrupted run.
+
+        Raises:
+            ValueError: the state is not of this model's layers.
+        """
+        expected = {f"{kind}.{name}" for kind in ("codes", "gamma") for name in self._layers}
+        if state and set(state) != expected:
+            raise ValueError(
+                f"state: not of this model's layers: {sorted(set(state) ^ expected)[0]!r} differs"
+            )
+        for key, value in state.items():
+            kind, _, name = key.partition(".")
+            value = value.to(self._layers[name].weight.device)
+            (self._packed if kind == "codes" else self._first_gamma)[name] = value
+
+    def _size(self, name: str) -> int:
+        return self._layers[name].weight.numel()
+
+    def _read_weights(self, name: str, layer: BitLinear) -> dict[str, Tensor]:
+        codes, gamma = layer.quantize()
+        size = self._size(name)
+        numbers = {"zeros": (codes == 0).sum() / size}
+        if name in self._packed:
+            before = unpack_ternary(self._packed[name], layer.in_features)
+            numbers["flip_rate"] = (codes != before).sum() / size
+        self._packed[name] = pack_ternary(codes)
+        threshold = gamma / 2
+        if gamma.dim() == 1:
+            threshold = threshold.unsqueeze(1)
+        elif gamma.dim() == 2:
+            threshold = spread_groups(threshold, layer.group_size, layer.in_features)
+        distance = (layer.weight.float().abs() - threshold).abs()
+        numbers["dead_zone"] = (distance <= DEAD_ZONE * threshold).sum() / size
+        numbers["gamma"] = gamma.mean()
+        first = self._first_gamma.setdefault(name, numbers["gamma"])
+        numbers["gamma_drift"] = numbers["gamma"] / first - 1
+        return numbers
+
+    def _read_activations(self, inputs: Tensor) -> dict[str, "_Activations"]:
+        activations = {name: _Activations() for name in self._layers}
+        with ExitStack() as stack:
+            stack.enter_context(_undisturbed(self._model, inputs.device))
+            for name, layer in self._layers.items():
+                hook = layer.register_forward_pre_hook(activations[name].hook, with_kwargs=True)
+                stack.callback(hook.remove)
+            self._model(inputs)
+        return activations
+
+
+class _Activations:
+    """Sums over the calls of one layer in one forward pass."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._clipped: list[Tensor] = []
+        self._kurtosis: list[Tensor] = []
+
+    def hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        assert isinstance(layer, BitLinear)
+        x: Tensor = args[0] if args else kwargs["input"]
+        if x.numel() == 0:
+            return
+        if layer.rms_norm is not None:
+            x = layer.rms_norm(x)
+        codes, _ = absmax_int8(x)
+        centred = x.float() - x.float().mean()
+        standard = centred / centred.square().mean().sqrt()  # first, so that x^4 cannot overflow
+        self.count += x.numel()
+        self._clipped.append(((codes >= 127) | (codes <= -127)).sum())
+        self._kurtosis.append(standard.square().square().mean() * x.numel())
+
+    def numbers(self) -> dict[str, Tensor]:
+        """Empty for a layer that was not called."""
+        if not self.count:
+            return {}
+        return {
+            "act_clipped": torch.stack(self._clipped).sum() / self.count,
+            "act_kurtosis": torch.stack(self._kurtosis).sum() / self.count,
+        }
+
+
+@contextmanager
+def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, eager, and nothing left changed."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        # Eager: hooks on compiled code would have it compiled again, with and without them.
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

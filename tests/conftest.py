@@ -1,0 +1,84 @@
+"""What every test can count on: the same seeds, one thread, no network, no accounts.
+
+The environment is set here, before torch, Triton or a tracker is imported, and holds for child
+processes too.
+"""
+
+import ipaddress
+import os
+import random
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, on any machine
+os.environ["HF_HUB_OFFLINE"] = "1"  # a missing network is otherwise retried for 23 s
+os.environ["WANDB_MODE"] = "offline"
+os.environ["NETRC"] = os.devnull  # where wandb finds a key
+for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "NO_COLOR", "FORCE_COLOR"):
+    os.environ.pop(name, None)
+NOWHERE = ("127.0.0.1", 9)  # nobody listens there, so a child process that asks the net fails
+for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+    os.environ[name] = f"http://{NOWHERE[0]}:{NOWHERE[1]}"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # run Triton's kernels on the CPU
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Each test begins with the same random state and thread count, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def _is_local(address: Any) -> bool:
+    if not isinstance(address, tuple):  # a Unix socket's path
+        return True
+    if address == NOWHERE:
+        return False
+    host = address[0] or "localhost"
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test that talks to another machine fails, even where the code under test carries on."""
+    attempts: list[Any] = []
+    connect, connect_ex, getaddrinfo = (
+        socket.socket.connect,
+        socket.socket.connect_ex,
+        socket.getaddrinfo,
+    )
+
+    def check(address: Any) -> None:
+        if not _is_local(address):
+            attempts.append(address)
+            raise OSError(f"tests have no network: {address}")
+
+    def guarded_connect(self: socket.socket, address: Any) -> None:
+        check(address)
+        connect(self, address)
+
+    def guarded_connect_ex(self: socket.socket, address: Any) -> int:
+        check(address)
+        return connect_ex(self, address)
+
+    def guarded_getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
+        check((host,))
+        return getaddrinfo(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded_connect)
+    monkeypatch.setattr(socket.socket, "connect_ex", guarded_connect_ex)
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_getaddrinfo)
+    yield
+    assert not attempts, f"the test tried to reach {attempts}"

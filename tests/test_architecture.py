@@ -1,0 +1,274 @@
+"""The house rules that no linter knows: who imports whom, and what an import may not do.
+
+The arrows are read from syntax trees, so an import inside a function counts like any other.
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+    for root in (ROOT, ROOT / "kernels")
+    for package in ("bitnet", "bitnet_kernels")
+    for path in sorted((root / package).rglob("*.py"))
+} | {"train": ROOT / "train.py"}
+MODULES = sorted(FILES)
+
+ABOVE = {"bitnet", "bitnet.cli", "train"}
+"""What no module of the library may import: `bitnet` itself gathers the public names."""
+ARROWS = {
+    "bitnet.schema": set[str](),
+    "bitnet.quant": {"bitnet_kernels"},
+    "bitnet.linear": {"bitnet_kernels", "bitnet.quant"},
+    "bitnet.model": {"bitnet.linear", "bitnet.quant"},
+}
+"""The foundations may import this and bitnet.schema; what stands above them is bound by ABOVE and
+by having no cycles."""
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text(), FILES[module].name)
+
+
+def nodes(node: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """Every node, and whether it stands inside a function."""
+    for child in ast.iter_child_nodes(node):
+        yield child, inside
+        function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        yield from nodes(child, inside or function)
+
+
+def imports(module: str) -> Iterator[tuple[str, bool]]:
+    """(imported module, inside a function); `from package import module` gives the module."""
+    for node, inside in nodes(tree(module)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: relative import"
+            name = str(node.module)
+            for alias in node.names:
+                full = f"{name}.{alias.name}"
+                yield (full if full in FILES else name), inside
+
+
+def our_imports(module: str) -> set[str]:
+    return {name for name, _ in imports(module) if name in FILES}
+
+
+def root_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def test_every_module_is_found() -> None:
+    assert {"bitnet", "bitnet.linear", "bitnet.export.folder", "train"} <= set(MODULES)
+    assert {"bitnet_kernels", "bitnet_kernels.packing", "bitnet_kernels.gpu.dot"} <= set(MODULES)
+
+
+@pytest.mark.parametrize("module", ARROWS)
+def test_arrows_of_the_foundations(module: str) -> None:
+    allowed = ARROWS[module] | {"bitnet.schema"}
+    for name in our_imports(module):
+        assert name in allowed or root_of(name) in allowed, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_of_all(module: str) -> None:
+    names = our_imports(module)
+    if root_of(module) == "bitnet_kernels":
+        assert {root_of(name) for name in names} <= {"bitnet_kernels"}
+        outside = {root_of(name) for name, _ in imports(module)} - set(sys.stdlib_module_names)
+        assert outside <= {"bitnet_kernels", "torch", "triton"}
+    if module == "bitnet.config":  # composes the dataclasses, each owned by its own module
+        owners = {name for name in FILES if re.search(r"^class \w+Config", source(name), re.M)}
+        assert names <= owners | {"bitnet.schema", "bitnet.tokenizer"}
+    if module == "bitnet.cli":
+        assert "train" not in names
+    elif module != "train":
+        assert not names & ABOVE, f"{module} imports {names & ABOVE}"
+
+
+def source(module: str) -> str:
+    return FILES[module].read_text()
+
+
+def test_no_cycles() -> None:
+    """Depth first; a module met again on its own path closes a cycle."""
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for name in our_imports(module):
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_third_party_imports(module: str) -> None:
+    """Each is declared in pyproject.toml, an extra's (and wandb, Triton) only inside functions.
+    Nothing imports `kernels`, which is a folder here and another project's package elsewhere."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        distributions = {re.split(r"[\s<>=!~;\[]", text)[0].lower() for text in requirements}
+        return {name.replace("-", "_") for name in distributions}
+
+    core = names(project["dependencies"])
+    extras = set[str]().union(
+        *(names(extra) for extra in project["optional-dependencies"].values())
+    )
+    ours = {"bitnet", "bitnet_kernels"}
+    for name, inside in imports(module):
+        package = root_of(name)
+        assert package != "kernels"
+        if package in sys.stdlib_module_names or package in ours:
+            continue
+        if module.startswith("bitnet_kernels.gpu.") and package == "triton":
+            continue
+        assert package in core | extras, f"{name} is not declared in pyproject.toml"
+        if package in {"wandb", "triton"} or package not in core:
+            assert inside, f"{name} must be imported inside the function that needs it"
+
+
+def test_kernels_is_a_folder_not_a_package() -> None:
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_that_is_loaded_may_execute_code(module: str) -> None:
+    assert not {"pickle", "marshal", "shelve", "dill"} & {
+        root_of(name) for name, _ in imports(module)
+    }
+    for node, _ in nodes(tree(module)):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in {"eval", "exec", "torch.load", "torch.save"}, called
+            assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_annotations_are_complete(module: str) -> None:
+    for node, _ in nodes(tree(module)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            where = f"{FILES[module].name}:{node.lineno} {node.name}"
+            assert node.returns is not None, f"{where}: no return type"
+            given = node.args
+            arguments = [*given.posonlyargs, *given.args, *given.kwonlyargs]
+            arguments += [star for star in (given.vararg, given.kwarg) if star is not None]
+            for argument in arguments:
+                typed = argument.annotation is not None or argument.arg in ("self", "cls")
+                assert typed, f"{where}: {argument.arg} has no type"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_public_names_are_documented(module: str) -> None:
+    def check(node: ast.Module | ast.ClassDef) -> None:
+        for child in node.body:
+            if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                continue
+            if not child.name.startswith("_"):
+                assert ast.get_docstring(child), f"{FILES[module].name}:{child.lineno} {child.name}"
+                if isinstance(child, ast.ClassDef):
+                    check(child)
+
+    assert ast.get_docstring(tree(module)) or not source(module).strip(), "no module docstring"
+    check(tree(module))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_can_be_read_in_a_sitting(module: str) -> None:
+    assert source(module).count("\n") <= 450
+
+
+IMPORT_ALL = """
+import importlib, json, os, socket, sys
+
+first, ours, blocked, root = json.loads(sys.argv[1])
+for name in blocked:
+    sys.modules[name] = None  # importing it raises
+for name in first:
+    importlib.import_module(name)
+import torch
+
+def forbid(what):
+    def forbidden(*args, **kwargs):
+        raise AssertionError(f"{what} at import")
+    return forbidden
+
+inner = {function.__code__.co_filename for function in (os.getenv, os.environ.get)}
+class Watched(type(os.environ)):
+    def __getitem__(self, key):
+        frame = sys._getframe(1)
+        while (file := frame.f_code.co_filename) in inner:
+            frame = frame.f_back
+        if file.startswith(root) and "site-packages" not in file:
+            raise AssertionError(f"{file} reads the environment at import: {key}")
+        return super().__getitem__(key)
+
+before = dict(os.environ)
+os.environ.__class__ = Watched
+socket.socket = socket.create_connection = socket.getaddrinfo = forbid("network")
+torch.cuda.is_available = torch.cuda._lazy_init = torch.cuda.device_count = forbid("CUDA")
+torch.cuda.get_device_capability = torch.cuda.get_device_name = forbid("CUDA")
+state = torch.get_rng_state()
+for name in ours:
+    importlib.import_module(name)
+os.environ.__class__ = Watched.__base__
+assert dict(os.environ) == before, "the environment was changed"
+assert torch.equal(state, torch.get_rng_state()), "random numbers were drawn"
+assert not torch.cuda.is_initialized()
+print(json.dumps(sorted(sys.modules)))
+"""
+
+
+def import_all(ours: list[str], blocked: list[str]) -> set[str]:
+    """Import modules in a process of its own; returns the names of all that were loaded."""
+    third_party = {
+        name
+        for module in ours
+        for name, inside in imports(module)
+        if not inside and root_of(name) not in {"bitnet", "bitnet_kernels"}
+    }
+    argument = json.dumps([sorted(third_party), ours, blocked, str(ROOT)])
+    child = subprocess.run(
+        [sys.executable, "-W", "error", "-c", IMPORT_ALL, argument],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 0, child.stderr
+    return set(json.loads(child.stdout))
+
+
+def test_imports_touch_nothing_and_need_no_triton() -> None:
+    """Neither CUDA, the environment, the network nor the random state; wandb and the extras'
+    packages are not there at all."""
+    ours = [module for module in MODULES if not module.startswith("bitnet_kernels.gpu.")]
+    absent = ["triton", "wandb", "datasets", "transformers", "pyarrow", "gguf", "matplotlib"]
+    assert set(ours) <= import_all(ours, absent)
+
+
+def test_triton_files_touch_nothing_either() -> None:
+    pytest.importorskip("triton")
+    gpu = [module for module in MODULES if module.startswith("bitnet_kernels.gpu.")]
+    assert set(gpu) <= import_all(gpu, [])
+
+
+def test_importing_the_packages_loads_nothing_heavy() -> None:
+    """Triton takes half a second to import, wandb one."""
+    loaded = {root_of(name) for name in import_all(["bitnet", "bitnet_kernels"], [])}
+    assert not loaded & {"triton", "wandb", "datasets", "transformers", "pyarrow", "matplotlib"}

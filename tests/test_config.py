@@ -1,0 +1,171 @@
+"""Configs: every shipped file, strictness, the dial's rules, and the messages of mistakes."""
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from bitnet.cli import config_help
+from bitnet.config import (
+    Config,
+    default_batch_tokens,
+    default_lr,
+    describe,
+    differences,
+    load_config,
+    to_dict,
+    to_toml,
+)
+from bitnet.schema import UserError
+from bitnet.summary import model_bytes, one_line, tables
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SIZES = ["quickstart", "15m", "60m", "125m", "350m", "700m"]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_shipped_configs_and_their_twins(name: str) -> None:
+    path, twin_path = CONFIGS / f"{name}.toml", CONFIGS / "fp" / f"{name}.toml"
+    config, twin = load_config([path]).resolve(), load_config([twin_path]).resolve()
+    for file in (path, twin_path):
+        head = file.read_text().splitlines()
+        assert head[0].startswith("# "), "a head comment says what the file is"
+        comment = "\n".join(line for line in head if line.startswith("#"))
+        for word in ("Time", "Loss"):
+            assert word in comment, f"{file} does not say its {word}"
+    changed = {line.partition(":")[0] for line in differences(to_dict(config), to_dict(twin))}
+    assert changed == {"run.name", "model.linear", "optim.lr"} | (
+        {"optim.muon_lr"} if "optim.muon_lr" in changed else set()
+    )
+    assert twin.run.name == f"{name}-fp"
+    assert one_line(config)
+    assert len(tables(load_config([path]))) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("15m", 15), ("60m", 64), ("125m", 125), ("350m", 389), ("700m", 645)],
+)
+def test_sizes_are_what_the_names_say(name: str, millions: int) -> None:
+    model = load_config([CONFIGS / f"{name}.toml"]).resolve().model
+    assert model.num_parameters()["total"] / 1e6 == pytest.approx(millions, abs=0.6)
+    assert 0.85 < model.num_parameters()["total"] / (float(name[:-1]) * 1e6) < 1.15
+
+
+def test_resolving_is_idempotent_and_survives_toml() -> None:
+    config = load_config([CONFIGS / "60m.toml"], ["model.qk_norm=true"]).resolve()
+    assert config.resolve() == config
+    again = tomllib.loads(to_toml(config))
+    assert again == to_dict(config)
+
+
+def test_files_in_order_then_the_command_line(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.toml", tmp_path / "sub" / "two.toml"
+    two.parent.mkdir()
+    one.write_text("[model]\ndepth = 2\nqk_norm = true\n[optim]\nlr = 1e-3\n")
+    two.write_text('extends = "../one.toml"\n[model]\ndepth = 3\n')
+    config = load_config([two], ["optim.lr=2e-3"])
+    assert (config.model.depth, config.model.qk_norm, config.optim.lr) == (3, True, 2e-3)
+    assert config.run.name == "two"
+    assert load_config([two, one]).model.depth == 2
+    assert load_config([one], ["run.name=12"]).run.name == "12"
+    assert load_config([one], ["data.sources=texts"]).data.sources == ["texts"]
+    assert load_config([one], ['data.sources=["a", "b"]']).data.sources == ["a", "b"]
+
+
+MISTAKES = [
+    (["optim.lrr=1"], "command line: unknown key optim.lrr; the nearest is optim.lr"),
+    (["optm.lr=1"], "optm is no section.*did you mean 'optim'"),
+    (["optim.lr=fast"], "command line: optim.lr = 'fast': expected a valid number"),
+    (["train.steps=1.5"], "train.steps = 1.5: expected a valid integer"),
+    (["model.depth=0"], "model.depth = 0: expected greater than or equal to 1"),
+    (["model.linear=ternry"], "the nearest is 'ternary'"),
+    (["train.compile=1"], "train.compile = 1: expected a valid boolean"),
+    (["data.sources=[]"], "data.sources"),
+    (["verbose"], "expected section.key=value"),
+    (["=3"], "expected section.key=value"),
+    (["model.n_heads=5"], "model.n_heads = 5 does not divide model.d_model = 384"),
+    (["train.batch_tokens=1000"], "train.batch_tokens = 1000 is not a multiple of"),
+    (["train.tokens=1000", "train.steps=7"], "train.tokens = 1000 and train.steps = 7 disagree"),
+    (["model.vocab_size=77"], "model.vocab_size = 77 differs from the tokenizer's 8192"),
+    (["model.max_seq_len=8"], "model.max_seq_len = 8 is less than data.seq_len = 512"),
+    (["data.tokenizer=no/such.model"], "no/such.model"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), MISTAKES)
+def test_mistakes(overrides: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_config([], overrides).resolve()
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_in_files_name_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    for text, message in (
+        ("[model]\ndepht = 3\n", "mine.toml: unknown key model.depht; the nearest is model.depth"),
+        ("depth = 3\n", "mine.toml: depth is outside any section"),
+        ("[model\n", "mine.toml: not valid TOML"),
+        ('extends = "mine.toml"\n', "mine.toml: extends = 'mine.toml' must name another"),
+        ('extends = "base.toml"\n', "base.toml: no such config file"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_config([path])
+    with pytest.raises(UserError, match=r"mne.toml: no such config file; the nearest is .*mine"):
+        load_config([tmp_path / "mne.toml"])
+    a, b = tmp_path / "a.toml", tmp_path / "b.toml"
+    a.write_text('extends = "b.toml"\n')
+    b.write_text('extends = "a.toml"\n')
+    with pytest.raises(UserError, match="not a circle"):
+        load_config([a])
+
+
+def test_dial_rules_meet_the_published_tables() -> None:
+    # TriLM (arXiv 2407.12327): 99-190M 2.4e-3, 390M 1.8e-3, 830M 1.5e-3, 1.5B and more 1.2e-3
+    for n, lr in ((140e6, 2.4e-3), (390e6, 1.8e-3), (830e6, 1.5e-3), (1.5e9, 1.2e-3)):
+        assert default_lr(int(n), "ternary") == pytest.approx(lr, rel=0.07)
+        ratio = default_lr(int(n), "ternary") / default_lr(int(n), "fp")
+        assert ratio == pytest.approx(6, rel=0.05)  # each is rounded to two digits
+    assert default_lr(1_000_000, "ternary") == 4e-3
+    assert default_batch_tokens(50_000_000) == 2**18  # QuEST
+    assert default_batch_tokens(700_000_000) == 2**20  # b1.58
+    assert default_batch_tokens(1000) == 2**14
+
+
+def test_the_dial_sets_the_token_budget() -> None:
+    config = load_config([], ["model.depth=4"]).resolve()
+    n = config.model.num_parameters()["total"]
+    assert config.train.tokens == pytest.approx(20 * n, rel=0.01)
+    assert config.train.steps * config.train.batch_tokens == config.train.tokens
+    assert config.batch_sequences % config.train.micro_batch == 0
+    longer = load_config([], ["model.depth=4", "train.steps=7"]).resolve()
+    assert longer.train.tokens == 7 * longer.train.batch_tokens
+
+
+def test_model_bytes_are_those_of_a_packed_model() -> None:
+    from bitnet.linear import pack
+    from bitnet.model import ModelConfig, Transformer
+
+    for granularity in ("tensor", "row", "group"):
+        config = ModelConfig(
+            depth=1, vocab_size=100, max_seq_len=8, granularity=granularity
+        ).resolve()
+        model = Transformer(config)
+        assert sum(p.nbytes for p in model.parameters()) == model_bytes(config)["fp32"]
+        packed = pack(model)
+        total = sum(t.nbytes for t in (*packed.parameters(), *packed.buffers()))
+        assert total == model_bytes(config)["packed"]
+    assert "packed" not in model_bytes(dataclasses.replace(config, linear="fp"))
+
+
+def test_every_key_is_documented_in_help() -> None:
+    keys = list(describe())
+    assert len(keys) > 50
+    text = config_help()
+    for section, key, _, documentation in keys:
+        assert len(documentation) > 5, f"{section}.{key} has no documentation"
+        assert f"  {key} = " in text
+    for section in dataclasses.fields(Config):
+        assert f"[{section.name}]" in text

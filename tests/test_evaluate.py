@@ -1,0 +1,235 @@
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from bitnet.data import TokenDataset, sequential_windows
+from bitnet.evaluate import (
+    EvalConfig,
+    EvalResult,
+    compressor_baselines,
+    evaluate_text,
+    evaluate_windows,
+    evaluation_mode,
+)
+from bitnet.model import KVCache, ModelConfig, Transformer
+from bitnet.schema import UserError
+from bitnet.tokenizer import Tokenizer, train_tokenizer
+
+
+class Markov(Transformer):
+    """A model whose next-token logits are a table's row for the last token, and nothing else."""
+
+    def __init__(self, table: Tensor, max_seq_len: int = 16) -> None:
+        super().__init__(ModelConfig(d_model=2, vocab_size=len(table), max_seq_len=max_seq_len))
+        self.table = table
+        self.inputs: list[Tensor] = []
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        assert not self.training
+        assert not torch.is_grad_enabled()
+        assert tokens.shape[1] <= self.config.max_seq_len
+        self.inputs.append(tokens)
+        return self.table[tokens]
+
+
+def counter(sizes: list[int]) -> Callable[[Tensor], int]:
+    """Bytes of a window's targets, by a table."""
+    return lambda window: sum(sizes[token] for token in window[1:].tolist())
+
+
+def windows_of(ids: np.ndarray, span: int) -> list[Tensor]:
+    return [torch.from_numpy(ids[i : i + span + 1]) for i in range(0, len(ids) - 1, span)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    text = "def main() -> None:\n    return  # the end of the thing\n" * 50
+    return train_tokenizer([text], 300, tmp_path_factory.mktemp("tok") / "tokenizer.model", 1)
+
+
+@pytest.mark.parametrize("batch_size", [0, 1, 2, 7, 1000])
+@pytest.mark.parametrize("max_tokens", [0, 1, 16, 50, 10**6])
+@pytest.mark.parametrize("dtype", [np.int64, np.uint16, np.int32])
+def test_the_three_numbers_by_hand(batch_size: int, max_tokens: int, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    table = rng.normal(size=(7, 7)) * 2
+    ids = rng.integers(0, 7, 150)
+    count_bytes = counter([0, 1, 2, 3, 4, 5, 6])  # 0: end of document, no bytes
+    log_p = table - np.log(np.exp(table).sum(1, keepdims=True))
+    predicted = [-log_p[a, b] for a, b in pairwise(ids)]
+    n = min(max_tokens or 149, 149)
+    nats, n_bytes = sum(predicted[:n]), int(ids[1 : n + 1].sum())
+
+    model = Markov(torch.tensor(table, dtype=torch.float32))
+    windows = windows_of(ids.astype(dtype), 16)
+    got = evaluate_windows(model, windows, count_bytes, batch_size, max_tokens)
+    assert (got.tokens, got.bytes) == (n, n_bytes)
+    assert got.loss == pytest.approx(nats / n, rel=1e-6)
+    assert got.perplexity == pytest.approx(math.exp(nats / n), rel=1e-5)
+    assert got.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6)
+
+
+def test_batches_keep_the_limit_and_the_order() -> None:
+    model = Markov(torch.zeros(3, 3))
+    ids = np.arange(50) % 3
+    evaluate_windows(model, windows_of(ids, 8), counter([1] * 3), batch_size=4)
+    assert [tuple(batch.shape) for batch in model.inputs] == [(4, 8), (2, 8), (1, 1)]
+    seen = torch.cat([batch.flatten() for batch in model.inputs])
+    assert seen.tolist() == ids[:-1].tolist()
+
+
+def test_an_open_batch_size_bounds_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet.evaluate._CPU_LOGITS", 100)
+    model = Markov(torch.zeros(3, 3))
+    evaluate_windows(model, windows_of(np.zeros(161, dtype=np.int64), 8), counter([1] * 3))
+    assert [len(batch) for batch in model.inputs] == [4] * 5  # 4 * 8 * 3 = 96 logits
+    monkeypatch.setattr("bitnet.evaluate._CPU_LOGITS", 1)
+    evaluate_windows(model, windows_of(np.zeros(17, dtype=np.int64), 8), counter([1] * 3))
+    assert [len(batch) for batch in model.inputs[5:]] == [1, 1]
+
+
+@pytest.mark.parametrize("linear", ["ternary", "fp"])
+def test_a_real_model_does_not_depend_on_the_batch_size(linear: Any) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(depth=1, d_model=64, vocab_size=97, max_seq_len=24, linear=linear)
+    model = Transformer(config)
+    windows = windows_of(np.random.default_rng(1).integers(0, 97, 500), 24)
+    results = [evaluate_windows(model, windows, counter([1] * 97), size) for size in (1, 3, 21, 0)]
+    for result in results:
+        assert result.loss == pytest.approx(results[0].loss, rel=1e-4)
+    assert results[0] == evaluate_windows(
+        model, windows, counter([1] * 97), 1
+    )  # repeatable exactly
+
+
+def test_long_sums_lose_nothing() -> None:
+    """Ten million predictions of one token in fp32 sums would drift by whole percents."""
+    model = Markov(torch.zeros(2, 2), max_seq_len=1000)
+    window = torch.zeros(1001, dtype=torch.int64)
+    got = evaluate_windows(model, (window for _ in range(10_000)), lambda _: 1000, 100)
+    assert got.tokens == 10**7
+    assert got.loss == pytest.approx(float(np.log(np.float32(2))), rel=1e-7)
+
+
+@pytest.mark.parametrize("windows", [[], [torch.tensor([1])], [torch.tensor([0, 0])]])
+def test_nothing_to_predict_is_an_error(windows: list[Tensor]) -> None:
+    with pytest.raises(UserError, match="nothing to evaluate on"):
+        evaluate_windows(Markov(torch.zeros(2, 2)), windows, counter([0, 1]))
+
+
+def test_mode_and_gradients_are_restored_after_an_error_too() -> None:
+    model = Markov(torch.zeros(2, 2)).train()
+    model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+
+    def fail_inside() -> None:
+        with evaluation_mode(model):
+            assert not any(module.training for module in model.modules())
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
+    assert [module.training for module in model.modules()] == modes
+    assert torch.is_grad_enabled()
+
+
+TEXTS = ["x", "the end", "def main() -> None:\n" * 30, "naïve 😀 日本語\n" * 9]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_is_predicted_once_and_whole(tokenizer: Tokenizer, text: str) -> None:
+    model = Markov(torch.zeros(tokenizer.vocab_size, tokenizer.vocab_size))
+    got = evaluate_text(model, tokenizer, text, batch_size=3)
+    ids = tokenizer.encode(text)
+    assert got.tokens == len(ids)
+    assert got.bytes == len(text.encode())
+    bits = math.log2(tokenizer.vocab_size)
+    assert got.loss == pytest.approx(math.log(tokenizer.vocab_size), rel=1e-6)
+    assert got.bits_per_byte == pytest.approx(bits * len(ids) / len(text.encode()), rel=1e-6)
+    seen = torch.cat([batch.flatten() for batch in model.inputs]).tolist()
+    assert seen == [tokenizer.eos_id, *ids[:-1]]
+
+
+def test_text_and_windows_agree(tokenizer: Tokenizer) -> None:
+    generator = torch.Generator().manual_seed(0)
+    size = tokenizer.vocab_size
+    model = Markov(torch.randn(size, size, generator=generator))
+    ids = np.array([tokenizer.eos_id, *tokenizer.encode(TEXTS[2])])
+    by_windows = evaluate_windows(model, windows_of(ids, 16), tokenizer.count_bytes)
+    assert evaluate_text(model, tokenizer, TEXTS[2]) == by_windows
+
+
+def test_a_split_counts_every_token_and_exactly_its_bytes(tokenizer: Tokenizer) -> None:
+    """Documents as shards hold them: their tokens, then the end-of-document token."""
+    eos, size = tokenizer.eos_id, tokenizer.vocab_size
+    texts = ["the end", "naïve 😀 of the thing\n" * 3, "x"]
+    ids = np.array([token for text in texts for token in [*tokenizer.encode(text), eos]])
+    split = SimpleNamespace(n_tokens=len(ids), eos_id=eos, tokens=lambda a, b: ids[a:b])
+    table = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+    windows = sequential_windows(cast(TokenDataset, split), 16)
+    got = evaluate_windows(Markov(table), windows, tokenizer.count_bytes)
+    assert got.tokens == len(ids)
+    assert got.bytes == sum(len(text.encode()) for text in texts)
+    log_p = table.double().log_softmax(-1)
+    nats = -float(log_p[[eos, *ids[:-1]], ids].sum())
+    assert got.bits_per_byte == pytest.approx(nats / math.log(2) / got.bytes, rel=1e-6)
+
+
+def test_text_mistakes_are_named(tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="empty"):
+        evaluate_text(Markov(torch.zeros(300, 300)), tokenizer, "")
+    with pytest.raises(UserError, match="the model only 5"):
+        evaluate_text(Markov(torch.zeros(5, 5)), tokenizer, "x")
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"), [(0.0, 1.0), (math.log(20), 20.0), (1e4, math.inf), (math.inf, math.inf)]
+)
+def test_perplexity(loss: float, expected: float) -> None:
+    assert EvalResult(loss, 1.0, 1, 1).perplexity == pytest.approx(expected)
+
+
+def test_a_loss_that_is_not_a_number_stays_one() -> None:
+    table = torch.full((2, 2), math.nan)
+    got = evaluate_windows(Markov(table), [torch.tensor([0, 1])], counter([1, 1]))
+    assert math.isnan(got.loss)
+    assert math.isnan(got.perplexity)
+    assert math.isnan(got.bits_per_byte)
+
+
+@pytest.mark.parametrize("program", ["gzip", "xz"])
+@pytest.mark.parametrize("make", [lambda text: text, lambda text: text[:1]], ids=["file", "byte"])
+def test_compressors_are_the_command_line_ones(
+    program: str, make: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"no {program} here")
+    text = make(Path(__file__).read_bytes())
+    (tmp_path / "text").write_bytes(text)
+    packed = subprocess.run([program, "-9", "-c", tmp_path / "text"], capture_output=True).stdout
+    # gzip notes the file's name ("text" and a zero byte); its zlib may be another version
+    size = len(packed) - (5 if program == "gzip" else 0)
+    got = compressor_baselines(text)[f"{program} -9"] * len(text) / 8
+    assert got == pytest.approx(size, rel=2e-3, abs=1e-6)
+
+
+def test_compressing_nothing_is_an_error() -> None:
+    with pytest.raises(UserError, match="empty"):
+        compressor_baselines(b"")
+
+
+@pytest.mark.parametrize("fields", [{"every": 0}, {"max_tokens": -1}, {"sample_prompt": 3}])
+def test_config_refuses(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        EvalConfig(**fields)

@@ -1,0 +1,120 @@
+"""Speed by a clock that the test moves, peaks by their datasheets, memory by what was allocated."""
+
+import contextlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bitnet import throughput
+from bitnet.schema import UserError
+from bitnet.throughput import Throughput, datasheet_peak, mfu, peak_flops, peak_memory
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_throughput_leaves_pauses_out() -> None:
+    clock = Clock()
+    meter = Throughput(clock=clock)
+    assert meter.tokens_per_second == 0
+    clock.now += 2
+    meter.step(1000)
+    assert meter.tokens_per_second == 500
+    clock.now += 1
+    with meter.pause():
+        clock.now += 50
+    clock.now += 1
+    meter.step(3000)
+    assert meter.tokens_per_second == 1000
+    with contextlib.suppress(UserError), meter.pause():
+        clock.now += 7
+        raise UserError("an evaluation that fails")
+    clock.now += 4
+    meter.step(4000)
+    assert meter.tokens_per_second == 1000
+
+
+def test_throughput_forgets_beyond_its_window() -> None:
+    clock = Clock()
+    meter = Throughput(window=2, clock=clock)
+    for seconds in (60, 1, 3):  # the first step compiles
+        clock.now += seconds
+        meter.step(100)
+    assert meter.tokens_per_second == 50
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_datasheet_peak(name: str, peak: float | None) -> None:
+    assert datasheet_peak(name) == peak
+
+
+def test_peak_of_a_known_gpu_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    peak, source = peak_flops(torch.device("cuda"), torch.bfloat16)
+    assert (peak, source) == (989e12, "datasheet, NVIDIA H200, dense bf16")
+
+
+def test_peak_of_a_cpu_is_measured() -> None:
+    before = torch.get_rng_state()
+    peak, source = peak_flops(torch.device("cpu"), torch.float32)
+    assert 1e8 < peak < 1e14
+    assert source == "measured, 1024x1024 matmul, float32"
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_mfu() -> None:
+    assert mfu(6e9, 50_000, 312e12) == pytest.approx(0.961538, abs=1e-6)
+
+
+def test_peak_memory_is_the_most_of_this_process() -> None:
+    """A child, with only a stub of torch, sees what it touched and not what this process, which
+    holds torch, did (Linux carries ru_maxrss over an exec)."""
+    script = (
+        "import importlib.util, sys, types\n"
+        "torch = sys.modules['torch'] = types.ModuleType('torch')\n"
+        "torch.device = torch.dtype = object\n"
+        f"spec = importlib.util.spec_from_file_location('t', {throughput.__file__!r})\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "cpu = types.SimpleNamespace(type='cpu')\n"
+        "before = module.peak_memory(cpu)\n"
+        "block = b'x' * (before + (32 << 20))\n"
+        "during = module.peak_memory(cpu)\n"
+        "del block\n"
+        "print(before, during, module.peak_memory(cpu))\n"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    before, during, after = map(int, child.stdout.split())
+    assert 4 << 20 < before < peak_memory(torch.device("cpu")) / 3
+    expected = pytest.approx(2 * before + (32 << 20), rel=0.2)
+    assert during == expected
+    assert after == expected

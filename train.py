@@ -1,0 +1,357 @@
+"""Train a language model from one config, from top to bottom.
+
+    python train.py configs/quickstart.toml
+    python train.py configs/15m.toml optim.lr=2e-3 run.name=my-run
+
+The whole run is this file: set up, resume, loop, save. What it calls is in bitnet/, a file a
+subject. A run lives in runs/NAME/; the same command again resumes it, from the newest whole
+checkpoint, as if it had never stopped: data, schedule and dropout-free model are pure functions of
+(seed, step), so the optimizer's state and the weights are all there is to restore.
+
+A step, in order: forward and backward over the micro-batches; skip if not finite; clip; update;
+then readings, evaluation, the line in metrics.jsonl, and last the checkpoint, so that what is in a
+checkpoint is always in the metrics too.
+"""
+
+import math
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import torch
+import typer
+from filelock import FileLock, Timeout
+from torch.nn import functional as F
+
+from bitnet import checkpoint
+from bitnet.cli import config_help, one_line_errors, pick_device, split_args
+from bitnet.config import Config, differences, load_config, to_dict, to_toml
+from bitnet.data import Loader, TokenDataset, sequential_windows
+from bitnet.durable import write_atomic
+from bitnet.evaluate import evaluate_windows
+from bitnet.export.folder import load, save_model
+from bitnet.generate import encode_prompt, generate
+from bitnet.metrics import Console, MetricsFile, Tracker
+from bitnet.model import Transformer
+from bitnet.optim import build_optimizer, clip_gradients, learning_rate_factor, weight_decay_at
+from bitnet.prepare import prepare
+from bitnet.schema import UserError
+from bitnet.summary import human, one_line
+from bitnet.telemetry import Telemetry
+from bitnet.throughput import Throughput, mfu, peak_flops, peak_memory
+from bitnet.tokenizer import Tokenizer
+
+FIXED = ("model", "data", "run.seed", "train.batch_tokens", "train.dtype", "optim.optimizer")
+"""What a run keeps for life: changing one of these makes it another run, and resuming refuses."""
+
+
+def train(config: Config, command: str) -> None:
+    """Run ``config`` (resolved) to its end, or until SIGINT or SIGTERM. ``command`` resumes it."""
+    # -- Set up: device, data, model, optimizer -----------------------------------------------
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    device = pick_device(config.train.device)
+    bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and device.type == "cuda")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+    data_path = prepare(config.data)
+    train_set, val_set = TokenDataset(data_path, "train"), TokenDataset(data_path, "val")
+    tokenizer = train_set.tokenizer()
+    seq_len, total_steps = config.data.seq_len, config.train.steps
+    loader = Loader(train_set, seq_len, config.batch_sequences, config.run.seed)
+
+    torch.manual_seed(config.run.seed)
+    model = Transformer(config.model)
+    if config.train.init_from:
+        start_from(model, Path(config.train.init_from), tokenizer.hash)
+    model.to(device)
+    forward = torch.compile(model) if config.train.compile else model
+    optimizers = build_optimizer(model, config.optim)
+    telemetry = Telemetry(model)
+
+    # -- Resume, if this run has begun ---------------------------------------------------------
+    run_dir, checkpoints = config.run_dir, config.run_dir / "checkpoints"
+    metrics = MetricsFile(run_dir / "metrics.jsonl")
+    saved = checkpoint.resume(checkpoints)
+    step, tokens, skipped, skipped_in_a_row, best_loss = 0, 0, 0, 0, math.inf
+    if saved is not None:
+        refuse_changes(saved.state["config"], to_dict(config), run_dir)
+        model.load_state_dict(saved.tensors["model"])
+        telemetry.load_state(saved.tensors["telemetry"])
+        for i, optimizer in enumerate(optimizers.optimizers):
+            structure = saved.state["optimizers"][i]
+            checkpoint.load_optimizer(optimizer, saved.tensors[f"optimizer_{i}"], structure)
+        checkpoint.set_rng_state(saved.state["rng"])
+        step, tokens = saved.step, saved.state["tokens"]
+        skipped, skipped_in_a_row = saved.state["skipped"], saved.state["skipped_in_a_row"]
+        best_loss = saved.state["best_loss"] if saved.state["best_loss"] is not None else math.inf
+    metrics.rewind(step if saved is not None else -1)
+    write_atomic(run_dir / "config.toml", to_toml(config).encode())
+
+    def save_checkpoint(val_loss: float | None) -> None:
+        metrics.sync()
+        groups = {"model": model.state_dict(), "telemetry": telemetry.state()}
+        structures = []
+        for i, optimizer in enumerate(optimizers.optimizers):
+            groups[f"optimizer_{i}"], structure = checkpoint.optimizer_tensors(optimizer)
+            structures.append(structure)
+        state = {
+            "config": to_dict(config),
+            "optimizers": structures,
+            "rng": checkpoint.rng_state(),
+            "tokens": tokens,
+            "skipped": skipped,
+            "skipped_in_a_row": skipped_in_a_row,
+            "best_loss": best_loss if math.isfinite(best_loss) else None,
+        }
+        checkpoint.save(checkpoints, step, groups, state, val_loss)
+        checkpoint.prune(checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best)
+
+    throughput = Throughput()
+    peak, peak_source = peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
+    flops_per_token = config.model.flops_per_token(seq_len)
+
+    with Console(total_steps, step) as console, stop_signals() as stop:
+        saved_step = step if saved is not None else -1
+        for message in saved.damaged if saved is not None else []:
+            console.warn(message)
+        console.print(one_line(config))
+        console.print(
+            f"on {device}, {'bf16 autocast' if bf16 else 'fp32'}; "
+            f"{human(train_set.n_tokens)} training tokens, so "
+            f"{config.train.tokens / train_set.n_tokens:.2g} epochs; "
+            f"MFU against {human(peak)}FLOP/s ({peak_source})"
+        )
+        if step:
+            console.print(f"resumed at step {step}")
+        tracker = Tracker(config.log, run_dir, config.run.name, to_dict(config), console.warn)
+
+        # -- The loop ---------------------------------------------------------------------------
+        while step < total_steps and not stop.is_set():
+            inputs, targets = (t.to(device) for t in loader.batch(step))
+            model.train()
+            optimizers.zero_grad()
+            micro_batches = list(
+                zip(
+                    inputs.split(config.train.micro_batch),
+                    targets.split(config.train.micro_batch),
+                    strict=True,
+                )
+            )
+            loss_sum = torch.zeros((), device=device)
+            for inputs_BT, targets_BT in micro_batches:
+                with autocast:
+                    logits_BTV = forward(inputs_BT)
+                    loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+                    loss = loss / len(micro_batches)
+                loss.backward()
+                loss_sum += loss.detach()
+
+            grad_norm = float(clip_gradients(model.parameters(), config.optim.grad_clip))
+            train_loss = float(loss_sum)
+            lr_factor = learning_rate_factor(step, total_steps, config.optim)
+            weight_decay = weight_decay_at(step, total_steps, config.optim)
+            finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
+            if finite:
+                optimizers.set_schedule(lr_factor, weight_decay)
+                optimizers.step()
+            optimizers.zero_grad()
+            step, tokens = step + 1, tokens + config.train.batch_tokens
+            skipped, skipped_in_a_row = (
+                (skipped, 0) if finite else (skipped + 1, skipped_in_a_row + 1)
+            )
+            throughput.step(config.train.batch_tokens)
+
+            # -- Look at what came of it --------------------------------------------------------
+            last = step == total_steps
+            row: dict[str, Any] = {
+                "step": step,
+                "tokens": tokens,
+                "loss": train_loss,
+                "lr": config.optim.lr * lr_factor,
+                "wd": weight_decay,
+                "grad_norm": grad_norm,
+                "tokens_per_second": throughput.tokens_per_second,
+                "mfu": mfu(flops_per_token, throughput.tokens_per_second, peak),
+                "peak_memory_bytes": peak_memory(device),
+                "skipped": skipped,
+            }
+            val_loss = None
+            with throughput.pause():
+                if config.log.telemetry_every and step % config.log.telemetry_every == 0:
+                    with autocast:
+                        row |= telemetry.read(micro_batches[0][0])
+                if step % config.log.every == 0 or last or not finite or "ternary/zeros" in row:
+                    metrics.append(row)
+                    tracker.log(row, step)
+                console.progress(step, row)
+                if not finite:
+                    console.warn(
+                        f"step {step}: loss {train_loss}, gradient norm {grad_norm}: skipped"
+                    )
+                    if skipped_in_a_row >= config.train.max_bad_steps:
+                        tracker.finish(1)
+                        raise UserError(
+                            f"{skipped_in_a_row} steps in a row were not finite (up to step "
+                            f"{step}); the last good checkpoint is kept in {checkpoints}. A lower "
+                            "optim.lr or optim.grad_clip often helps; both may change on resume"
+                        )
+                if step % config.eval.every == 0 or last:
+                    with autocast:
+                        windows = sequential_windows(val_set, seq_len)
+                        result = evaluate_windows(
+                            model,
+                            windows,
+                            tokenizer.count_bytes,
+                            config.eval.micro_batch,
+                            config.eval.max_tokens,
+                        )
+                        sample = sample_text(model, tokenizer, config)
+                    val_loss = result.loss
+                    evaluation = {
+                        "step": step,
+                        "tokens": tokens,
+                        "val_loss": val_loss,
+                        "val_bpb": result.bits_per_byte,
+                        "sample": sample,
+                    }
+                    metrics.append(evaluation)
+                    tracker.log(evaluation, step)
+                    console.progress(step, row | evaluation)
+                    console.print(
+                        f"step {step}: validation loss {val_loss:.4f}, "
+                        f"{result.bits_per_byte:.4f} bits per byte"
+                        + (f"\n{sample}" if sample else "")
+                    )
+                improved = val_loss is not None and val_loss < best_loss
+                if improved and val_loss is not None:
+                    best_loss = val_loss
+                due = step % config.checkpoint.every == 0 or (
+                    improved and config.checkpoint.keep_best
+                )
+                if due or last:
+                    save_checkpoint(val_loss)
+                    saved_step = step
+
+        # -- Done, or asked to stop --------------------------------------------------------------
+        if saved_step != step:
+            save_checkpoint(None)
+        tracker.finish()
+        if step < total_steps:
+            console.print(f"stopped at step {step} and saved; resume with\n  {command}")
+            return
+        folder = save_model(run_dir / "model", model, tokenizer)
+        console.print(
+            f"done: the model is in {folder}\n"
+            f"  bitnet generate {folder} --prompt TEXT      bitnet pack {folder}"
+        )
+
+
+def start_from(model: Transformer, folder: Path, tokenizer_hash: str) -> None:
+    """Copy the weights of a saved model of the same shape (``train.init_from``)."""
+    source, tokenizer = load(folder)
+    if tokenizer.hash != tokenizer_hash:
+        raise UserError(
+            f"train.init_from = {folder}: its tokenizer is not the one of the data; set "
+            f"data.tokenizer = {str(folder / 'tokenizer.model')!r}"
+        )
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in source.state_dict().items()}
+    if different := sorted(n for n in shapes.keys() | found if shapes.get(n) != found.get(n)):
+        name = different[0]
+        raise UserError(
+            f"train.init_from = {folder}: its {name} is {list(found.get(name, ()))}, this config's "
+            f"is {list(shapes.get(name, ()))} (and {len(different) - 1} more); is it another "
+            "model, or a packed one?"
+        )
+    model.load_state_dict(source.state_dict())
+
+
+def refuse_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> None:
+    """Raise UserError where the config of a begun run differs in what cannot change."""
+    keys = {change.partition(":")[0]: change for change in differences(old, new)}
+    fixed = [
+        change
+        for key, change in keys.items()
+        if (key in FIXED or key.partition(".")[0] in FIXED) and key != "data.threads"
+    ]
+    if fixed:
+        raise UserError(
+            f"{run_dir} holds a run with another config: {'; '.join(fixed)}. Change it back, or "
+            "give the new run another run.name"
+        )
+
+
+def sample_text(model: Transformer, tokenizer: Tokenizer, config: Config) -> str:
+    """A greedy continuation of ``eval.sample_prompt``, to see what a loss means."""
+    if not config.eval.sample_tokens:
+        return ""
+    prompt = encode_prompt(tokenizer, config.eval.sample_prompt)
+    (new,) = generate(model, [prompt], config.eval.sample_tokens, eos_id=tokenizer.eos_id)
+    return tokenizer.decode([*prompt, *new])
+
+
+@contextmanager
+def stop_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one ends the process at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        if stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stop.set()
+
+    previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder: two processes that train in one would destroy each other's work."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run_dir / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{run_dir}: another process is training in this folder") from None
+
+
+def main(
+    args: Annotated[
+        list[str],
+        typer.Argument(metavar="CONFIG.toml... [SECTION.KEY=VALUE...]", show_default=False),
+    ],
+) -> None:
+    """Train a model from TOML configs, later ones winning, and single keys, which win over them.
+
+    The same command again resumes the run from its newest whole checkpoint.
+    """
+    paths, overrides = split_args(args)
+    if not paths:
+        raise UserError("no config given: python train.py configs/quickstart.toml")
+    config = load_config(paths, overrides).resolve()
+    with locked(config.run_dir):
+        train(config, shlex.join(["python", *sys.argv]))
+
+
+def command() -> None:
+    """The command line: a mistake is one line and exit code 2."""
+    app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
+    app.command(epilog=config_help())(main)
+    with one_line_errors():
+        app()
+
+
+if __name__ == "__main__":
+    command()
