@@ -117,7 +117,7 @@ def train(config: Config, command: str) -> None:
     peak, peak_source = peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
     flops_per_token = config.model.flops_per_token(seq_len)
 
-    with Console(total_steps, step) as console, stop_signals() as stop:
+    with Console(total_steps, step, every=config.log.every) as console, stop_signals() as stop:
         saved_step = step if saved is not None else -1
         for message in saved.damaged if saved is not None else []:
             console.warn(message)
@@ -204,13 +204,9 @@ def train(config: Config, command: str) -> None:
                         )
                 if step % config.eval.every == 0 or last:
                     with autocast:
-                        windows = sequential_windows(val_set, seq_len)
+                        windows = sequential_windows(val_set, seq_len, config.eval.max_tokens)
                         result = evaluate_windows(
-                            model,
-                            windows,
-                            tokenizer.count_bytes,
-                            config.eval.micro_batch,
-                            config.eval.max_tokens,
+                            model, windows, tokenizer.count_bytes, config.eval.micro_batch
                         )
                         sample = sample_text(model, tokenizer, config)
                     val_loss = result.loss

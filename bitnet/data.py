@@ -49,7 +49,7 @@ class DataConfig:
     """The ``[data]`` section: the text, its tokenizer, its validation split, and the windows."""
 
     path: Annotated[str, Field(min_length=1)] = "data/python-stdlib"
-    """folder of the prepared set; `bitnet prepare` writes it, training only reads it"""
+    """folder of the prepared set; made (as by `bitnet prepare`) where it is missing"""
     sources: Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["python-stdlib"]
     )
@@ -342,7 +342,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def sequential_windows(dataset: TokenDataset, seq_len: int) -> Iterator[Tensor]:
+def sequential_windows(
+    dataset: TokenDataset, seq_len: int, max_tokens: int = 0
+) -> Iterator[Tensor]:
     """Windows for evaluation: every token of a split is predicted exactly once, in order.
 
     The first token's context is EOS, as if a document had just ended, and the last window is as
@@ -352,12 +354,15 @@ def sequential_windows(dataset: TokenDataset, seq_len: int) -> Iterator[Tensor]:
     Arguments:
         dataset: N tokens.
         seq_len: T.
+        max_tokens: only about so many predictions, in windows spread evenly over the split (its
+            beginning may be of one kind); 0 = all.
     Yields:
-        int64 ``[T + 1]``, ceil(N / T) times, the last one maybe shorter: inputs are ``[:-1]``,
-        targets ``[1:]``.
+        int64 ``[T + 1]``, the last one maybe shorter: inputs are ``[:-1]``, targets ``[1:]``.
     """
-    last = np.array([dataset.eos_id], dtype=np.int64)
-    for start in range(0, dataset.n_tokens, seq_len):
+    n_windows = -(-dataset.n_tokens // seq_len)
+    count = min(n_windows, max(1, max_tokens // seq_len)) if max_tokens else n_windows
+    for i in range(count):
+        start = i * n_windows // count * seq_len
+        first = np.array([dataset.eos_id]) if start == 0 else dataset.tokens(start - 1, start)
         tokens = dataset.tokens(start, min(start + seq_len, dataset.n_tokens))
-        yield torch.from_numpy(np.concatenate([last, tokens]))
-        last = tokens[-1:]
+        yield torch.from_numpy(np.concatenate([first, tokens]))

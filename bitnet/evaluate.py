@@ -47,7 +47,7 @@ class EvalConfig:
     every: Annotated[int, Field(ge=1)] = 250
     """steps between evaluations (the last step is always evaluated)"""
     max_tokens: _Count = 0
-    """validation tokens predicted in an evaluation, from the start of the split; 0 = all"""
+    """validation tokens predicted in an evaluation, in windows spread over the split; 0 = all"""
     micro_batch: _Count = 0
     """sequences at once; 0 = as many as keep the logits within 32 MiB (CPU) or 1 GiB (GPU)"""
     sample_prompt: str = ""
@@ -79,7 +79,6 @@ def evaluate_windows(
     windows: Iterable[Tensor],
     count_bytes: Callable[[Tensor], int],
     batch_size: int = 0,
-    max_tokens: int = 0,
 ) -> EvalResult:
     """Evaluate on windows of tokens, as ``bitnet.data.sequential_windows`` cuts them.
 
@@ -93,7 +92,6 @@ def evaluate_windows(
             (``Tokenizer.count_bytes``).
         batch_size: windows at once; 0 = as many as keep the logits within 32 MiB on a CPU, 1 GiB
             elsewhere.
-        max_tokens: stop after this many predictions; 0 = all. The last window may be cut.
 
     Raises:
         UserError: the windows hold nothing to predict.
@@ -102,14 +100,9 @@ def evaluate_windows(
 
     def counted() -> Iterator[Tensor]:
         nonlocal n_bytes
-        left = max_tokens or math.inf
         for window in windows:
-            if left <= 0:
-                return
-            kept = window if len(window) - 1 <= left else window[: int(left) + 1]
-            left -= len(kept) - 1
-            n_bytes += count_bytes(kept)
-            yield kept
+            n_bytes += count_bytes(window)
+            yield window
 
     nats, tokens = _negative_log_likelihood(model, counted(), batch_size)
     return _result(nats, tokens, n_bytes)

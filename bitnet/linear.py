@@ -170,7 +170,7 @@ class TernaryLinear(nn.Module):
         }[granularity]
         self.register_buffer("packed", pack_ternary(codes))
         self.register_buffer("scale", torch.ones(shape, device=device))
-        self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
+        self.bias = _constant(torch.zeros(out_features, device=device)) if bias else None
         self.rms_norm = RMSNorm(in_features, norm_eps, device=device) if norm else None
 
     @classmethod
@@ -202,7 +202,7 @@ class TernaryLinear(nn.Module):
             )
         layer.packed, layer.scale = pack_ternary(codes), scale.detach().clone()
         if layer.bias is not None and bias is not None:
-            layer.bias = nn.Parameter(bias.detach().clone())
+            layer.bias = _constant(bias.detach().clone())
         return layer
 
     @classmethod
@@ -248,6 +248,11 @@ class TernaryLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, granularity={self.granularity}, kernel={self.kernel}"
         )
+
+
+def _constant(tensor: Tensor) -> nn.Parameter:
+    """A parameter that takes no gradient: packed layers have no backward."""
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def replace_linear(

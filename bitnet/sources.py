@@ -36,7 +36,10 @@ STDLIB = "python-stdlib"
 HUB = "hf:"
 _KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
 _COMPRESSIONS = (".gz", ".xz", ".zst")
-_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"} | {
+    "encodings",  # generated tables, not code that somebody wrote: a sixth of the library
+    "pydoc_data",
+}
 _MAX_DOCUMENT = 2**21
 _BLOCK = 2**20
 

@@ -14,10 +14,10 @@ What sentencepiece does, and what we do about it:
 - *U+2581 (lower one eighth block)* is how sentencepiece writes a space, so a literal one would come
   back as a space. We give it its three byte tokens instead.
 - *The trainer* skips a "sentence" that is long or holds U+2585, and puts the dummy prefix before
-  each. So it gets segments of documents (below) with the prefix switched off, but for one space
-  where a document begins: what it counts is what ``encode`` will see, newlines and indentation
-  included. Line by line instead, as is common, costs 5% more tokens on Python source, because
-  ``):\\n`` or ``\\n\\n`` cannot become a token.
+  each. So it gets whole documents, cut at such characters, with no limit of length and the prefix
+  switched off but for a space where a document begins: what it counts is what ``encode`` will see,
+  newlines and indentation included. Line by line instead, as is common, costs 5% more tokens on
+  Python source, because ``):\\n`` or ``\\n\\n`` cannot become a token.
 - *Threads.* The number is stored in the model file; we reset it, so that a file and its hash
   depend on text and vocabulary size only.
 
@@ -247,8 +247,7 @@ def _cut(text: str) -> list[str]:
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        for part in _UNTRAINABLE.split(f" {text}"):
-            yield from _cut(part)
+        yield from _UNTRAINABLE.split(f" {text}")
 
 
 def _training_error(message: str, vocab_size: int) -> UserError:

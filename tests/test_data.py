@@ -305,6 +305,16 @@ def test_sequential_windows_predict_every_token_once(
     assert len(windows) == -(-n_tokens // seq_len)
 
 
+def test_fewer_windows_are_spread_over_the_split(tmp_path: Path) -> None:
+    dataset = TokenDataset(write_set(tmp_path / "set", 100, 33), "train")
+    some = list(sequential_windows(dataset, 10, max_tokens=40))
+    assert [window[1].item() for window in some] == [0, 20, 50, 70]
+    whole = {tuple(window.tolist()) for window in sequential_windows(dataset, 10)}
+    assert all(tuple(window.tolist()) in whole for window in some)
+    assert len(list(sequential_windows(dataset, 10, max_tokens=3))) == 1
+    assert len(list(sequential_windows(dataset, 10, max_tokens=1000))) == 10
+
+
 def test_config_constraints() -> None:
     assert DataConfig().sources == ["python-stdlib"]
     for values in [

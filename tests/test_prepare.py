@@ -98,7 +98,6 @@ def test_the_index_describes_the_files(prepared: Path) -> None:
             assert len(content) == 2 * shard["n_tokens"]
             files.add(shard["file"])
     assert set(os.listdir(prepared)) == files  # noqa: PTH208
-    assert index["vocab_size"] == 320
     assert index["tokenizer_sha256"] == Tokenizer(prepared / "tokenizer.model").hash
     assert index["settings"]["val_fraction"] == 0.1
 
@@ -261,9 +260,8 @@ def test_a_set_is_reused(
 
 
 def test_other_settings_are_refused(prepared: Path) -> None:
-    settings = json.loads((prepared / "index.json").read_text())["settings"]
     options = {"val_fraction": 0.1}
-    source = settings["sources"][0]
+    source = str(prepared.parent / "docs.jsonl")
     assert make(prepared, source, **options, seq_len=7, threads=1, shard_tokens=9) == prepared
     for changed, message in [
         ({"vocab_size": 321}, "vocab_size is 320 there and 321 here; delete the folder or choose"),
@@ -287,12 +285,7 @@ def test_folders_of_others_are_left_alone(tmp_path: Path, many: list[str]) -> No
             make(path, source)
     assert len(list((tmp_path / "own").iterdir())) == 1
     (tmp_path / "empty").mkdir()
-    TokenDataset(make(tmp_path / "empty", source, val_fraction=0.1), "train")
-
-
-def test_a_damaged_index_is_not_reused(tmp_path: Path, many: list[str]) -> None:
-    source = write_documents(tmp_path, many)
-    path = make(tmp_path / "set", source, val_fraction=0.1)
+    path = make(tmp_path / "empty", source, val_fraction=0.1)
     (path / "index.json").write_text("{")
     with pytest.raises(UserError, match=r"index\.json: damaged"):
         make(path, source, val_fraction=0.1)
@@ -353,13 +346,9 @@ def test_a_failed_write_names_the_file_and_leaves_nothing(
         make(tmp_path / "set", source, **options)
     assert not isinstance(error.value, UserError)
     assert {path.name for path in tmp_path.iterdir()} == {"docs.jsonl", ".set.lock"}
-    make(tmp_path / "set", source, **options)
-
-
-def test_an_unwritable_place_is_named(tmp_path: Path, many: list[str]) -> None:
-    source = write_documents(tmp_path, many)
     with pytest.raises(OSError, match=r"docs\.jsonl"):
-        make(tmp_path / "docs.jsonl" / "deep" / "set", source)
+        make(Path(source) / "deep" / "set", source, **options)
+    make(tmp_path / "set", source, **options)
 
 
 def test_an_interruption_leaves_nothing(

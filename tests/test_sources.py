@@ -240,7 +240,15 @@ def test_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     parts = {part for path in real for part in path.parts[:-1]}
     root = set(Path(sysconfig.get_path("stdlib")).parts)
     assert not (parts - root) & {"site-packages", "test", "tests", "idle_test", "__pycache__"}
-    for name in ("a.py", "json/b.py", "test/c.py", "site-packages/d.py", "lib/tests/e.py", "f.txt"):
+    for name in (
+        "a.py",
+        "json/b.py",
+        "test/c.py",
+        "site-packages/d.py",
+        "lib/tests/e.py",
+        "f.txt",
+        "encodings/g.py",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(sysconfig, "get_path", lambda name: {"stdlib": str(tmp_path)}[name])

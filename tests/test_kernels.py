@@ -1,0 +1,360 @@
+"""The operators, and the Triton kernels behind them: interpreted, and compiled without a GPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bitnet_kernels import (
+    KERNELS,
+    ops,
+    pack_ternary,
+    quant,
+    reference,
+    ternary_linear,
+    ternary_matmul,
+)
+from bitnet_kernels.gpu import common
+
+N, K = 5, 70
+
+
+def operands(m: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x fp32 [m, K], codes int8 [N, K], a scale per row and a bias."""
+    generator = torch.Generator().manual_seed(m)
+    codes = torch.randint(-1, 2, (N, K), generator=generator, dtype=torch.int8)
+    x = torch.randn(m, K, generator=generator)
+    return x, codes, torch.rand(N, generator=generator), torch.randn(N, generator=generator)
+
+
+def run_script(script: str, **env: str) -> str:
+    """The output of a script of this folder, or of Python code. TRITON_INTERPRET is off unless
+    given, whatever it is here."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    source = [str(Path(__file__).with_name(script))] if script.endswith(".py") else ["-c", script]
+    command = [sys.executable, "-W", "error", *source]
+    run = subprocess.run(command, env=inherited | env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.fixture(scope="module")
+def findings() -> list[dict[str, Any]]:
+    """What ``interpreted_kernels.py`` found in a process of its own."""
+    # glibc gives large arrays back to the system one by one otherwise: half of the time it takes.
+    malloc = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "1000000000")
+    return json.loads(run_script("interpreted_kernels.py", TRITON_INTERPRET="1", **malloc))
+
+
+@pytest.mark.parametrize(
+    ("check", "at_least"),
+    [
+        ("reference accumulators", 200),
+        ("addsub accumulators", 200),
+        ("dot accumulators", 200),
+        ("reference outputs", 200),
+        ("addsub outputs", 200),
+        ("dot outputs", 200),
+        ("quant", 200),
+        ("gpu tiles", 12),
+        ("ops", 28),
+    ],
+)
+def test_interpreted_kernels(findings: list[dict[str, Any]], check: str, at_least: int) -> None:
+    cases = [finding for finding in findings if finding["check"] == check]
+    assert len({case["case"] for case in cases}) >= at_least
+    assert [case["case"] for case in cases if not case["ok"]] == []
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The PTX that ``compiled_kernels.py`` made in a process of its own."""
+    cache = str(tmp_path_factory.mktemp("triton"))
+    return json.loads(run_script("compiled_kernels.py", TRITON_CACHE_DIR=cache))
+
+
+def multipliers_on_data(ptx: str) -> list[str]:
+    """PTX instructions that multiply something which was computed from loaded data.
+
+    Registers that a load fills are data, and so is what any instruction makes of data; addresses
+    and loop counters come from parameters and thread ids, and stay clean.
+    """
+    instructions = []
+    for line in re.split(r"[;\n]", re.sub(r"//.*", "", ptx)):
+        opcode, _, arguments = re.sub(r"^\s*(@!?%\w+)?\s*", "", line).partition(" ")
+        registers = re.findall(r"%\w+", arguments)
+        if registers and not opcode.startswith("."):
+            group = re.match(r"\s*\{[^}]*\}|[^,]*", arguments)
+            assert group is not None
+            n_outputs = len(re.findall(r"%\w+", group.group()))
+            instructions.append((opcode, registers[:n_outputs], registers[n_outputs:]))
+    data: set[str] = set()
+    size = -1
+    while size != len(data):
+        size = len(data)
+        for opcode, outputs, inputs in instructions:
+            loads = opcode.startswith(("ld.global", "ld.shared", "ldmatrix"))
+            if loads or (not opcode.startswith("st.") and data.intersection(inputs)):
+                data.update(outputs)
+    multiplier = re.compile(r"v?(mul|mad|fma|div|rem)|dp[24]a|w?mma|wgmma\.mma|tcgen")
+    return [op for op, _, inputs in instructions if multiplier.match(op) and data & set(inputs)]
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("m", [1, 8, 64])
+def test_addsub_compiles_without_multipliers_on_data(
+    compiled: dict[str, str], m: int, sm: int
+) -> None:
+    sums = compiled[f"addsub {m} *i32 sm_{sm}"]
+    assert "ld.global" in sums
+    assert multipliers_on_data(sums) == []
+    outputs = compiled[f"addsub {m} *bf16 sm_{sm}"]
+    assert set(multipliers_on_data(outputs)) == {"mul.rn.f32"}  # the epilogue's
+    assert "fma." not in outputs
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("m", [16, 64])
+def test_dot_compiles_to_int8_tensor_cores(compiled: dict[str, str], m: int, sm: int) -> None:
+    sums, outputs = compiled[f"dot {m} *i32 sm_{sm}"], compiled[f"dot {m} *bf16 sm_{sm}"]
+    for ptx in (sums, outputs):
+        assert re.search(r"mma\S*\.s32\.s8\.s8", ptx)
+        assert "fma." not in ptx
+    if sm == 80:  # operands in registers: what addsub is held to can be failed
+        assert any(opcode.startswith("mma") for opcode in multipliers_on_data(sums))
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_quant_compiles_to_exact_division(compiled: dict[str, str], dtype: str, sm: int) -> None:
+    ptx = compiled[f"quant {dtype} sm_{sm}"]
+    assert set(re.findall(r"div\.\S*f32", ptx)) == {"div.rn.f32"}
+    assert ".ftz" not in ptx
+
+
+class RecordingKernel:
+    """Stands in for a jitted kernel and keeps the options it was launched with."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> "RecordingKernel":
+        self.grid = grid
+        return self
+
+    def __call__(self, *args: object, **options: object) -> None:
+        self.args, self.options = args, options
+
+
+def test_launch_forbids_fused_multiply_add() -> None:
+    kernel = RecordingKernel()
+    x_q, packed = torch.zeros(9, 70, dtype=torch.int8), torch.zeros(33, 32, dtype=torch.uint8)
+    y = common.launch(kernel, common.Tile(m=8, n=16, p=32, num_warps=2), x_q, packed, None)
+    assert y.shape == (9, 33)
+    assert kernel.grid == (2 * 3,)
+    assert kernel.options["enable_fp_fusion"] is False
+    assert kernel.options["num_warps"] == 2
+
+
+def test_auto_and_reference_on_cpu() -> None:
+    x, codes, scale, bias = operands()
+    packed = pack_ternary(codes)
+    want = reference.ternary_linear(x, packed, scale, bias)
+    for kernel in ("auto", "reference"):
+        assert torch.equal(ternary_linear(x, packed, scale, bias, kernel), want)
+        x_q = quant(x)[0]
+        product = (x_q.long() @ codes.long().t()).int()
+        assert torch.equal(ternary_matmul(x_q, packed, kernel), product)
+
+
+def test_auto_on_cuda() -> None:
+    assert [ops._auto_on_cuda(m) for m in (1, 8, 9, 4096)] == ["addsub", "addsub", "dot", "dot"]
+    assert set(KERNELS) == {"auto", "addsub", "dot", "reference"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_leading_dimensions_and_dtypes(dtype: torch.dtype) -> None:
+    x, codes, scale, bias = operands(6)
+    packed = pack_ternary(codes)
+    x = x.to(dtype)
+    want = reference.ternary_linear(x, packed, scale, bias)
+    assert want.dtype == dtype
+    for lead in ((2, 3), (6, 1), (1, 2, 3)):
+        got = ternary_linear(x.view(*lead, K), packed, scale, bias)
+        assert torch.equal(got, want.view(*lead, N))
+        tensors = quant(x.view(*lead, K))
+        for got, flat in zip(tensors, reference.quant(x), strict=True):
+            assert torch.equal(got.flatten(), flat.flatten())
+    assert torch.equal(ternary_linear(x[4], packed, scale, bias), want[4])
+    assert quant(x[4])[1].shape == ()
+
+
+def test_non_contiguous_inputs() -> None:
+    x, codes, scale, bias = operands()
+    packed = pack_ternary(codes)
+    want = ternary_linear(x, packed, scale, bias)
+    strided = [t.repeat_interleave(2, -1)[..., ::2] for t in (x, packed, scale, bias)]
+    assert not any(t.is_contiguous() for t in strided)
+    got = ternary_linear(strided[0], strided[1], strided[2], strided[3])
+    assert torch.equal(got, want)
+    x_q = quant(strided[0])[0]
+    assert x_q.is_contiguous()
+    got = ternary_matmul(x_q.t().contiguous().t(), strided[1])
+    assert torch.equal(got, ternary_matmul(x_q, packed))
+
+
+def test_empty_batches() -> None:
+    x, codes, scale, bias = operands()
+    packed = pack_ternary(codes)
+    assert ternary_linear(x[:0], packed, scale, bias).shape == (0, N)
+    assert ternary_linear(x.view(3, 1, K)[:, :0], packed, scale).shape == (3, 0, N)
+    assert ternary_linear(x, packed[:0], scale[:0]).shape == (3, 0)
+    assert [t.shape for t in quant(x[:0])] == [(0, K), (0,), (0,)]
+    assert ternary_matmul(quant(x[:0])[0], packed).shape == (0, N)
+
+
+def test_group_scales() -> None:
+    x, codes, _, bias = operands()
+    packed = pack_ternary(codes)
+    groups = torch.rand(N, 3, generator=torch.Generator().manual_seed(1))
+    x_q, s_x, _ = quant(x)
+    want = np.zeros((3, N), dtype=np.float32)
+    for g in range(3):
+        columns = slice(32 * g, 32 * (g + 1))
+        acc = x_q[:, columns].numpy().astype(np.int64) @ codes[:, columns].numpy().T
+        want += acc.astype(np.float32) * s_x.numpy()[:, None] * groups[:, g].numpy()
+    want += bias.numpy()
+    for kernel in ("auto", "reference"):
+        got = ternary_linear(x, packed, groups, bias, kernel, group_size=32)
+        assert np.array_equal(got.numpy(), want)
+    for kernel in ("addsub", "dot"):
+        with pytest.raises(ValueError, match=f"kernel: '{kernel}' has no group-wise scales"):
+            ternary_linear(x, packed, groups, bias, kernel, group_size=32)
+
+
+TRITON_ON_CPU = """
+import sys
+import torch
+import bitnet_kernels
+assert "triton" not in sys.modules, "importing bitnet_kernels imported triton"
+packed = bitnet_kernels.pack_ternary(torch.ones(5, 70, dtype=torch.int8))
+def message(kernel):
+    try:
+        bitnet_kernels.ternary_linear(torch.randn(3, 70), packed, torch.tensor(0.5), kernel=kernel)
+    except ValueError as error:
+        return str(error)
+"""
+NOT_INTERPRETED = """
+for kernel in ("addsub", "dot"):
+    assert message(kernel) == (
+        f"kernel: {kernel!r} runs on CUDA tensors; for cpu tensors use 'auto', or set "
+        "TRITON_INTERPRET=1 before Triton is imported"
+    )
+"""
+NOT_INSTALLED = """
+from bitnet_kernels import ops, reference
+sys.modules["triton"] = None
+for kernel in ("addsub", "dot"):
+    assert message(kernel) == f"kernel: {kernel!r} needs Triton, which is not installed; use 'auto'"
+x, scale = torch.randn(3, 70), torch.tensor(0.5)
+x_q, s_x, _ = ops._quant_cuda(x)
+assert torch.equal(x_q, reference.quant(x)[0])
+want = reference.ternary_matmul(x_q, packed)
+assert torch.equal(ops._matmul_cuda(x_q, packed, "auto"), want)
+want = reference.ternary_linear(x, packed, scale, None)
+assert torch.equal(ops._linear_cuda(x, packed, scale, None, "auto", 128), want)
+"""
+
+
+@pytest.mark.parametrize("script", [NOT_INTERPRETED, NOT_INSTALLED])
+def test_triton_kernels_that_cannot_run_here(script: str) -> None:
+    run_script(TRITON_ON_CPU + script)
+
+
+WRONG_LINEAR: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x": torch.ones(3, K, dtype=torch.int8)}, TypeError, "x: expected float32"),
+    ({"x": torch.tensor(1.0)}, ValueError, "x: expected shape"),
+    ({"x": torch.ones(3, 0)}, ValueError, "x: expected shape"),
+    ({"x": torch.ones(3, 128 + 1)}, ValueError, "packed: expected shape"),
+    ({"packed": torch.ones(N, 32, dtype=torch.int8)}, TypeError, "packed: expected uint8"),
+    ({"packed": torch.ones(N, 16, dtype=torch.uint8)}, ValueError, "packed: expected shape"),
+    ({"packed": torch.ones(32, dtype=torch.uint8)}, ValueError, "packed: expected shape"),
+    ({"packed": torch.ones(N, 32, dtype=torch.uint8, device="meta")}, ValueError, "packed: is on"),
+    ({"scale": torch.ones(N).double()}, TypeError, "scale: expected float32"),
+    ({"scale": torch.ones(N + 1)}, ValueError, "scale: expected shape"),
+    ({"scale": torch.ones(1)}, ValueError, "scale: expected shape"),
+    ({"scale": torch.ones(N, 2)}, ValueError, r"scale: expected shape \[5, 1\]"),
+    ({"scale": torch.ones(N, 1, 1)}, ValueError, "scale: expected shape"),
+    ({"scale": torch.ones(N, 1), "group_size": 0}, ValueError, "group_size: expected at least 1"),
+    ({"scale": torch.ones((), device="meta")}, ValueError, "scale: is on meta"),
+    ({"bias": torch.ones(N, dtype=torch.int32)}, TypeError, "bias: expected a float dtype"),
+    ({"bias": torch.ones(N + 1)}, ValueError, "bias: expected shape"),
+    ({"bias": torch.ones(N, 1)}, ValueError, "bias: expected shape"),
+    ({"bias": torch.ones(N, device="meta")}, ValueError, "bias: is on meta"),
+    ({"kernel": "fast"}, ValueError, "kernel: 'fast' is none of auto, addsub, dot, reference"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), WRONG_LINEAR)
+def test_wrong_arguments(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
+    x, codes, scale, bias = operands()
+    right = {"x": x, "packed": pack_ternary(codes), "scale": scale, "bias": bias}
+    with pytest.raises(error, match=message):
+        ternary_linear(**(right | wrong))
+
+
+def test_wrong_arguments_of_the_other_ops() -> None:
+    x, codes, _, _ = operands()
+    packed = pack_ternary(codes)
+    with pytest.raises(TypeError, match="x: expected float32"):
+        quant(torch.ones(3, K, dtype=torch.int32))
+    with pytest.raises(ValueError, match="x: expected shape"):
+        quant(torch.ones(3, 0))
+    with pytest.raises(TypeError, match="x_q: expected int8"):
+        ternary_matmul(x, packed)
+    with pytest.raises(ValueError, match="x_q: expected shape"):
+        ternary_matmul(quant(x)[0][0], packed)
+    with pytest.raises(ValueError, match="kernel: 'fast' is none of"):
+        ternary_matmul(quant(x)[0], packed, "fast")
+    with pytest.raises(ValueError, match="packed: is on meta"):
+        ternary_matmul(quant(x)[0], packed.to("meta"))
+
+
+def test_backward_says_that_there_is_none() -> None:
+    x, codes, scale, _ = operands()
+    x.requires_grad_()
+    for y in (ternary_linear(x, pack_ternary(codes), scale), quant(x)[1]):
+        with pytest.raises(RuntimeError, match="have no backward: packed weights are for"):
+            y.sum().backward()
+
+
+def test_opcheck() -> None:
+    x, codes, scale, bias = operands(6)
+    packed = pack_ternary(codes)
+    library = torch.ops.bitnet
+    for x_any in (x, x.view(2, 3, K), x[0], x[:0], x.t().contiguous().t(), x.bfloat16()):
+        torch.library.opcheck(library.quant, (x_any,))
+        linear_args = (x_any, packed, scale, bias, "auto", 128)
+        torch.library.opcheck(library.ternary_linear, linear_args)
+    torch.library.opcheck(library.ternary_linear, (x, packed, scale[0], None, "auto", 128))
+    torch.library.opcheck(library.ternary_matmul, (quant(x)[0], packed, "auto"))
+
+
+def test_compiles_without_graph_break() -> None:
+    _, codes, scale, bias = operands()
+    packed = pack_ternary(codes)
+
+    def block(x: Tensor) -> Tensor:
+        codes, s_x, _ = quant(x)
+        return ternary_linear(x.relu(), packed, scale, bias) + codes.sum() * s_x.sum()
+
+    # aot_eager: traces and functionalizes as the default backend does, and needs no C++ compiler.
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for m in (3, 7, 4):
+        x = operands(m)[0]
+        assert torch.equal(compiled(x), block(x))
