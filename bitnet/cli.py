@@ -24,7 +24,7 @@ from bitnet.data import SplitName, TokenDataset, sequential_windows
 from bitnet.evaluate import compressor_baselines, evaluate_text, evaluate_windows
 from bitnet.export.folder import load, save_model, sizes
 from bitnet.export.proof import prove
-from bitnet.linear import Kernel, pack
+from bitnet.linear import BitLinear, Kernel, pack
 from bitnet.model import Transformer
 from bitnet.prepare import prepare
 from bitnet.schema import UserError
@@ -157,6 +157,8 @@ def pack_command(
     """
     target = Path(out or f"{folder}-packed")
     model, tokenizer = load(folder)
+    if not any(isinstance(module, BitLinear) for module in model.modules()):
+        raise UserError(f"{folder}: has no ternary layers to pack (full precision, or packed)")
     save_model(target, as_transformer(pack(copy.deepcopy(model))), tokenizer)
     packed, _ = load(target)
     prompts = prompt or ["", "The ", "def __init__(self"]

@@ -1,0 +1,176 @@
+"""The bitnet command, called as from a shell: what it prints, and how mistakes end."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitnet import cli
+from bitnet.export.folder import load, save_model
+from bitnet.linear import TernaryLinear
+from bitnet.model import ModelConfig, Transformer
+from bitnet.tokenizer import train_tokenizer
+
+Bitnet = Callable[..., tuple[int, str, str]]
+TEXT = "\n\n".join(f"def f{i}(x):\n    return x + {i}  # naïve ☃" for i in range(400))
+
+
+@pytest.fixture
+def bitnet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bitnet:
+    """Runs a command line in this process; returns exit code, stdout and stderr."""
+
+    def run(*args: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bitnet", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "160")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(caught.value.code or 0), out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """text.txt, and a small untrained model in model/ and its full-precision twin in fp/."""
+    root = tmp_path_factory.mktemp("cli")
+    (root / "text.txt").write_text(TEXT, encoding="utf-8")
+    tokenizer = train_tokenizer([TEXT], 320, root / "tokenizer.model", 1)
+    for name, linear in (("model", "ternary"), ("fp", "fp")):
+        torch.manual_seed(0)
+        config = ModelConfig(depth=1, vocab_size=320, max_seq_len=64, linear=linear)  # type: ignore[arg-type]
+        save_model(root / name, Transformer(config), tokenizer)
+    return root
+
+
+def test_prepare_then_eval_with_baselines(bitnet: Bitnet, folders: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    tokenizer = folders / "model" / "tokenizer.model"
+    code, out, _ = bitnet("prepare", folders / "text.txt", "--path", data, "--tokenizer", tokenizer)
+    assert code == 0
+    assert "train" in out
+    assert "val" in out
+    assert "bytes a token" in out
+    code, out, err = bitnet("eval", folders / "model", "--data", data, "--baselines")
+    assert code == 0, err
+    bits = float(re.search(r"model\s*│\s*([\d.]+)", out)[1])  # type: ignore[index]
+    assert 2 < bits < 9  # untrained: ln(320) nats a token
+    assert "gzip -9" in out
+    assert "xz -9" in out
+    assert bitnet("eval", folders / "model", "--data", data, "--split", "train")[0] == 0
+
+
+def test_pack_proves_and_the_packed_model_evaluates_alike(
+    bitnet: Bitnet, folders: Path, tmp_path: Path
+) -> None:
+    packed = tmp_path / "packed"
+    code, out, _ = bitnet("pack", folders / "model", "--out", packed, "--tokens", "5")
+    assert code == 0
+    assert "proof: all equal, bit for bit" in out
+    assert "7 matrices" in out
+    assert "15 greedy tokens" in out
+    model, _ = load(packed)
+    assert any(isinstance(module, TernaryLinear) for module in model.modules())
+    tables = [
+        bitnet("eval", folder, "--text", folders / "text.txt")[1]
+        for folder in (folders / "model", packed)
+    ]
+    numbers = [re.findall(r"\d+\.\d+", table) for table in tables]
+    assert numbers[0] == numbers[1]
+    assert len(numbers[0]) == 3
+
+
+def test_pack_exits_1_when_the_proof_fails(
+    bitnet: Bitnet, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaging(folder: Path | str) -> object:
+        model, tokenizer = load(folder)
+        if Path(folder) == tmp_path / "packed":
+            model.layers[0].mlp.up_proj.scale.mul_(1.5)
+        return model, tokenizer
+
+    monkeypatch.setattr(cli, "load", damaging)
+    code, out, _ = bitnet("pack", folders / "model", "--out", tmp_path / "packed")
+    assert code == 1
+    assert "DIFFERS: layers.0.mlp.up_proj: scales differ" in out
+
+
+def test_generate_streams_what_it_returns(bitnet: Bitnet, folders: Path) -> None:
+    args = ("generate", folders / "model", "--prompt", "def f", "--max-new-tokens", "20")
+    code, out, _ = bitnet(*args)
+    assert code == 0
+    assert out.startswith("def f")
+    assert len(out) > len("def f\n")
+    assert bitnet(*args)[1] == out
+    assert bitnet(*args, "--seed", "5")[1] != out
+    code, both, _ = bitnet(*args, "--prompt", "x = ☃", "--temperature", "0")
+    assert code == 0
+    assert "--- 1\ndef f" in both
+    assert "--- 2\nx = ☃" in both
+
+
+def test_inspect(bitnet: Bitnet) -> None:
+    configs = Path(__file__).parent.parent / "configs"
+    code, out, _ = bitnet("inspect", configs / "15m.toml")
+    assert code == 0
+    for part in ("15,447,168", "train.steps", "config", "dial", "weights in packed", "0.004"):
+        assert part in out
+    assert "packed" not in bitnet("inspect", configs / "fp" / "15m.toml")[1]
+    assert "d_model" in bitnet("inspect", configs / "15m.toml", "model.depth=8")[1]
+
+
+MISTAKES = [
+    (["generate", "{root}/none"], "none"),
+    (["generate", "{root}/model", "--prompt", "x" * 500], "leaves no room"),
+    (["generate", "{root}/model", "--temperature", "-1"], "temperature"),
+    (["generate", "{root}/model", "--top-p", "2"], "top_p"),
+    (["generate", "{root}/model", "--device", "tpu"], "tpu"),
+    (["generate", "{root}"], "did you mean"),
+    (["eval", "{root}/model"], "--text FILE or --data FOLDER"),
+    (["eval", "{root}/model", "--text", "{root}/none.txt"], "none.txt"),
+    (["eval", "{root}/model", "--text", "{root}/empty.txt"], "empty"),
+    (["eval", "{root}/model", "--text", "{root}/latin1.txt"], "not UTF-8"),
+    (["eval", "{root}/model", "--data", "{root}/none"], "none"),
+    (["pack", "{root}/fp"], "no ternary layers"),
+    (["pack", "{root}/model", "--out", "{root}/text.txt"], "text.txt"),
+    (["inspect", "{root}/none.toml"], "none.toml"),
+    (["inspect", "model.depth=4", "modl.depth=4"], "modl"),
+    (["prepare"], "nothing to prepare"),
+    (["prepare", "{root}/none"], "none"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), MISTAKES, ids=[" ".join(m[0])[:40] for m in MISTAKES])
+def test_mistakes_are_one_line_and_exit_code_2(
+    bitnet: Bitnet, folders: Path, args: list[str], message: str
+) -> None:
+    (folders / "empty.txt").touch()
+    (folders / "latin1.txt").write_bytes(b"caf\xe9 au lait\n" * 10)
+    before = sorted(path.name for path in folders.iterdir())
+    code, _, err = bitnet(*(arg.format(root=folders) for arg in args))
+    assert code == 2
+    *_, line = err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert "Traceback" not in err
+    assert sorted(path.name for path in folders.iterdir()) == before
+
+
+def test_a_wrong_option_is_the_parsers_error(bitnet: Bitnet, folders: Path) -> None:
+    code, _, err = bitnet("generate", folders / "model", "--max-token", "3")
+    assert code == 2
+    assert "--max-new-tokens" in err
+
+
+def test_every_help_has_a_text(bitnet: Bitnet) -> None:
+    code, out, _ = bitnet("--help")
+    assert code == 0
+    for command in ("prepare", "inspect", "pack", "generate", "eval"):
+        assert command in out
+        code, text, _ = bitnet(command, "--help")
+        assert code == 0
+        assert len(text.splitlines()) > 8
