@@ -27,7 +27,7 @@ quickstart: $(RUN)  ## train a small ternary model on a CPU in minutes, pack it,
 	$(BIN)/bitnet generate $(QUICK)-packed --prompt "def " --max-new-tokens 100
 
 test: $(DEV)  ## run the tests (about 10 minutes on 2 cores)
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 lint: $(DEV)  ## check style and format
 	$(BIN)/ruff check .

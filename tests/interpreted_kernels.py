@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitnet.linear import BitLinear, TernaryLinear
 from bitnet_kernels import ops, pack_ternary, reference, ternary_linear, ternary_matmul
 from bitnet_kernels.gpu import addsub, dot
 from bitnet_kernels.gpu.common import INTERPRETED, Rescale, Tile, launch
@@ -137,6 +138,29 @@ def check_shape(index: int, m: int, n: int, k: int) -> None:
     report("dot outputs", case, same(got, want))
     got = addsub.matmul(x_q[:3], packed, Rescale(s_x[:3], scale, bias, dtype))  # 3: it is slow
     report("addsub outputs", case, same(got, want[:3]))
+    check_layers(f"{case}, index {index}", x, codes)
+
+
+def check_layers(case: str, x: Tensor, codes: Tensor) -> None:
+    """BitLinear's training forward, and its packed form through each kernel, on the same codes."""
+    layer = BitLinear(codes.shape[1], codes.shape[0], bias=False)
+    layer.weight = torch.nn.Parameter(codes.float())  # quantizes to the codes themselves
+    accumulators: list[Tensor] = []
+    exact = reference.int8_matmul
+
+    def spy(a: Tensor, b: Tensor) -> Tensor:
+        accumulators.append(exact(a, b))
+        return accumulators[-1]
+
+    reference.int8_matmul = spy
+    trained = layer(x).detach()
+    reference.int8_matmul = exact
+    want = oracle_matmul(oracle_quant(x)[0], codes)
+    report("training accumulators", case, len(accumulators) == 1 and same(accumulators[0], want))
+    few = min(len(x), 2)  # the interpreter takes milliseconds a row
+    for kernel, rows in (("reference", len(x)), ("dot", few), ("addsub", few)):
+        packed = TernaryLinear.from_bitlinear(layer, kernel)  # type: ignore[arg-type]
+        report(f"packed layer, {kernel}", case, same(packed(x[:rows]), trained[:rows]))
 
 
 def check_gpu_tiles() -> None:

@@ -1,0 +1,27 @@
+"""Every number and table that the docs show comes from a run: these are the runs."""
+
+import doctest
+import runpy
+from pathlib import Path
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_every_number_of_the_walkthrough() -> None:
+    results = doctest.testfile(str(DOCS / "walkthrough.md"), module_relative=False)
+    assert results.attempted >= 20
+    assert results.failed == 0
+
+
+def test_the_readme_shows_the_table_of_the_csv() -> None:
+    script = str(DOCS / "results" / "compare_twins.py")
+    table = runpy.run_path(script, run_name="compare_twins")["table"]()
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    shown = readme.partition("<!-- twins -->\n")[2].partition("\n<!-- /twins -->")[0]
+    assert shown == table
+
+
+def test_the_readme_lists_every_file() -> None:
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    for path in (DOCS.parent / "bitnet").rglob("*.py"):
+        assert path.name in readme or path.name == "__init__.py", path
