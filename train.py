@@ -63,13 +63,17 @@ def train(config: Config, command: str) -> None:
     data_path = prepare(config.data)
     train_set, val_set = TokenDataset(data_path, "train"), TokenDataset(data_path, "val")
     tokenizer = train_set.tokenizer()
+    sample_prompt = encode_prompt(tokenizer, config.eval.sample_prompt)
+    if len(sample_prompt) >= config.model.max_seq_len:
+        raise UserError(
+            f"eval.sample_prompt has {len(sample_prompt)} tokens, which leaves no room in the "
+            f"context of {config.model.max_seq_len}"
+        )
     seq_len, total_steps = config.data.seq_len, config.train.steps
     loader = Loader(train_set, seq_len, config.batch_sequences, config.run.seed)
 
     torch.manual_seed(config.run.seed)
     model = Transformer(config.model)
-    if config.train.init_from:
-        start_from(model, Path(config.train.init_from), tokenizer.hash)
     model.to(device)
     forward = torch.compile(model) if config.train.compile else model
     optimizers = build_optimizer(model, config.optim)
@@ -91,6 +95,8 @@ def train(config: Config, command: str) -> None:
         step, tokens = saved.step, saved.state["tokens"]
         skipped, skipped_in_a_row = saved.state["skipped"], saved.state["skipped_in_a_row"]
         best_loss = saved.state["best_loss"] if saved.state["best_loss"] is not None else math.inf
+    elif config.train.init_from:
+        start_from(model, Path(config.train.init_from), tokenizer.hash)
     metrics.rewind(step if saved is not None else -1)
     write_atomic(run_dir / "config.toml", to_toml(config).encode())
 
@@ -136,7 +142,6 @@ def train(config: Config, command: str) -> None:
         while step < total_steps and not stop.is_set():
             inputs, targets = (t.to(device) for t in loader.batch(step))
             model.train()
-            optimizers.zero_grad()
             micro_batches = list(
                 zip(
                     inputs.split(config.train.micro_batch),
@@ -148,8 +153,8 @@ def train(config: Config, command: str) -> None:
             for inputs_BT, targets_BT in micro_batches:
                 with autocast:
                     logits_BTV = forward(inputs_BT)
-                    loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
-                    loss = loss / len(micro_batches)
+                loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+                loss = loss / len(micro_batches)
                 loss.backward()
                 loss_sum += loss.detach()
 
@@ -208,7 +213,7 @@ def train(config: Config, command: str) -> None:
                         result = evaluate_windows(
                             model, windows, tokenizer.count_bytes, config.eval.micro_batch
                         )
-                        sample = sample_text(model, tokenizer, config)
+                        sample = sample_text(model, tokenizer, sample_prompt, config)
                     val_loss = result.loss
                     evaluation = {
                         "step": step,
@@ -284,12 +289,12 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> N
         )
 
 
-def sample_text(model: Transformer, tokenizer: Tokenizer, config: Config) -> str:
+def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: list[int], config: Config) -> str:
     """A greedy continuation of ``eval.sample_prompt``, to see what a loss means."""
-    if not config.eval.sample_tokens:
+    n_tokens = config.eval.sample_tokens
+    if not n_tokens:
         return ""
-    prompt = encode_prompt(tokenizer, config.eval.sample_prompt)
-    (new,) = generate(model, [prompt], config.eval.sample_tokens, eos_id=tokenizer.eos_id)
+    (new,) = generate(model, [prompt], n_tokens, eos_id=tokenizer.eos_id)
     return tokenizer.decode([*prompt, *new])
 
 

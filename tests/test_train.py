@@ -375,6 +375,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("heads that do not divide", ["model.n_heads=5"], "the nearest that does is"),
     ("batch that does not divide", ["train.batch_tokens=100"], "train.batch_tokens = 100"),
     ("sequences longer than the data", ["data.seq_len=100000", "train.batch_tokens=0"], "tokens"),
+    ("a prompt beyond the context", ["eval.sample_prompt=" + 200 * "x "], "eval.sample_prompt has"),
     ("no such device", ["train.device=tpu"], "tpu"),
     ("no such model to start from", ["train.init_from={tmp}/none"], "none"),
     ("read-only run folder", ["run.dir=/proc"], "/proc"),
