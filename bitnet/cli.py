@@ -67,16 +67,15 @@ def _fail(message: str) -> None:
 
 def config_help() -> str:
     """Every config key with its default and meaning, as text for ``--help``."""
-    lines = ["\b", "Keys of a config (section.key = default):"]
-    section = ""
+    sections: dict[str, list[str]] = {}
     for name, key, default, text in describe():
-        if name != section:
-            section = name
-            lines += ["\b", f"\n[{section}]"]
         value = f'"{default}"' if isinstance(default, str) else str(default).replace("'", '"')
+        lines = sections.setdefault(name, [f"[{name}]"])
         lines.append(f"  {key} = {value.lower() if isinstance(default, bool) else value}")
-        lines += [f"      {line}" for line in textwrap.wrap(text, 88)]
-    return "\n".join(lines)
+        lines += [f"      {line}" for line in textwrap.wrap(text, 72)]
+    # a paragraph that begins with \b is not wrapped again
+    keys = ["\b\n" + "\n".join(lines) for lines in sections.values()]
+    return "\n\n".join(["Keys of a config, with their defaults:", *keys])
 
 
 @app.command("prepare")

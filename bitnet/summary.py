@@ -35,7 +35,8 @@ def model_bytes(model: ModelConfig) -> dict[str, int]:
 
 def human(number: float, unit: str = "") -> str:
     """A number a person reads: 15_700_000 -> "15.7M"; with unit "B", bytes in powers of 1000."""
-    for prefix, size in (("T", 1e12), ("G" if unit else "B", 1e9), ("M", 1e6), ("k", 1e3)):
+    large = (("E", 1e18), ("P", 1e15), ("T", 1e12))
+    for prefix, size in (*large, ("G" if unit else "B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= size:
             return f"{number / size:.4g}{' ' if unit else ''}{prefix}{unit}"
     return f"{number:.4g}{' ' + unit if unit else ''}"
