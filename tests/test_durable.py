@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from bitnet import durable
 from bitnet.durable import (
     load_tensors,
     new_folder,
@@ -206,3 +207,27 @@ except OSError as error:
     )
     assert done.stdout == "True\n"
     assert names(tmp_path) == set()
+
+
+def test_the_order_that_survives_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file, then the folder of their names, then the rename, then the folder it is in."""
+    events: list[str] = []
+    fsync, rename = durable._fsync, Path.rename
+
+    def recorded_fsync(path: Path) -> None:
+        events.append(f"fsync {path.name}")
+        fsync(path)
+
+    def recorded_rename(self: Path, target: Path) -> Path:
+        events.append(f"rename {self.name} {target.name}")
+        return rename(self, target)
+
+    monkeypatch.setattr(durable, "_fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "rename", recorded_rename)
+    with durable.new_folder(tmp_path / "new") as folder:
+        (folder / "a").write_text("a")
+        (folder / "b").write_text("b")
+    assert sorted(events[:2]) == ["fsync a", "fsync b"]
+    assert events[2:] == ["fsync .tmp-new", "rename .tmp-new new", f"fsync {tmp_path.name}"]

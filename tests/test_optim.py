@@ -285,6 +285,17 @@ def test_muon_update_is_orthogonal_and_decays_as_adamw_does() -> None:
     torch.testing.assert_close(head, head_before * (1 - 0.5 * 2e-3 * 0.1))
 
 
+def test_muon_shrinks_an_idle_matrix_as_adamw_does() -> None:
+    model = nn.ModuleDict({"layers": nn.Linear(6, 5, bias=False)})
+    optimizers = build_optimizer(model, OptimConfig(optimizer="muon", lr=2e-3, muon_lr=0.05))
+    matrix = model["layers"].weight
+    before = matrix.detach().clone()
+    matrix.grad = torch.zeros_like(matrix)
+    optimizers.set_schedule(0.5, 100.0)  # 0.9 of it stays; without the scale it would change sign
+    optimizers.step()
+    torch.testing.assert_close(matrix.detach(), before * (1 - 0.5 * 2e-3 * 100))
+
+
 def test_muon_averages_gradients_with_nesterov_momentum() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"layers": nn.Linear(12, 12, bias=False)})

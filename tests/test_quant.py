@@ -218,3 +218,36 @@ def test_input_errors_name_the_argument() -> None:
         ternary_linear_ste(torch.randn(4, 2), w)
     with pytest.raises(ValueError, match="input: expected shape"):
         ternary_linear_ste(torch.tensor(1.0), w)
+
+
+def test_statistics_are_fp32_whatever_the_dtype() -> None:
+    w = torch.randn(64, 64, generator=torch.Generator().manual_seed(4)).bfloat16()
+    codes, gamma = absmean_ternary(w)
+    exact_codes, exact_gamma = absmean_ternary(w.float())
+    assert gamma.dtype == torch.float32
+    assert torch.equal(gamma, exact_gamma)
+    assert torch.equal(codes, exact_codes)
+
+
+def test_bf16_gradients_are_rounded_once() -> None:
+    """Small integers are exact in bf16, so what is left is one rounding of each result."""
+    generator = torch.Generator().manual_seed(5)
+    w = torch.randn(6, 32, generator=generator)
+    bias = torch.zeros(6, requires_grad=True)
+    x = torch.randn(1001, 32, generator=generator).bfloat16().requires_grad_()
+    dy = torch.randint(-3, 4, (1001, 6), generator=generator).bfloat16()
+    dy[:, 0] = 1
+    ternary_linear_ste(x, w, bias).backward(dy)
+    codes, gamma = absmean_ternary(w)
+    assert x.grad is not None
+    assert torch.equal(x.grad, ((dy.float() @ codes.float()) * gamma).bfloat16())
+    assert bias.grad is not None
+    assert torch.equal(bias.grad, dy.float().sum(0))  # 1001 is no bf16
+
+
+@pytest.mark.parametrize(("mask", "c"), [("clip", 1.0), ("trust", 0.0)])
+def test_a_weight_on_the_border_of_the_mask_passes(mask: Any, c: float) -> None:
+    w = torch.ones(2, 4, requires_grad=True)  # |W| = gamma = 1, W = W_hat
+    ternary_linear_ste(torch.ones(1, 4), w, mask=mask, mask_c=c).sum().backward()
+    assert w.grad is not None
+    assert (w.grad != 0).all()
