@@ -24,7 +24,7 @@ quickstart: $(RUN)  ## train a small ternary model on a CPU in minutes, pack it,
 	$(BIN)/python train.py configs/quickstart.toml
 	$(BIN)/bitnet pack $(QUICK)
 	$(BIN)/bitnet eval $(QUICK)-packed --data data/python-stdlib --baselines
-	$(BIN)/bitnet generate $(QUICK)-packed --prompt "def " --max-new-tokens 100
+	$(BIN)/bitnet generate $(QUICK)-packed --prompt "    def __init__(self" --max-new-tokens 100
 
 test: $(DEV)  ## run the tests (about 10 minutes on 2 cores)
 	$(BIN)/pytest -n auto --dist loadfile

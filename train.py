@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from bitnet import checkpoint
 from bitnet.cli import config_help, one_line_errors, pick_device, split_args
 from bitnet.config import Config, differences, load_config, to_dict, to_toml
-from bitnet.data import Loader, TokenDataset, sequential_windows
-from bitnet.durable import write_atomic
+from bitnet.data import INDEX, Loader, TokenDataset, sequential_windows
+from bitnet.durable import sha256, write_atomic
 from bitnet.evaluate import evaluate_windows
 from bitnet.export.folder import load, save_model
 from bitnet.generate import encode_prompt, generate
@@ -47,7 +47,10 @@ from bitnet.telemetry import Telemetry
 from bitnet.throughput import Throughput, mfu, peak_flops, peak_memory
 from bitnet.tokenizer import Tokenizer
 
-FIXED = ("model", "data", "run.seed", "train.batch_tokens", "train.dtype", "optim.optimizer")
+FIXED = (
+    *("model", "data", "run.seed", "train.batch_tokens", "train.dtype", "optim.optimizer"),
+    *("optim.beta1", "optim.beta2", "optim.eps", "optim.muon_momentum", "optim.muon_ns_steps"),
+)
 """What a run keeps for life: changing one of these makes it another run, and resuming refuses."""
 
 
@@ -62,7 +65,7 @@ def train(config: Config, command: str) -> None:
 
     data_path = prepare(config.data)
     train_set, val_set = TokenDataset(data_path, "train"), TokenDataset(data_path, "val")
-    tokenizer = train_set.tokenizer()
+    tokenizer, data_hash = train_set.tokenizer(), sha256(data_path / INDEX)
     sample_prompt = encode_prompt(tokenizer, config.eval.sample_prompt)
     if len(sample_prompt) >= config.model.max_seq_len:
         raise UserError(
@@ -84,8 +87,14 @@ def train(config: Config, command: str) -> None:
     metrics = MetricsFile(run_dir / "metrics.jsonl")
     saved = checkpoint.resume(checkpoints)
     step, tokens, skipped, skipped_in_a_row, best_loss = 0, 0, 0, 0, math.inf
+    changes: list[str] = []
     if saved is not None:
-        refuse_changes(saved.state["config"], to_dict(config), run_dir)
+        changes = allowed_changes(saved.state["config"], to_dict(config), run_dir)
+        if saved.state["data"] != data_hash:
+            raise UserError(
+                f"data.path = {data_path} was prepared anew since this run began, from other text; "
+                "bring the old set back, or give the new run another run.name"
+            )
         model.load_state_dict(saved.tensors["model"])
         telemetry.load_state(saved.tensors["telemetry"])
         for i, optimizer in enumerate(optimizers.optimizers):
@@ -93,12 +102,13 @@ def train(config: Config, command: str) -> None:
             checkpoint.load_optimizer(optimizer, saved.tensors[f"optimizer_{i}"], structure)
         checkpoint.set_rng_state(saved.state["rng"])
         step, tokens = saved.step, saved.state["tokens"]
-        skipped, skipped_in_a_row = saved.state["skipped"], saved.state["skipped_in_a_row"]
+        skipped = saved.state["skipped"]
         best_loss = saved.state["best_loss"] if saved.state["best_loss"] is not None else math.inf
     elif config.train.init_from:
         start_from(model, Path(config.train.init_from), tokenizer.hash)
     metrics.rewind(step if saved is not None else -1)
-    write_atomic(run_dir / "config.toml", to_toml(config).encode())
+    if step < total_steps:  # a finished run keeps the record of what it was trained with
+        write_atomic(run_dir / "config.toml", to_toml(config).encode())
 
     def save_checkpoint(val_loss: float | None) -> None:
         metrics.sync()
@@ -113,7 +123,7 @@ def train(config: Config, command: str) -> None:
             "rng": checkpoint.rng_state(),
             "tokens": tokens,
             "skipped": skipped,
-            "skipped_in_a_row": skipped_in_a_row,
+            "data": data_hash,
             "best_loss": best_loss if math.isfinite(best_loss) else None,
         }
         checkpoint.save(checkpoints, step, groups, state, val_loss)
@@ -132,10 +142,18 @@ def train(config: Config, command: str) -> None:
             f"on {device}, {'bf16 autocast' if bf16 else 'fp32'}; "
             f"{human(train_set.n_tokens)} training tokens, so "
             f"{config.train.tokens / train_set.n_tokens:.2g} epochs; "
-            f"MFU against {human(peak)}FLOP/s ({peak_source})"
+            f"MFU against {human(peak, 'FLOP/s')} ({peak_source})"
         )
         if step:
-            console.print(f"resumed at step {step}")
+            nothing = "" if step < total_steps else f" of {total_steps}: nothing is left to train"
+            console.print(f"resumed at step {step}{nothing}")
+        if changes:
+            console.warn(f"changed since this run was last started: {'; '.join(changes)}")
+        if val_set.n_tokens < 10_000:
+            console.warn(
+                f"only {val_set.n_tokens} validation tokens: val_loss will be noisy; a larger "
+                "data.val_fraction, in another data.path, steadies it"
+            )
         tracker = Tracker(config.log, run_dir, config.run.name, to_dict(config), console.warn)
 
         # -- The loop ---------------------------------------------------------------------------
@@ -202,10 +220,11 @@ def train(config: Config, command: str) -> None:
                     )
                     if skipped_in_a_row >= config.train.max_bad_steps:
                         tracker.finish(1)
+                        kept = f"is kept in {checkpoints}" if saved_step >= 0 else "was not reached"
                         raise UserError(
                             f"{skipped_in_a_row} steps in a row were not finite (up to step "
-                            f"{step}); the last good checkpoint is kept in {checkpoints}. A lower "
-                            "optim.lr or optim.grad_clip often helps; both may change on resume"
+                            f"{step}); a good checkpoint {kept}. A lower optim.lr or "
+                            "optim.grad_clip often helps; both may change on resume"
                         )
                 if step % config.eval.every == 0 or last:
                     with autocast:
@@ -236,7 +255,7 @@ def train(config: Config, command: str) -> None:
                 due = step % config.checkpoint.every == 0 or (
                     improved and config.checkpoint.keep_best
                 )
-                if due or last:
+                if (due or last) and finite:  # in a streak of bad steps the weights may be why
                     save_checkpoint(val_loss)
                     saved_step = step
 
@@ -262,6 +281,12 @@ def start_from(model: Transformer, folder: Path, tokenizer_hash: str) -> None:
             f"train.init_from = {folder}: its tokenizer is not the one of the data; set "
             f"data.tokenizer = {str(folder / 'tokenizer.model')!r}"
         )
+    for key in ("activation", "norm_placement", "n_heads", "rope_theta", "norm_eps"):
+        theirs, ours = getattr(source.config, key), getattr(model.config, key)
+        if theirs != ours:
+            raise UserError(
+                f"train.init_from = {folder}: has model.{key} = {theirs!r}, this config {ours!r}"
+            )
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: tensor.shape for name, tensor in source.state_dict().items()}
     if different := sorted(n for n in shapes.keys() | found if shapes.get(n) != found.get(n)):
@@ -274,8 +299,8 @@ def start_from(model: Transformer, folder: Path, tokenizer_hash: str) -> None:
     model.load_state_dict(source.state_dict())
 
 
-def refuse_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> None:
-    """Raise UserError where the config of a begun run differs in what cannot change."""
+def allowed_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> list[str]:
+    """How the config of a begun run differs; raises UserError for what cannot change."""
     keys = {change.partition(":")[0]: change for change in differences(old, new)}
     fixed = [
         change
@@ -287,6 +312,7 @@ def refuse_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> N
             f"{run_dir} holds a run with another config: {'; '.join(fixed)}. Change it back, or "
             "give the new run another run.name"
         )
+    return list(keys.values())
 
 
 def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: list[int], config: Config) -> str:
@@ -294,7 +320,10 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: list[int], con
     n_tokens = config.eval.sample_tokens
     if not n_tokens:
         return ""
-    (new,) = generate(model, [prompt], n_tokens, eos_id=tokenizer.eos_id)
+    try:
+        (new,) = generate(model, [prompt], n_tokens, eos_id=tokenizer.eos_id)
+    except UserError as error:  # logits that are not finite: the loss says so too
+        return f"(no sample: {error})"
     return tokenizer.decode([*prompt, *new])
 
 
@@ -321,6 +350,7 @@ def stop_signals() -> Iterator[threading.Event]:
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run folder: two processes that train in one would destroy each other's work."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / ".lock").touch()  # an unwritable folder is an error here, and not a wait below
     try:
         with FileLock(run_dir / ".lock", timeout=0):
             yield

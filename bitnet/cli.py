@@ -5,7 +5,8 @@ A mistake of the user ends in one line on stderr and exit code 2.
 """
 
 import copy
-import dataclasses
+import io
+import json
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -22,13 +23,15 @@ from bitnet import generate as generation
 from bitnet.config import describe, load_config
 from bitnet.data import SplitName, TokenDataset, sequential_windows
 from bitnet.evaluate import compressor_baselines, evaluate_text, evaluate_windows
-from bitnet.export.folder import load, save_model, sizes
+from bitnet.export.folder import CONFIG, load, read_config, save_model, sizes
 from bitnet.export.proof import prove
 from bitnet.linear import BitLinear, Kernel, pack
 from bitnet.model import Transformer
 from bitnet.prepare import prepare
 from bitnet.schema import UserError
 from bitnet.summary import human, tables
+from bitnet.tokenizer import Tokenizer
+from bitnet_kernels import pack_ternary, ternary_matmul
 
 app = typer.Typer(
     help="Ternary language models: prepare data, inspect configs, pack, generate, evaluate.\n\n"
@@ -55,6 +58,10 @@ def one_line_errors() -> Iterator[None]:
         _fail(str(error))
     except torch.OutOfMemoryError as error:
         _fail(f"out of GPU memory: lower train.micro_batch, or take a smaller model ({error})")
+    except RuntimeError as error:
+        if "not enough memory" not in str(error):  # how torch's CPU allocator says it
+            raise
+        _fail("out of memory: lower train.micro_batch, or take a smaller model")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(f"{where}{error.strerror or error}")
@@ -103,7 +110,8 @@ def prepare_command(
     """
     if not sources and not config:
         raise UserError("nothing to prepare: name a source (a folder, say) or --config FILE")
-    base = load_config([config] if config else []).data
+    if sources and not path:
+        raise UserError("name the folder to write with --path, such as --path data/my-texts")
     given: dict[str, Any] = {
         "sources": sources,
         "path": path,
@@ -112,8 +120,8 @@ def prepare_command(
         "val_fraction": val_fraction,
         "text_field": text_field,
     }
-    data = dataclasses.replace(base, **{key: value for key, value in given.items() if value})
-    folder = prepare(data)
+    overrides = [f"data.{key}={json.dumps(value)}" for key, value in given.items() if value]
+    folder = prepare(load_config([config] if config else [], overrides).data)
     table = Table("split", "documents", "tokens", "bytes", "bytes a token", title=str(folder))
     for split in ("train", "val"):
         dataset = TokenDataset(folder, split)
@@ -156,13 +164,17 @@ def pack_command(
     """
     target = Path(out or f"{folder}-packed")
     model, tokenizer = load(folder)
+    if (target / CONFIG).exists() and read_config(target).weights == "latent":
+        raise UserError(f"{target}: holds a trained model, which packing would overwrite")
     if not any(isinstance(module, BitLinear) for module in model.modules()):
         raise UserError(f"{folder}: has no ternary layers to pack (full precision, or packed)")
+    prompts = prompt or ["", "The ", "def __init__(self"]
+    ids = [
+        generation.encode_prompt(tokenizer, text)[: model.config.max_seq_len] for text in prompts
+    ]
+    room = model.config.max_seq_len - max(len(row) for row in ids)
     save_model(target, as_transformer(pack(copy.deepcopy(model))), tokenizer)
     packed, _ = load(target)
-    prompts = prompt or ["", "The ", "def __init__(self"]
-    ids = [generation.encode_prompt(tokenizer, text) for text in prompts]
-    room = model.config.max_seq_len - max(len(row) for row in ids)
     proof = prove(model, packed, ids, max(0, min(tokens, room)))
 
     console = Console()
@@ -199,7 +211,7 @@ def generate_command(
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample among the k most likely. 0: all.")] = 50,
     top_p: Annotated[float, typer.Option(help="Among those of this probability. 1: all.")] = 0.95,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0, max=2**62)] = 0,
     device: Device = "auto",
     kernel: Annotated[Kernel, typer.Option(help="Of a packed model's layers.")] = "auto",
 ) -> None:
@@ -207,7 +219,9 @@ def generate_command(
 
     Example: bitnet generate runs/quickstart/model --prompt "def main" --temperature 0.7
     """
-    model, tokenizer = load(folder, pick_device(device), kernel)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding prints "?"
+        sys.stdout.reconfigure(errors="replace")
+    model, tokenizer = load_for_inference(folder, device, kernel)
     prompts = [generation.encode_prompt(tokenizer, text) for text in prompt or [""]]
     streams = [generation.TextStream(tokenizer, ids) for ids in prompts]
     live = len(prompts) == 1
@@ -216,12 +230,19 @@ def generate_command(
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    begun = False
+
+    def begin() -> None:  # not before the first token: an error stands on a line of its own
+        nonlocal begun
+        if not begun:
+            write(tokenizer.decode(prompts[0]))
+        begun = True
+
     def on_token(row: int, token: int) -> None:
         if live:
+            begin()
             write(streams[row].push(token))
 
-    if live:
-        write(tokenizer.decode(prompts[0]))
     new = generation.generate(
         model,
         prompts,
@@ -234,6 +255,7 @@ def generate_command(
         on_token=on_token,
     )
     if live:
+        begin()
         write(streams[0].finish() + "\n")
         return
     for number, (ids, row) in enumerate(zip(prompts, new, strict=True), 1):
@@ -258,7 +280,7 @@ def eval_command(
     """
     if bool(text) == bool(data):
         raise UserError("name what to evaluate on: either --text FILE or --data FOLDER")
-    model, tokenizer = load(folder, pick_device(device), kernel)
+    model, tokenizer = load_for_inference(folder, device, kernel)
     if text:
         content = read_text(Path(text))
         result = evaluate_text(model, tokenizer, content)
@@ -281,6 +303,17 @@ def eval_command(
     Console().print(table)
 
 
+def load_for_inference(folder: Path, device: str, kernel: Kernel) -> tuple[Transformer, Tokenizer]:
+    """The model, once the kernel has shown that it runs on the device; raises UserError else."""
+    target = pick_device(device)
+    one = torch.ones(1, 1, dtype=torch.int8, device=target)
+    try:
+        ternary_matmul(one, pack_ternary(one), kernel)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return load(folder, target, kernel)
+
+
 def read_text(path: Path) -> str:
     """A UTF-8 file's text; raises UserError naming it where it is not one."""
     try:
@@ -295,10 +328,14 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device {name!r} cannot be used here: {reason}") from error
+        reason = str(error).splitlines()[0].partition(": ")[0]
+        raise UserError(
+            f"device {name!r} cannot be used here ({reason}); expected cpu, cuda, cuda:N or auto"
+        ) from error
     return device
 
 

@@ -50,7 +50,7 @@ class RunConfig:
     """Folder of the run. "": the name of the (last) config file."""
     dir: str = "runs"
     """Folder of all runs."""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of the initial weights and the order of the data."""
 
 
@@ -64,7 +64,7 @@ class TrainConfig:
     """Autocast dtype; "auto": bf16 on a GPU, fp32 on a CPU. Latent weights are always fp32."""
     compile: bool = False
     """Compile the model with torch.compile."""
-    threads: Count = 0
+    threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads of torch. 0: torch's own choice."""
     batch_tokens: Count = 0
     """Tokens an optimizer step. 0: from the parameters; see the head of bitnet/config.py."""
@@ -105,6 +105,10 @@ class Config:
 
     def resolve(self) -> "Config":
         """Fill every 0 that the dial computes; raises UserError for what cannot be."""
+        if Path(self.run.name).name != self.run.name or self.run.name == "..":
+            raise UserError(
+                f"run.name = {self.run.name!r}: expected a name, not a path; see run.dir"
+            )
         vocab_size = self.data.vocab_size
         if self.data.tokenizer:
             vocab_size = Tokenizer(Path(self.data.tokenizer)).vocab_size

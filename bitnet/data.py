@@ -148,8 +148,13 @@ def read_index(path: Path) -> Index:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{file}: damaged: {where}: {first['msg']}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: damaged: {error}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: damaged: {error}; delete {path} and prepare it again") from error
+    for shard in (shard for split in index.splits.values() for shard in split.shards):
+        if Path(shard.file).name != shard.file:
+            raise UserError(f"{file}: damaged: {shard.file!r} is not a file of this folder")
     for name in ("train", "val"):
         split = index.splits.get(name)
         if split is None or split.n_tokens != sum(shard.n_tokens for shard in split.shards):
@@ -201,6 +206,10 @@ class TokenDataset:
         tokenizer = Tokenizer(self.path / TOKENIZER)
         if tokenizer.hash != self._tokenizer_sha256:
             raise UserError(f"{tokenizer.path}: is not the tokenizer this set was prepared with")
+        if (tokenizer.vocab_size, tokenizer.eos_id) != (self.vocab_size, self.eos_id):
+            raise UserError(
+                f"{self.path / INDEX}: damaged: another tokenizer's vocab_size or eos_id"
+            )
         return tokenizer
 
     def tokens(self, start: int, stop: int) -> np.ndarray:

@@ -135,7 +135,8 @@ def next_token_probabilities(
         fp32 ``[B, V]``, rows sum to 1, exactly 0 for what is cut off.
     """
     # Subtracting the peak first keeps a tiny temperature from overflowing: exp sees 0 and below.
-    scaled = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature
+    # A temperature below fp32's range would divide by 0.
+    scaled = (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     vocab_size = scaled.shape[-1]
     if top_p < 1:
         ranked, ids = scaled.sort(-1, descending=True)
@@ -145,9 +146,9 @@ def next_token_probabilities(
     else:
         return scaled.softmax(-1)
     probabilities = ranked.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    before[:, 0] = 0.0
-    kept = probabilities.where(before < top_p, 0.0)
+    inside = probabilities.cumsum(-1) - probabilities < top_p
+    inside[:, 0] = True
+    kept = probabilities.where(inside, 0.0)
     kept = kept / kept.sum(-1, keepdim=True)
     return torch.zeros_like(scaled).scatter_(-1, ids, kept)
 

@@ -10,10 +10,11 @@ checkpoint moves between the two. A TernaryLinear has no latent weights; it hold
 an fp32 scale and gives the same outputs to the last bit, since both add the same integers.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,8 @@ from bitnet.quant import (
     output_dtype,
     ternary_linear_ste,
 )
-from bitnet_kernels import pack_ternary, ternary_linear, unpack_ternary
+from bitnet_kernels import KERNELS, pack_ternary, ternary_linear, unpack_ternary
+from bitnet_kernels.packing import packed_columns
 
 Kernel = Literal["auto", "addsub", "dot", "reference"]
 DEFAULT_SKIP = ("lm_head",)
@@ -83,18 +85,11 @@ class BitLinear(nn.Linear):
         grad_mask: GradMask = "none",
         grad_mask_c: float = 1.0,
     ) -> None:
-        if in_features < 1 or out_features < 1:
-            raise ValueError(
-                f"in_features, out_features: expected >= 1, got {in_features}, {out_features}"
-            )
-        for name, value, valid in (
-            ("granularity", granularity, ("tensor", "row", "group")),
-            ("grad_mask", grad_mask, ("none", "clip", "trust")),
-        ):
-            if value not in valid:
-                raise ValueError(f"{name}: expected one of {', '.join(valid)}, got {value!r}")
-        if group_size < 1:
-            raise ValueError(f"group_size: expected >= 1, got {group_size}")
+        _check_options(in_features, out_features, granularity, group_size)
+        if grad_mask not in (masks := get_args(GradMask)):
+            raise ValueError(f"grad_mask: expected one of {', '.join(masks)}, got {grad_mask!r}")
+        if not 0 <= grad_mask_c < math.inf:
+            raise ValueError(f"grad_mask_c: expected a finite number >= 0, got {grad_mask_c}")
         super().__init__(in_features, out_features, bias, device, dtype)
         self.granularity: Granularity = granularity
         self.group_size = group_size
@@ -162,14 +157,22 @@ class TernaryLinear(nn.Module):
         self.granularity: Granularity = granularity
         self.group_size = group_size
         self.kernel: Kernel = kernel
-        codes = torch.zeros(out_features, in_features, dtype=torch.int8, device=device)
+        _check_options(in_features, out_features, granularity, group_size)
+        if kernel not in KERNELS:
+            raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
         shape = {
             "tensor": (),
             "row": (out_features,),
             "group": (out_features, -(-in_features // group_size)),
         }[granularity]
-        self.register_buffer("packed", pack_ternary(codes))
-        self.register_buffer("scale", torch.ones(shape, device=device))
+        zeros = torch.full(  # four weights of 0 in each byte
+            (out_features, packed_columns(in_features)),
+            0b01010101,
+            dtype=torch.uint8,
+            device=device,
+        )
+        self.register_buffer("packed", zeros)
+        self.register_buffer("scale", torch.ones(shape, dtype=torch.float32, device=device))
         self.bias = _constant(torch.zeros(out_features, device=device)) if bias else None
         self.rms_norm = RMSNorm(in_features, norm_eps, device=device) if norm else None
 
@@ -250,20 +253,34 @@ class TernaryLinear(nn.Module):
         )
 
 
+def _check_options(
+    in_features: int, out_features: int, granularity: Granularity, group_size: int
+) -> None:
+    if in_features < 1 or out_features < 1:
+        raise ValueError(
+            f"in_features, out_features: expected >= 1, got {in_features}, {out_features}"
+        )
+    if granularity not in (valid := get_args(Granularity)):
+        raise ValueError(f"granularity: expected one of {', '.join(valid)}, got {granularity!r}")
+    if group_size < 1:
+        raise ValueError(f"group_size: expected >= 1, got {group_size}")
+
+
 def _constant(tensor: Tensor) -> nn.Parameter:
     """A parameter that takes no gradient: packed layers have no backward."""
     return nn.Parameter(tensor, requires_grad=False)
 
 
 def replace_linear(
-    model: nn.Module, skip: Sequence[str] = DEFAULT_SKIP, **options: Any
+    model: nn.Module, skip: str | Sequence[str] = DEFAULT_SKIP, **options: Any
 ) -> nn.Module:
     """Replace every ``nn.Linear`` by a :class:`BitLinear` with the same parameters, in place.
 
     Only plain ``nn.Linear`` modules are replaced: a subclass may use its weight in its own way
     (the output projection of ``nn.MultiheadAttention`` is never *called*, so a BitLinear there
-    would change nothing). ``nn.TransformerEncoder`` reads its layers' weights past their forward
-    in a fused inference path; that path is switched off where a layer is replaced.
+    would change nothing). Hooks on a replaced module are not carried over. The fused inference
+    path of ``nn.TransformerEncoder`` reads its layers' weights past their forward; it is switched
+    off where a layer is replaced.
 
     Arguments:
         model: any module; an ``nn.Linear`` itself is replaced by the returned BitLinear.
@@ -273,12 +290,22 @@ def replace_linear(
     Raises:
         ValueError: a name in ``skip`` that no module has.
     """
-    if tuple(skip) != DEFAULT_SKIP:
+    skip = (skip,) if isinstance(skip, str) else tuple(skip)
+    if skip != DEFAULT_SKIP:
         _check_skip(model, skip)
+    skipped = {  # under any of its names
+        id(module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if _skipped(name, skip)
+    }
 
     def convert(name: str, module: nn.Module) -> nn.Module | None:
-        if type(module) is not nn.Linear or _skipped(name, skip):
+        if type(module) is not nn.Linear or id(module) in skipped:
             return None
+        if not isinstance(module.weight, nn.Parameter):
+            raise ValueError(
+                f"{name}: its weight is computed by a hook (weight_norm, pruning, ...)"
+            )
         linear = BitLinear(
             module.in_features, module.out_features, module.bias is not None, "meta", **options
         )

@@ -130,7 +130,7 @@ def _json_value(value: Any) -> Any:
 def _step_of(line: bytes) -> int | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     step = row.get("step") if isinstance(row, dict) else None
     return step if type(step) is int else None

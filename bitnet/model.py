@@ -33,14 +33,14 @@ from bitnet.linear import BitLinear, RMSNorm
 from bitnet.quant import GradMask, Granularity
 from bitnet.schema import STRICT, UserError
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**24)]
 
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """The model's shape and arithmetic. 0 means: computed from ``depth``."""
 
-    depth: Annotated[int, Field(ge=1)] = 6
+    depth: Annotated[int, Field(ge=1, le=1000)] = 6
     """The one dial: layers, width, heads, FFN and (elsewhere) learning rate, batch and tokens."""
     linear: Literal["ternary", "fp"] = "ternary"
     """Arithmetic of the layers' matrices; "fp" is the full-precision twin."""
@@ -66,9 +66,9 @@ class ModelConfig:
     """RMSNorm on each head's queries and keys before the rotation."""
     tie_embeddings: bool = True
     """Use the embedding as the output head."""
-    rope_theta: Annotated[float, Field(gt=0)] = 10_000.0
+    rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10_000.0
     """Base of the rotary frequencies."""
-    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-5
     """Added to the mean square in every RMSNorm."""
     granularity: Granularity = "tensor"
     """One weight scale a "tensor" (b1.58), a "row" or a "group" of columns."""
@@ -76,7 +76,7 @@ class ModelConfig:
     """Columns a group, for granularity = "group"."""
     grad_mask: GradMask = "none"
     """Latent weights that receive no gradient: "none", "clip" or "trust" (bitnet/quant.py)."""
-    grad_mask_c: Annotated[float, Field(gt=0)] = 1.0
+    grad_mask_c: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Bound of the mask in units of the scale."""
 
     def resolve(self, vocab_size: int = 0, seq_len: int = 0) -> "ModelConfig":

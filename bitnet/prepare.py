@@ -84,7 +84,9 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
         return path
     place = path.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(place.with_name(f".{place.name}.lock"))
+    lock_path = place.with_name(f".{place.name}.lock")
+    lock_path.touch()  # an unwritable folder is an error here, and not a wait below
+    lock = FileLock(lock_path)
     try:
         lock.acquire(blocking=False)
     except Timeout:

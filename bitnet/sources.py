@@ -332,4 +332,6 @@ def _first_line(error: Exception) -> str:
 
 
 def _missing_extra(source: str, package: str) -> UserError:
-    return UserError(f"{source}: needs {package}; install it: pip install 'bitnet-train[hf]'")
+    return UserError(
+        f"{source}: needs {package}; install it: pip install {package.partition(' ')[0]}"
+    )

@@ -15,6 +15,7 @@ _DIALED = (
     ("optim", ("lr",)),
     ("train", ("batch_tokens", "micro_batch", "tokens", "steps")),
 )
+_TAKEN = {"vocab_size": "tokenizer", "max_seq_len": "data.seq_len"}
 
 
 def model_bytes(model: ModelConfig) -> dict[str, int]:
@@ -34,7 +35,7 @@ def model_bytes(model: ModelConfig) -> dict[str, int]:
 
 
 def human(number: float, unit: str = "") -> str:
-    """A number a person reads: 15_700_000 -> "15.7M"; with unit "B", bytes in powers of 1000."""
+    """A number a person reads: 15_700_000 -> "15.7M"; with unit "B", "15.7 MB" (powers of 1000)."""
     large = (("E", 1e18), ("P", 1e15), ("T", 1e12))
     for prefix, size in (*large, ("G" if unit else "B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= size:
@@ -70,7 +71,7 @@ def _dial(asked: Config, config: Config) -> Table:
             table.add_row(
                 f"{section}.{key}",
                 f"{value:g}" if isinstance(value, float) else f"{value:,}",
-                "config" if given else "dial",
+                "config" if given else _TAKEN.get(key, "dial"),
             )
     warmup = warmup_steps(config.train.steps, config.optim)
     table.add_row("warmup", f"{warmup:,} steps", "config" if asked.optim.warmup_steps else "dial")
@@ -97,9 +98,9 @@ def _costs(config: Config) -> Table:
     table = Table("what", "value", title="Costs")
     for kind, n in count.items():
         table.add_row(f"parameters: {kind}", f"{n:,}")
-    table.add_row(f"training FLOPs a token, context {seq_len}", human(flops))
-    table.add_row("training FLOPs, whole run", human(flops * config.train.tokens))
-    table.add_row("inference FLOPs a token", human(flops / 3))
+    table.add_row(f"training FLOPs a token, context {seq_len}", human(flops, "FLOP"))
+    table.add_row("training FLOPs, whole run", human(flops * config.train.tokens, "FLOP"))
+    table.add_row("inference FLOPs a token", human(flops / 3, "FLOP"))
     for kind, n_bytes in model_bytes(model).items():
         table.add_row(f"weights in {kind}", human(n_bytes, "B"))
     # fp32 weights and gradients, and two fp32 moments of AdamW (one of Muon's) for each

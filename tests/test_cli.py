@@ -113,6 +113,13 @@ def test_generate_streams_what_it_returns(bitnet: Bitnet, folders: Path) -> None
     assert "--- 2\nx = ☃" in both
 
 
+def test_extreme_sampling_is_greedy(bitnet: Bitnet, folders: Path) -> None:
+    args = ("generate", folders / "model", "--prompt", "def f", "--max-new-tokens", "8")
+    greedy = bitnet(*args, "--temperature", "0")[1]
+    for options in (("--temperature", "5e-324"), ("--top-p", "1e-300"), ("--top-k", "1")):
+        assert bitnet(*args, *options)[:2] == (0, greedy)
+
+
 def test_inspect(bitnet: Bitnet) -> None:
     configs = Path(__file__).parent.parent / "configs"
     code, out, _ = bitnet("inspect", configs / "15m.toml")
@@ -137,10 +144,17 @@ MISTAKES = [
     (["eval", "{root}/model", "--data", "{root}/none"], "none"),
     (["pack", "{root}/fp"], "no ternary layers"),
     (["pack", "{root}/model", "--out", "{root}/text.txt"], "text.txt"),
+    (["pack", "{root}/model", "--out", "{root}/model"], "which packing would overwrite"),
+    (["pack", "{root}/model", "--out", "{root}/fp"], "which packing would overwrite"),
+    (["generate", "{root}/model", "--device", "meta"], "meta"),
+    (["prepare", "{root}/text.txt", "--path", "/proc/none/x"], "/proc"),
     (["inspect", "{root}/none.toml"], "none.toml"),
     (["inspect", "model.depth=4", "modl.depth=4"], "modl"),
     (["prepare"], "nothing to prepare"),
-    (["prepare", "{root}/none"], "none"),
+    (["prepare", "{root}/text.txt"], "--path"),
+    (["prepare", "{root}/text.txt", "--path", "{root}/p", "--vocab-size", "9"], "data.vocab_size"),
+    (["prepare", "{root}/text.txt", "--path", "{root}/p", "--val-fraction", "2"], "val_fraction"),
+    (["prepare", "{root}/none", "--path", "{root}/p"], "none"),
 ]
 
 

@@ -282,3 +282,35 @@ def test_compile_without_graph_break() -> None:
     y.sum().backward()
     assert layer.weight.grad is not None
     assert bitnet_kernels.pack_ternary(layer.quantize()[0]).dtype == torch.uint8
+
+
+def test_skip_takes_one_name_and_any_name_of_a_shared_module() -> None:
+    model = nn.Module()
+    model.proj = model.lm_head = nn.Linear(3, 3)
+    model.gate = nn.Linear(3, 3)
+    replace_linear(model)
+    assert type(model.proj) is nn.Linear
+    assert type(model.gate) is BitLinear
+    assert type(replace_linear(Tied(), skip="gate").gate) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+def test_a_computed_weight_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.utils.weight_norm(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="1: its weight is computed by a hook"):
+        replace_linear(model)
+
+
+def test_ternary_linear_on_meta_and_under_another_default_dtype() -> None:
+    assert TernaryLinear(70, 8, device="meta").packed.shape == (8, 32)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = TernaryLinear(70, 8, bias=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.scale.dtype == torch.float32
+    assert torch.equal(layer.codes(), torch.zeros(8, 70, dtype=torch.int8))
+    with pytest.raises(ValueError, match="granularity"):
+        TernaryLinear(4, 4, granularity="rows")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="kernel"):
+        TernaryLinear(4, 4, kernel="fast")  # type: ignore[arg-type]

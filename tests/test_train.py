@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -326,7 +327,9 @@ def test_steps_that_are_not_finite(
         return clip(parameters, max_norm)
 
     monkeypatch.setattr(train, "clip_gradients", poisoned)
-    with pytest.raises(UserError, match=r"4 steps in a row were not finite.*checkpoint is kept"):
+    with pytest.raises(
+        UserError, match=r"4 steps in a row were not finite.*good checkpoint is kept"
+    ):
         run("train.max_bad_steps=4")
     rows = {row["step"]: row for row in read_metrics(tmp_path / "tiny") if "loss" in row}
     assert max(rows) == 23
@@ -334,8 +337,56 @@ def test_steps_that_are_not_finite(
     assert rows[4]["grad_norm"] is None
     saved = checkpoint.load_newest(tmp_path / "tiny" / "checkpoints")
     assert saved is not None
-    assert saved.step == 21
+    assert saved.step == 14
     assert all(tensor.isfinite().all() for tensor in saved.tensors["model"].values())
+
+
+def test_a_streak_of_bad_steps_never_replaces_a_good_checkpoint(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = train.clip_gradients
+    calls = 0
+
+    def poisoned(parameters: Any, max_norm: float) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return clip(parameters, max_norm) * (float("nan") if calls > 15 else 1)
+
+    monkeypatch.setattr(train, "clip_gradients", poisoned)
+    with pytest.raises(UserError, match="10 steps in a row"):
+        run("checkpoint.every=3", "eval.every=100")
+    kept = sorted(path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir())
+    assert kept == ["step_00000012", "step_00000015"]
+    monkeypatch.setattr(train, "clip_gradients", clip)
+    rows = run("checkpoint.every=3", "eval.every=100", "optim.lr=1e-3")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 41))
+
+
+def test_data_prepared_anew_from_other_text_is_refused(run: Run, tmp_path: Path) -> None:
+    text, data = tmp_path / "text.txt", f"data.path={tmp_path / 'data'}"
+    text.write_text("one two three four five\n\n" * 2000)
+    options = (f"data.sources={text}", data, "data.vocab_size=270", "train.steps=2")
+    run(*options)
+    run(*options)
+    shutil.rmtree(tmp_path / "data")
+    text.write_text("six seven eight nine ten\n\n" * 2000)
+    with pytest.raises(UserError, match="was prepared anew since this run began"):
+        run(*options)
+
+
+def test_a_finished_run_keeps_its_record(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("train.steps=5")
+    config = (tmp_path / "tiny" / "config.toml").read_text()
+    capsys.readouterr()
+    run("train.steps=3", "optim.lr=1e-5")
+    out = capsys.readouterr().out
+    assert "resumed at step 5 of 3: nothing is left to train" in out
+    assert "optim.lr: 0.003 -> 1e-05" in out
+    assert (tmp_path / "tiny" / "config.toml").read_text() == config
+    with pytest.raises(UserError, match=r"optim.beta2: 0.95 -> 0.5"):
+        run("optim.beta2=0.5")
 
 
 def test_two_processes_in_one_folder(config_file: Path, tmp_path: Path) -> None:
@@ -354,6 +405,8 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("typo in a section", ["optm.lr=1"], "did you mean 'optim'"),
     ("wrong type", ["train.steps=many"], "train.steps = 'many': expected a valid integer"),
     ("out of range", ["optim.beta1=1.5"], "optim.beta1 = 1.5"),
+    ("a seed beyond 64 bits", ["run.seed=99999999999999999999999"], "run.seed"),
+    ("a width beyond reason", ["model.d_model=99999999999999"], "model.d_model"),
     ("wrong choice", ["model.activation=relu"], "the nearest is 'relu2'"),
     ("no value", ["optim.lr"], "expected section.key=value"),
     ("missing config", ["no/such.toml"], "no/such.toml: no such config file"),
@@ -376,6 +429,7 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("batch that does not divide", ["train.batch_tokens=100"], "train.batch_tokens = 100"),
     ("sequences longer than the data", ["data.seq_len=100000", "train.batch_tokens=0"], "tokens"),
     ("a prompt beyond the context", ["eval.sample_prompt=" + 200 * "x "], "eval.sample_prompt has"),
+    ("a path for a name", ["run.name=../x"], "run.name = '../x'"),
     ("no such device", ["train.device=tpu"], "tpu"),
     ("no such model to start from", ["train.init_from={tmp}/none"], "none"),
     ("read-only run folder", ["run.dir=/proc"], "/proc"),

@@ -121,7 +121,7 @@ def load(
         UserError: naming the file that is missing, damaged, or of another format or vocabulary.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     if TOKENIZER not in config.sha256:
         raise UserError(f"{folder}: was saved without a tokenizer; it has no {TOKENIZER}")
     model = load_model(folder, device, kernel)
@@ -138,7 +138,7 @@ def load_model(
     A latent model can be trained on. A packed one gets the stored codes and scales as they are.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     _verify(folder, config)
     try:
         tensors = load_tensors(folder / TENSORS)
@@ -191,7 +191,7 @@ class Sizes:
 def sizes(folder: Path | str) -> Sizes:
     """What a model folder's weights take on the disk; raises as :func:`load_model`."""
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     _verify(folder, config)
     stored = dict.fromkeys(("embedding", "matrices", "norms"), 0)
     for name, tensor in load_file(folder / TENSORS).items():
@@ -273,7 +273,8 @@ def _config_sha256(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _read_config(folder: Path) -> FolderConfig:
+def read_config(folder: Path) -> FolderConfig:
+    """config.json, checked; raises UserError where there is none, or a damaged or foreign one."""
     path = folder / CONFIG
     if not path.is_file():
         old = folder.with_name(f".old-{folder.name}")
