@@ -332,6 +332,4 @@ def _first_line(error: Exception) -> str:
 
 
 def _missing_extra(source: str, package: str) -> UserError:
-    return UserError(
-        f"{source}: needs {package}; install it: pip install {package.partition(' ')[0]}"
-    )
+    return UserError(f"{source}: needs {package}; install it: pip install {package}")

@@ -365,7 +365,7 @@ def test_a_streak_of_bad_steps_never_replaces_a_good_checkpoint(
 def test_data_prepared_anew_from_other_text_is_refused(run: Run, tmp_path: Path) -> None:
     text, data = tmp_path / "text.txt", f"data.path={tmp_path / 'data'}"
     text.write_text("one two three four five\n\n" * 2000)
-    options = (f"data.sources={text}", data, "data.vocab_size=270", "train.steps=2")
+    options = (f"data.sources={text}", data, "data.vocab_size=300", "train.steps=2")
     run(*options)
     run(*options)
     shutil.rmtree(tmp_path / "data")
