@@ -18,8 +18,11 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from bitnet import generate as generation
+from bitnet.cli_bench import app as bench_app
+from bitnet.cli_kernels import inspect_kernels
 from bitnet.config import describe, load_config
 from bitnet.data import SplitName, TokenDataset, sequential_windows
 from bitnet.evaluate import compressor_baselines, evaluate_text, evaluate_windows
@@ -41,6 +44,29 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+class _ConfigByDefault(TyperGroup):
+    """``inspect CONFIG.toml`` means ``inspect config CONFIG.toml``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        """What click does, with the default command where the first word is none."""
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["config", *args])
+
+
+inspect_app = typer.Typer(
+    cls=_ConfigByDefault,
+    help="Show what a config comes to, or what the GPU kernels compile to.\n\n"
+    "bitnet inspect CONFIG.toml... [SECTION.KEY=VALUE...]: shapes, parameters, FLOPs, memory. "
+    "Try: bitnet inspect configs/15m.toml model.depth=8\n\n"
+    "bitnet inspect kernels: the kernels' machine code, counted without a GPU.",
+    subcommand_metavar="CONFIG.toml... | COMMAND [ARGS]...",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(inspect_app, name="inspect")
+app.add_typer(bench_app, name="bench")
+inspect_app.command("kernels")(inspect_kernels)
 
 Folder = Annotated[Path, typer.Argument(help="A model folder, such as runs/quickstart/model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ... auto: a GPU if there is one.")]
@@ -130,7 +156,7 @@ def prepare_command(
     Console().print(table)
 
 
-@app.command("inspect")
+@inspect_app.command("config")
 def inspect_command(
     args: Annotated[list[str], typer.Argument(metavar="CONFIG.toml... [SECTION.KEY=VALUE...]")],
 ) -> None:

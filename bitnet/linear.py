@@ -26,7 +26,7 @@ from bitnet.quant import (
     output_dtype,
     ternary_linear_ste,
 )
-from bitnet_kernels import KERNELS, pack_ternary, ternary_linear, unpack_ternary
+from bitnet_kernels import bit_planes, pack_ternary, ternary_linear, unpack_ternary
 from bitnet_kernels.packing import packed_columns
 
 Kernel = Literal["auto", "addsub", "dot", "reference"]
@@ -132,9 +132,12 @@ class TernaryLinear(nn.Module):
     State:
         ``packed`` uint8 ``[N, ceil(K/64)*16]``, ``scale`` fp32 ``[]``, ``[N]`` or ``[N, G]``,
         ``bias``. The scale stays fp32 under ``.to(dtype)``: rounding it moves every logit.
+        ``"addsub"`` keeps the codes a second time, as bit planes, and so twice the memory; they
+        are made when weights are set or loaded, and never saved.
     """
 
     packed: Tensor
+    planes: Tensor | None
     scale: Tensor
     bias: nn.Parameter | None
     rms_norm: RMSNorm | None
@@ -158,8 +161,8 @@ class TernaryLinear(nn.Module):
         self.group_size = group_size
         self.kernel: Kernel = kernel
         _check_options(in_features, out_features, granularity, group_size)
-        if kernel not in KERNELS:
-            raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {kernel!r}")
+        if kernel not in (kernels := get_args(Kernel)):
+            raise ValueError(f"kernel: expected one of {', '.join(kernels)}, got {kernel!r}")
         shape = {
             "tensor": (),
             "row": (out_features,),
@@ -172,6 +175,9 @@ class TernaryLinear(nn.Module):
             device=device,
         )
         self.register_buffer("packed", zeros)
+        self.register_buffer("planes", None, persistent=False)
+        self._lay_out()
+        self.register_load_state_dict_post_hook(TernaryLinear._lay_out)
         self.register_buffer("scale", torch.ones(shape, dtype=torch.float32, device=device))
         self.bias = _constant(torch.zeros(out_features, device=device)) if bias else None
         self.rms_norm = RMSNorm(in_features, norm_eps, device=device) if norm else None
@@ -204,6 +210,7 @@ class TernaryLinear(nn.Module):
                 f"{granularity!r}, got {scale.dtype} {list(scale.shape)}"
             )
         layer.packed, layer.scale = pack_ternary(codes), scale.detach().clone()
+        layer._lay_out()
         if layer.bias is not None and bias is not None:
             layer.bias = _constant(bias.detach().clone())
         return layer
@@ -225,6 +232,10 @@ class TernaryLinear(nn.Module):
         layer.rms_norm = linear.rms_norm
         return layer.train(linear.training)
 
+    def _lay_out(self, *_: Any) -> None:
+        """Make the second layout of the weights anew, where the kernel has one."""
+        self.planes = bit_planes(self.packed) if self.kernel == "addsub" else None
+
     def codes(self) -> Tensor:
         """The unpacked codes, int8 ``[N, K]``."""
         return unpack_ternary(self.packed, self.in_features)
@@ -234,7 +245,13 @@ class TernaryLinear(nn.Module):
         if self.rms_norm is not None:
             input = self.rms_norm(input)
         y = ternary_linear(
-            input, self.packed, self.scale, self.bias, self.kernel, group_size=self.group_size
+            input,
+            self.packed,
+            self.scale,
+            self.bias,
+            self.kernel,
+            group_size=self.group_size,
+            planes=self.planes,
         )
         return y.to(output_dtype(input))
 
@@ -246,10 +263,12 @@ class TernaryLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Sizes, granularity and kernel."""
+        """Sizes, granularity, kernel, and the bytes that its layouts of the codes take."""
+        planes = 0 if self.planes is None else self.planes.nbytes
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, granularity={self.granularity}, kernel={self.kernel}"
+            f"bias={self.bias is not None}, granularity={self.granularity}, kernel={self.kernel}, "
+            f"weight_bytes={self.packed.nbytes + planes}"
         )
 
 

@@ -72,7 +72,7 @@ def root_of(name: str) -> str:
 
 def test_every_module_is_found() -> None:
     assert {"bitnet", "bitnet.linear", "bitnet.export.folder", "train"} <= set(MODULES)
-    assert {"bitnet_kernels", "bitnet_kernels.packing", "bitnet_kernels.gpu.dot"} <= set(MODULES)
+    assert {"bitnet_kernels", "bitnet_kernels.packing", "bitnet_kernels.gpu.gemm"} <= set(MODULES)
 
 
 @pytest.mark.parametrize("module", ARROWS)

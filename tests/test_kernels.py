@@ -1,8 +1,7 @@
-"""The operators, and the Triton kernels behind them: interpreted, and compiled without a GPU."""
+"""The matmul operators, and the Triton kernels behind them in Triton's interpreter."""
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +13,14 @@ import torch
 from torch import Tensor
 
 from bitnet_kernels import (
-    KERNELS,
-    ops,
+    bit_planes,
     pack_ternary,
     quant,
     reference,
     ternary_linear,
     ternary_matmul,
 )
+from bitnet_kernels.dispatch import FORMULATIONS, Config
 from bitnet_kernels.gpu import common
 
 N, K = 5, 70
@@ -48,100 +47,60 @@ def run_script(script: str, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def findings() -> list[dict[str, Any]]:
-    """What ``interpreted_kernels.py`` found in a process of its own."""
+    """What ``interpreted_kernels.py`` found in processes of its own, two at a time."""
     # glibc gives large arrays back to the system one by one otherwise: half of the time it takes.
     malloc = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "1000000000")
-    return json.loads(run_script("interpreted_kernels.py", TRITON_INTERPRET="1", **malloc))
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        str(Path(__file__).with_name("interpreted_kernels.py")),
+    ]
+    runs = [
+        subprocess.Popen(
+            [*command, *kernels],
+            env=os.environ | malloc | {"TRITON_INTERPRET": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for kernels in (("sad", "dp4a"), ("popcount", "gemm", "unpacked", "reference"))
+    ]
+    outputs = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], "".join(errors for _, errors in outputs)
+    return [finding for output, _ in outputs for finding in json.loads(output)]
+
+
+@pytest.mark.parametrize("kernel", [*FORMULATIONS, "reference"])
+def test_interpreted_kernels(findings: list[dict[str, Any]], kernel: str) -> None:
+    """Every inline-assembly branch, executed PTX instruction by instruction, over 200 shapes."""
+    for kind, at_least in (("accumulators", 60), ("outputs", 200)):
+        cases = [one for one in findings if one["check"] == f"{kernel} {kind}"]
+        assembly = {one["case"] for one in cases if one["case"].startswith("assembly")}
+        plain = {one["case"] for one in cases if one["case"].startswith("plain")}
+        assert len(assembly) >= at_least
+        assert len(plain) >= 12
+        assert [one["case"] for one in cases if not one["ok"]] == []
 
 
 @pytest.mark.parametrize(
     ("check", "at_least"),
     [
-        ("reference accumulators", 200),
-        ("addsub accumulators", 200),
-        ("dot accumulators", 200),
-        ("reference outputs", 200),
-        ("addsub outputs", 200),
-        ("dot outputs", 200),
-        ("quant", 200),
         ("training accumulators", 200),
         ("packed layer, reference", 200),
-        ("packed layer, addsub", 200),
-        ("packed layer, dot", 200),
-        ("gpu tiles", 12),
-        ("ops", 28),
+        ("packed layer, addsub", 20),
+        ("packed layer, dot", 20),
+        ("configurations", 40),
+        ("long rows", 6),
+        ("activation planes", 4),
+        ("ops", 60),
+        ("CUDA implementations", 11),
     ],
 )
-def test_interpreted_kernels(findings: list[dict[str, Any]], check: str, at_least: int) -> None:
-    cases = [finding for finding in findings if finding["check"] == check]
-    assert len({case["case"] for case in cases}) >= at_least
-    assert [case["case"] for case in cases if not case["ok"]] == []
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The PTX that ``compiled_kernels.py`` made in a process of its own."""
-    cache = str(tmp_path_factory.mktemp("triton"))
-    return json.loads(run_script("compiled_kernels.py", TRITON_CACHE_DIR=cache))
-
-
-def multipliers_on_data(ptx: str) -> list[str]:
-    """PTX instructions that multiply something which was computed from loaded data.
-
-    Registers that a load fills are data, and so is what any instruction makes of data; addresses
-    and loop counters come from parameters and thread ids, and stay clean.
-    """
-    instructions = []
-    for line in re.split(r"[;\n]", re.sub(r"//.*", "", ptx)):
-        opcode, _, arguments = re.sub(r"^\s*(@!?%\w+)?\s*", "", line).partition(" ")
-        registers = re.findall(r"%\w+", arguments)
-        if registers and not opcode.startswith("."):
-            group = re.match(r"\s*\{[^}]*\}|[^,]*", arguments)
-            assert group is not None
-            n_outputs = len(re.findall(r"%\w+", group.group()))
-            instructions.append((opcode, registers[:n_outputs], registers[n_outputs:]))
-    data: set[str] = set()
-    size = -1
-    while size != len(data):
-        size = len(data)
-        for opcode, outputs, inputs in instructions:
-            loads = opcode.startswith(("ld.global", "ld.shared", "ldmatrix"))
-            if loads or (not opcode.startswith("st.") and data.intersection(inputs)):
-                data.update(outputs)
-    multiplier = re.compile(r"v?(mul|mad|fma|div|rem)|dp[24]a|w?mma|wgmma\.mma|tcgen")
-    return [op for op, _, inputs in instructions if multiplier.match(op) and data & set(inputs)]
-
-
-@pytest.mark.parametrize("sm", [80, 90])
-@pytest.mark.parametrize("m", [1, 8, 64])
-def test_addsub_compiles_without_multipliers_on_data(
-    compiled: dict[str, str], m: int, sm: int
-) -> None:
-    sums = compiled[f"addsub {m} *i32 sm_{sm}"]
-    assert "ld.global" in sums
-    assert multipliers_on_data(sums) == []
-    outputs = compiled[f"addsub {m} *bf16 sm_{sm}"]
-    assert set(multipliers_on_data(outputs)) == {"mul.rn.f32"}  # the epilogue's
-    assert "fma." not in outputs
-
-
-@pytest.mark.parametrize("sm", [80, 90])
-@pytest.mark.parametrize("m", [16, 64])
-def test_dot_compiles_to_int8_tensor_cores(compiled: dict[str, str], m: int, sm: int) -> None:
-    sums, outputs = compiled[f"dot {m} *i32 sm_{sm}"], compiled[f"dot {m} *bf16 sm_{sm}"]
-    for ptx in (sums, outputs):
-        assert re.search(r"mma\S*\.s32\.s8\.s8", ptx)
-        assert "fma." not in ptx
-    if sm == 80:  # operands in registers: what addsub is held to can be failed
-        assert any(opcode.startswith("mma") for opcode in multipliers_on_data(sums))
-
-
-@pytest.mark.parametrize("sm", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_quant_compiles_to_exact_division(compiled: dict[str, str], dtype: str, sm: int) -> None:
-    ptx = compiled[f"quant {dtype} sm_{sm}"]
-    assert set(re.findall(r"div\.\S*f32", ptx)) == {"div.rn.f32"}
-    assert ".ftz" not in ptx
+def test_interpreted_operators(findings: list[dict[str, Any]], check: str, at_least: int) -> None:
+    cases = [one for one in findings if one["check"] == check]
+    assert len({one["case"] for one in cases}) >= at_least
+    assert [one["case"] for one in cases if not one["ok"]] == []
 
 
 class RecordingKernel:
@@ -157,12 +116,19 @@ class RecordingKernel:
 
 def test_launch_forbids_fused_multiply_add() -> None:
     kernel = RecordingKernel()
-    x_q, packed = torch.zeros(9, 70, dtype=torch.int8), torch.zeros(33, 32, dtype=torch.uint8)
-    y = common.launch(kernel, common.Tile(m=8, n=16, p=32, num_warps=2), x_q, packed, None)
+    x_q, w = torch.zeros(9, 128, dtype=torch.int8), torch.zeros(33, 32, dtype=torch.uint8)
+    config = Config(8, 16, 64, split_k=2, num_warps=2, num_stages=3)
+    y = common.launch(kernel, config, x_q, w, (9, 33, 32), None, None, PLANES=4)
     assert y.shape == (9, 33)
-    assert kernel.grid == (2 * 3,)
+    assert kernel.grid == (2 * 3 * 2,)
     assert kernel.options["enable_fp_fusion"] is False
-    assert kernel.options["num_warps"] == 2
+    assert (kernel.options["num_warps"], kernel.options["num_stages"]) == (2, 3)
+    partial, arrived = kernel.args[7:9]
+    assert isinstance(partial, Tensor)
+    assert isinstance(arrived, Tensor)
+    assert (partial.numel(), arrived.numel()) == (9 * 33, 6)
+    assert not partial.any()
+    assert not arrived.any()
 
 
 def test_auto_and_reference_on_cpu() -> None:
@@ -174,11 +140,6 @@ def test_auto_and_reference_on_cpu() -> None:
         x_q = quant(x)[0]
         product = (x_q.long() @ codes.long().t()).int()
         assert torch.equal(ternary_matmul(x_q, packed, kernel), product)
-
-
-def test_auto_on_cuda() -> None:
-    assert [ops._auto_on_cuda(m) for m in (1, 8, 9, 4096)] == ["addsub", "addsub", "dot", "dot"]
-    assert set(KERNELS) == {"auto", "addsub", "dot", "reference"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -236,7 +197,7 @@ def test_group_scales() -> None:
     for kernel in ("auto", "reference"):
         got = ternary_linear(x, packed, groups, bias, kernel, group_size=32)
         assert np.array_equal(got.numpy(), want)
-    for kernel in ("addsub", "dot"):
+    for kernel in ("addsub", "dot", "gemm"):
         with pytest.raises(ValueError, match=f"kernel: '{kernel}' has no group-wise scales"):
             ternary_linear(x, packed, groups, bias, kernel, group_size=32)
 
@@ -254,24 +215,24 @@ def message(kernel):
         return str(error)
 """
 NOT_INTERPRETED = """
-for kernel in ("addsub", "dot"):
+for kernel in ("addsub", "dot", "sad", "dp4a", "gemm", "unpacked"):
     assert message(kernel) == (
         f"kernel: {kernel!r} runs on CUDA tensors; for cpu tensors use 'auto', or set "
         "TRITON_INTERPRET=1 before Triton is imported"
     )
 """
 NOT_INSTALLED = """
-from bitnet_kernels import ops, reference
+from bitnet_kernels import ops, ops_quant, reference
 sys.modules["triton"] = None
 for kernel in ("addsub", "dot"):
     assert message(kernel) == f"kernel: {kernel!r} needs Triton, which is not installed; use 'auto'"
 x, scale = torch.randn(3, 70), torch.tensor(0.5)
-x_q, s_x, _ = ops._quant_cuda(x)
+x_q, s_x, _ = ops_quant._quant_cuda(x)
 assert torch.equal(x_q, reference.quant(x)[0])
 want = reference.ternary_matmul(x_q, packed)
-assert torch.equal(ops._matmul_cuda(x_q, packed, "auto"), want)
+assert torch.equal(ops._matmul_cuda(x_q, packed, "auto", None), want)
 want = reference.ternary_linear(x, packed, scale, None)
-assert torch.equal(ops._linear_cuda(x, packed, scale, None, "auto", 128), want)
+assert torch.equal(ops._linear_cuda(x, packed, scale, None, "auto", 128, None, x.dtype), want)
 """
 
 
@@ -300,7 +261,13 @@ WRONG_LINEAR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"bias": torch.ones(N + 1)}, ValueError, "bias: expected shape"),
     ({"bias": torch.ones(N, 1)}, ValueError, "bias: expected shape"),
     ({"bias": torch.ones(N, device="meta")}, ValueError, "bias: is on meta"),
-    ({"kernel": "fast"}, ValueError, "kernel: 'fast' is none of auto, addsub, dot, reference"),
+    ({"kernel": "fast"}, ValueError, "kernel: 'fast' is none of auto, addsub, dot, sad,"),
+    ({"kernel": "popcount"}, ValueError, "planes: kernel 'popcount' needs them"),
+    ({"planes": torch.ones(N, 2, 4)}, TypeError, "planes: expected int32"),
+    ({"planes": torch.ones(N, 2, 3).int()}, ValueError, r"planes: expected shape \[5, 2, 4\]"),
+    ({"planes": torch.ones(N, 8).int()}, ValueError, r"planes: expected shape \[5, 2, 4\]"),
+    ({"planes": torch.ones(N, 2, 4, device="meta").int()}, ValueError, "planes: is on meta"),
+    ({"out_dtype": torch.int8}, TypeError, "out_dtype: expected a float dtype"),
 ]
 
 
@@ -343,10 +310,13 @@ def test_opcheck() -> None:
     library = torch.ops.bitnet
     for x_any in (x, x.view(2, 3, K), x[0], x[:0], x.t().contiguous().t(), x.bfloat16()):
         torch.library.opcheck(library.quant, (x_any,))
-        linear_args = (x_any, packed, scale, bias, "auto", 128)
+        linear_args = (x_any, packed, scale, bias, "auto", 128, None, x_any.dtype)
         torch.library.opcheck(library.ternary_linear, linear_args)
-    torch.library.opcheck(library.ternary_linear, (x, packed, scale[0], None, "auto", 128))
-    torch.library.opcheck(library.ternary_matmul, (quant(x)[0], packed, "auto"))
+    planes = bit_planes(packed)
+    linear_args = (x, packed, scale[0], None, "auto", 128, planes, torch.float16)
+    torch.library.opcheck(library.ternary_linear, linear_args)
+    torch.library.opcheck(library.ternary_matmul, (quant(x)[0], packed, "auto", planes))
+    torch.library.opcheck(library.ternary_matmul, (quant(x)[0], packed, "auto", None))
 
 
 def test_compiles_without_graph_break() -> None:

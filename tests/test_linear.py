@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import bitnet_kernels
 from bitnet.linear import BitLinear, TernaryLinear, pack, replace_linear
 from bitnet.quant import absmean_ternary, ternary_linear_ste
-from bitnet_kernels import reference
+from bitnet_kernels import bit_planes, reference
 
 Granularity = Literal["tensor", "row", "group"]
 
@@ -314,3 +314,26 @@ def test_ternary_linear_on_meta_and_under_another_default_dtype() -> None:
         TernaryLinear(4, 4, granularity="rows")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="kernel"):
         TernaryLinear(4, 4, kernel="fast")  # type: ignore[arg-type]
+
+
+def test_addsub_keeps_bit_planes_of_the_weights_it_has() -> None:
+    """Made when weights are set, loaded or moved; not saved; none for the other kernels."""
+    linear = BitLinear(70, 8)
+    layer = TernaryLinear.from_bitlinear(linear, "addsub")
+    assert layer.planes is not None
+    assert torch.equal(layer.planes, bit_planes(layer.packed))
+    assert set(layer.state_dict()) == {"packed", "scale", "bias"}
+    assert f"weight_bytes={8 * 32 + 8 * 2 * 16}" in repr(layer)
+
+    other = TernaryLinear(70, 8, kernel="addsub")
+    assert other.planes is not None
+    assert not other.planes.any()
+    nn.Sequential(other).load_state_dict({f"0.{k}": v for k, v in layer.state_dict().items()})
+    assert torch.equal(other.planes, layer.planes)
+    meta = TernaryLinear(70, 8, device="meta", kernel="addsub")
+    meta.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(meta.planes, layer.planes)
+    assert copy.deepcopy(layer).to(torch.bfloat16).planes.dtype == torch.int32
+
+    for kernel in ("auto", "dot", "reference"):
+        assert TernaryLinear.from_bitlinear(linear, kernel).planes is None

@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from bitnet_kernels import pack_base3, pack_ternary, unpack_base3, unpack_ternary
+from bitnet_kernels import bit_planes, pack_base3, pack_ternary, unpack_base3, unpack_ternary
 from bitnet_kernels.packing import packed_columns
 
 ODD_K = (1, 63, 64, 65, 300)
@@ -111,3 +112,28 @@ def test_damaged_bytes() -> None:
         packed[2, 31] |= 3 << (2 * pair)
         with pytest.raises(ValueError, match="bit pair 11"):
             unpack_ternary(packed, 100)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 64), (5, 65), (2, 128), (7, 300), (1100, 70)])
+def test_bit_planes(n: int, k: int) -> None:
+    """The two planes of every column, read bit by bit; columns past K have weight 0."""
+    codes = random_codes(n, k)
+    planes = bit_planes(pack_ternary(codes))
+    words = -(-k // 128) * 4
+    assert planes.dtype == torch.int32
+    assert planes.shape == (n, 2, words)
+    bits = np.unpackbits(planes.numpy().view(np.uint8), axis=-1, bitorder="little")
+    columns = np.zeros((n, 32 * words), dtype=np.int8)
+    columns[:, :k] = codes.numpy()
+    assert np.array_equal(bits[:, 0], columns != 0)
+    assert np.array_equal(bits[:, 1], columns == -1)
+
+
+def test_bit_planes_of_nothing_and_of_something_else() -> None:
+    assert bit_planes(torch.zeros(0, 16, dtype=torch.uint8)).shape == (0, 2, 4)
+    assert bit_planes(torch.zeros(3, 32, dtype=torch.uint8, device="meta")).shape == (3, 2, 4)
+    with pytest.raises(TypeError, match="packed: expected uint8"):
+        bit_planes(torch.zeros(3, 16, dtype=torch.int8))
+    for shape in ((3, 0), (3, 8), (16,)):
+        with pytest.raises(ValueError, match="packed: expected shape"):
+            bit_planes(torch.zeros(shape, dtype=torch.uint8))

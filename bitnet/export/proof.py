@@ -134,7 +134,7 @@ def _compare_layer(
     x_q = torch.cat([*seen, random.to(codes.device)])
     ours = int8_matmul(x_q, codes)
     proof.accumulators += ours.numel()
-    if not torch.equal(ternary_matmul(x_q, packed.packed, packed.kernel), ours):
+    if not torch.equal(ternary_matmul(x_q, packed.packed, packed.kernel, packed.planes), ours):
         proof.differences.append(f"{name}: integer accumulators differ")
     if not torch.equal(x_q.double() @ codes.double().t(), ours.double()):
         proof.differences.append(f"{name}: integer accumulators are not the exact product")

@@ -4,14 +4,33 @@ Importing this package touches neither Triton nor a device; :mod:`bitnet_kernels
 kernel's file when that kernel first runs. It depends on torch alone and never on ``bitnet``.
 """
 
-from bitnet_kernels.ops import KERNELS, quant, ternary_linear, ternary_matmul
-from bitnet_kernels.packing import pack_base3, pack_ternary, unpack_base3, unpack_ternary
+from bitnet_kernels.dispatch import KERNELS
+from bitnet_kernels.ops import ternary_linear, ternary_matmul
+from bitnet_kernels.ops_quant import (
+    absmean_ternary,
+    add_rmsnorm_quant,
+    quant,
+    relu2_mul_rmsnorm_quant,
+    rmsnorm_quant,
+)
+from bitnet_kernels.packing import (
+    bit_planes,
+    pack_base3,
+    pack_ternary,
+    unpack_base3,
+    unpack_ternary,
+)
 
 __all__ = [
     "KERNELS",
+    "absmean_ternary",
+    "add_rmsnorm_quant",
+    "bit_planes",
     "pack_base3",
     "pack_ternary",
     "quant",
+    "relu2_mul_rmsnorm_quant",
+    "rmsnorm_quant",
     "ternary_linear",
     "ternary_matmul",
     "unpack_base3",

@@ -1,4 +1,4 @@
-"""The public operators: checked, registered with torch, dispatched to a kernel.
+"""The matmul operators: checked, registered with torch, dispatched to a kernel.
 
 Each op is a ``torch.library.custom_op``: a default implementation that any device runs, one for
 CUDA, and a fake one that gives shapes, so that ``torch.compile`` sees no graph break. What differs
@@ -6,50 +6,41 @@ between devices is what ``kernel="auto"`` means; every kernel gives the same int
 for bit, and the same outputs.
 
 Triton is imported only when one of its kernels runs. Without it, everything works on any device
-but ``kernel="addsub"`` and ``kernel="dot"``.
+but asking for one of its kernels by name.
 
 M tokens, K in_features, N out_features, P = ceil(K/64)*16 packed bytes a row.
 """
 
-from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitnet_kernels import reference
-from bitnet_kernels.packing import check_packed, packed_columns
-
-KERNELS = ("auto", "addsub", "dot", "reference")
-"""``addsub``: multiplication-free; ``dot``: multiplier units on decoded codes; both are Triton, for
-CUDA or for the interpreter. ``reference``: torch, anywhere. ``auto``: chosen by device and M."""
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize each token to int8: see :func:`bitnet_kernels.reference.absmax_int8`.
-
-    Arguments:
-        x: float ``[..., K]``, K >= 1. Statistics are taken in fp32 whatever the dtype, so a
-            float64 beyond fp32's range counts as infinite.
-    Returns:
-        codes int8 ``[..., K]``, scale fp32 ``[...]``, row sum of the codes int32 ``[...]``. A token
-        that holds NaN or infinity gets scale NaN and codes 0.
-    Raises:
-        TypeError, ValueError: x is not floating point, or has no columns.
-    """
-    _check_x(x)
-    return _quant(x)
+from bitnet_kernels.checks import (
+    FLOATS,
+    check_choice,
+    check_device,
+    check_vector,
+    check_x,
+    no_backward,
+)
+from bitnet_kernels.dispatch import KERNELS
+from bitnet_kernels.packing import check_packed, packed_columns, plane_words
 
 
-def ternary_matmul(x_q: Tensor, packed: Tensor, kernel: str = "auto") -> Tensor:
+def ternary_matmul(
+    x_q: Tensor, packed: Tensor, kernel: str = "auto", planes: Tensor | None = None
+) -> Tensor:
     """The exact integer product ``acc[m, n] = sum_k codes[n, k] * x_q[m, k]``.
 
     Arguments:
         x_q: int8 ``[M, K]``, K >= 1.
         packed: uint8 ``[N, P]`` from :func:`bitnet_kernels.packing.pack_ternary`.
-        kernel: one of :data:`KERNELS`.
+        kernel: one of :data:`bitnet_kernels.KERNELS`.
+        planes: :func:`bitnet_kernels.packing.bit_planes` of ``packed``, a second layout that
+            ``"popcount"`` reads, the fastest of the multiplication-free kernels. Without it
+            ``"addsub"`` is ``"sad"``.
     Returns:
         int32 ``[M, N]``.
     Raises:
@@ -60,10 +51,10 @@ def ternary_matmul(x_q: Tensor, packed: Tensor, kernel: str = "auto") -> Tensor:
         raise TypeError(f"x_q: expected int8, got {x_q.dtype}")
     if x_q.dim() != 2 or x_q.shape[1] == 0:
         raise ValueError(f"x_q: expected shape [M, K] with K >= 1, got {list(x_q.shape)}")
-    _check_kernel(kernel)
     check_packed(packed, packed_columns(x_q.shape[1]), x_q.shape[1])
-    _check_device(x_q, packed=packed)
-    return _matmul(x_q, packed, kernel)
+    check_device(x_q, packed=packed)
+    _check_kernel(kernel, packed, planes)
+    return _matmul(x_q, packed, kernel, planes)
 
 
 def ternary_linear(
@@ -73,34 +64,37 @@ def ternary_linear(
     bias: Tensor | None = None,
     kernel: str = "auto",
     group_size: int = 128,
+    planes: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Quantize, multiply, rescale: ``y = ((acc * s_x) * scale) + bias`` in fp32, then one cast.
 
     Arguments:
-        x: float ``[..., K]``, K >= 1; see :func:`quant` for float64, NaN and infinity (the outputs
-            of such a token are NaN).
+        x: float ``[..., K]``, K >= 1; see :func:`bitnet_kernels.quant` for float64, NaN and
+            infinity (the outputs of such a token are NaN).
         packed: uint8 ``[N, P]`` from :func:`bitnet_kernels.packing.pack_ternary`.
         scale: fp32 ``[]`` (one a tensor), ``[N]`` (one a row) or ``[N, ceil(K/group_size)]`` (one
             a group of ``group_size`` columns; only the reference computes it).
         bias: float ``[N]`` or None; added after the rescale, never scaled.
-        kernel: one of :data:`KERNELS`.
+        kernel, planes: see :func:`ternary_matmul`.
+        out_dtype: float dtype of the outputs; x's where None.
     Returns:
-        ``[..., N]`` in x's dtype. It has no backward: packed weights are for inference.
+        ``[..., N]``. It has no backward: packed weights are for inference.
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape, or the kernel is
             unknown or cannot run here.
     """
-    _check_x(x)
-    _check_kernel(kernel)
+    check_x(x)
     check_packed(packed, packed_columns(x.shape[-1]), x.shape[-1])
-    _check_device(x, packed=packed, scale=scale)
+    check_device(x, packed=packed, scale=scale)
+    _check_kernel(kernel, packed, planes)
     n = packed.shape[0]
     if scale.dtype != torch.float32:
         raise TypeError(f"scale: expected float32, got {scale.dtype}")
     if scale.dim() == 2:
         if group_size < 1:
             raise ValueError(f"group_size: expected at least 1, got {group_size}")
-        if kernel in ("addsub", "dot"):
+        if kernel not in ("auto", "reference"):
             raise ValueError(
                 f"kernel: {kernel!r} has no group-wise scales; use 'auto' or 'reference'"
             )
@@ -112,146 +106,140 @@ def ternary_linear(
             f"scale: expected shape [], [{n}] or [{n}, ceil(K/group_size)], got {list(scale.shape)}"
         )
     if bias is not None:
-        if bias.dtype not in _FLOATS:
-            raise TypeError(f"bias: expected a float dtype, got {bias.dtype}")
-        if bias.dim() != 1 or bias.shape[0] != n:
-            raise ValueError(f"bias: expected shape [{n}], got {list(bias.shape)}")
-        _check_device(x, bias=bias)
-    return _linear(x, packed, scale, bias, kernel, group_size)
+        check_vector("bias", bias, n)
+        check_device(x, bias=bias)
+    if out_dtype not in (None, *FLOATS):
+        raise TypeError(f"out_dtype: expected a float dtype, got {out_dtype}")
+    return _linear(x, packed, scale, bias, kernel, group_size, planes, out_dtype or x.dtype)
 
 
-def _check_x(x: Tensor) -> None:
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"x: expected float32, bfloat16, float16 or float64, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"x: expected shape [..., K] with K >= 1, got {list(x.shape)}")
+def _check_kernel(kernel: str, packed: Tensor, planes: Tensor | None) -> None:
+    check_choice("kernel", kernel, KERNELS)
+    if planes is None:
+        if kernel == "popcount":
+            raise ValueError("planes: kernel 'popcount' needs them; see bit_planes(packed)")
+        return
+    if planes.dtype != torch.int32:
+        raise TypeError(f"planes: expected int32, got {planes.dtype}")
+    shape = [packed.shape[0], 2, plane_words(packed.shape[1])]
+    if list(planes.shape) != shape:
+        raise ValueError(f"planes: expected shape {shape}, got {list(planes.shape)}")
+    check_device(packed, planes=planes)
 
 
-def _check_kernel(kernel: str) -> None:
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel: {kernel!r} is none of {', '.join(KERNELS)}")
-
-
-def _check_device(x: Tensor, **others: Tensor) -> None:
-    for name, other in others.items():
-        if other.device != x.device:
-            raise ValueError(f"{name}: is on {other.device}, but the activations on {x.device}")
-
-
-def _auto_on_cuda(m: int) -> str:
-    """The kernel for M = ``m`` tokens: adding beats tensor cores while the weights' bytes, not the
-    arithmetic, are what takes time. A measured table replaces this rule with the GPU benchmarks."""
-    if find_spec("triton") is None:
-        return "reference"
-    return "addsub" if m <= 8 else "dot"
-
-
-def _triton_matmul(kernel: str, device: torch.device) -> Callable[..., Tensor]:
-    """The launch function of a Triton kernel; ValueError where it cannot run."""
+def _check_triton(kernel: str, device: torch.device) -> None:
+    """ValueError where a Triton kernel cannot run."""
     if find_spec("triton") is None:
         raise ValueError(f"kernel: {kernel!r} needs Triton, which is not installed; use 'auto'")
-    from bitnet_kernels.gpu import addsub, common, dot
+    from bitnet_kernels.gpu.common import INTERPRETED
 
-    if device.type != "cuda" and not common.INTERPRETED:
+    if device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"kernel: {kernel!r} runs on CUDA tensors; for {device.type} tensors use 'auto', or "
             "set TRITON_INTERPRET=1 before Triton is imported"
         )
-    return {"addsub": addsub.matmul, "dot": dot.matmul}[kernel]
 
 
-def _run_matmul(x_q: Tensor, packed: Tensor, kernel: str) -> Tensor:
+def _auto(device_type: str, kernel: str) -> str:
+    """What ``"auto"`` means: the reference but on CUDA with Triton, where the tables decide."""
+    usable = device_type == "cuda" and find_spec("triton") is not None
+    return "reference" if kernel == "auto" and not usable else kernel
+
+
+def _run_matmul(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
     if kernel == "reference":
         return reference.ternary_matmul(x_q, packed).contiguous()
-    return _triton_matmul(kernel, x_q.device)(x_q, packed)
+    _check_triton(kernel, x_q.device)
+    from bitnet_kernels.gpu.matmul import matmul, plan
+
+    (m, k), n = x_q.shape, packed.shape[0]
+    return matmul(*plan(kernel, m, n, k, planes is not None, x_q.device), x_q, packed, planes)
 
 
 def _run_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel: str, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel: str,
+    group_size: int,
+    planes: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
     tokens = x.reshape(-1, x.shape[-1])
     if kernel == "reference":
-        y = reference.ternary_linear(tokens, packed, scale, bias, group_size)
+        y = reference.ternary_linear(tokens, packed, scale, bias, group_size, out_dtype)
     else:
-        matmul = _triton_matmul(kernel, x.device)
+        _check_triton(kernel, x.device)
         from bitnet_kernels.gpu.common import Rescale
+        from bitnet_kernels.gpu.matmul import matmul, plan
         from bitnet_kernels.gpu.quant import quant as triton_quant
 
-        x_q, s_x, _ = triton_quant(tokens)
-        y = matmul(x_q, packed, Rescale(s_x, scale, bias, x.dtype))
+        (m, k), (n, p) = tokens.shape, packed.shape
+        choice = plan(kernel, m, n, k, planes is not None, x.device)
+        x_q, s_x, row_sum = triton_quant(tokens, 4 * p)
+        rescale = Rescale(s_x, scale, bias, out_dtype)
+        y = matmul(*choice, x_q, packed, planes, row_sum, rescale, full_range=False)
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
 
-@torch.library.custom_op("bitnet::quant", mutates_args=())
-def _quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.quant(x.contiguous())
-
-
-@_quant.register_kernel("cuda")
-def _quant_cuda(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if find_spec("triton") is None:
-        return reference.quant(x.contiguous())
-    from bitnet_kernels.gpu.quant import quant as triton_quant
-
-    codes, scale, row_sum = triton_quant(x.reshape(-1, x.shape[-1]))
-    lead = x.shape[:-1]
-    return codes.reshape(x.shape), scale.reshape(lead), row_sum.reshape(lead)
-
-
-@_quant.register_fake
-def _quant_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape, dtype=torch.int8),
-        x.new_empty(x.shape[:-1], dtype=torch.float32),
-        x.new_empty(x.shape[:-1], dtype=torch.int32),
-    )
-
-
 @torch.library.custom_op("bitnet::ternary_matmul", mutates_args=())
-def _matmul(x_q: Tensor, packed: Tensor, kernel: str) -> Tensor:
-    return _run_matmul(x_q, packed, "reference" if kernel == "auto" else kernel)
+def _matmul(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
+    return _run_matmul(x_q, packed, _auto("cpu", kernel), planes)
 
 
 @_matmul.register_kernel("cuda")
-def _matmul_cuda(x_q: Tensor, packed: Tensor, kernel: str) -> Tensor:
-    return _run_matmul(x_q, packed, _auto_on_cuda(x_q.shape[0]) if kernel == "auto" else kernel)
+def _matmul_cuda(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
+    return _run_matmul(x_q, packed, _auto("cuda", kernel), planes)
 
 
 @_matmul.register_fake
-def _matmul_fake(x_q: Tensor, packed: Tensor, kernel: str) -> Tensor:
+def _matmul_fake(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
     return x_q.new_empty((x_q.shape[0], packed.shape[0]), dtype=torch.int32)
 
 
 @torch.library.custom_op("bitnet::ternary_linear", mutates_args=())
 def _linear(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel: str, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel: str,
+    group_size: int,
+    planes: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    kernel = "reference" if kernel == "auto" else kernel
-    return _run_linear(x, packed, scale, bias, kernel, group_size)
+    kernel = _auto("cpu", kernel)
+    return _run_linear(x, packed, scale, bias, kernel, group_size, planes, out_dtype)
 
 
 @_linear.register_kernel("cuda")
 def _linear_cuda(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel: str, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel: str,
+    group_size: int,
+    planes: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    if kernel == "auto":
-        kernel = "reference" if scale.dim() == 2 else _auto_on_cuda(x.numel() // x.shape[-1])
-    return _run_linear(x, packed, scale, bias, kernel, group_size)
+    kernel = "reference" if scale.dim() == 2 else _auto("cuda", kernel)
+    return _run_linear(x, packed, scale, bias, kernel, group_size, planes, out_dtype)
 
 
 @_linear.register_fake
 def _linear_fake(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel: str, group_size: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel: str,
+    group_size: int,
+    planes: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+    return x.new_empty((*x.shape[:-1], packed.shape[0]), dtype=out_dtype)
 
 
-def _no_backward(ctx: Any, *grads: Any) -> None:
-    raise RuntimeError(
-        "bitnet::quant and bitnet::ternary_linear have no backward: packed weights are for "
-        "inference. Train with bitnet.BitLinear and pack afterwards, or call under torch.no_grad()."
-    )
-
-
-_quant.register_autograd(_no_backward)
-_linear.register_autograd(_no_backward)
+_linear.register_autograd(no_backward)

@@ -75,6 +75,39 @@ def unpack_ternary(packed: Tensor, in_features: int) -> Tensor:
     return (torch.cat(planes, 1)[:, :in_features].to(torch.int8) - 1).contiguous()
 
 
+def plane_words(packed_bytes: int) -> int:
+    """Length in int32 words of one bit plane of a row of ``packed_bytes``: a bit a column, padded
+    to 128 columns so that a plane is a whole number of 16-byte loads."""
+    return -(-packed_bytes // 32) * 4
+
+
+def bit_planes(packed: Tensor) -> Tensor:
+    """The layout of the ``popcount`` kernel, made once from quarter-planes and as large.
+
+    Arguments:
+        packed: uint8 ``[N, P]`` from :func:`pack_ternary`.
+    Returns:
+        int32 ``[N, 2, ceil(P/32)*4]``: bit ``i`` of word ``q`` says of column ``32 q + i`` whether
+        the weight is not 0 (first plane) and whether it is -1 (second).
+    Raises:
+        TypeError, ValueError: not uint8 ``[N, P]`` with P a positive multiple of 16.
+    """
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed: expected uint8, got {packed.dtype}")
+    if packed.dim() != 2 or packed.shape[1] == 0 or packed.shape[1] % 16:
+        raise ValueError(f"packed: expected shape [N, ceil(K/64)*16], got {list(packed.shape)}")
+    n, p = packed.shape
+    words = plane_words(p)
+    out = packed.new_empty((n, 2, 4 * words))
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    for rows, part in zip(out.split(1024), packed.split(1024), strict=True):  # 8 times as large
+        codes = torch.cat([(part >> shift) & 3 for shift in (0, 2, 4, 6)], 1)
+        codes = pad(codes, (0, 32 * words - 4 * p), value=1).view(-1, 4 * words, 8)
+        rows[:, 0] = ((codes != 1).to(torch.uint8) << bits).sum(-1, dtype=torch.uint8)
+        rows[:, 1] = ((codes == 0).to(torch.uint8) << bits).sum(-1, dtype=torch.uint8)
+    return out.view(torch.int32)
+
+
 def pack_base3(codes: Tensor) -> Tensor:
     """Pack codes five to a byte, least significant first: int8 ``[N, K]`` -> uint8
     ``[N, ceil(K/5)]``. Raises as :func:`pack_ternary`."""

@@ -128,9 +128,99 @@ def ternary_matmul(x_q: Tensor, packed: Tensor) -> Tensor:
 
 
 def ternary_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, group_size: int = 128
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    group_size: int = 128,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Quantize, multiply, rescale: float ``[M, K]`` -> the same dtype ``[M, N]``."""
+    """Quantize, multiply, rescale: float ``[M, K]`` -> ``dtype`` (x's where None) ``[M, N]``."""
     x_q, s_x = absmax_int8(x)
     codes = unpack_ternary(packed, x.shape[1])
-    return scaled_matmul(x_q, s_x, codes, scale, bias, x.dtype, group_size)
+    return scaled_matmul(x_q, s_x, codes, scale, bias, dtype or x.dtype, group_size)
+
+
+def exact_sum(terms: Tensor) -> Tensor:
+    """The sum over the last axis, with the same bits in whatever order it is added.
+
+    A floating-point sum depends on its order, and every device has its own. Here each term is first
+    rounded to a multiple of 2^(L - 52) P, with 2^L the power of 2 from the number of terms on and P
+    the one above the largest term; adding and subtracting 2^L P does that. All partial sums are
+    then multiples of it below 2^L P, which fp64 holds exactly, so no addition rounds. What is lost
+    is at most 2^(2L - 52) of the sum: 2^-28 for 4096 terms, an ulp of fp32 being 2^-23.
+
+    Arguments:
+        terms: float ``[..., K]``, K >= 1, not negative.
+    Returns:
+        fp64 ``[...]``; NaN where a term is not finite.
+    """
+    terms = terms.double()
+    exponent = terms.amax(-1, keepdim=True).view(torch.int64) & 0x7FF0000000000000
+    grid = exponent.view(torch.float64) * 2.0 ** (1 + (terms.shape[-1] - 1).bit_length())
+    return ((terms + grid) - grid).sum(-1)
+
+
+def _mean(total: Tensor, count: int) -> Tensor:
+    """``total / count`` in fp64, rounded once more to fp32. By a tensor, as in absmax_int8."""
+    return (total / total.new_full((), count)).float()
+
+
+def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm (arXiv 1910.07467), one rounding order for every device:
+
+        y = (x * (1 / sqrt(mean(x^2) + eps))) * weight        in fp32, then cast to x's dtype
+
+    with the mean by :func:`exact_sum`, and square root and divisions correctly rounded.
+
+    Arguments:
+        x: float ``[..., K]``, K >= 1; weight: float ``[K]``; eps: rounded to fp32.
+    Returns:
+        x's shape and dtype. A row with NaN or infinity is NaN.
+    """
+    rows = x.float()
+    mean_square = _mean(exact_sum(rows.double().square()), x.shape[-1])
+    # By way of fp64: torch's fp32 root is not always correctly rounded on CPU (MKL's is used).
+    rms = (mean_square + mean_square.new_full((), eps)).double().sqrt().float()
+    rstd = rms.new_full((), 1.0) / rms
+    return (rows * rstd.unsqueeze(-1) * weight.float()).to(x.dtype)
+
+
+def rmsnorm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`quant` of :func:`rmsnorm`."""
+    return quant(rmsnorm(x, weight, eps))
+
+
+def add_rmsnorm_quant(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`rmsnorm_quant` of ``h = x + residual``, and h."""
+    h = x + residual
+    return *rmsnorm_quant(h, weight, eps), h
+
+
+def relu2_mul_rmsnorm_quant(
+    gate: Tensor, up: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`rmsnorm_quant` of ``relu(gate)^2 * up``, each operator rounding to the dtype."""
+    return rmsnorm_quant(gate.relu().square() * up, weight, eps)
+
+
+def absmean_ternary(weight: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor]:
+    """Ternary codes: ``gamma = max(mean|W|, 1e-5)``, +1 above gamma / 2, -1 below -gamma / 2, else
+    0 (arXiv 2402.17764, eqs. 1-3; the exact form of ``clamp(round(W / gamma), -1, 1)``).
+
+    Arguments:
+        weight: float ``[N, K]``, N, K >= 1. Statistics are taken in fp32 whatever its dtype, sums
+            by :func:`exact_sum`: over each row, then over the rows' sums.
+        granularity: one gamma a ``"tensor"`` or a ``"row"``.
+    Returns:
+        codes int8 ``[N, K]``, gamma fp32 ``[]`` or ``[N]``; gamma is NaN and the codes are 0 where
+        the weights under it hold a NaN or an infinity.
+    """
+    w = weight.float()
+    sums = exact_sum(w.abs())
+    mean = _mean(sums, w.shape[1]) if granularity == "row" else _mean(exact_sum(sums), w.numel())
+    gamma = torch.where(mean.isfinite(), mean.clamp(min=EPS), torch.nan)
+    threshold = 0.5 * (gamma.unsqueeze(1) if granularity == "row" else gamma)
+    return (w > threshold).to(torch.int8) - (w < -threshold).to(torch.int8), gamma

@@ -1,9 +1,9 @@
 """Activation quantization: int8 codes, the scale and the row sum of a token in one kernel.
 
-One program a token. It walks the row twice, first for max|x|, then for the codes; the second walk
-finds the row in the L2 cache. Bit-exact with :func:`bitnet_kernels.reference.quant`, which takes
-care in two places: Triton's ``/`` on fp32 is an approximation on CUDA (``div_rn`` is not), and the
-interpreter has no libdevice, hence no ``rint``.
+One program a token (several where they are short). A row of up to 8192 columns is read once and
+stays in registers; a longer one is walked twice, first for max|x|, then for the codes, and the
+second walk finds it in the L2 cache. Bit-exact with :func:`bitnet_kernels.reference.quant`;
+Triton's ``/`` on fp32 is an approximation on CUDA, ``div_rn`` is not.
 """
 
 import torch
@@ -11,9 +11,44 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitnet_kernels.gpu.common import Spec
+from bitnet_kernels.gpu.exact import Rows, magnitude, rows_of, widen
 from bitnet_kernels.reference import EPS
 
-_MAX_BLOCK = 4096
+
+@triton.jit
+def scale_of(largest: tl.tensor, EPS: tl.constexpr) -> tl.tuple:
+    """(scale, whether the row is finite) from the row's largest magnitude; the scale of a row that
+    is not is what keeps :func:`codes_of` defined, and :func:`store_scale` stores NaN for it."""
+    finite = largest < float("inf")
+    return tl.div_rn(tl.maximum(tl.where(finite, largest, 1.0), EPS), 127.0), finite
+
+
+@triton.jit
+def codes_of(x: tl.tensor, scale: tl.tensor, finite: tl.tensor) -> tl.tensor:
+    """int32 ``round_half_even(x / scale)``, 0 in a row that is not finite.
+
+    1.5 * 2^23 = 0x4B400000 as bits: a sum with it has no fraction bits, so the addition itself
+    rounds, and leaves the integer in the mantissa. It needs no clamp: |x| / (max|x| / 127), both
+    divisions rounded, is below 127.5.
+    """
+    scaled = tl.div_rn(tl.where(finite, x, 0.0), scale)
+    return (scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def store_tokens(
+    scale_ptr: tl.tensor,
+    row_sum_ptr: tl.tensor,
+    rows: tl.tensor,
+    M: tl.tensor,
+    scale: tl.tensor,
+    finite: tl.tensor,
+    row_sum: tl.tensor,
+) -> None:
+    """Store what belongs to a row as a whole."""
+    tl.store(scale_ptr + rows, tl.where(finite, scale, float("nan")), rows < M)
+    tl.store(row_sum_ptr + rows, row_sum, rows < M)
 
 
 @triton.jit
@@ -22,56 +57,97 @@ def quant_kernel(
     codes_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     row_sum_ptr: tl.tensor,
+    M: tl.tensor,
     K: tl.tensor,
+    COLUMNS: tl.tensor,
     EPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
 ) -> None:
-    """Row ``program_id(0)`` of ``x [M, K]``; outputs as in ``reference.quant``."""
-    row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK_K)
-    inf = float("inf")
-    absmax = tl.zeros((BLOCK_K,), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + lanes
-        magnitude = tl.abs(tl.load(x_ptr + row * K + k, k < K, other=0.0).to(tl.float32))
-        # A maximum drops NaN; "not below infinity" catches both, and infinity survives maxima.
-        absmax = tl.maximum(absmax, tl.where(magnitude < inf, magnitude, inf))
-    largest = tl.max(absmax, 0)
-    finite = largest < inf
-    scale = tl.div_rn(tl.maximum(tl.where(finite, largest, 1.0), EPS), 127.0)
+    """BLOCK_M rows of ``x [M, K]``; outputs as in ``reference.quant``, the codes ``[M, COLUMNS]``
+    with zeros from K on. ``STEPS * BLOCK_K >= COLUMNS >= K``."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = (rows < M)[:, None]
+    lanes = tl.arange(0, BLOCK_K)[None, :]
+    x_ptrs = x_ptr + rows[:, None] * K
+    codes_ptrs = codes_ptr + rows[:, None] * COLUMNS
+    if STEPS == 1:
+        x = tl.load(x_ptrs + lanes, inside & (lanes < K), other=0.0)
+    largest = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for step in range(STEPS):
+        if STEPS > 1:
+            k = step * BLOCK_K + lanes
+            x = tl.load(x_ptrs + k, inside & (k < K), other=0.0)
+        largest = tl.maximum(largest, magnitude(widen(x).to(tl.float32)))
+    scale, finite = scale_of(tl.max(largest, 1), EPS)
 
-    row_sum = tl.zeros((BLOCK_K,), dtype=tl.int32)
-    for start in range(0, K, BLOCK_K):
-        k = start + lanes
-        x = tl.load(x_ptr + row * K + k, k < K, other=0.0).to(tl.float32)
-        scaled = tl.div_rn(tl.where(finite, x, 0.0), scale)
-        # 1.5 * 2^23: the sum has no fraction bits, so the addition itself rounds, half to even.
-        rounded = (scaled + 12582912.0) - 12582912.0
-        code = tl.clamp(rounded, -128.0, 127.0).to(tl.int32)
-        tl.store(codes_ptr + row * K + k, code.to(tl.int8), k < K)
+    row_sum = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int32)
+    for step in range(STEPS):
+        k = step * BLOCK_K + lanes
+        if STEPS > 1:
+            x = tl.load(x_ptrs + k, inside & (k < K), other=0.0)
+        code = codes_of(widen(x).to(tl.float32), scale[:, None], finite[:, None])
+        tl.store(codes_ptrs + k, code.to(tl.int8), inside & (k < COLUMNS))
         row_sum += code
-    tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")))
-    tl.store(row_sum_ptr + row, tl.sum(row_sum, 0))
+    store_tokens(scale_ptr, row_sum_ptr, rows, M, scale, finite, tl.sum(row_sum, 1))
 
 
-def quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """float ``[M, K]`` -> codes int8 ``[M, K]``, scale fp32 ``[M]``, row sum int32 ``[M]``."""
+def quant(x: Tensor, padded_columns: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """float ``[M, K]`` -> codes int8 ``[M, K]``, scale fp32 ``[M]``, row sum int32 ``[M]``.
+
+    With ``padded_columns`` (>= K) the codes are ``[M, padded_columns]``, zeros from K on: rows of
+    whole 16-byte loads for the matmuls.
+    """
+    columns = padded_columns or x.shape[1]
+    return launch(x, columns, rows_of(x.shape[0], columns))
+
+
+def launch(x: Tensor, columns: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`quant` with codes ``[M, columns]``, cut into ``rows``."""
     m, k = x.shape
-    codes = x.new_empty((m, k), dtype=torch.int8)
+    codes = x.new_empty((m, columns), dtype=torch.int8)
     scale = x.new_empty((m,), dtype=torch.float32)
     row_sum = x.new_empty((m,), dtype=torch.int32)
     if m:
-        block_k = min(triton.next_power_of_2(k), _MAX_BLOCK)
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            quant_kernel[(m,)](
+            quant_kernel[(triton.cdiv(m, rows.block_m),)](
                 x.contiguous(),
                 codes,
                 scale,
                 row_sum,
+                m,
                 k,
+                columns,
                 EPS=EPS,
-                BLOCK_K=block_k,
-                num_warps=4 if block_k <= 1024 else 8,
+                BLOCK_M=rows.block_m,
+                BLOCK_K=rows.block_k,
+                STEPS=rows.steps,
+                num_warps=rows.num_warps,
+                num_stages=1,
                 enable_fp_fusion=False,
             )
     return codes, scale, row_sum
+
+
+def specs() -> list[Spec]:
+    """The forms for a model's common widths, for short rows and for those of several blocks."""
+    forms = (("bf16", 256), ("bf16", 4096), ("bf16", 28672), ("fp32", 8192))
+    return [_spec(dtype, k, rows_of(64, k, interpreted=False)) for dtype, k in forms]
+
+
+def _spec(dtype: str, k: int, rows: Rows) -> Spec:
+    types = {"x_ptr": f"*{dtype}", "codes_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
+    constants = {"EPS": EPS, "BLOCK_M": rows.block_m, "BLOCK_K": rows.block_k, "STEPS": rows.steps}
+    return Spec(
+        name=f"quant {dtype} K={k}",
+        family="quantization",
+        kernel=quant_kernel,
+        types=types,
+        constants=constants,
+        num_warps=rows.num_warps,
+        num_stages=1,
+        tokens=0,
+        weights=0,
+        aligned=(*types, "K", "COLUMNS"),
+    )

@@ -1,0 +1,190 @@
+"""``bitnet inspect kernels``: what the GPU kernels compile to, on a machine without a GPU."""
+
+import csv
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from bitnet.schema import UserError
+from bitnet_kernels.sass import ARCHS, Arch, Report, inspect, listing
+
+_PIPES = ("issue", "alu", "imad", "fma", "xu", "lsu", "tensor")
+
+
+def inspect_kernels(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(ARCHS)}; repeatable. Default: sm_90."),
+    ] = None,
+    kernel: Annotated[str, typer.Option(help="Only kernels whose name contains this.")] = "",
+    sass: Annotated[str, typer.Option(help="Folder for listings, the main loop marked.")] = "",
+    csv_file: Annotated[str, typer.Option("--csv", help="File for all figures.")] = "",
+) -> None:
+    """Compile the GPU kernels, which needs no GPU, and show what their main loops cost.
+
+    Instructions are those of a thread, counted in the machine code (SASS), per weight. The last
+    columns are the weights that an SM could process in a clock, by published rates of its units,
+    and how that compares with what memory delivers ("93%: alu", limited by the integer units): a
+    bound, not a measurement. A kernel of the addsub family in whose main loop anything multiplies
+    data is an error: exit code 1.
+
+    Example: bitnet inspect kernels --arch sm_80 --arch sm_90 --kernel "M=1" --sass listings
+    """
+    archs = {name: known_arch(name) for name in arch or ["sm_90"]}
+    if find_spec("triton") is None:
+        raise UserError("inspecting kernels needs Triton, which is not installed")
+    from bitnet_kernels.gpu.catalog import catalog
+    from bitnet_kernels.gpu.common import INTERPRETED
+
+    if INTERPRETED:
+        raise UserError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
+    specs = {spec.name: spec for spec in catalog()}
+    names = [name for name in specs if kernel.lower() in name.lower()]
+    if not names:
+        nearest = get_close_matches(kernel, specs, n=1, cutoff=0.0)
+        raise UserError(f"--kernel {kernel!r}: no kernel's name contains it; nearest: {nearest[0]}")
+
+    reports: list[Report] = []
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+        task = progress.add_task("compiling", total=len(archs) * len(names))
+        for arch_name, target in archs.items():
+            for name in names:
+                progress.update(task, description=f"{name}, {arch_name}")
+                reports.append(inspect(specs[name], target.sm))
+                if sass:
+                    write_listing(Path(sass), specs[name], target.sm)
+                progress.advance(task)
+    if csv_file:
+        write_csv(Path(csv_file), reports)
+
+    console = Console()
+    if not console.is_terminal:  # a file or a pipe has room for the whole table
+        console.width = max(console.width, 120)
+    for arch_name, target in archs.items():
+        for table in tables_of(arch_name, [one for one in reports if one.sm == target.sm]):
+            console.print(table)
+    print("Counted in SASS. The speeds are bounds from published rates, not measurements.")
+    for one in reports:
+        for note in one.notes:
+            print(f"{one.name}, sm_{one.sm}: {note}")
+    wrong = [one for one in reports if one.family == "addsub" and one.multipliers_on_data]
+    for one in wrong:
+        opcodes = counted(one.multipliers_on_data)
+        print(f"error: {one.name}, sm_{one.sm}: multiplies data: {opcodes}", file=sys.stderr)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def known_arch(name: str) -> Arch:
+    """The GPU of an ``sm_`` name; raises UserError naming the nearest."""
+    if name not in ARCHS:
+        nearest = get_close_matches(name, ARCHS, n=1, cutoff=0.0)[0]
+        raise UserError(f"--arch {name!r} is none of {', '.join(ARCHS)}; did you mean {nearest}?")
+    return ARCHS[name]
+
+
+def tables_of(arch_name: str, reports: list[Report]) -> Iterator[Table]:
+    """The figures of one GPU, a row a kernel: the matmuls', then those of the others."""
+    arch = ARCHS[arch_name]
+    needed = arch.needed_weights_per_clock
+    matmuls = Table(
+        title=f"{arch_name} ({arch.gpu}): memory delivers {needed:.1f} weights a clock to each SM",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    others = Table(title=f"{arch_name} ({arch.gpu})", box=SIMPLE_HEAD, pad_edge=False)
+    for table in (matmuls, others):
+        table.add_column("kernel", no_wrap=True)
+    for heading in ("M", "instr/\nweight"):
+        matmuls.add_column(heading, justify="right")
+    for table in (matmuls, others):
+        for heading in ("regis-\nters", "spills\nbytes", "shared\nbytes"):
+            table.add_column(heading, justify="right")
+    matmuls.add_column("16-byte\nloads")
+    matmuls.add_column("tensor\ncore", justify="right")
+    for table in (matmuls, others):
+        table.add_column("multiplies\ndata")
+    matmuls.add_column("weights/\nclk/SM", justify="right")
+    matmuls.add_column("speed of\nmemory")
+    for one in reports:
+        resources = [str(n) for n in (one.registers, one.spill_bytes, one.shared_bytes)]
+        multiplied = shortened(one.multipliers_on_data)
+        cost, speed = one.instructions_per_weight, one.weights_per_clock
+        if cost is None or speed is None:
+            others.add_row(one.name, *resources, multiplied)
+        else:
+            matmuls.add_row(
+                *(one.name, str(one.tokens), f"{cost:.2f}", *resources),
+                *(load_widths(one), str(one.tensor_core), multiplied, f"{speed:.1f}"),
+                roofline(one),
+            )
+    yield from (table for table in (matmuls, others) if table.row_count)
+
+
+def load_widths(report: Report) -> str:
+    """Whether weights are loaded 16 bytes at a time, else how."""
+    bits = report.weight_load_bits
+    if bits == [128]:
+        return "yes"
+    return f"no: {', '.join(str(n // 8) for n in bits)}" if bits else "bulk"
+
+
+def roofline(report: Report) -> str:
+    """``"all"`` for a kernel that memory limits, else the share of its speed and what limits."""
+    assert report.weights_per_clock is not None
+    if report.bound == "memory":
+        return "all"
+    return f"{report.weights_per_clock / report.needed_weights_per_clock:.0%}: {report.bound}"
+
+
+def counted(opcodes: list[str]) -> str:
+    """``"0"``, or opcodes with how often each occurs."""
+    return ", ".join(f"{opcode} x{n}" for opcode, n in Counter(opcodes).items()) or "0"
+
+
+def shortened(opcodes: list[str]) -> str:
+    """:func:`counted` of the bare opcodes, the two most frequent of them."""
+    counts = Counter(opcode.partition(".")[0] for opcode in opcodes).most_common()
+    listed = [f"{opcode} x{n}" for opcode, n in counts[:2]]
+    return ", ".join(listed + ["..."] * (len(counts) > 2)) or "0"
+
+
+def write_listing(folder: Path, spec: Any, sm: int) -> None:
+    """``FOLDER/sad-M=1.sm_90.sass``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^\w=.-]+", "-", spec.name)
+    (folder / f"{name}.sm_{sm}.sass").write_text(listing(spec, sm), encoding="utf-8")
+
+
+def write_csv(path: Path, reports: list[Report]) -> None:
+    """A row a report; pipes have a column each, per weight."""
+    rows = []
+    for one in reports:
+        row: dict[str, Any] = {"gpu": ARCHS[f"sm_{one.sm}"].gpu}
+        for key, value in one._asdict().items():
+            if key == "by_pipe":
+                row |= {f"{pipe}_per_weight": value.get(pipe, 0.0) for pipe in _PIPES}
+            elif key == "notes":
+                row[key] = "; ".join(value)
+            elif key == "weight_load_bits":
+                row[key] = " ".join(map(str, value))
+            else:
+                row[key] = counted(value) if isinstance(value, list) else value
+        rows.append(row)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)

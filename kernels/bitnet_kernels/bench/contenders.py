@@ -1,0 +1,266 @@
+"""What is timed: the 16-bit matmul that is to be beaten, every kernel of ours, and other projects'.
+
+All of them multiply by the same ternary matrix. Ours are timed twice: ``linear`` takes and gives
+floats, with the quantization of the activations, as a layer does; ``matmul`` is the integer product
+alone. The others take and give 16-bit floats, so a ratio of ``linear`` is like for like.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitnet_kernels import KERNELS, bit_planes, pack_ternary, ternary_linear, ternary_matmul
+from bitnet_kernels.bench.timing import CALL
+from bitnet_kernels.dispatch import FORMULATIONS
+from bitnet_kernels.packing import packed_columns
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_FEW_TOKENS = {"addsub": 64, "sad": 64, "popcount": 64, "dp4a": 64}
+"""Above this M these are never chosen, and time would be all that they cost."""
+
+
+@dataclass
+class Problem:
+    """One matrix [N, K] and M tokens, the same for every contender."""
+
+    device: torch.device
+    m: int
+    codes: Tensor
+    """int8 [N, K], ternary."""
+    packed: Tensor
+    gamma: Tensor
+    """fp32 [], the scale of the weights."""
+    seed: int = 0
+    _floats: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """out_features."""
+        return self.codes.shape[0]
+
+    @property
+    def k(self) -> int:
+        """in_features."""
+        return self.codes.shape[1]
+
+    @cached_property
+    def planes(self) -> Tensor:
+        """The second layout of the weights, which popcount reads."""
+        return bit_planes(self.packed)
+
+    @cached_property
+    def x_q(self) -> Tensor:
+        """int8 [M, K] over the whole range, for the product alone."""
+        draw = torch.Generator(self.device).manual_seed(self.seed + 1)
+        shape = (self.m, self.k)
+        return torch.randint(-128, 128, shape, dtype=torch.int8, device=self.device, generator=draw)
+
+    def x(self, dtype: str) -> Tensor:
+        """Activations [M, K]: the same draw, rounded to the dtype."""
+        if dtype not in self._floats:
+            draw = torch.Generator(self.device).manual_seed(self.seed + 2)
+            x = torch.randn(self.m, self.k, device=self.device, generator=draw)
+            self._floats[dtype] = x.to(DTYPES[dtype])
+        return self._floats[dtype]
+
+    def weight(self, dtype: str) -> Tensor:
+        """codes * gamma [N, K], for those that take floats."""
+        return (self.codes * self.gamma).to(DTYPES[dtype])
+
+
+def make_problem(n: int, k: int, m: int, device: torch.device, seed: int = 0) -> Problem:
+    """A random ternary matrix, a third of each code, and tokens; seeded."""
+    draw = torch.Generator(device).manual_seed(seed)
+    codes = torch.randint(-1, 2, (n, k), dtype=torch.int8, device=device, generator=draw)
+    gamma = torch.tensor(k**-0.5, device=device)
+    return Problem(device, m, codes, pack_ternary(codes), gamma, seed)
+
+
+def same_matrix(problem: Problem, m: int) -> Problem:
+    """The same matrix with another M."""
+    other = Problem(problem.device, m, problem.codes, problem.packed, problem.gamma, problem.seed)
+    if "planes" in problem.__dict__:  # made once a matrix
+        other.__dict__["planes"] = problem.planes
+    return other
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that computes the layer, or the product, and can be timed."""
+
+    who: str
+    family: str
+    formulation: str
+    what: str
+    dtype: str
+    bits: float
+    """A weight, as stored."""
+    tolerance: float | None
+    """Relative error allowed, in the Frobenius norm; None: every bit must be right."""
+    build: Callable[[Problem, int], CALL]
+    """Makes ``copies`` copies of the weights, and the function that uses the i-th."""
+
+    @property
+    def label(self) -> str:
+        """How messages name it."""
+        return f"{self.who} {self.formulation} {self.what} {self.dtype}"
+
+    def weight_bytes(self, n: int, k: int) -> int:
+        """Of one copy; ours are padded in K."""
+        return n * packed_columns(k) if self.who == "bitnet" else int(n * k * self.bits / 8)
+
+    def bytes_moved(self, m: int, n: int, k: int) -> int:
+        """The least: weights, activations and outputs, each once."""
+        if self.what == "matmul":
+            return self.weight_bytes(n, k) + m * k + 4 * m * n
+        return self.weight_bytes(n, k) + DTYPES[self.dtype].itemsize * m * (k + n)
+
+
+def _ours(kernel: str, what: str, dtype: str) -> Callable[[Problem, int], CALL]:
+    def build(problem: Problem, copies: int) -> CALL:
+        packed = [problem.packed.clone() for _ in range(copies)]
+        # auto gets what a caller has who does not keep two layouts
+        planes = [problem.planes.clone() if kernel == "popcount" else None for _ in range(copies)]
+        if what == "matmul":
+            x_q = problem.x_q
+            return lambda i: ternary_matmul(x_q, packed[i], kernel, planes[i])
+        x, gamma = problem.x(dtype), problem.gamma
+        return lambda i: ternary_linear(x, packed[i], gamma, None, kernel, planes=planes[i])
+
+    return build
+
+
+def _torch(dtype: str) -> Callable[[Problem, int], CALL]:
+    def build(problem: Problem, copies: int) -> CALL:
+        x = problem.x(dtype)
+        weight = problem.weight(dtype)
+        weights = [weight.clone() for _ in range(copies)]
+        return lambda i: nn.functional.linear(x, weights[i])
+
+    return build
+
+
+def _layers(
+    dtype: str, make: Callable[[Problem, str], Callable[[Tensor], Tensor]]
+) -> Callable[[Problem, int], CALL]:
+    def build(problem: Problem, copies: int) -> CALL:
+        x = problem.x(dtype)
+        torch.compiler.reset()  # a graph a shape; past eight of one function torch stops compiling
+        layers = [make(problem, dtype) for _ in range(copies)]
+        return lambda i: layers[i](x)
+
+    return build
+
+
+def _gemlite(name: str) -> Callable[[Problem, str], Callable[[Tensor], Tensor]]:
+    def make(problem: Problem, dtype: str) -> Callable[[Tensor], Tensor]:
+        processor = getattr(importlib.import_module("gemlite.helper"), name)
+        codes = problem.codes.to(DTYPES[dtype])
+        layer = processor(device=str(problem.device)).from_weights(codes, problem.gamma)
+        return layer.to(problem.device)  # one of its processors leaves the scales on the CPU
+
+    return make
+
+
+def _torchao(config: str, **options: Any) -> Callable[[Problem, str], Callable[[Tensor], Tensor]]:
+    def make(problem: Problem, dtype: str) -> Callable[[Tensor], Tensor]:
+        torchao = importlib.import_module("torchao.quantization")
+        layer = nn.Linear(
+            problem.k, problem.n, bias=False, device=problem.device, dtype=DTYPES[dtype]
+        ).requires_grad_(False)
+        layer.weight.copy_(problem.weight(dtype))
+        torchao.quantize_(layer, getattr(torchao, config)(**options))
+        return torch.compile(layer)
+
+    return make
+
+
+_INT4 = {"group_size": 128, "int4_packing_format": "tile_packed_to_4d"}
+_OTHERS = (
+    ("gemlite", "A16W158_INT", 2, 0.01, ("bf16", "fp16"), _gemlite("A16W158_INT")),
+    ("gemlite", "A8W158_INT_dynamic", 2, 0.03, ("bf16", "fp16"), _gemlite("A8W158_INT_dynamic")),
+    ("torchao", "int8wo", 8, 0.01, ("bf16", "fp16"), _torchao("Int8WeightOnlyConfig")),
+    # its 16 levels from -gamma to gamma miss zero by gamma/15: 4.7% of the outputs' norm
+    ("torchao", "int4wo", 4.25, 0.1, ("bf16",), _torchao("Int4WeightOnlyConfig", **_INT4)),
+)
+"""Package, what it calls it, bits a weight, tolerance, dtypes, maker. By their public interfaces of
+gemlite 0.6 and torchao 0.18; not yet run."""
+
+
+def few_enough(kernel: str, m: int) -> bool:
+    """Whether a kernel is worth its time at M = ``m``."""
+    return m <= _FEW_TOKENS.get(kernel, m)
+
+
+def choices() -> tuple[str, ...]:
+    """What ``--kernel`` takes."""
+    return tuple(dict.fromkeys((*KERNELS, *(other[0] for other in _OTHERS))))
+
+
+def missing(kernels: tuple[str, ...], device: torch.device) -> list[str]:
+    """A line for each package that is asked for but cannot take part."""
+    lines = []
+    for package in dict.fromkeys(other[0] for other in _OTHERS):
+        if package in kernels and device.type != "cuda":
+            lines.append(f"{package} is left out: it is timed on GPUs only")
+        elif package in kernels and find_spec(package) is None:
+            lines.append(f"{package} is left out: it is not installed (pip install {package})")
+    return lines
+
+
+def baselines(device: torch.device, dtypes: tuple[str, ...]) -> list[Contender]:
+    """torch's own matmul: at least one in 16 bits, to which all ratios are."""
+    names = [dtype for dtype in dtypes if device.type != "cuda" or dtype != "fp32"]
+    if not {"bf16", "fp16"} & set(names):
+        names.append("bf16")
+    return [_torch_contender(dtype) for dtype in names]
+
+
+def _torch_contender(dtype: str) -> Contender:
+    bits = 8 * DTYPES[dtype].itemsize
+    tolerance = 1e-5 if dtype == "fp32" else 0.01
+    return Contender("torch", f"{bits}-bit", dtype, "linear", dtype, bits, tolerance, _torch(dtype))
+
+
+def contenders(
+    device: torch.device,
+    kernels: tuple[str, ...],
+    dtypes: tuple[str, ...],
+    whats: tuple[str, ...],
+    m: int,
+) -> list[Contender]:
+    """Everything to be timed at M = ``m``, the baselines first.
+
+    On a CPU that is what runs there: the reference and ``auto``. Triton's interpreter is not timed.
+    """
+    found = baselines(device, dtypes)
+    ours = {"auto": "auto", "reference": "reference"}
+    if device.type == "cuda":
+        ours |= FORMULATIONS
+    for kernel, family in ours.items():
+        asked = kernel in kernels or family in kernels
+        if not asked or not few_enough(kernel, m):
+            continue
+        pairs = [("linear", dtype) for dtype in dtypes] + [("matmul", "int8")]
+        found += [
+            Contender("bitnet", family, kernel, what, dtype, 2, None, _ours(kernel, what, dtype))
+            for what, dtype in pairs
+            if what in whats
+        ]
+    if device.type == "cuda":
+        for who, name, bits, tolerance, theirs, make in _OTHERS:
+            if who in kernels and find_spec(who) is not None:
+                found += [
+                    Contender(
+                        who, "other", name, "linear", dtype, bits, tolerance, _layers(dtype, make)
+                    )
+                    for dtype in dtypes
+                    if dtype in theirs
+                ]
+    return found

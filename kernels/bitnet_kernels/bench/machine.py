@@ -1,0 +1,195 @@
+"""What a figure depends on besides the kernel: the device and its limits, versions, sources."""
+
+import hashlib
+import importlib
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bitnet_kernels.dispatch import cache_file
+
+_PACKAGE = Path(__file__).parent.parent
+_OPS_PER_CLOCK = {
+    (8, 0): (2048, 4096),
+    (8, 9): (1024, 2048),
+    (9, 0): (4096, 8192),
+    (10, 0): (8192, 16384),
+}
+"""Dense (16-bit, int8) tensor-core operations a clock and SM, a multiply-add being two; NVIDIA's
+architecture white papers. GeForce cards of (8, 9) have half the 16-bit rate."""
+
+
+class Machine(NamedTuple):
+    """The device that is timed. Limits are None where they are not known (a CPU's)."""
+
+    device: torch.device
+    name: str
+    cache_bytes: int
+    """The L2 of a GPU, the last level of a CPU."""
+    bandwidth: float | None
+    """Of the memory, bytes a second, at its highest clock."""
+    ops_16bit: float | None
+    """Operations a second of the tensor cores, at the highest clock."""
+    ops_int8: float | None
+    driver: str
+    threads: int | None
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a file name."""
+        kind = "" if self.device.type == "cuda" else f"{self.device.type}-"
+        return kind + re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+def describe(device: torch.device) -> Machine:
+    """The machine that a device belongs to."""
+    if device.type != "cuda":
+        return Machine(
+            device, _cpu_name(), _cpu_cache(), None, None, None, "", torch.get_num_threads()
+        )
+    gpu = torch.cuda.get_device_properties(device)
+    per_clock = _OPS_PER_CLOCK.get((gpu.major, gpu.minor))
+    # clocks in kHz, two transfers a clock, bus width in bits
+    clocks = gpu.multi_processor_count * gpu.clock_rate * 1e3
+    bandwidth = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8
+    return Machine(
+        device,
+        gpu.name,
+        gpu.L2_cache_size,
+        bandwidth or None,
+        per_clock and per_clock[0] * clocks,
+        per_clock and per_clock[1] * clocks,
+        _driver(),
+        None,
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        found = None
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} CPUs"
+
+
+def _cpu_cache() -> int:
+    sizes = [32 * 2**20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        if match := re.fullmatch(r"(\d+)K", path.read_text().strip()):
+            sizes.append(int(match[1]) * 2**10)
+    return max(sizes)
+
+
+def _driver() -> str:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return ""
+    found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
+    return found[0] if found else ""
+
+
+def package_version(name: str) -> str:
+    """The version of an installed package, or ""."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def code_hash(name: str) -> str:
+    """Of every source and table of the package outside this benchmark, and of what was tuned for
+    the device of that name: 12 hex digits."""
+    digest = hashlib.sha256()
+    for path in sorted((*_PACKAGE.rglob("*.py"), *_PACKAGE.glob("tables/*.json"))):
+        if "bench" not in path.relative_to(_PACKAGE).parts:
+            digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0")
+            digest.update(path.read_bytes())
+    if cache_file(name).exists():
+        digest.update(cache_file(name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def commit() -> str:
+    """The checkout's commit, with ``-dirty`` where the working tree differs from it; "" where the
+    package is not part of a checkout."""
+
+    def git(*args: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", *args], cwd=_PACKAGE, capture_output=True, text=True, check=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            return ""
+        return done.stdout.strip()
+
+    if not git("ls-files", "--error-unmatch", "ops.py"):  # some other project's checkout, or none
+        return ""
+    return git("describe", "--always", "--dirty", "--abbrev=7", "--exclude", "*")
+
+
+class Meter:
+    """Energy and clock of one GPU through NVML (``pip install nvidia-ml-py``)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._nvml = importlib.import_module("pynvml")  # ImportError where it is not installed
+        self._nvml.nvmlInit()
+        # by UUID: CUDA_VISIBLE_DEVICES renumbers CUDA's devices but not NVML's
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        self._handle: Any = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
+
+    def clock_mhz(self) -> int:
+        """The clock of the SMs, now."""
+        return self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
+
+    def millijoules(self) -> int:
+        """Energy of the board since the driver was loaded; raises NVMLError before Volta."""
+        return self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+
+    def milliwatts(self) -> int:
+        """Power of the board, averaged by the driver over some tenths of a second."""
+        return self._nvml.nvmlDeviceGetPowerUsage(self._handle)
+
+
+def find_meter(device: torch.device) -> tuple[Meter | None, str]:
+    """The GPU's meter, or None and why there is none."""
+    if device.type != "cuda":
+        return None, ""
+    try:
+        return Meter(device), ""
+    except Exception as error:  # NVML's errors are classes of a package that may be absent
+        return None, f"no energy figures: {error} (pip install nvidia-ml-py brings NVML)"
+
+
+def joules_a_run(
+    meter: Meter, run: Callable[[], None], finish: Callable[[], None], at_least: float = 0.5
+) -> float:
+    """Joules of one ``run``, over as many as fill ``at_least`` seconds.
+
+    By the board's energy counter, or where it has none by the mean of its power. The counter moves
+    in steps of some tens of milliseconds, hence the half second.
+    """
+    powers: list[int] = []
+    try:
+        before = meter.millijoules()
+    except Exception:  # not supported: NVMLError, of a package that is not imported here
+        before = None
+    start, runs = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < at_least or runs == 0:
+        run()
+        finish()
+        runs += 1
+        if before is None:
+            powers.append(meter.milliwatts())
+    if before is not None:
+        return (meter.millijoules() - before) / 1e3 / runs
+    return sum(powers) / len(powers) / 1e3 * elapsed / runs

@@ -1,0 +1,245 @@
+"""From rows to Markdown: the tables of the READMEs are drawn here and never written by hand.
+
+A table is of one device and one source: what was measured and what is estimated never share one,
+and an estimate's title says so. Ratios are to the fastest 16-bit matmul of the same round-robin.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from bitnet_kernels.bench.rows import Row, read
+from bitnet_kernels.bench.shapes import GOAL_TOKENS, GOALS, users
+
+PATTERN = "kernels_*.csv"
+NOTHING = "No figures yet."
+
+
+class Line(NamedTuple):
+    """One line of a table or plot: what it is called, and which rows compete for its figure."""
+
+    name: str
+    holds: Callable[[Row], bool]
+
+
+LINES = (
+    Line("addsub", lambda row: row.family == "addsub"),
+    Line("dot", lambda row: row.family == "dot"),
+    Line("auto", lambda row: row.family == "auto"),
+    Line("gemlite", lambda row: row.contender == "gemlite"),
+    Line("torchao", lambda row: row.contender == "torchao"),
+)
+
+
+def load(folder: Path) -> list[Row]:
+    """All rows of a folder's CSV files, without those that say why there is no figure.
+
+    Raises:
+        ValueError: a file is damaged; two files have a row for the same thing.
+    """
+    rows: dict[tuple[str | int, ...], Path] = {}
+    kept = []
+    for path in sorted(folder.glob(PATTERN)):
+        for row in read(path):
+            if row.key in rows:
+                where = f"{row.device}, {row.formulation} at {row.n}x{row.k}, M = {row.m}"
+                raise ValueError(f"{path}: {where} is in {rows[row.key].name} as well")
+            rows[row.key] = path
+            if not row.skipped:
+                kept.append(row)
+    return kept
+
+
+class View(NamedTuple):
+    """The rows of one table: one device, source, state of the cache, and kind of operation."""
+
+    device: str
+    source: str
+    rows: list[Row]
+
+    def ratio(self, row: Row) -> float:
+        """To the 16-bit matmul."""
+        ratio = row.ratio_to_16bit if self.source == "measured" else row.estimate_ratio
+        assert ratio is not None  # rows.read has checked it
+        return ratio
+
+    def time(self, row: Row) -> float:
+        """Microseconds."""
+        time = row.median_us if self.source == "measured" else row.estimate_us
+        assert time is not None
+        return time
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """(N, K), smallest first."""
+        return sorted({(row.n, row.k) for row in self.rows}, key=lambda nk: (nk[0] * nk[1], nk))
+
+    def tokens(self) -> list[int]:
+        """Every M."""
+        return sorted({row.m for row in self.rows})
+
+    def best(self, line: Line, shape: tuple[int, int], m: int) -> Row | None:
+        """The fastest row of a line, if it has one."""
+        found = [row for row in self.at(shape, m) if line.holds(row)]
+        return min(found, key=self.time, default=None)
+
+    def sixteen_bit(self, shape: tuple[int, int], m: int) -> Row | None:
+        """The fastest 16-bit matmul."""
+        found = [row for row in self.at(shape, m) if row.family == "16-bit"]
+        return min(found, key=self.time, default=None)
+
+    def at(self, shape: tuple[int, int], m: int) -> list[Row]:
+        """All rows of a shape and M."""
+        return [row for row in self.rows if (row.n, row.k, row.m) == (*shape, m)]
+
+    @property
+    def has_goals(self) -> bool:
+        """Whether the goals, which are for Hopper, apply."""
+        return self.source == "measured" and any(name in self.device for name in ("H100", "H200"))
+
+
+def views(rows: Iterable[Row], source: str) -> list[View]:
+    """A view of each device. Measured: whole layers with a cold cache, 16-bit activations if there
+    are any; an estimate: the product alone."""
+    rows = [row for row in rows if row.source == source and row.cache == "cold"]
+    what = "linear" if source == "measured" else "matmul"
+    rows = [row for row in rows if row.what == what]
+    found = []
+    for device in sorted({row.device for row in rows}):
+        mine = [row for row in rows if row.device == device]
+        if source == "measured" and any(row.dtype != "fp32" for row in mine):
+            mine = [row for row in mine if row.dtype != "fp32"]
+        found.append(View(device, source, mine))
+    return found
+
+
+def _columns(view: View) -> list[int]:
+    shown = [m for m in view.tokens() if m in GOAL_TOKENS]
+    return shown or view.tokens()
+
+
+def _cell(view: View, row: Row | None, detailed: bool) -> str:
+    if row is None:
+        return ""
+    ratio = f"{view.ratio(row):.2f}"
+    if not detailed:
+        return ratio
+    share = "" if row.roofline_share is None else f", {row.roofline_share:.0%}"
+    name = "" if row.formulation == row.family else f" {row.formulation}"
+    return f"{ratio}{name}{share}"
+
+
+def table(view: View, shapes: Sequence[tuple[int, int]], detailed: bool) -> str:
+    """Markdown: for each shape the 16-bit matmul's time, and the ratio of each line at each M."""
+    tokens = _columns(view)
+    lines = [
+        "| N x K | | " + " | ".join(f"M = {m}" for m in tokens) + " |",
+        "|---|---|" + "---|" * len(tokens),
+    ]
+
+    def add(label: str, name: str, cells: list[str]) -> None:
+        if any(cells):
+            lines.append(f"| {label} | {name} | " + " | ".join(cells) + " |")
+
+    for shape in shapes:
+        label = f"{shape[0]} x {shape[1]}"
+        if detailed and (models := users(*shape)):
+            label += f"<br>{models}"
+        base = [view.sixteen_bit(shape, m) for m in tokens]
+        add(label, "16-bit, µs", [f"{view.time(row):,.1f}" if row else "" for row in base])
+        for line in LINES:
+            add("", line.name, [_cell(view, view.best(line, shape, m), detailed) for m in tokens])
+        if view.has_goals and shape in GOALS:
+            goals = [GOALS[shape].get(m) for m in tokens]
+            add(
+                "",
+                "goal: floor / stretch",
+                [f"{g.floor:g} / {g.stretch:g}" if g else "" for g in goals],
+            )
+    return "\n".join(lines)
+
+
+def _title(view: View) -> str:
+    def distinct(values: Iterable[object]) -> str:
+        return ", ".join(sorted({str(value) for value in values if value not in ("", None)}))
+
+    if view.source == "estimate":
+        return (
+            f"**{view.device}, estimate** from compiled instructions and data sheets, nothing was "
+            "run: the integer product against a 16-bit one at its roofline"
+        )
+    threads = distinct(row.threads for row in view.rows)
+    return (
+        f"**{view.device}**{f', threads: {threads}' if threads else ''}, measured: "
+        f"torch {distinct(row.torch for row in view.rows)}, "
+        f"commit {distinct(row.commit for row in view.rows)}, "
+        f"{distinct(row.date for row in view.rows)}"
+    )
+
+
+def _section(view: View, shapes: Sequence[tuple[int, int]], detailed: bool) -> str:
+    return f"{_title(view)}\n\n{table(view, shapes, detailed)}"
+
+
+def summary(rows: Iterable[Row]) -> str:
+    """For README.md: what was measured, at the shapes that have goals (or, on a device that ran
+    none of them, at all)."""
+    parts = []
+    for view in views(rows, "measured"):
+        shapes = [shape for shape in view.shapes() if shape in GOALS] or view.shapes()
+        parts.append(_section(view, shapes, detailed=False))
+    return "\n\n".join(parts) or NOTHING
+
+
+def details(rows: Iterable[Row], images: Collection[str] = ()) -> str:
+    """For kernels/README.md: every shape with the kernel that won and its share of the roofline,
+    then the estimates; and plots, of the file names in ``images``."""
+    rows = list(rows)
+    parts = []
+    for view in views(rows, "measured") + views(rows, "estimate"):
+        parts.append(_section(view, view.shapes(), detailed=True))
+        parts += [
+            f"![{figure} of {view.device}](../docs/results/{name})"
+            for figure in FIGURES
+            if (name := image_name(view, figure)) in images
+        ]
+    return "\n\n".join(parts) or NOTHING
+
+
+FIGURES = ("speedup", "roofline")
+
+
+def image_name(view: View, figure: str) -> str:
+    """The PNG of a view: ``kernels_<device>_speedup.png``; an estimate's name says so."""
+    slug = "".join(c if c.isalnum() else "-" for c in view.device.lower())
+    slug = "-".join(part for part in slug.split("-") if part)
+    return f"kernels_{'estimate_' if view.source == 'estimate' else ''}{slug}_{figure}.png"
+
+
+def curves(view: View, figure: str, shape: tuple[int, int]) -> dict[str, list[tuple[int, float]]]:
+    """Line -> (M, value) for a plot: the ratio, or the share of the roofline where it is known."""
+    found = {}
+    for line in LINES:
+        points = []
+        for m in view.tokens():
+            row = view.best(line, shape, m)
+            if row is None:
+                continue
+            value = view.ratio(row) if figure == "speedup" else row.roofline_share
+            if value is not None:
+                points.append((m, value))
+        if points:
+            found[line.name] = points
+    return found
+
+
+def replace(text: str, begin: str, end: str, body: str, where: str) -> str:
+    """``text`` with what stands between two marker lines replaced by ``body``.
+
+    Raises:
+        ValueError: a marker is missing, or there twice; names ``where``.
+    """
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+        raise ValueError(f"{where}: expected one {begin} and one {end} after it")
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    return f"{head}{begin}\n{body}\n{end}{tail}"

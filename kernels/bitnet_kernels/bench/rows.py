@@ -1,0 +1,188 @@
+"""A figure is a row of a CSV file: what was timed, where, how, and with which versions.
+
+Figures that were measured and figures that a static model estimates stand in *different columns*,
+so that no reader of the file can mix them by accident; :func:`read` refuses a row that has both.
+A file is replaced whole after each group of rows, by a rename, so that a run that is interrupted
+keeps what it measured and never leaves half a line.
+"""
+
+import csv
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+SOURCES = ("measured", "estimate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One contender at one shape, M and state of the cache. Times in microseconds a call."""
+
+    device: str
+    """The GPU or CPU by name."""
+    what: str
+    """"linear": floats in, floats out, with the quantization of the activations; "matmul": int8 in,
+    int32 out."""
+    contender: str
+    """"bitnet", or whose it is."""
+    family: str
+    """"16-bit", "32-bit", "addsub", "dot", "auto", "reference", or "other"."""
+    formulation: str
+    m: int
+    n: int
+    k: int
+    dtype: str
+    """Of the activations."""
+    cache: str
+    """"cold": the weights come from memory; "hot": from the L2 (a CPU's last level) if they fit."""
+    source: str
+    """One of :data:`SOURCES`."""
+    median_us: float | None = None
+    p10_us: float | None = None
+    p90_us: float | None = None
+    ratio_to_16bit: float | None = None
+    """Median of the fastest 16-bit matmul of the same round-robin, over this median."""
+    estimate_us: float | None = None
+    estimate_ratio: float | None = None
+    gb_s: float | None = None
+    """Weights as stored, activations and outputs, each moved once, over the median; 10^9 bytes."""
+    roofline_share: float | None = None
+    """The least time that this GPU's memory and int8 (16-bit) units allow, over the median."""
+    energy_uj_token: float | None = None
+    """Microjoules a token, of the whole board."""
+    exact: str
+    """"yes": equal to the oracle, bit for bit; else the relative error; "" for estimates."""
+    skipped: str = ""
+    """Why this contender could not be measured here; the row has no figures then."""
+    replays: int | None = None
+    calls: int | None = None
+    """Calls in a replay."""
+    threads: int | None = None
+    """Of a CPU."""
+    sm_clock_mhz: int | None = None
+    torch: str
+    triton: str
+    driver: str
+    commit: str
+    code: str
+    """Of the kernels' sources and tuning: rows of others are not taken for done."""
+    date: str
+    command: str
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        """What a row is about: a file has one row for each."""
+        subject = (self.device, self.what, self.contender, self.family, self.formulation)
+        return (*subject, self.m, self.n, self.k, self.dtype, self.cache, self.source)
+
+    @property
+    def version(self) -> tuple[str | int | None, ...]:
+        """With which code and settings: a row of another version is measured again."""
+        return (self.code, self.torch, self.triton, self.driver, self.threads)
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+_MEASURED = ("median_us", "p10_us", "p90_us", "ratio_to_16bit", "gb_s", "roofline_share")
+_ESTIMATED = ("estimate_us", "estimate_ratio")
+_TYPES = {field.name: field.type for field in fields(Row)}
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _value(column: str, text: str) -> Any:
+    if _TYPES[column] is str:
+        return text
+    if text == "" and _TYPES[column] in (float | None, int | None):
+        return None
+    try:
+        value = int(text) if _TYPES[column] in (int, int | None) else float(text)
+    except ValueError:
+        raise ValueError(f"{column}: {text!r} is no number") from None
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{column}: {text!r} is no figure")
+    return value
+
+
+def _check(row: Row) -> None:
+    if row.source not in SOURCES:
+        raise ValueError(f"source: {row.source!r} is none of {', '.join(SOURCES)}")
+    foreign = _ESTIMATED if row.source == "measured" else _MEASURED
+    for column in foreign:
+        if getattr(row, column) is not None:
+            raise ValueError(f"source: {row.source!r}, but the row has {column}")
+    needed = "median_us" if row.source == "measured" else "estimate_us"
+    if bool(getattr(row, needed)) == bool(row.skipped):
+        raise ValueError(
+            f"source: {row.source!r}, but the row has no {needed}, or a reason for none"
+        )
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file; none where there is no file.
+
+    Raises:
+        ValueError: the file is damaged or not one of these; names the file and the line.
+    """
+    if not path.exists():
+        return []
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text: {error}") from error
+    rows = []
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = next(lines, [])
+        if tuple(header) != COLUMNS:
+            raise ValueError("is not a header of this benchmark's columns")
+        for cells in lines:
+            if len(cells) != len(COLUMNS):
+                raise ValueError(f"has {len(cells)} of {len(COLUMNS)} columns")
+            pairs = zip(COLUMNS, cells, strict=True)
+            row = Row(**{column: _value(column, cell) for column, cell in pairs})
+            _check(row)
+            rows.append(row)
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}: line {max(1, lines.line_num)}: {error}") from error
+    return rows
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """Replace the file by these rows, whole or not at all.
+
+    Raises:
+        ValueError: a row mixes measured and estimated figures.
+        OSError: the folder is read-only, the disk full, ...; what was there is untouched.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        _check(row)
+        writer.writerow({column: _text(value) for column, value in asdict(row).items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".tmp-{path.name}")
+    try:
+        with aside.open("wb") as file:
+            file.write(text.getvalue().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """``old`` with rows of the same key replaced by ``new`` ones, others of ``new`` at the end."""
+    merged = {row.key: row for row in old}
+    merged.update({row.key: row for row in new})
+    return list(merged.values())

@@ -1,0 +1,196 @@
+"""Which formulation runs for a shape on a device, and how it is cut up: a table, kept as data.
+
+``tables/sm_NN.json`` ships with the package, one a GPU architecture. A file of the same form in
+the user's cache (``$XDG_CACHE_HOME/bitnet``, else ``~/.cache/bitnet``), named for the GPU, is what
+:func:`bitnet_kernels.tune.tune` measured there, and goes before it. Every entry says what one
+formulation needs for one shape:
+
+    {"m": 1, "n": 4096, "k": 4096, "formulation": "sad", "config": [1, 8, 2048, 1, 1, 1], "us": 4.2}
+
+Any shape is looked up at the next power of two of M and at the nearest N and K. A configuration is
+never wrong, only slow: every kernel takes every shape.
+"""
+
+import json
+import math
+import os
+import re
+from functools import cache, lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FORMULATIONS = {
+    "sad": "addsub",
+    "popcount": "addsub",
+    "dp4a": "dot",
+    "gemm": "dot",
+    "unpacked": "dot",
+}
+"""Every way to compute the product, and its family."""
+KERNELS = ("auto", "addsub", "dot", *FORMULATIONS, "reference")
+"""What ``kernel=`` takes. ``addsub``: multiplication-free; ``dot``: multiplier units on decoded
+codes; a formulation of either by name; all of these are Triton, for CUDA or for the interpreter.
+``reference``: torch, anywhere. ``auto``: the fastest, by device and shape."""
+ARCHITECTURES = (80, 89, 90, 100)
+"""Compute capabilities that have a table; others take that of the next lower one."""
+LANE_COLUMNS = {"sad": 2048, "dp4a": 2048, "popcount": 4096}
+"""Columns of a row that a warp loads at once: 32 lanes, 16 bytes (of each of two planes) each."""
+MAX_M = 4096
+
+
+class Config(NamedTuple):
+    """How a kernel is cut up: a program computes ``block_m`` by ``block_n`` outputs over a
+    ``split_k``-th of K, ``block_k`` columns at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    split_k: int = 1
+    num_warps: int = 1
+    num_stages: int = 1
+
+
+class Entry(NamedTuple):
+    """A row of a table: the time of a formulation for a shape, in microseconds."""
+
+    m: int
+    n: int
+    k: int
+    formulation: str
+    config: Config
+    us: float
+
+
+class Table(NamedTuple):
+    """Entries and where they come from ("measured ..." or "static model ...")."""
+
+    source: str
+    entries: tuple[Entry, ...]
+
+
+def bucket(m: int) -> int:
+    """The power of two that stands for M = ``m``, at most 4096."""
+    return min(1 << max(m - 1, 0).bit_length(), MAX_M)
+
+
+def table_from_json(text: str) -> Table:
+    """Read a table; raises ValueError where the text is not one."""
+    try:
+        data = json.loads(text)
+        entries = tuple(
+            Entry(**(row | {"config": Config._make(row["config"])})) for row in data["entries"]
+        )
+        source = data["source"]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"not a table of kernel configurations: {error!r}") from error
+    for entry in entries:
+        _check(entry)
+    return Table(str(source), entries)
+
+
+def _check(entry: Entry) -> None:
+    """Refuse what a kernel could not be launched with: a damaged cache must not crash a model."""
+    config = entry.config
+    sizes = (entry.m, entry.n, entry.k, *config)
+    whole = all(type(size) is int and 0 < size <= 2**31 for size in sizes)
+    if not whole or any(n & (n - 1) for n in config._replace(split_k=1, num_stages=1)):
+        possible = False
+    elif (columns := LANE_COLUMNS.get(entry.formulation)) is not None:
+        # A warp holds 16 bytes a lane of at least one row.
+        possible = config.block_k <= columns <= config.block_n * config.block_k
+        possible = possible and config.num_warps == 1
+    else:
+        possible = entry.formulation in FORMULATIONS
+        possible = possible and config.block_m >= 8 and config.block_n >= 16
+        possible = possible and config.block_k >= (128 if entry.formulation == "gemm" else 32)
+    if not possible or not (isinstance(entry.us, int | float) and 0 <= entry.us < math.inf):
+        raise ValueError(f"not a kernel configuration: {entry}")
+
+
+def table_to_json(table: Table) -> str:
+    """The text of a table, a line an entry."""
+    rows = [json.dumps(entry._asdict() | {"config": list(entry.config)}) for entry in table.entries]
+    head = f'{{\n"source": {json.dumps(table.source)},\n"entries": [\n'
+    return head + ",\n".join(rows) + "\n]\n}\n"
+
+
+@cache
+def shipped(capability: int) -> Table:
+    """The table of the package for a compute capability, such as 90."""
+    known = [arch for arch in ARCHITECTURES if arch <= capability] or [min(ARCHITECTURES)]
+    text = (files("bitnet_kernels") / "tables" / f"sm_{max(known)}.json").read_text()
+    return table_from_json(text)
+
+
+def cache_file(device_name: str) -> Path:
+    """Where the measurements of this user's GPU of that name are kept."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "bitnet" / (re.sub(r"\W+", "_", device_name).strip("_") + ".json")
+
+
+@cache
+def tuned(device_name: str) -> Table:
+    """The measurements of this GPU; no entries where there are none (or none that can be read:
+    tuning again writes them anew)."""
+    try:
+        return table_from_json(cache_file(device_name).read_text())
+    except (OSError, ValueError):
+        return Table("", ())
+
+
+def forget() -> None:
+    """Read the tables anew at the next call, after a tuning."""
+    for function in (shipped, tuned, choose):
+        function.cache_clear()
+
+
+def allowed(kernel: str, planes: bool) -> tuple[str, ...]:
+    """The formulations that ``kernel`` may mean; ``popcount`` needs bit planes of the weights."""
+    if kernel in FORMULATIONS:
+        return (kernel,)
+    return tuple(
+        name
+        for name, family in FORMULATIONS.items()
+        if kernel in (family, "auto") and (planes or name != "popcount")
+    )
+
+
+@lru_cache(maxsize=65536)
+def choose(
+    kernel: str, m: int, n: int, k: int, planes: bool, capability: int, device_name: str
+) -> tuple[str, Config]:
+    """The fastest formulation that ``kernel`` allows for a shape, and its configuration.
+
+    Entries of the user's own measurements for this very N and K decide alone; else the nearest
+    shape of the shipped table does.
+    """
+    names, m = allowed(kernel, planes), bucket(m)
+    own = [entry for entry in tuned(device_name).entries if (entry.n, entry.k) == (n, k)]
+    for entries in (own, shipped(capability).entries):
+        candidates = [entry for entry in entries if entry.formulation in names]
+        if candidates:
+            # Of equals the multiplier units: there latency decides, and they have work to spare.
+            best = min(
+                candidates,
+                key=lambda entry: (
+                    *_distance(entry, m, n, k),
+                    entry.us,
+                    FORMULATIONS[entry.formulation] == "addsub",
+                ),
+            )
+            return best.formulation, best.config
+    raise AssertionError(f"no table knows {kernel}")
+
+
+def _distance(entry: Entry, m: int, n: int, k: int) -> tuple[float, float]:
+    shape = abs(math.log2(entry.n / max(n, 1))) + abs(math.log2(entry.k / k))
+    return abs(math.log2(entry.m / m)), shape
+
+
+def key_of(device: Any) -> tuple[int, str]:
+    """(capability, name) of a CUDA device, the last two arguments of :func:`choose`."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.name

@@ -1,0 +1,23 @@
+"""Every compiled form of every kernel that is worth looking at, from the kernels' own files."""
+
+import pkgutil
+from importlib import import_module
+
+from bitnet_kernels import gpu
+from bitnet_kernels.gpu.common import Spec
+
+
+def catalog() -> list[Spec]:
+    """The specs of all files of this package that have a ``specs()``: a new kernel's file is found
+    without being named anywhere.
+
+    Raises:
+        ValueError: two specs of one name.
+    """
+    found: list[Spec] = []
+    for file in pkgutil.iter_modules(gpu.__path__, f"{gpu.__name__}."):
+        found += getattr(import_module(file.name), "specs", list)()
+    names = [spec.name for spec in found]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"more than one spec is named {', '.join(sorted(twice))}")
+    return found

@@ -1,0 +1,28 @@
+"""Looking at kernels without a GPU: compiled ahead of time, disassembled, counted and checked.
+
+``inspect(spec, 90)`` says what a kernel's main loop costs a weight and whether anything multiplies
+data there. compile makes the listing, read understands it, taint follows the data, model counts.
+"""
+
+from bitnet_kernels.sass.compile import Compiled, compile_spec
+from bitnet_kernels.sass.model import ARCHS, Arch, Report, estimate_us, inspect, listing
+from bitnet_kernels.sass.read import Instruction, Loop, loops, main_loop, parse
+from bitnet_kernels.sass.taint import Multipliers, multipliers
+
+__all__ = [
+    "ARCHS",
+    "Arch",
+    "Compiled",
+    "Instruction",
+    "Loop",
+    "Multipliers",
+    "Report",
+    "compile_spec",
+    "estimate_us",
+    "inspect",
+    "listing",
+    "loops",
+    "main_loop",
+    "multipliers",
+    "parse",
+]

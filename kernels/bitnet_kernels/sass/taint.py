@@ -1,0 +1,194 @@
+"""Which multipliers touch data: taint analysis of SASS.
+
+Data is what a load from memory fills (global, shared, local, tensor memory, atomics) and whatever
+any instruction makes of data: in registers, uniform registers and predicates, vectors register by
+register, and also where a predicate made of data guards the instruction. Constant memory holds
+kernel parameters and is none. The analysis follows the control flow of the whole kernel, since
+registers are reused: a register stops being data where an unguarded instruction writes it anew.
+Branches on data are not followed.
+
+Multiplier units also move, shift and add: ptxas writes ``R4 = R5`` as IMAD.MOV and a shift by two
+as IMAD.SHL by 4, to spread work over pipes. So for *integer* multiply-adds on data it matters what
+the other factor is: 0, or a power of two up to sign, is told apart as moving; anything else, and
+every floating-point multiplier, dot product and tensor-core instruction, multiplies data.
+"""
+
+import re
+from collections.abc import Iterable
+from itertools import takewhile
+from typing import NamedTuple
+
+from bitnet_kernels.sass.read import Instruction, Loop, successors
+
+_REGISTER = re.compile(r"\b(UR|UP|R|P)(\d+)(\.64)?\b")
+_FIRST_BIT = {"R": 0, "UR": 256, "P": 512, "UP": 528}
+_ALL_PREDICATES = {"PR": 0xFF << 512, "UPR": 0xFF << 528}
+
+_LOAD = re.compile(r"LD(G|S|SM|L|TM|GMC)?|ATOM[GS]?|SULD|TEX|TLD4?")
+_NO_OUTPUT = re.compile(
+    r"(ST|BRA|BRX|JMP|CALL|RET|EXIT|BAR|BSSY|BSYNC|BREAK|WARPSYNC|NANOSLEEP|UTMA|UBLK).*"
+    r"|REDG?|WARPGROUP|DEPBAR|LDGDEPBAR|LDGSTS|MEMBAR|FENCE|CCTL|NOP|ERRBAR|YIELD"
+)
+_TWO_PREDICATES = re.compile(r"\w+SETP2?|U?PLOP3")
+_PREDICATE = re.compile(r"R2P|UR2UP|FCHK|VOTEU?|SYNCS")  # alone, if that is what comes first
+_PREDICATE_AND_REGISTER = re.compile(r"U?LOP3|SHFL|ATOM[GS]?|MATCH|R2UR|ELECT")
+_CARRIES = re.compile(r"U?(IADD3|IMAD|LEA)|VI\w*MNMX\w*|VOTEU?")
+
+_INTEGER = re.compile(r"U?(IMAD|IMUL|XMAD)\w*")
+_ALWAYS = re.compile(r"\w*(MUL|MAD|FMA)\w*|U?IDP\w*|MUFU")
+
+
+class Multipliers(NamedTuple):
+    """The instructions of a loop that run on multiplier units, by what they do there.
+
+    ``on_data``: multiply data. ``moving``: move, shift or add data, by a constant 0 or power of two
+    or with data as the addend alone. ``on_addresses``: no data enters at all.
+    """
+
+    on_data: list[Instruction]
+    moving: list[Instruction]
+    on_addresses: list[Instruction]
+
+
+def multipliers(code: list[Instruction], loop: Loop) -> Multipliers:
+    """Sort the multipliers of a loop of ``code``, in order of their addresses."""
+    found = Multipliers([], [], [])
+    states = taints(code)
+    for i in sorted(loop.body):
+        instruction, state = code[i], states[i]
+        if instruction.is_tensor_core:  # reads its operands from memory, or from fragments of it
+            found.on_data.append(instruction)
+        elif _INTEGER.fullmatch(instruction.base) or _ALWAYS.fullmatch(instruction.base):
+            factors = _outputs_and_sources(instruction)[1][:2]
+            on_data = any(mask & state for mask in _source_masks(instruction)[:2])
+            shifts = any(_only_shifts(factor) for factor in factors)
+            if on_data and not (shifts and _INTEGER.fullmatch(instruction.base)):
+                found.on_data.append(instruction)
+            elif _reads(instruction) & state:
+                found.moving.append(instruction)
+            else:
+                found.on_addresses.append(instruction)
+    return found
+
+
+def taints(code: list[Instruction]) -> list[int]:
+    """For each instruction the registers that may hold data before it, as a bit mask."""
+    following = successors(code)
+    behind_calls = [i + 1 for i, one in enumerate(code) if one.base == "CALL" and i + 1 < len(code)]
+    effects = [(_writes(one), _surely_writes(one), _reads(one)) for one in code]
+    states = [0] * len(code)
+    pending = list(range(len(code) - 1, -1, -1))
+    while pending:
+        i = pending.pop()
+        instruction, (writes, surely, reads) = code[i], effects[i]
+        state = states[i]
+        if _LOAD.fullmatch(instruction.base) or instruction.is_tensor_core or reads & state:
+            state |= writes
+        else:
+            state &= ~surely
+        returns = behind_calls if instruction.base == "RET" else []
+        for target in (*following[i], *returns):
+            if state & ~states[target]:
+                states[target] |= state
+                pending.append(target)
+    return states
+
+
+def _outputs_and_sources(instruction: Instruction) -> tuple[list[str], list[str]]:
+    """An instruction's operands, told apart. Outputs come first; how many depends on the opcode.
+    What may be either, of an opcode that is not known here, is counted as both: that errs on the
+    side of data."""
+    base, operands = instruction.base, list(instruction.operands)
+    if not operands or _NO_OUTPUT.fullmatch(base) or operands[0][0] in "[`gdt":
+        return [], operands
+    if _is_predicate(operands[0]):
+        if _PREDICATE.fullmatch(base):
+            return operands[:1], operands[1:]
+        known = _TWO_PREDICATES.fullmatch(base) or _PREDICATE_AND_REGISTER.fullmatch(base)
+        return operands[:2], operands[2 if known else 1 :]
+    most = {"P2R": 0, "UP2UR": 0, "VOTE": 1, "VOTEU": 1}.get(base, 2)
+    carries = list(takewhile(_is_predicate, operands[1 : 1 + most]))  # IADD3 R4, P0, P1, R2, ...
+    n_outputs = 1 + len(carries)
+    return operands[:n_outputs], operands[n_outputs if _CARRIES.fullmatch(base) else 1 :]
+
+
+def _is_predicate(operand: str) -> bool:
+    return re.fullmatch(r"!?U?P(\d|T|R)", operand) is not None
+
+
+def _width(instruction: Instruction) -> int:
+    """Registers that an output holds, or may hold. Inputs are taken to be as wide, but for those of
+    loads and for IMAD.WIDE's factors: too wide by one register at worst."""
+    base, modifiers = instruction.base, instruction.modifiers
+    if instruction.is_tensor_core:
+        shape = re.search(r"\.64x(\d+)x", instruction.opcode)
+        return max(int(shape[1]) // 2, 1) if shape else 4  # of a warpgroup's 64 x N; of a warp's
+    if base == "LDTM":
+        return next((int(part[1:]) for part in modifiers if re.fullmatch(r"x\d+", part)), 1)
+    if re.fullmatch(r"LD\w*|ULDC|ATOM[GS]?", base):
+        return max(instruction.access_bits // 32, 1)
+    wide = {"WIDE", "64", "F64", "S64"} & {*modifiers} or (
+        base.startswith("D") and base != "DEPBAR"
+    )
+    if wide or re.fullmatch(r"F(ADD|MUL|FMA)2", base) or (base == "CS2R" and "32" not in modifiers):
+        return 2
+    return 1
+
+
+def _writes(instruction: Instruction) -> int:
+    """The registers that it may write."""
+    outputs, _ = _outputs_and_sources(instruction)
+    return _union(_mask(operand, _width(instruction)) for operand in outputs)
+
+
+def _surely_writes(instruction: Instruction) -> int:
+    """Those that it writes if it is executed for certain: conversions to and from 64 bits, whose
+    width is not clear from the opcode, count as narrow."""
+    outputs, _ = _outputs_and_sources(instruction)
+    width = 1 if {"F64", "S64"} & {*instruction.modifiers} else _width(instruction)
+    return 0 if instruction.guard else _union(_mask(operand, width) for operand in outputs)
+
+
+def _reads(instruction: Instruction) -> int:
+    """The registers of all sources, and of the guard."""
+    return _union(_source_masks(instruction)) | _mask(instruction.guard, 1)
+
+
+def _source_masks(instruction: Instruction) -> list[int]:
+    _, sources = _outputs_and_sources(instruction)
+    widths = [_width(instruction)] * len(sources)
+    if "WIDE" in instruction.modifiers:
+        widths[:2] = [1, 1]
+    elif any("[" in source for source in sources):
+        widths = [1] * len(sources)
+    return [_mask(source, width) for source, width in zip(sources, widths, strict=True)]
+
+
+def _mask(operand: str, width: int) -> int:
+    """The registers that an operand names; those of addresses have widths of their own."""
+    bare = operand.strip("!-~|+")
+    if bare in _ALL_PREDICATES:
+        return _ALL_PREDICATES[bare]
+    mask = 0
+    for kind, number, pair in _REGISTER.findall(operand):
+        n = 1 if kind in ("P", "UP") else 2 if pair else width
+        mask |= ((1 << n) - 1) << (_FIRST_BIT[kind] + int(number))
+    return mask
+
+
+def _union(masks: Iterable[int]) -> int:
+    result = 0
+    for mask in masks:
+        result |= mask
+    return result
+
+
+def _only_shifts(factor: str) -> bool:
+    """A factor of 0 (RZ) or plus or minus a power of two, as it stands in the instruction."""
+    if factor.strip("-") in ("RZ", "URZ"):
+        return True
+    if not re.fullmatch(r"-?0x[0-9a-f]+", factor):
+        return False
+    value = abs(int(factor, 16))
+    value = min(value, 2**32 - value)  # -2 may be printed as 0xfffffffe
+    return value & (value - 1) == 0

@@ -1,0 +1,247 @@
+"""Makes the tables of :mod:`bitnet_kernels.dispatch`: by timing on a GPU, or by a static model.
+
+:func:`tune` times every candidate on the GPU at hand and writes the user's cache. Where no GPU is,
+:func:`static_table` ranks the same candidates by what their machine code says: that is what ships
+for GPUs that nobody has measured yet, and its ``source`` says so.
+"""
+
+import itertools
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitnet_kernels import reference
+from bitnet_kernels.bench.timing import (
+    CudaBackend,
+    copies_needed,
+    interleave,
+    quantile,
+    record,
+)
+from bitnet_kernels.dispatch import (
+    ARCHITECTURES,
+    FORMULATIONS,
+    LANE_COLUMNS,
+    Config,
+    Entry,
+    Table,
+    bucket,
+    cache_file,
+    forget,
+    table_to_json,
+    tuned,
+)
+from bitnet_kernels.packing import bit_planes, pack_ternary
+
+SHAPES = ((1024, 1024), (2560, 2560), (4096, 4096), (2560, 6912), (4096, 14336), (8192, 28672))
+"""N x K of the shipped tables."""
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_LAUNCH_US, _SPLIT_US, _LATENCY_US = 2.0, 1.5, 0.7
+"""What the static model adds: a launch, clearing and meeting in a scratch buffer, and the latency
+of memory, once for every block of K that a program reads one after the other."""
+Cost = Callable[[str, list[Config], int, int, int], list[float]]
+"""(formulation, configurations, M, N, K) -> microseconds of each."""
+
+
+def candidates(formulation: str, m: int, n: int, k: int) -> list[Config]:
+    """The configurations worth trying for a shape; none where a formulation has no business."""
+    tokens = bucket(m)
+    found: Iterator[Config]
+    if formulation in ("gemm", "unpacked"):
+        if formulation == "unpacked" and m < 256:
+            return []
+        block_m = min(max(tokens, 8), 128)
+        blocks = (
+            ((128, 256), (64, 256), (128, 512))
+            if formulation == "gemm"
+            else ((128, 64), (128, 128))
+        )
+        splits = (1, 2, 4, 8) if m <= 64 else (1,)
+        warps = 8 if block_m >= 128 else 4
+        found = (
+            Config(block_m, block_n, block_k, split, warps, stages)
+            for (block_n, block_k), split, stages in itertools.product(blocks, splits, (3, 4))
+        )
+    else:
+        if m > 16:
+            return []
+        longest, sums = LANE_COLUMNS[formulation], 4 if formulation == "popcount" else 8
+        block_m = min(tokens, 4)
+        found = (
+            Config(block_m, rows * groups, longest // groups, split)
+            for rows, groups, split in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8))
+            if rows * block_m <= sums
+        )
+    # A slice of K shorter than a block would only wait for the others.
+    return [one for one in found if one.split_k == 1 or one.split_k * one.block_k <= k]
+
+
+def modelled_us(formulation: str, config: Config, sm: int, m: int, n: int, k: int) -> float:
+    """Microseconds by the static model: memory and arithmetic as in ``sass.estimate_us``, with the
+    columns that blocks pad, the SMs that are left idle by the last wave, and latencies."""
+    from bitnet_kernels.gpu import gemm, gemv, popcount
+    from bitnet_kernels.sass import ARCHS, inspect
+
+    whole = config._replace(split_k=1)
+    module = {"popcount": popcount, "gemm": gemm, "unpacked": gemm}.get(formulation, gemv)
+    spec = module.spec(whole) if module is popcount else module.spec(formulation, whole)
+    report, arch = inspect(spec, sm), ARCHS[f"sm_{sm}"]
+    assert report.weights_per_clock is not None
+    if report.spill_bytes:
+        return float("inf")
+    tiles = math.ceil(m / config.block_m) * math.ceil(n / config.block_n)
+    programs = tiles * config.split_k
+    per_sm = math.ceil(programs / arch.n_sms)
+    resident = min(65536 // (report.registers * 32 * config.num_warps), 32, 64 // config.num_warps)
+    if report.shared_bytes:
+        resident = min(resident, max(1, 160_000 // report.shared_bytes))
+    steps = math.ceil(math.ceil(k / config.block_k) / config.split_k)
+    done = config.block_n * config.block_k * steps  # weights a program, padding included
+    arithmetic = per_sm * done / (report.weights_per_clock * arch.clock_ghz * 1e3)
+    bytes_per_weight = 1.0 if formulation == "unpacked" else 0.25
+    traffic = n * k * bytes_per_weight + m * k + 2 * m * n
+    if formulation == "unpacked":
+        traffic += 1.25 * n * k
+    memory = traffic / (arch.memory_tb_s * 1e6)
+    in_flight = 1 if config.num_stages == 1 else config.num_stages - 1
+    waves = math.ceil(per_sm / max(resident, 1))
+    latency = waves * math.ceil(steps / in_flight) * _LATENCY_US
+    launches = 2 if formulation in ("popcount", "unpacked") else 1  # the operand's other layout
+    extra = _SPLIT_US if config.split_k > 1 else 0.0
+    return launches * _LAUNCH_US + max(memory, arithmetic, latency) + extra
+
+
+def best_entries(
+    cost: Cost,
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    progress: Callable[[str], None],
+) -> Iterator[Entry]:
+    """The cheapest configuration of every formulation, shape and M."""
+    for (n, k), m in itertools.product(shapes, tokens):
+        progress(f"N x K = {n} x {k}, M = {m}")
+        for formulation in FORMULATIONS:
+            if tried := candidates(formulation, m, n, k):
+                times = [round(us, 3) for us in cost(formulation, tried, m, n, k)]
+                # Of equals the largest block: it reads the activations least often.
+                best = min(
+                    zip(times, tried, strict=True), key=lambda one: (one[0], -one[1].block_n)
+                )
+                yield Entry(m, n, k, formulation, best[1], best[0])
+
+
+def static_table(
+    sm: int,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    tokens: Sequence[int] = TOKENS,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Table:
+    """The table of a GPU architecture by the static model; needs Triton, but no GPU."""
+
+    def cost(formulation: str, tried: list[Config], m: int, n: int, k: int) -> list[float]:
+        return [modelled_us(formulation, config, sm, m, n, k) for config in tried]
+
+    entries = tuple(best_entries(cost, shapes, tokens, progress))
+    return Table("static model of the compiled code, not measured", entries)
+
+
+class Timer:
+    """Times candidates on a GPU: all of a formulation by turns, in CUDA graphs, with cold weights,
+    each after a comparison with the reference."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self.shape: tuple[int, int] = (0, 0)
+        self.copies: list[tuple[Tensor, Tensor]] = []
+        self.codes = torch.empty(0)
+
+    def __call__(
+        self, formulation: str, tried: list[Config], m: int, n: int, k: int
+    ) -> list[float]:
+        """Median microseconds of each; RuntimeError if one is not exact."""
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def integers(low: int, high: int, rows: int) -> Tensor:
+            wide = torch.randint(low, high, (rows, k), generator=generator, device=self.device)
+            return wide.to(torch.int8)
+
+        if self.shape != (n, k):
+            self.shape, self.codes = (n, k), integers(-1, 2, n)
+            packed = pack_ternary(self.codes)
+            n_copies = copies_needed(packed.numel(), self.cache_bytes, "cold")
+            pairs = [(packed.clone(), bit_planes(packed)) for _ in range(n_copies)]
+            self.copies = pairs
+        x = integers(-127, 128, m)
+        row_sum, want = x.sum(1, dtype=torch.int32), reference.int8_matmul(x, self.codes)
+        backend = CudaBackend()
+        replays = {}
+        for config in tried:
+
+            def call(i: int, config: Config = config) -> Tensor:
+                from bitnet_kernels.gpu.matmul import matmul
+
+                packed, planes = self.copies[i]
+                return matmul(formulation, config, x, packed, planes, row_sum, full_range=False)
+
+            if not torch.equal(call(0), want):
+                raise RuntimeError(f"{formulation} {config} is not exact at M, N, K = {m, n, k}")
+            replays[str(config)] = record(call, len(self.copies), backend)
+        seconds = interleave(replays, backend, rounds=9, cache="cold")
+        return [1e6 * quantile(seconds[str(config)], 0.5) for config in tried]
+
+
+def tune(
+    shapes: Sequence[tuple[int, int]],
+    tokens: Sequence[int],
+    device_name: str,
+    cost: Cost,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Measure the candidates for the shapes N x K and keep the best in the user's cache, where
+    :func:`bitnet_kernels.dispatch.choose` finds them from then on.
+
+    Arguments:
+        device_name: of the GPU, as torch gives it.
+        cost: microseconds of candidates: a :class:`Timer`.
+    Returns:
+        The cache's path. Its entries for other shapes are kept, those of a damaged file dropped.
+    Raises:
+        RuntimeError: a candidate is not exact; nothing is written.
+    """
+    path = cache_file(device_name)
+    new = set(shapes)
+    forget()
+    kept = tuple(entry for entry in tuned(device_name).entries if (entry.n, entry.k) not in new)
+    entries = kept + tuple(best_entries(cost, shapes, tokens, progress))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, table_to_json(Table(f"measured on {device_name}", entries)))
+    forget()
+    return path
+
+
+def _write(path: Path, text: str) -> None:
+    """All or nothing: a reader never meets half a table."""
+    draft = path.with_suffix(f".{os.getpid()}.tmp")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def main() -> None:
+    """Rewrite the shipped tables: ``python -m bitnet_kernels.tune`` in a checkout, minutes."""
+    for sm in ARCHITECTURES:
+
+        def progress(text: str, sm: int = sm) -> None:
+            print(f"sm_{sm}: {text}", file=sys.stderr)
+
+        path = Path(__file__).parent / "tables" / f"sm_{sm}.json"
+        _write(path, table_to_json(static_table(sm, progress=progress)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Compiles kernels for GPUs that are not here, inspects them, and prints what it finds as JSON.
+
+Not a test module: ``test_sass.py`` starts it in a process of its own without TRITON_INTERPRET.
+Keys: "reports" of the kernels below and of the catalog's matmuls as dictionaries, "listings" of two
+loops of the real thing, "cli" with exit code, stdout and stderr of command lines.
+"""
+
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from bitnet import cli
+from bitnet_kernels.gpu import catalog as gpu_catalog
+from bitnet_kernels.gpu.common import Spec
+from bitnet_kernels.sass import Report, compile_spec, estimate_us, inspect, listing
+
+CAPABILITIES = (80, 90)
+DP4A = tl.constexpr("dp4a.u32.s32 $0, $2, $3, $1;")
+SAD = tl.constexpr("vabsdiff4.u32.u32.u32.add $0, $2, $3, $1;")
+
+
+@triton.jit
+def loop_kernel(
+    x_ptr: tl.tensor, w_ptr: tl.tensor, y_ptr: tl.tensor, W: tl.tensor, FORM: tl.constexpr
+) -> None:
+    """One warp over words of packed weights and of activations, 16 bytes a lane and pass."""
+    lanes = tl.arange(0, 128)
+    acc = tl.zeros((128,), dtype=tl.int32)
+    total = tl.zeros((128,), dtype=tl.float32)
+    for start in range(0, W, 128):
+        w = tl.load(w_ptr + start + lanes, eviction_policy="evict_first")
+        x = tl.load(x_ptr + start + lanes)
+        if FORM == "add":
+            acc += tl.where((w & 3) == 2, x, tl.where((w & 3) == 0, -x, 0))
+        elif FORM == "shift":
+            acc += (x << 5) + (w & x)
+        elif FORM == "multiply":
+            acc += x * w
+        elif FORM == "constant":
+            acc += x * 40503 + w
+        elif FORM == "dp4a":
+            acc = tl.inline_asm_elementwise(DP4A, "=r,r,r,r", [acc, w, x], tl.int32, True, 1)
+        elif FORM == "float":
+            total += x.to(tl.float32) * w.to(tl.float32)
+        elif FORM == "sad":
+            acc = tl.inline_asm_elementwise(SAD, "=r,r,r,r", [acc, w, x], tl.int32, True, 1)
+        elif FORM == "sad and multiply":
+            acc = tl.inline_asm_elementwise(SAD, "=r,r,r,r", [acc * w, w, x], tl.int32, True, 1)
+    # Multiplying is the epilogue's right.
+    tl.store(y_ptr + lanes, (acc.to(tl.float32) + total) * tl.load(y_ptr))
+
+
+@triton.jit
+def tensor_core_kernel(
+    x_ptr: tl.tensor, w_ptr: tl.tensor, y_ptr: tl.tensor, K: tl.tensor, BLOCK_M: tl.constexpr
+) -> None:
+    """[BLOCK_M, 64] += x [BLOCK_M, 64] w [64, 64], both int8."""
+    rows, cols, k = tl.arange(0, BLOCK_M), tl.arange(0, 64), tl.arange(0, 64)
+    acc = tl.zeros((BLOCK_M, 64), dtype=tl.int32)
+    for start in range(0, K, 64):
+        x = tl.load(x_ptr + rows[:, None] * K + start + k[None, :])
+        w = tl.load(w_ptr + cols[None, :] * K + start + k[:, None])
+        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+    tl.store(y_ptr + rows[:, None] * 64 + cols[None, :], acc)
+
+
+def own_specs() -> list[Spec]:
+    types = {"x_ptr": "*i32", "w_ptr": "*i32", "y_ptr": "*fp32"}
+    pointers = ("x_ptr", "w_ptr", "y_ptr")
+    forms = ("add", "shift", "multiply", "constant", "dp4a", "float", "sad", "sad and multiply")
+    found = []
+    for form in forms:
+        constants = {"FORM": form}
+        spec = Spec(
+            form, "addsub", loop_kernel, types, constants, 1, 1, 1, 128 * 16, (*pointers, "W")
+        )
+        found.append(spec)
+    types = {"x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": "*i32"}
+    for m in (16, 64):
+        name = f"tensor core M={m}"
+        constants = {"BLOCK_M": m}
+        spec = Spec(
+            name, "dot", tensor_core_kernel, types, constants, 4, 3, m, 64 * 64, (*pointers, "K")
+        )
+        found.append(spec)
+    return found
+
+
+def run(*args: str) -> tuple[int, str, str]:
+    """A command line, in this process: what is compiled already is not compiled again."""
+    sys.argv = ["bitnet", *args]
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, out.getvalue(), err.getvalue()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    matmuls = [spec for spec in gpu_catalog.catalog() if spec.weights]
+    reports: list[Report] = [inspect(s, sm) for s in own_specs() + matmuls for sm in CAPABILITIES]
+    real = {spec.name: spec for spec in matmuls}
+    inspected = ("inspect", "kernels", "--arch", "sm_80", "--arch", "sm_90")
+    found: dict[str, Any] = {
+        "reports": [report._asdict() for report in reports],
+        "listings": {f"sm_{sm}": compile_spec(real["sad M=1"], sm).sass for sm in CAPABILITIES},
+        "marked": listing(real["dp4a M=1"], 90),
+        "estimate": estimate_us(real["sad M=1"], 90, 1, 4096, 4096),
+        "cli": {
+            "two": run(
+                *inspected, "--kernel", "SAD m=1", "--sass", str(folder / "a" / "b"),
+                "--csv", str(folder / "figures.csv"),
+            ),
+            "none": run(*inspected, "--kernel", "sat M=1"),
+            "unwritable": run(*inspected, "--kernel", "sad M=1", "--csv", str(folder / "no" / "f")),
+        },
+    }  # fmt: skip
+    gpu_catalog.catalog = own_specs  # where one of the family multiplies
+    found["cli"]["wrong"] = run(*inspected, "--kernel", "sad")
+    json.dump(found, sys.stdout)
