@@ -61,13 +61,26 @@ def test_shipped_tables(sm: int) -> None:
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
-def test_a_few_tokens_and_many(sm: int) -> None:
-    for n, k in ((4096, 4096), (2560, 6912), (777, 1234)):
-        assert choose("auto", 1, n, k, False, sm, NAME)[0] == "dp4a"
+@pytest.mark.parametrize(("n", "k"), tune.SHAPES)
+def test_the_fastest_entry_is_chosen(sm: int, n: int, k: int) -> None:
+    table = shipped(sm)
+    for m in (1, 4, 64, 1024):
+        here = {e.formulation: e.us for e in table.entries if (e.m, e.n, e.k) == (m, n, k)}
+        for kernel in ("auto", "dot", "addsub"):
+            names = [name for name in allowed(kernel, True) if name in here]
+            if names:
+                chosen, _ = choose(kernel, m, n, k, True, sm, NAME)
+                assert here[chosen] == min(here[name] for name in names)
+
+
+@pytest.mark.parametrize("sm", ARCHITECTURES)
+def test_any_shape_finds_an_entry(sm: int) -> None:
+    for n, k in ((1, 1), (777, 1234), (2560, 6913), (10**6, 3)):
         assert choose("auto", 512, n, k, False, sm, NAME)[0] in ("gemm", "unpacked")
         for kernel in ("addsub", "sad"):
             assert choose(kernel, 1, n, k, False, sm, NAME)[0] == "sad"
-        assert choose("popcount", 5000, n, k, True, sm, NAME)[0] == "popcount"
+        for kernel in FORMULATIONS:
+            assert choose(kernel, 5000, n, k, True, sm, NAME)[0] == kernel
 
 
 def test_unknown_gpus_take_the_table_below() -> None:
