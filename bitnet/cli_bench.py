@@ -371,6 +371,11 @@ def _tables(root: Path, figures: list[rows.Row], images: set[str], check: bool) 
     regions: list[tuple[str, tuple[str, str], Callable[[], str]]] = [
         ("README.md", marks, lambda: report.summary(figures)),
         ("kernels/README.md", marks, lambda: report.details(figures, images)),
+        (
+            "kernels/README.md",
+            ("<!-- machine-code:begin -->", "<!-- machine-code:end -->"),
+            lambda: report.machine_code(root / RESULTS / "machine_code.csv"),
+        ),
     ]
     twins = root / RESULTS / "compare_twins.py"
     if twins.exists():

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from bitnet import cli
+from bitnet_kernels.dispatch import Config
 from bitnet_kernels.gpu import catalog as gpu_catalog
 from bitnet_kernels.gpu.common import Spec
 from bitnet_kernels.sass import Report, compile_spec, estimate_us, inspect, listing
@@ -115,7 +116,7 @@ if __name__ == "__main__":
         "reports": [report._asdict() for report in reports],
         "listings": {f"sm_{sm}": compile_spec(real["sad M=1"], sm).sass for sm in CAPABILITIES},
         "marked": listing(real["dp4a M=1"], 90),
-        "estimate": estimate_us(real["sad M=1"], 90, 1, 4096, 4096),
+        "estimate": estimate_us("sad", Config(1, 8, 2048), 90, 1, 4096, 4096),
         "cli": {
             "two": run(
                 *inspected, "--kernel", "SAD m=1", "--sass", str(folder / "a" / "b"),

@@ -195,10 +195,11 @@ def test_a_figure_in_two_files_is_refused(tmp_path: Path) -> None:
 def checkout(tmp_path: Path) -> Path:
     """A checkout with figures, and READMEs that do not show them yet."""
     marked = "head\n<!-- kernels:begin -->\nold\n<!-- kernels:end -->\ntail\n"
-    for name in ("README.md", "kernels/README.md"):
+    counted = "<!-- machine-code:begin -->\n<!-- machine-code:end -->\n"
+    for name, text in (("README.md", marked), ("kernels/README.md", counted + marked)):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(marked, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     rows.write(tmp_path / "docs" / "results" / "kernels_h100.csv", figures())
     return tmp_path
 
@@ -235,6 +236,32 @@ def test_report_writes_and_check_finds_what_is_stale(bitnet: Bitnet, checkout: P
     rows.write(checkout / "docs" / "results" / "kernels_h100.csv", figures())
     code, out, _ = bitnet("report", "--check", "--root", checkout)
     assert (code, out.splitlines()) == (1, ["README.md: stale; run bitnet bench report"])
+
+
+def test_machine_code(tmp_path: Path) -> None:
+    """A row a kernel that has weights, a column a GPU; what is missing or damaged is said."""
+    path = tmp_path / "machine_code.csv"
+    assert report.machine_code(path) == report.NOTHING
+    head = "gpu,name,sm,instructions_per_weight,registers,weights_per_clock,"
+    head += "needed_weights_per_clock,multipliers_on_data\n"
+    path.write_text(
+        head
+        + "A100,dp4a M=1,80,0.5566,127,230,50,IDP.4A.U8.S8 x128\n"
+        + "H100,dp4a M=1,90,0.574,125,222,51,IDP.4A.U8.S8 x128\n"
+        + "H100,sad M=1,90,1.44,72,40,50,0\n"
+        + "H100,quant,90,,40,,51,FFMA x9\n"
+    )
+    table = report.machine_code(path).splitlines()
+    assert table[-4:] == [
+        "| | A100 (sm_80) | H100 (sm_90) |",
+        "|---|---|---|",
+        "| dp4a M=1 | 0.56; 127; 100%; IDP | 0.57; 125; 100%; IDP |",
+        "| sad M=1 |  | 1.44; 72; 80%; nothing |",
+    ]
+    for damaged in ("x\n1\n", head + "A100,sad,80,1.4,72,fast,50,0\n", head + "A100,sad,80,1.4\n"):
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=r"machine_code.csv: not written by bitnet inspect"):
+            report.machine_code(path)
 
 
 def test_report_without_matplotlib(

@@ -6,6 +6,7 @@ which runs in a process of its own.
 
 import csv
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,17 +18,20 @@ import pytest
 
 from bitnet import cli
 from bitnet.cli_kernels import counted, shortened
+from bitnet_kernels.dispatch import Config
 from bitnet_kernels.sass import (
     ARCHS,
     Compiled,
     Report,
     compile_spec,
+    estimate,
     estimate_us,
     inspect,
     main_loop,
     model,
     multipliers,
     parse,
+    sixteen_bit_us,
 )
 
 
@@ -172,8 +176,6 @@ def test_a_kernel_without_weights(inspect_text: Any) -> None:
     assert report.instructions_per_weight is None
     assert report.weights_per_clock is None
     assert (report.by_pipe, report.weight_load_bits, report.bound) == ({}, [], "")
-    with pytest.raises(ValueError, match="k: has no weights"):
-        estimate_us(Stand(weights=0), 80, 1, 64, 64)  # type: ignore[arg-type]
 
 
 def test_needed_weights() -> None:
@@ -185,19 +187,43 @@ def test_needed_weights() -> None:
     }  # fmt: skip
 
 
-def test_estimates(inspect_text: Any) -> None:
-    """A kernel for one token at 128 * 32/14 weights a clock on an A100: memory-bound, then for 8
-    tokens 8 passes."""
-    inspect_text(GEMV)
-    spec: Any = Stand()
-    moved = 4096 * 8192 / 4 + 8192 + 4096 * 2
-    assert estimate_us(spec, 80, 1, 4096, 8192) == pytest.approx(moved / 2.039e6)
-    clocks = 8 * 4096 * 8192 / (128 * 32 / 14) / 108
-    assert estimate_us(spec, 80, 8, 4096, 8192) == pytest.approx(clocks / 1410)
-    # int8 weights: four times the bytes.
-    unpacked: Any = Stand(types={"w_ptr": "*i8"})
-    moved = 4096 * 8192 + 8192 + 4096 * 2
-    assert estimate_us(unpacked, 80, 1, 4096, 8192) == pytest.approx(moved / 2.039e6)
+def test_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, for kernels of 100 weights a clock on an A100: 108 SMs, 1.41 GHz, 2.039 TB/s."""
+    made = Compiled(listing(GEMV), "", registers=64, spill_bytes=0, shared_bytes=0)
+    monkeypatch.setattr(model, "compile_spec", lambda spec, sm: made)
+    real = inspect(Stand(), 80)._replace(weights_per_clock=100.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(estimate, "inspect", lambda spec, sm: real)
+    one = Config(1, 8, 2048)
+    # Large: memory takes longest.
+    moved = 8192 * 28672 / 4 + 28672 + 2 * 8192
+    assert estimate_us("sad", one, 80, 1, 8192, 28672) == pytest.approx(2.0 + moved / 2.039e6)
+    # 16 tokens are 16 * 1024 programs of 8 rows, 152 on the busiest SM.
+    arithmetic = 152 * 8 * 28672 / (100 * 1410)
+    assert estimate_us("sad", one, 80, 16, 8192, 28672) == pytest.approx(2.0 + arithmetic)
+    # Small: two blocks of K, one after the other; or split, both at once.
+    assert estimate_us("sad", one, 80, 1, 64, 4096) == pytest.approx(2.0 + 2 * 0.7)
+    split = one._replace(split_k=2)
+    assert estimate_us("sad", split, 80, 1, 64, 4096) == pytest.approx(2.0 + 0.7 + 1.5)
+    # Another layout of an operand is another launch, and int8 weights are four times the bytes.
+    assert estimate_us("popcount", one, 80, 1, 64, 4096) == pytest.approx(4.0 + 2 * 0.7)
+    whole = Config(128, 128, 64, 1, 8, 4)
+    fast = real._replace(weights_per_clock=1e9)
+    monkeypatch.setattr(estimate, "inspect", lambda spec, sm: fast)
+    moved = 2.25 * 8192 * 28672 + 28672 + 2 * 8192
+    assert estimate_us("unpacked", whole, 80, 1, 8192, 28672) == pytest.approx(
+        4.0 + max(moved / 2.039e6, 28672 / 64 / 3 * 0.7), rel=0.01
+    )
+    spilled = real._replace(spill_bytes=8)
+    monkeypatch.setattr(estimate, "inspect", lambda spec, sm: spilled)
+    assert estimate_us("sad", one, 80, 1, 64, 64) == math.inf
+
+
+def test_the_16_bit_roofline_by_hand() -> None:
+    """M = 1: 2 bytes a weight over 3.35 TB/s; M = 4096: 132 SMs x 2048 multiply-adds x 1.98 GHz."""
+    moved = 2 * (4096 * 4096 + 2 * 4096)
+    assert sixteen_bit_us(90, 1, 4096, 4096) == pytest.approx(2.0 + moved / 3.35e6)
+    tensor = 4096**3 / (2048 * 132 * 1.98e9) * 1e6
+    assert sixteen_bit_us(90, 4096, 4096, 4096) == pytest.approx(2.0 + tensor)
 
 
 BUDGETS = {"sad M=1": 1.6, "popcount M=1": 0.9, "dp4a M=1": 0.62}
@@ -308,7 +334,7 @@ def test_every_matmul_of_the_catalog(worked: dict[str, Any]) -> None:
 
 def test_estimate_of_a_real_kernel(worked: dict[str, Any]) -> None:
     """4.2 MB of weights take an H100 1.25 us to read; SAD is near memory-bound."""
-    assert 1.25 < worked["estimate"] < 2
+    assert 3 < worked["estimate"] < 4
 
 
 def test_inspect_kernels(worked: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ for GPUs that nobody has measured yet, and its ``source`` says so.
 """
 
 import itertools
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -41,9 +40,6 @@ from bitnet_kernels.packing import bit_planes, pack_ternary
 SHAPES = ((1024, 1024), (2560, 2560), (4096, 4096), (2560, 6912), (4096, 14336), (8192, 28672))
 """N x K of the shipped tables."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-_LAUNCH_US, _SPLIT_US, _LATENCY_US = 2.0, 1.5, 0.7
-"""What the static model adds: a launch, clearing and meeting in a scratch buffer, and the latency
-of memory, once for every block of K that a program reads one after the other."""
 Cost = Callable[[str, list[Config], int, int, int], list[float]]
 """(formulation, configurations, M, N, K) -> microseconds of each."""
 
@@ -62,7 +58,7 @@ def candidates(formulation: str, m: int, n: int, k: int) -> list[Config]:
             else ((128, 64), (128, 128))
         )
         splits = (1, 2, 4, 8) if m <= 64 else (1,)
-        warps = 8 if block_m >= 128 else 4
+        warps = 8 if block_m >= 64 else 4
         found = (
             Config(block_m, block_n, block_k, split, warps, stages)
             for (block_n, block_k), split, stages in itertools.product(blocks, splits, (3, 4))
@@ -79,41 +75,6 @@ def candidates(formulation: str, m: int, n: int, k: int) -> list[Config]:
         )
     # A slice of K shorter than a block would only wait for the others.
     return [one for one in found if one.split_k == 1 or one.split_k * one.block_k <= k]
-
-
-def modelled_us(formulation: str, config: Config, sm: int, m: int, n: int, k: int) -> float:
-    """Microseconds by the static model: memory and arithmetic as in ``sass.estimate_us``, with the
-    columns that blocks pad, the SMs that are left idle by the last wave, and latencies."""
-    from bitnet_kernels.gpu import gemm, gemv, popcount
-    from bitnet_kernels.sass import ARCHS, inspect
-
-    whole = config._replace(split_k=1)
-    module = {"popcount": popcount, "gemm": gemm, "unpacked": gemm}.get(formulation, gemv)
-    spec = module.spec(whole) if module is popcount else module.spec(formulation, whole)
-    report, arch = inspect(spec, sm), ARCHS[f"sm_{sm}"]
-    assert report.weights_per_clock is not None
-    if report.spill_bytes:
-        return float("inf")
-    tiles = math.ceil(m / config.block_m) * math.ceil(n / config.block_n)
-    programs = tiles * config.split_k
-    per_sm = math.ceil(programs / arch.n_sms)
-    resident = min(65536 // (report.registers * 32 * config.num_warps), 32, 64 // config.num_warps)
-    if report.shared_bytes:
-        resident = min(resident, max(1, 160_000 // report.shared_bytes))
-    steps = math.ceil(math.ceil(k / config.block_k) / config.split_k)
-    done = config.block_n * config.block_k * steps  # weights a program, padding included
-    arithmetic = per_sm * done / (report.weights_per_clock * arch.clock_ghz * 1e3)
-    bytes_per_weight = 1.0 if formulation == "unpacked" else 0.25
-    traffic = n * k * bytes_per_weight + m * k + 2 * m * n
-    if formulation == "unpacked":
-        traffic += 1.25 * n * k
-    memory = traffic / (arch.memory_tb_s * 1e6)
-    in_flight = 1 if config.num_stages == 1 else config.num_stages - 1
-    waves = math.ceil(per_sm / max(resident, 1))
-    latency = waves * math.ceil(steps / in_flight) * _LATENCY_US
-    launches = 2 if formulation in ("popcount", "unpacked") else 1  # the operand's other layout
-    extra = _SPLIT_US if config.split_k > 1 else 0.0
-    return launches * _LAUNCH_US + max(memory, arithmetic, latency) + extra
 
 
 def best_entries(
@@ -143,8 +104,10 @@ def static_table(
 ) -> Table:
     """The table of a GPU architecture by the static model; needs Triton, but no GPU."""
 
+    from bitnet_kernels.sass import estimate_us
+
     def cost(formulation: str, tried: list[Config], m: int, n: int, k: int) -> list[float]:
-        return [modelled_us(formulation, config, sm, m, n, k) for config in tried]
+        return [estimate_us(formulation, config, sm, m, n, k) for config in tried]
 
     entries = tuple(best_entries(cost, shapes, tokens, progress))
     return Table("static model of the compiled code, not measured", entries)

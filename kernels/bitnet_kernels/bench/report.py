@@ -4,6 +4,7 @@ A table is of one device and one source: what was measured and what is estimated
 and an estimate's title says so. Ratios are to the fastest 16-bit matmul of the same round-robin.
 """
 
+import csv
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -164,8 +165,9 @@ def _title(view: View) -> str:
 
     if view.source == "estimate":
         return (
-            f"**{view.device}, estimate** from compiled instructions and data sheets, nothing was "
-            "run: the integer product against a 16-bit one at its roofline"
+            f"**{view.device}, estimate** from compiled instructions, data sheets and round "
+            "figures for launches and latencies, nothing was run: the integer product against a "
+            "16-bit one at its roofline"
         )
     threads = distinct(row.threads for row in view.rows)
     return (
@@ -243,3 +245,42 @@ def replace(text: str, begin: str, end: str, body: str, where: str) -> str:
     head, _, rest = text.partition(begin)
     _, _, tail = rest.partition(end)
     return f"{head}{begin}\n{body}\n{end}{tail}"
+
+
+def machine_code(path: Path) -> str:
+    """For kernels/README.md: what ``bitnet inspect kernels --csv`` counted, a row a matmul kernel.
+
+    Raises:
+        ValueError: the file is not one of those.
+    """
+    if not path.exists():
+        return NOTHING
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            found = [row for row in csv.DictReader(file) if row["instructions_per_weight"]]
+        archs = {row["sm"]: row["gpu"] for row in found}
+        cells = {(row["name"], row["sm"]): _counted(row) for row in found}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path.name}: not written by bitnet inspect kernels: {error!r}"
+        ) from error
+    names = dict.fromkeys(row["name"] for row in found)
+    lines = [
+        "Instructions a weight; registers; share of memory's speed that instruction rates allow",
+        "(estimate); what multiplies data.",
+        "",
+        "| | " + " | ".join(f"{gpu} (sm_{sm})" for sm, gpu in archs.items()) + " |",
+        "|---|" + "---|" * len(archs),
+    ]
+    for name in names:
+        lines.append(f"| {name} | " + " | ".join(cells.get((name, sm), "") for sm in archs) + " |")
+    return "\n".join(lines)
+
+
+def _counted(row: dict[str, str]) -> str:
+    share = min(1.0, float(row["weights_per_clock"]) / float(row["needed_weights_per_clock"]))
+    units = sorted(
+        {name.partition(".")[0].split()[0] for name in row["multipliers_on_data"].split(", ")}
+    )
+    what = "nothing" if units == ["0"] else ", ".join(units)
+    return f"{float(row['instructions_per_weight']):.2f}; {row['registers']}; {share:.0%}; {what}"

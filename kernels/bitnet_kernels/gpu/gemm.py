@@ -104,7 +104,7 @@ def spec(name: str, config: Config) -> Spec:
 
 def specs() -> list[Spec]:
     """The forms from 8 tokens to thousands."""
-    forms = ((8, 4, 4), (16, 4, 4), (64, 4, 3), (128, 8, 3))
+    forms = ((8, 4, 4), (16, 4, 4), (64, 8, 3), (128, 8, 3))
     configs = [Config(m, 128, 256, 1, warps, stages) for m, warps, stages in forms]
     return [
         *(spec("gemm", config) for config in configs),

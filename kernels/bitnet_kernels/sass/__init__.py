@@ -5,7 +5,8 @@ data there. compile makes the listing, read understands it, taint follows the da
 """
 
 from bitnet_kernels.sass.compile import Compiled, compile_spec
-from bitnet_kernels.sass.model import ARCHS, Arch, Report, estimate_us, inspect, listing
+from bitnet_kernels.sass.estimate import estimate_us, sixteen_bit_us
+from bitnet_kernels.sass.model import ARCHS, Arch, Report, inspect, listing
 from bitnet_kernels.sass.read import Instruction, Loop, loops, main_loop, parse
 from bitnet_kernels.sass.taint import Multipliers, multipliers
 
@@ -25,4 +26,5 @@ __all__ = [
     "main_loop",
     "multipliers",
     "parse",
+    "sixteen_bit_us",
 ]

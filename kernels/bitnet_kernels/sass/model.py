@@ -196,24 +196,6 @@ def listing(spec: "Spec", sm: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def estimate_us(spec: "Spec", sm: int, m: int, n: int, k: int) -> float:
-    """Microseconds that ``[M, K] x [N, K]`` takes at least: the longer of moving the bytes once
-    (weights, int8 activations, 16-bit outputs) and of the main loop's instructions over all
-    SMs. An estimate for tables that say so; a launch costs a few microseconds more.
-
-    Raises:
-        ValueError: the kernel has no weights; and as :func:`inspect`.
-    """
-    per_clock = inspect(spec, sm).weights_per_clock
-    if per_clock is None:
-        raise ValueError(f"{spec.name}: has no weights to estimate the time of")
-    arch = ARCHS[f"sm_{sm}"]
-    memory = (n * k * _bytes_per_weight(spec) + m * k + m * n * 2) / (arch.memory_tb_s * 1e12)
-    passes = -(-m // spec.tokens)
-    arithmetic = passes * n * k / (per_clock * arch.n_sms * arch.clock_ghz * 1e9)
-    return max(memory, arithmetic) * 1e6
-
-
 def _weights_per_pass(spec: "Spec", body: list[Instruction]) -> tuple[int, list[str]]:
     """Of one thread, and notes."""
     if not spec.weights:
