@@ -7,6 +7,7 @@ loops of the real thing, "cli" with exit code, stdout and stderr of command line
 
 import io
 import json
+import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -18,6 +19,7 @@ import triton.language as tl
 from bitnet import cli
 from bitnet_kernels.dispatch import Config
 from bitnet_kernels.gpu import catalog as gpu_catalog
+from bitnet_kernels.gpu import gemm, gemv, popcount
 from bitnet_kernels.gpu.common import Spec
 from bitnet_kernels.sass import Report, compile_spec, estimate_us, inspect, listing
 
@@ -106,6 +108,44 @@ def run(*args: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
+def forms() -> list[dict[str, Any]]:
+    """Every matmul with K split, and each kind of epilogue: raw sums, a scale a row with a bias,
+    other outputs. What they compile to outside the main loop."""
+    split = (
+        gemv.spec("sad", Config(1, 8, 2048, 4)),
+        gemv.spec("dp4a", Config(2, 8, 1024, 2)),
+        popcount.spec(Config(2, 2, 4096, 2)),
+        gemm.spec("gemm", Config(16, 128, 256, 4, 4, 3)),
+        gemm.spec("unpacked", Config(64, 128, 64, 2, 8, 3)),
+    )
+    scales = ("s_ptr", "gamma_ptr")
+    found = []
+    for spec in split:
+        types = {name: kind for name, kind in spec.types.items() if name not in scales}
+        raw = spec._replace(
+            types=types | {"y_ptr": "*i32"}, constants=spec.constants | dict.fromkeys(scales)
+        )
+        constants = {key: value for key, value in spec.constants.items() if key != "bias_ptr"}
+        biased = spec._replace(
+            types=spec.types | {"bias_ptr": "*bf16", "y_ptr": "*fp32"},
+            constants=constants | {"GAMMA_PER_ROW": True},
+        )
+        for kind, one in (("raw", raw), ("biased", biased)):
+            for sm in CAPABILITIES:
+                made, report = compile_spec(one, sm), inspect(one, sm)
+                found.append(
+                    {
+                        "form": f"{spec.name}, {kind}, sm_{sm}",
+                        "family": spec.family,
+                        "spills": made.spill_bytes,
+                        "atomics": sorted(set(re.findall(r"\b(?:atom|red)\.[\w.]+", made.ptx))),
+                        "fused": bool(re.search(r"\bfma\.\w+\.f32", made.ptx)),
+                        "multipliers": report.multipliers_on_data,
+                    }
+                )
+    return found
+
+
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     matmuls = [spec for spec in gpu_catalog.catalog() if spec.weights]
@@ -117,6 +157,7 @@ if __name__ == "__main__":
         "listings": {f"sm_{sm}": compile_spec(real["sad M=1"], sm).sass for sm in CAPABILITIES},
         "marked": listing(real["dp4a M=1"], 90),
         "estimate": estimate_us("sad", Config(1, 8, 2048), 90, 1, 4096, 4096),
+        "forms": forms(),
         "cli": {
             "two": run(
                 *inspected, "--kernel", "SAD m=1", "--sass", str(folder / "a" / "b"),

@@ -16,6 +16,7 @@ from bitnet import cli, cli_bench
 from bitnet_kernels.bench import contenders as contending
 from bitnet_kernels.bench import estimate, machine, report, rows, run, timing
 from bitnet_kernels.bench.rows import Row
+from bitnet_kernels.dispatch import FORMULATIONS
 
 Bitnet = Callable[..., tuple[int, str, str]]
 
@@ -174,7 +175,7 @@ def test_estimates_stay_apart(
     guesses = rows.read(tmp_path / cli_bench.ESTIMATES)
     assert {one.source for one in guesses} == {"estimate"}
     assert {one.device for one in guesses} == {"H100 (sm_90)", "A100 80GB (sm_80)"}
-    assert {one.formulation for one in guesses} == {"bf16", "sad", "gemm"}
+    assert {one.formulation for one in guesses} == {"bf16", *FORMULATIONS}
     everything = report.load(tmp_path)
     assert "estimate" not in report.summary(everything)
     text = report.details(everything)
@@ -187,7 +188,7 @@ def test_estimates_stay_apart(
         assert "estimate" in part.splitlines()[0]
         assert "nothing was run" in part.splitlines()[0]
         assert "measured" not in part
-        assert re.search(r"\| addsub \| \d+\.\d\d sad \|", part)
+        assert re.search(r"\| addsub \| \d+\.\d\d popcount \|", part)  # 3 us, sad 5
 
 
 def test_no_triton_is_one_line(

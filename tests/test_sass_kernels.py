@@ -312,6 +312,20 @@ def test_budgets(worked: dict[str, Any], name: str, sm: int) -> None:
     assert report(worked, name, sm)["instructions_per_weight"] <= BUDGETS[name]
 
 
+def test_every_form_of_the_epilogue(worked: dict[str, Any]) -> None:
+    """K split: sums meet in relaxed reductions, and one acquire-release arrival orders them. No
+    form spills, and none fuses a multiplication with an addition, which would skip a rounding."""
+    assert len(worked["forms"]) == 20
+    for one in worked["forms"]:
+        assert one["spills"] == 0, one
+        assert not one["fused"], one
+        assert one["atomics"] == [
+            "atom.global.gpu.acq_rel.add.u32",
+            "red.global.gpu.relaxed.add.u32",
+        ], one
+        assert bool(one["multipliers"]) == (one["family"] == "dot"), one
+
+
 OWN = {"add", "shift", "multiply", "constant", "dp4a", "float", "sad", "sad and multiply"}
 
 
