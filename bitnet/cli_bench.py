@@ -37,6 +37,7 @@ from bitnet_kernels.bench.shapes import (
     shapes_of,
 )
 from bitnet_kernels.bench.verify import Inexact
+from bitnet_kernels.dispatch import key_of
 from bitnet_kernels.sass import ARCHS
 
 app = typer.Typer(
@@ -321,14 +322,14 @@ def tune_command(
             begun += 1
             bar.update(task, description=text, completed=begun)
 
-        name = torch.cuda.get_device_properties(target).name
+        capability, name = key_of(target)
         try:
-            path = tune(shapes, tokens, name, Timer(target), progress)
+            path = tune(shapes, tokens, name, capability, Timer(target), progress)
         except RuntimeError as error:
             if "is not exact" not in str(error):
                 raise
             bar.stop()
-            print(f"error: {error}; nothing was written", file=sys.stderr)
+            print(f"error: {error}; what went before is kept", file=sys.stderr)
             raise typer.Exit(1) from error
     console.print(f"tuned: {path}", highlight=False)
 

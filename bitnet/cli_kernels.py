@@ -36,8 +36,8 @@ def inspect_kernels(
     Instructions are those of a thread, counted in the machine code (SASS), per weight. The last
     columns are the weights that an SM could process in a clock, by published rates of its units,
     and how that compares with what memory delivers ("93%: alu", limited by the integer units): a
-    bound, not a measurement. A kernel of the addsub family in whose main loop anything multiplies
-    data is an error: exit code 1.
+    bound, not a measurement. A kernel of the addsub family that multiplies data anywhere but by the
+    two scales of its epilogue is an error: exit code 1.
 
     Example: bitnet inspect kernels --arch sm_80 --arch sm_90 --kernel "M=1" --sass listings
     """
@@ -77,12 +77,16 @@ def inspect_kernels(
             console.print(table)
     print("Counted in SASS. The speeds are bounds from published rates, not measurements.")
     for one in reports:
-        for note in one.notes:
+        for note in filter(None, [*one.notes, load_widths(one)]):
             print(f"{one.name}, sm_{one.sm}: {note}")
-    wrong = [one for one in reports if one.family == "addsub" and one.multipliers_on_data]
-    for one in wrong:
-        opcodes = counted(one.multipliers_on_data)
-        print(f"error: {one.name}, sm_{one.sm}: multiplies data: {opcodes}", file=sys.stderr)
+    wrong = [
+        (one, one.multipliers_on_data + one.multipliers_outside)
+        for one in reports
+        if one.family == "addsub"
+    ]
+    wrong = [(one, found) for one, found in wrong if found]
+    for one, found in wrong:
+        print(f"error: {one.name}, sm_{one.sm}: multiplies data: {counted(found)}", file=sys.stderr)
     if wrong:
         raise typer.Exit(1)
 
@@ -99,23 +103,17 @@ def tables_of(arch_name: str, reports: list[Report]) -> Iterator[Table]:
     """The figures of one GPU, a row a kernel: the matmuls', then those of the others."""
     arch = ARCHS[arch_name]
     needed = arch.needed_weights_per_clock
-    matmuls = Table(
-        title=f"{arch_name} ({arch.gpu}): memory delivers {needed:.1f} weights a clock to each SM",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
+    title = f"{arch_name} ({arch.gpu}): memory delivers {needed:.1f} weights a clock to each SM"
+    matmuls, others = (
+        Table(title=text, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        for text in (title, f"{arch_name} ({arch.gpu})")
     )
-    others = Table(title=f"{arch_name} ({arch.gpu})", box=SIMPLE_HEAD, pad_edge=False)
     for table in (matmuls, others):
         table.add_column("kernel", no_wrap=True)
-    for heading in ("M", "instr/\nweight"):
-        matmuls.add_column(heading, justify="right")
+    matmuls.add_column("instr/\nweight", justify="right")
     for table in (matmuls, others):
         for heading in ("regis-\nters", "spills\nbytes", "shared\nbytes"):
             table.add_column(heading, justify="right")
-    matmuls.add_column("16-byte\nloads")
-    matmuls.add_column("tensor\ncore", justify="right")
-    for table in (matmuls, others):
         table.add_column("multiplies\ndata")
     matmuls.add_column("weights/\nclk/SM", justify="right")
     matmuls.add_column("speed of\nmemory")
@@ -127,19 +125,17 @@ def tables_of(arch_name: str, reports: list[Report]) -> Iterator[Table]:
             others.add_row(one.name, *resources, multiplied)
         else:
             matmuls.add_row(
-                *(one.name, str(one.tokens), f"{cost:.2f}", *resources),
-                *(load_widths(one), str(one.tensor_core), multiplied, f"{speed:.1f}"),
-                roofline(one),
+                *(one.name, f"{cost:.2f}", *resources, multiplied, f"{speed:.1f}"), roofline(one)
             )
     yield from (table for table in (matmuls, others) if table.row_count)
 
 
 def load_widths(report: Report) -> str:
-    """Whether weights are loaded 16 bytes at a time, else how."""
-    bits = report.weight_load_bits
-    if bits == [128]:
-        return "yes"
-    return f"no: {', '.join(str(n // 8) for n in bits)}" if bits else "bulk"
+    """What to say of weights that are not loaded 16 bytes at a time; "" where they are, or in
+    bulk."""
+    if report.weight_load_bits in ([128], []):
+        return ""
+    return f"weights in loads of {', '.join(str(n // 8) for n in report.weight_load_bits)} bytes"
 
 
 def roofline(report: Report) -> str:

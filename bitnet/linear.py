@@ -163,6 +163,8 @@ class TernaryLinear(nn.Module):
         _check_options(in_features, out_features, granularity, group_size)
         if kernel not in (kernels := get_args(Kernel)):
             raise ValueError(f"kernel: expected one of {', '.join(kernels)}, got {kernel!r}")
+        if granularity == "group" and kernel not in ("auto", "reference"):
+            raise ValueError(f"kernel: {kernel!r} has no group-wise scales; use 'auto'")
         shape = {
             "tensor": (),
             "row": (out_features,),
@@ -242,6 +244,10 @@ class TernaryLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """float ``[..., in_features]`` -> ``[..., out_features]``; no gradient."""
+        if input.dim() == 0 or input.shape[-1] != self.in_features:  # packed rows are padded
+            raise ValueError(
+                f"input: expected shape [..., {self.in_features}], got {list(input.shape)}"
+            )
         if self.rms_norm is not None:
             input = self.rms_norm(input)
         y = ternary_linear(

@@ -21,7 +21,16 @@ from bitnet_kernels.dispatch import Config
 from bitnet_kernels.gpu import catalog as gpu_catalog
 from bitnet_kernels.gpu import gemm, gemv, popcount
 from bitnet_kernels.gpu.common import Spec
-from bitnet_kernels.sass import Report, compile_spec, estimate_us, inspect, listing
+from bitnet_kernels.sass import (
+    Loop,
+    Report,
+    compile_spec,
+    estimate_us,
+    inspect,
+    listing,
+    multipliers,
+    parse,
+)
 
 CAPABILITIES = (80, 90)
 DP4A = tl.constexpr("dp4a.u32.s32 $0, $2, $3, $1;")
@@ -59,6 +68,53 @@ def loop_kernel(
     tl.store(y_ptr + lanes, (acc.to(tl.float32) + total) * tl.load(y_ptr))
 
 
+@triton.jit(noinline=True)
+def product(x: tl.tensor, w: tl.tensor) -> tl.tensor:
+    return x * w
+
+
+REDUCED = tl.constexpr("""{
+.reg .pred p;
+.reg .b32 a, b;
+setp.ne.s32 p, $2, 0;
+barrier.cta.red.popc.u32 a, 0, p;
+setp.ne.s32 p, $3, 0;
+barrier.cta.red.popc.u32 b, 0, p;
+mul.lo.s32 a, a, b;
+add.s32 $0, $1, a;
+}""")
+
+
+@triton.jit
+def smuggling_kernel(
+    x_ptr: tl.tensor, w_ptr: tl.tensor, y_ptr: tl.tensor, W: tl.tensor, FORM: tl.constexpr
+) -> None:
+    """A clean main loop, but for what FORM puts elsewhere or out of sight."""
+    lanes = tl.arange(0, 128)
+    acc = tl.zeros((128,), dtype=tl.int32)
+    for start in range(0, W, 128):
+        w = tl.load(w_ptr + start + lanes, eviction_policy="evict_first")
+        x = tl.load(x_ptr + start + lanes)
+        if FORM == "function":
+            acc += product(tl.sum(x, 0), tl.sum(w, 0))
+        elif FORM == "barrier":
+            acc = tl.inline_asm_elementwise(REDUCED, "=&r,r,r,r", [acc, w, x], tl.int32, False, 1)
+        acc += w ^ x
+    if FORM == "tail":
+        inside = lanes < W
+        acc += tl.load(x_ptr + W + lanes, inside, other=0) * tl.load(w_ptr + W + lanes, inside)
+    elif FORM == "second loop":
+        for start in range(0, W, 128):
+            x = tl.load(x_ptr + start + lanes).to(tl.float32)
+            acc += (x * tl.load(y_ptr)).to(tl.int32)
+    elif FORM == "after":
+        acc = acc * tl.load(x_ptr + lanes)
+    tl.store(y_ptr + lanes, acc.to(tl.float32) * tl.load(y_ptr))
+
+
+SMUGGLED = ("nothing", "function", "barrier", "tail", "second loop", "after")
+
+
 @triton.jit
 def tensor_core_kernel(
     x_ptr: tl.tensor, w_ptr: tl.tensor, y_ptr: tl.tensor, K: tl.tensor, BLOCK_M: tl.constexpr
@@ -84,6 +140,12 @@ def own_specs() -> list[Spec]:
             form, "addsub", loop_kernel, types, constants, 1, 1, 1, 128 * 16, (*pointers, "W")
         )
         found.append(spec)
+    for form in SMUGGLED:
+        name, constants = f"smuggled: {form}", {"FORM": form}
+        spec = Spec(
+            name, "addsub", smuggling_kernel, types, constants, 1, 1, 1, 128 * 16, (*pointers, "W")
+        )
+        found.append(spec)
     types = {"x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": "*i32"}
     for m in (16, 64):
         name = f"tensor core M={m}"
@@ -106,6 +168,13 @@ def run(*args: str) -> tuple[int, str, str]:
         except SystemExit as end:
             code = int(end.code or 0)
     return code, out.getvalue(), err.getvalue()
+
+
+def whole_kernel(spec: Spec, sm: int) -> list[str]:
+    """What multiplies data anywhere in a kernel."""
+    code = parse(compile_spec(spec, sm).sass)
+    found = multipliers(code, Loop(frozenset(range(len(code))))).on_data
+    return sorted({one.opcode for one in found})
 
 
 def forms() -> list[dict[str, Any]]:
@@ -141,6 +210,8 @@ def forms() -> list[dict[str, Any]]:
                         "atomics": sorted(set(re.findall(r"\b(?:atom|red)\.[\w.]+", made.ptx))),
                         "fused": bool(re.search(r"\bfma\.\w+\.f32", made.ptx)),
                         "multipliers": report.multipliers_on_data,
+                        "outside": report.multipliers_outside,
+                        "anywhere": whole_kernel(one, sm),
                     }
                 )
     return found

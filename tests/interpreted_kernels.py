@@ -29,11 +29,12 @@ from bitnet_kernels import (
     ops,
     ops_quant,
     pack_ternary,
+    quantized_linear,
     reference,
     ternary_linear,
     ternary_matmul,
 )
-from bitnet_kernels.dispatch import FORMULATIONS, shipped
+from bitnet_kernels.dispatch import FORMULATIONS, Config, shipped
 from bitnet_kernels.gpu import matmul
 from bitnet_kernels.gpu.common import INTERPRETED, Rescale
 from bitnet_kernels.gpu.popcount import activation_planes
@@ -165,14 +166,19 @@ def check_configurations() -> None:
 
 
 def check_long_rows() -> None:
-    """Accumulators that fp32 could not hold, and that the shifted planes of dp4a would overflow
-    if they were added before they are shifted."""
+    """Accumulators that fp32 could not hold."""
     k = 140_001
     x = torch.full((1, k), 127, dtype=torch.int8)
     packed = pack_ternary(torch.ones(1, k, dtype=torch.int8))
     for kernel in CHOSEN:
         got = ternary_matmul(x, packed, kernel, bit_planes(packed))
         report("long rows", f"{kernel}, K = {k}, all 127", got.item() == 127 * k)
+    if "dp4a" in CHOSEN:  # each lane sums more columns than its upper plane could hold
+        k = 8192 * 64 + 64
+        x = torch.full((1, k), -128, dtype=torch.int8)
+        packed = pack_ternary(torch.ones(1, k, dtype=torch.int8))
+        got = matmul.matmul("dp4a", Config(1, 32, 64), x, packed)
+        report("long rows", f"dp4a, K = {k}, all -128", got.item() == -128 * k)
 
 
 def check_activation_planes() -> None:
@@ -217,31 +223,36 @@ def check_ops() -> None:
         report("ops", f"{kernel}, unaligned", same(linear(x, shifted), want))
         report("ops", f"{kernel}, no tokens", same(linear(x[:, :0]), want[:, :0]))
         report("ops", f"{kernel}, no outputs", same(linear(x, packed[:0], 0), want[..., :0]))
+        tokens = ops_quant.quant(x)
+        got = quantized_linear(*tokens, packed, scale, bias, kernel, planes, torch.float32)
+        report("ops", f"{kernel}, quantized before", same(got, want))
         x_q = torch.cat([any_int8(1, 3)[0], any_int8(3, k).flatten()])[3:].view(3, k)
         got = ternary_matmul(x_q, packed, kernel, planes)
         report("ops", f"{kernel}, unaligned codes", same(got, oracle_matmul(x_q, codes)))
 
 
 def check_cuda_implementations() -> None:
+    """What ``"auto"`` runs on a GPU, and the quantizer's CUDA implementation."""
     n, k = 37, 70
     codes, scale, bias = random_codes(n, k), torch.rand(n), torch.randn(n)
     packed = pack_ternary(codes)
-    for m in (1, 8, 9):
+    planes = bit_planes(packed)
+    ops._usable = lambda device: True
+    for m in (1, 8, 300):
         x = torch.randn(m, k)
-        got = ops._linear_cuda(x, packed, scale, bias, "dot", 128, None, torch.float16)
+        got = ternary_linear(x, packed, scale, bias, out_dtype=torch.float16)
         want = oracle_linear(x, codes, scale, bias, torch.float16)
         report("CUDA implementations", f"ternary_linear, M = {m}", same(got, want))
         x_q = reference.quant(x)[0]
-        got = ops._matmul_cuda(x_q, packed, "addsub", None)
-        want = oracle_matmul(x_q, codes)
-        report("CUDA implementations", f"ternary_matmul, M = {m}", same(got, want))
-        got = ops._matmul_cuda(x_q, packed, "auto", bit_planes(packed))
-        report("CUDA implementations", f"auto, M = {m}", same(got, want))
+        for given in (None, planes):
+            got = ternary_matmul(x_q, packed, planes=given)
+            case = f"ternary_matmul, M = {m}, planes {given is not None}"
+            report("CUDA implementations", case, same(got, oracle_matmul(x_q, codes)))
     x = torch.randn(2, 3, k)
     pairs = zip(ops_quant._quant_cuda(x.mT.contiguous().mT), reference.quant(x), strict=True)
     report("CUDA implementations", "quant", all(same(a, b) for a, b in pairs))
     groups = torch.rand(n, 3)
-    got = ops._linear_cuda(x, packed, groups, None, "auto", 32, None, x.dtype)
+    got = ternary_linear(x, packed, groups, None, "auto", 32)
     want = ternary_linear(x, packed, groups, None, "reference", 32)
     report("CUDA implementations", "ternary_linear, group-wise scales", same(got, want))
 

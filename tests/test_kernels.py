@@ -16,7 +16,9 @@ from bitnet_kernels import (
     bit_planes,
     pack_ternary,
     quant,
+    quantized_linear,
     reference,
+    rmsnorm_quant,
     ternary_linear,
     ternary_matmul,
 )
@@ -91,9 +93,9 @@ def test_interpreted_kernels(findings: list[dict[str, Any]], kernel: str) -> Non
         ("packed layer, addsub", 20),
         ("packed layer, dot", 20),
         ("configurations", 40),
-        ("long rows", 6),
+        ("long rows", 7),
         ("activation planes", 4),
-        ("ops", 60),
+        ("ops", 70),
         ("CUDA implementations", 11),
     ],
 )
@@ -229,10 +231,13 @@ for kernel in ("addsub", "dot"):
 x, scale = torch.randn(3, 70), torch.tensor(0.5)
 x_q, s_x, _ = ops_quant._quant_cuda(x)
 assert torch.equal(x_q, reference.quant(x)[0])
+for module in (ops, ops_quant):
+    module.find_spec = lambda name: None
+assert not ops._usable(torch.device("cuda"))
 want = reference.ternary_matmul(x_q, packed)
-assert torch.equal(ops._matmul_cuda(x_q, packed, "auto", None), want)
+assert torch.equal(bitnet_kernels.ternary_matmul(x_q, packed), want)
 want = reference.ternary_linear(x, packed, scale, None)
-assert torch.equal(ops._linear_cuda(x, packed, scale, None, "auto", 128, None, x.dtype), want)
+assert torch.equal(bitnet_kernels.ternary_linear(x, packed, scale), want)
 """
 
 
@@ -256,6 +261,20 @@ WRONG_LINEAR: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"scale": torch.ones(N, 2)}, ValueError, r"scale: expected shape \[5, 1\]"),
     ({"scale": torch.ones(N, 1, 1)}, ValueError, "scale: expected shape"),
     ({"scale": torch.ones(N, 1), "group_size": 0}, ValueError, "group_size: expected at least 1"),
+    ({"group_size": 0}, ValueError, "group_size: expected at least 1"),
+    ({"group_size": 2**63}, ValueError, "group_size: expected at least 1"),
+    ({"group_size": 1.5}, TypeError, "group_size: expected an integer"),
+    ({"group_size": None}, TypeError, "group_size: expected an integer"),
+    ({"x": [1.0]}, TypeError, "x: expected a tensor, got list"),
+    ({"x": torch.ones(3, K).to_sparse()}, TypeError, "x: expected a strided tensor"),
+    ({"x": torch.empty(1, 2**24, device="meta")}, ValueError, "x: K = 16777216 may overflow"),
+    ({"packed": None}, TypeError, "packed: expected a tensor, got NoneType"),
+    ({"scale": 0.1}, TypeError, "scale: expected a tensor, got float"),
+    ({"bias": np.ones(N)}, TypeError, "bias: expected a tensor, got ndarray"),
+    ({"planes": "x"}, TypeError, "planes: expected a tensor, got str"),
+    ({"kernel": np.ones(2)}, TypeError, "kernel: expected a string, got ndarray"),
+    ({"out_dtype": np.ones(2)}, TypeError, "out_dtype: expected a float dtype"),
+    ({"out_dtype": "bf16"}, TypeError, "out_dtype: expected a float dtype"),
     ({"scale": torch.ones((), device="meta")}, ValueError, "scale: is on meta"),
     ({"bias": torch.ones(N, dtype=torch.int32)}, TypeError, "bias: expected a float dtype"),
     ({"bias": torch.ones(N + 1)}, ValueError, "bias: expected shape"),
@@ -294,6 +313,55 @@ def test_wrong_arguments_of_the_other_ops() -> None:
         ternary_matmul(quant(x)[0], packed, "fast")
     with pytest.raises(ValueError, match="packed: is on meta"):
         ternary_matmul(quant(x)[0], packed.to("meta"))
+
+
+WRONG_QUANTIZED: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"x_q": torch.ones(3, K)}, TypeError, "x_q: expected int8"),
+    ({"x_q": None}, TypeError, "x_q: expected a tensor"),
+    ({"x_q": torch.ones(3, 0, dtype=torch.int8)}, ValueError, "x_q: expected shape"),
+    ({"s_x": torch.ones(3, 1)}, ValueError, r"s_x: expected shape \[3\]"),
+    ({"s_x": torch.ones(3).double()}, TypeError, "s_x: expected float32"),
+    ({"row_sum": torch.ones(3)}, TypeError, "row_sum: expected int32"),
+    ({"row_sum": torch.ones(2).int()}, ValueError, r"row_sum: expected shape \[3\]"),
+    ({"scale": torch.ones(N, 1)}, ValueError, r"scale: expected shape \[\] or \[5\], got"),
+    ({"bias": torch.ones(N + 1)}, ValueError, "bias: expected shape"),
+    ({"out_dtype": torch.int8}, TypeError, "out_dtype: expected a float dtype"),
+    ({"row_sum": torch.ones(3, device="meta").int()}, ValueError, "row_sum: is on meta"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), WRONG_QUANTIZED)
+def test_wrong_arguments_of_quantized_linear(
+    wrong: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    x, codes, scale, bias = operands()
+    x_q, s_x, row_sum = quant(x)
+    right = {"x_q": x_q, "s_x": s_x, "row_sum": row_sum, "packed": pack_ternary(codes)}
+    right |= {"scale": scale, "bias": bias}
+    with pytest.raises(error, match=message):
+        quantized_linear(**(right | wrong))
+
+
+def test_quantized_before_is_the_same() -> None:
+    """Three layers on tokens that are quantized once, or each by itself."""
+    x, codes, scale, bias = operands(6)
+    x = x.view(2, 3, K)
+    packed = pack_ternary(codes)
+    tokens = quant(x)
+    for given in (scale, scale[0]):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            got = quantized_linear(*tokens, packed, given, bias, out_dtype=dtype)
+            want = ternary_linear(x, packed, given, bias, out_dtype=dtype)
+            assert torch.equal(got, want)
+    assert quantized_linear(*tokens, packed, scale).dtype == torch.bfloat16
+    assert quantized_linear(*quant(x[:, :0]), packed, scale).shape == (2, 0, N)
+    args = (*tokens, packed, scale, bias, "auto", None, torch.float16)
+    torch.library.opcheck(torch.ops.bitnet.quantized_linear, args)
+    norm = torch.rand(K, generator=torch.Generator().manual_seed(0))
+    codes_q, s_x, row_sum = rmsnorm_quant(x, norm, 1e-5)
+    got = quantized_linear(codes_q, s_x, row_sum, packed, scale, None, out_dtype=torch.float32)
+    want = ternary_linear(reference.rmsnorm(x.view(-1, K), norm, 1e-5), packed, scale)
+    assert torch.equal(got.view(-1, N), want)
 
 
 def test_backward_says_that_there_is_none() -> None:

@@ -337,3 +337,15 @@ def test_addsub_keeps_bit_planes_of_the_weights_it_has() -> None:
 
     for kernel in ("auto", "dot", "reference"):
         assert TernaryLinear.from_bitlinear(linear, kernel).planes is None
+
+
+def test_packed_layers_refuse_other_widths_and_group_scales_without_a_kernel() -> None:
+    layer = TernaryLinear(200, 96)
+    for width in (193, 199, 201, 256):
+        with pytest.raises(ValueError, match=r"input: expected shape \[..., 200\]"):
+            layer(torch.ones(2, width))
+    with pytest.raises(ValueError, match=r"input: expected shape \[..., 200\]"):
+        layer(torch.tensor(1.0))
+    for kernel in ("addsub", "dot"):
+        with pytest.raises(ValueError, match=f"kernel: '{kernel}' has no group-wise scales"):
+            TernaryLinear(200, 96, granularity="group", kernel=kernel)  # type: ignore[arg-type]

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -137,3 +139,25 @@ def test_bit_planes_of_nothing_and_of_something_else() -> None:
     for shape in ((3, 0), (3, 8), (16,)):
         with pytest.raises(ValueError, match="packed: expected shape"):
             bit_planes(torch.zeros(shape, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="bit pair 11"):
+        bit_planes(torch.full((3, 16), 0b01_11_01_01, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("function", [bit_planes, pack_ternary, pack_base3])
+def test_no_tensor(function: Callable[[object], Tensor]) -> None:
+    for value in (None, 3, "x", np.ones((2, 2))):
+        with pytest.raises(TypeError, match=r"(packed|codes): expected a tensor, got"):
+            function(value)
+
+
+@pytest.mark.parametrize("function", [unpack_ternary, unpack_base3])
+def test_no_number_of_columns(function: Callable[[object, object], Tensor]) -> None:
+    packed = torch.zeros(2, 16, dtype=torch.uint8)
+    for value in (None, 1.0, "64", True):
+        with pytest.raises(TypeError, match="in_features: expected an integer"):
+            function(packed, value)
+    for value in (0, -1, 2**40):
+        with pytest.raises(ValueError, match="in_features: expected at least 1"):
+            function(packed, value)
+    with pytest.raises(TypeError, match="packed: expected a tensor"):
+        function(None, 64)

@@ -178,3 +178,23 @@ def test_one_group_is_a_scale_per_row() -> None:
     per_row = reference.ternary_linear(x, packed, gamma, None)
     grouped = reference.ternary_linear(x, packed, gamma.unsqueeze(1), None, group_size=128)
     assert torch.equal(per_row, grouped)
+
+
+@pytest.mark.parametrize(("m", "k"), [(1, 70), (4, 64), (5, 2), (3, 1), (2, 200)])
+def test_int8_matmul_of_any_strides(m: int, k: int) -> None:
+    """torch._int_mm leaves its output unwritten where a row's stride is below K, which rows that
+    are expanded have, and transposes of one column."""
+    generator = torch.Generator().manual_seed(k)
+    wide = torch.randint(-128, 128, (3 * k + 3, 3 * k + 3), dtype=torch.int8, generator=generator)
+    codes = torch.randint(-1, 2, (7, k), dtype=torch.int8, generator=generator)
+    for x in (
+        wide[:k, :m].t(),
+        wide[:1, :k].expand(m, k),
+        wide[:m, :1].expand(m, k),
+        wide[:m, :k],
+        wide[:m, ::3][:, :k],
+        wide[:k, :1].clone().t().expand(m, k),
+    ):
+        for weights in (codes, codes.t().clone().t(), codes[:1].expand(7, k)):
+            want = (x.long() @ weights.long().t()).int()
+            assert torch.equal(reference.int8_matmul(x, weights), want)

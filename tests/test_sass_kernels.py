@@ -324,9 +324,25 @@ def test_every_form_of_the_epilogue(worked: dict[str, Any]) -> None:
             "red.global.gpu.relaxed.add.u32",
         ], one
         assert bool(one["multipliers"]) == (one["family"] == "dot"), one
+        if one["family"] == "addsub":  # in the whole kernel nothing but the scales multiplies
+            assert one["anywhere"] == (["FMUL"] if "biased" in one["form"] else []), one
 
 
-OWN = {"add", "shift", "multiply", "constant", "dp4a", "float", "sad", "sad and multiply"}
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize("form", ["function", "barrier", "tail", "second loop", "after"])
+def test_what_is_smuggled_is_found(worked: dict[str, Any], form: str, sm: int) -> None:
+    """Multiplications of data in a called function, of a barrier's counts, in a masked tail, in
+    another loop, and of the sums before the epilogue."""
+    clean = report(worked, "smuggled: nothing", sm)
+    assert clean["multipliers_on_data"] + clean["multipliers_outside"] == []
+    found = report(worked, f"smuggled: {form}", sm)
+    assert found["multipliers_on_data"] + found["multipliers_outside"]
+
+
+OWN = {"add", "shift", "multiply", "constant", "dp4a", "float", "sad", "sad and multiply"} | {
+    f"smuggled: {form}"
+    for form in ("nothing", "function", "barrier", "tail", "second loop", "after")
+}
 
 
 def test_every_matmul_of_the_catalog(worked: dict[str, Any]) -> None:
@@ -358,14 +374,14 @@ def test_inspect_kernels(worked: dict[str, Any]) -> None:
     assert "sm_90 (H100): memory delivers 51.3 weights a clock" in out
     assert "not measurements" in out
     assert "dp4a" not in out
-    rows = [line for line in out.splitlines() if line.startswith(" sad M=1  ")]
+    rows = [line for line in out.splitlines() if line.lstrip().startswith("sad M=1  ")]
     assert len(rows) == 2
     for sm, row in zip((80, 90), rows, strict=True):
         one = report(worked, "sad M=1", sm)
         resources = [str(one[name]) for name in ("registers", "spill_bytes", "shared_bytes")]
         cost, speed = one["instructions_per_weight"], one["weights_per_clock"]
         share = f"{speed / one['needed_weights_per_clock']:.0%}: {one['bound']}"
-        cells = ["1", f"{cost:.2f}", *resources, "yes", "0", "0", f"{speed:.1f}", *share.split()]
+        cells = [f"{cost:.2f}", *resources, "0", f"{speed:.1f}", *share.split()]
         assert row.split() == ["sad", "M=1", *cells]
     with (worked["folder"] / "figures.csv").open(newline="") as file:
         table = [row for row in csv.DictReader(file) if row["name"] == "sad M=1"]

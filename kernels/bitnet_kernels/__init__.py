@@ -5,7 +5,7 @@ kernel's file when that kernel first runs. It depends on torch alone and never o
 """
 
 from bitnet_kernels.dispatch import KERNELS
-from bitnet_kernels.ops import ternary_linear, ternary_matmul
+from bitnet_kernels.ops import quantized_linear, ternary_linear, ternary_matmul
 from bitnet_kernels.ops_quant import (
     absmean_ternary,
     add_rmsnorm_quant,
@@ -29,6 +29,7 @@ __all__ = [
     "pack_base3",
     "pack_ternary",
     "quant",
+    "quantized_linear",
     "relu2_mul_rmsnorm_quant",
     "rmsnorm_quant",
     "ternary_linear",

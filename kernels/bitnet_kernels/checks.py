@@ -9,8 +9,32 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """The dtypes of activations, biases and weights."""
 
 
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is a tensor with strides (not sparse, not nested)."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name}: expected a strided tensor, got {value.layout}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raise TypeError or ValueError unless ``value`` is an integer of at least 1, or the symbol
+    of one."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    if value < 1 or value >= 2**31:
+        raise ValueError(f"{name}: expected at least 1 and less than 2^31, got {value}")
+
+
+def check_columns(name: str, columns: int) -> None:
+    """Raise ValueError if so many columns may overflow an int32 sum: K * 128 from 2^31 on."""
+    if columns >= 2**24:
+        raise ValueError(f"{name}: K = {columns} may overflow int32 sums; expected K < 2^24")
+
+
 def check_x(x: Tensor, name: str = "x") -> None:
     """Raise TypeError or ValueError unless ``x`` is float ``[..., K]`` with K >= 1."""
+    check_tensor(name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
@@ -19,6 +43,7 @@ def check_x(x: Tensor, name: str = "x") -> None:
 
 def check_vector(name: str, vector: Tensor, length: int) -> None:
     """Raise TypeError or ValueError unless ``vector`` is float ``[length]``."""
+    check_tensor(name, vector)
     if vector.dtype not in FLOATS:
         raise TypeError(f"{name}: expected a float dtype, got {vector.dtype}")
     if vector.dim() != 1 or vector.shape[0] != length:
@@ -28,12 +53,15 @@ def check_vector(name: str, vector: Tensor, length: int) -> None:
 def check_device(x: Tensor, **others: Tensor) -> None:
     """Raise ValueError unless all are on the device of the activations ``x``."""
     for name, other in others.items():
+        check_tensor(name, other)
         if other.device != x.device:
             raise ValueError(f"{name}: is on {other.device}, but the activations on {x.device}")
 
 
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless ``value`` is one of ``choices``."""
+    """Raise TypeError or ValueError unless ``value`` is one of ``choices``."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a string, got {type(value).__name__}")
     if value not in choices:
         raise ValueError(f"{name}: {value!r} is none of {', '.join(choices)}")
 

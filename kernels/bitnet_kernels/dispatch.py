@@ -2,20 +2,23 @@
 
 ``tables/sm_NN.json`` ships with the package, one a GPU architecture. A file of the same form in
 the user's cache (``$XDG_CACHE_HOME/bitnet``, else ``~/.cache/bitnet``), named for the GPU, is what
-:func:`bitnet_kernels.tune.tune` measured there, and goes before it. Every entry says what one
-formulation needs for one shape:
+:func:`bitnet_kernels.tune.tune` measured there, and goes before it for the shapes and M it has.
+Every entry says what one formulation needs for one shape:
 
     {"m": 1, "n": 4096, "k": 4096, "formulation": "sad", "config": [1, 8, 2048, 1, 1, 1], "us": 4.2}
 
-Any shape is looked up at the next power of two of M and at the nearest N and K. A configuration is
-never wrong, only slow: every kernel takes every shape.
+Any shape is looked up at the next power of two of M and at the nearest N and K. A configuration
+that fits the device's shared memory is never wrong, only slow: every kernel takes every shape.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
+from contextlib import suppress
 from functools import cache, lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,9 +36,12 @@ KERNELS = ("auto", "addsub", "dot", *FORMULATIONS, "reference")
 codes; a formulation of either by name; all of these are Triton, for CUDA or for the interpreter.
 ``reference``: torch, anywhere. ``auto``: the fastest, by device and shape."""
 ARCHITECTURES = (80, 89, 90, 100)
-"""Compute capabilities that have a table; others take that of the next lower one."""
+"""Compute capabilities that have a table."""
 LANE_COLUMNS = {"sad": 2048, "dp4a": 2048, "popcount": 4096}
 """Columns of a row that a warp loads at once: 32 lanes, 16 bytes (of each of two planes) each."""
+_SHARED_BYTES = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
+"""Shared memory of a block by compute capability (CUDA C++ Programming Guide); the others have
+99 KiB."""
 MAX_M = 4096
 
 
@@ -94,18 +100,37 @@ def _check(entry: Entry) -> None:
     config = entry.config
     sizes = (entry.m, entry.n, entry.k, *config)
     whole = all(type(size) is int and 0 < size <= 2**31 for size in sizes)
+    name = entry.formulation if isinstance(entry.formulation, str) else ""
     if not whole or any(n & (n - 1) for n in config._replace(split_k=1, num_stages=1)):
         possible = False
-    elif (columns := LANE_COLUMNS.get(entry.formulation)) is not None:
-        # A warp holds 16 bytes a lane of at least one row.
-        possible = config.block_k <= columns <= config.block_n * config.block_k
-        possible = possible and config.num_warps == 1
+    elif (columns := LANE_COLUMNS.get(name)) is not None:
+        # A warp holds 16 bytes a lane of at least one row, and four words of each.
+        possible = columns // 32 <= config.block_k <= columns <= config.block_n * config.block_k
+        possible = possible and config.num_warps == 1 and config.block_m <= 16
     else:
-        possible = entry.formulation in FORMULATIONS
-        possible = possible and config.block_m >= 8 and config.block_n >= 16
-        possible = possible and config.block_k >= (128 if entry.formulation == "gemm" else 32)
+        possible = name in FORMULATIONS and 8 <= config.block_m <= 256
+        possible = possible and config.block_n >= 16
+        possible = possible and config.block_k >= (128 if name == "gemm" else 32)
+        possible = possible and config.num_warps in (4, 8)
+    possible = possible and config.block_n <= 512 and config.block_k <= 4096
+    possible = possible and config.split_k <= 1024 and config.num_stages <= 8
     if not possible or not (isinstance(entry.us, int | float) and 0 <= entry.us < math.inf):
         raise ValueError(f"not a kernel configuration: {entry}")
+
+
+def shared_bytes(formulation: str, config: Config) -> int:
+    """Bytes of shared memory that a configuration takes at most: the pipeline's tiles of packed
+    weights and of activations, four of these with packed weights; hardly any for one warp."""
+    if formulation in LANE_COLUMNS:
+        return 0
+    planes = 4 if formulation == "gemm" else 1
+    tile = (config.block_n + planes * config.block_m) * (config.block_k // planes)
+    return config.num_stages * tile
+
+
+def shared_limit(capability: int) -> int:
+    """Bytes of shared memory that a block may have on a compute capability, such as 90."""
+    return _SHARED_BYTES.get(capability, 101_376)
 
 
 def table_to_json(table: Table) -> str:
@@ -117,9 +142,12 @@ def table_to_json(table: Table) -> str:
 
 @cache
 def shipped(capability: int) -> Table:
-    """The table of the package for a compute capability, such as 90."""
-    known = [arch for arch in ARCHITECTURES if arch <= capability] or [min(ARCHITECTURES)]
-    text = (files("bitnet_kernels") / "tables" / f"sm_{max(known)}.json").read_text()
+    """The table of the package for a compute capability, such as 90: its own, else that of the next
+    lower one among those with no more shared memory."""
+    fitting = [arch for arch in ARCHITECTURES if shared_limit(arch) <= shared_limit(capability)]
+    lower = [arch for arch in fitting if arch <= capability]
+    arch = max(lower) if lower else min(fitting)
+    text = (files("bitnet_kernels") / "tables" / f"sm_{arch}.json").read_text("utf-8")
     return table_from_json(text)
 
 
@@ -130,13 +158,26 @@ def cache_file(device_name: str) -> Path:
 
 
 @cache
+def fingerprint() -> str:
+    """Of the kernels' sources and of Triton, 12 hex digits: what was measured with others is old
+    news."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).parent / "gpu").glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    with suppress(PackageNotFoundError):
+        digest.update(version("triton").encode())
+    return digest.hexdigest()[:12]
+
+
+@cache
 def tuned(device_name: str) -> Table:
-    """The measurements of this GPU; no entries where there are none (or none that can be read:
-    tuning again writes them anew)."""
+    """The measurements of this GPU with these kernels; no entries where there are none (or none
+    that can be read: tuning again writes them anew)."""
     try:
-        return table_from_json(cache_file(device_name).read_text())
-    except (OSError, ValueError):
+        table = table_from_json(cache_file(device_name).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return Table("", ())
+    return table if table.source.endswith(fingerprint()) else Table("", ())
 
 
 def forget() -> None:
@@ -162,13 +203,17 @@ def choose(
 ) -> tuple[str, Config]:
     """The fastest formulation that ``kernel`` allows for a shape, and its configuration.
 
-    Entries of the user's own measurements for this very N and K decide alone; else the nearest
-    shape of the shipped table does.
+    The user's own measurements decide where they have this N, K and M; else the nearest shape of
+    the shipped table does, among what fits the GPU's shared memory.
     """
-    names, m = allowed(kernel, planes), bucket(m)
-    own = [entry for entry in tuned(device_name).entries if (entry.n, entry.k) == (n, k)]
+    names, m, limit = allowed(kernel, planes), bucket(m), shared_limit(capability)
+    own = [entry for entry in tuned(device_name).entries if entry[:3] == (m, n, k)]
     for entries in (own, shipped(capability).entries):
-        candidates = [entry for entry in entries if entry.formulation in names]
+        candidates = [
+            entry
+            for entry in entries
+            if entry.formulation in names and shared_bytes(entry.formulation, entry.config) <= limit
+        ]
         if candidates:
             # Of equals the multiplier units: there latency decides, and they have work to spare.
             best = min(
@@ -180,7 +225,7 @@ def choose(
                 ),
             )
             return best.formulation, best.config
-    raise AssertionError(f"no table knows {kernel}")
+    raise AssertionError(f"no table knows {kernel}: run python -m bitnet_kernels.tune")
 
 
 def _distance(entry: Entry, m: int, n: int, k: int) -> tuple[float, float]:

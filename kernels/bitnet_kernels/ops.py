@@ -1,8 +1,8 @@
 """The matmul operators: checked, registered with torch, dispatched to a kernel.
 
-Each op is a ``torch.library.custom_op``: a default implementation that any device runs, one for
-CUDA, and a fake one that gives shapes, so that ``torch.compile`` sees no graph break. What differs
-between devices is what ``kernel="auto"`` means; every kernel gives the same int32 accumulators bit
+Each op is a ``torch.library.custom_op``: one implementation, which dispatches by device, and a fake
+one that gives shapes, so that ``torch.compile`` sees no graph break. What differs between devices
+is what ``kernel="auto"`` means; every kernel gives the same int32 accumulators bit
 for bit, and the same outputs.
 
 Triton is imported only when one of its kernels runs. Without it, everything works on any device
@@ -20,7 +20,10 @@ from bitnet_kernels import reference
 from bitnet_kernels.checks import (
     FLOATS,
     check_choice,
+    check_columns,
+    check_count,
     check_device,
+    check_tensor,
     check_vector,
     check_x,
     no_backward,
@@ -35,21 +38,20 @@ def ternary_matmul(
     """The exact integer product ``acc[m, n] = sum_k codes[n, k] * x_q[m, k]``.
 
     Arguments:
-        x_q: int8 ``[M, K]``, K >= 1.
+        x_q: int8 ``[M, K]``, 1 <= K < 2^24, so that int32 holds every sum.
         packed: uint8 ``[N, P]`` from :func:`bitnet_kernels.packing.pack_ternary`.
         kernel: one of :data:`bitnet_kernels.KERNELS`.
         planes: :func:`bitnet_kernels.packing.bit_planes` of ``packed``, a second layout that
-            ``"popcount"`` reads, the fastest of the multiplication-free kernels. Without it
-            ``"addsub"`` is ``"sad"``.
+            ``"popcount"`` reads. Without it ``"addsub"`` is ``"sad"``. Planes of other weights give
+            the product with those.
     Returns:
         int32 ``[M, N]``.
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device or shape, or the kernel is
             unknown or cannot run here.
     """
-    if x_q.dtype != torch.int8:
-        raise TypeError(f"x_q: expected int8, got {x_q.dtype}")
-    if x_q.dim() != 2 or x_q.shape[1] == 0:
+    _check_codes(x_q)
+    if x_q.dim() != 2:
         raise ValueError(f"x_q: expected shape [M, K] with K >= 1, got {list(x_q.shape)}")
     check_packed(packed, packed_columns(x_q.shape[1]), x_q.shape[1])
     check_device(x_q, packed=packed)
@@ -70,7 +72,7 @@ def ternary_linear(
     """Quantize, multiply, rescale: ``y = ((acc * s_x) * scale) + bias`` in fp32, then one cast.
 
     Arguments:
-        x: float ``[..., K]``, K >= 1; see :func:`bitnet_kernels.quant` for float64, NaN and
+        x: float ``[..., K]``, 1 <= K < 2^24; see :func:`bitnet_kernels.quant` for float64, NaN and
             infinity (the outputs of such a token are NaN).
         packed: uint8 ``[N, P]`` from :func:`bitnet_kernels.packing.pack_ternary`.
         scale: fp32 ``[]`` (one a tensor), ``[N]`` (one a row) or ``[N, ceil(K/group_size)]`` (one
@@ -85,15 +87,14 @@ def ternary_linear(
             unknown or cannot run here.
     """
     check_x(x)
+    check_columns("x", x.shape[-1])
     check_packed(packed, packed_columns(x.shape[-1]), x.shape[-1])
     check_device(x, packed=packed, scale=scale)
     _check_kernel(kernel, packed, planes)
+    check_count("group_size", group_size)
     n = packed.shape[0]
-    if scale.dtype != torch.float32:
-        raise TypeError(f"scale: expected float32, got {scale.dtype}")
     if scale.dim() == 2:
-        if group_size < 1:
-            raise ValueError(f"group_size: expected at least 1, got {group_size}")
+        _check_dtype("scale", scale, torch.float32)
         if kernel not in ("auto", "reference"):
             raise ValueError(
                 f"kernel: {kernel!r} has no group-wise scales; use 'auto' or 'reference'"
@@ -101,16 +102,83 @@ def ternary_linear(
         groups = -(-x.shape[-1] // group_size)
         if scale.shape[0] != n or scale.shape[1] != groups:
             raise ValueError(f"scale: expected shape [{n}, {groups}], got {list(scale.shape)}")
-    elif scale.dim() > 2 or (scale.dim() == 1 and scale.shape[0] != n):
-        raise ValueError(
-            f"scale: expected shape [], [{n}] or [{n}, ceil(K/group_size)], got {list(scale.shape)}"
-        )
+    else:
+        _check_scale(scale, n, " or [N, ceil(K/group_size)]")
     if bias is not None:
         check_vector("bias", bias, n)
         check_device(x, bias=bias)
+    _check_out_dtype(out_dtype)
+    return _linear(x, packed, scale, bias, kernel, group_size, planes, out_dtype or x.dtype)
+
+
+def quantized_linear(
+    x_q: Tensor,
+    s_x: Tensor,
+    row_sum: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    kernel: str = "auto",
+    planes: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """:func:`ternary_linear` of tokens that are quantized already, by :func:`bitnet_kernels.quant`
+    or one of the fused quantizers: several layers may share them.
+
+    Arguments:
+        x_q: int8 ``[..., K]``, 1 <= K < 2^24.
+        s_x, row_sum: fp32 and int32 ``[...]``, the scale and the sum of the codes of each token.
+        packed, scale, bias, kernel, planes: as for :func:`ternary_linear`, without group-wise
+            scales.
+        out_dtype: float dtype of the outputs.
+    Returns:
+        ``[..., N]``: ``((acc * s_x) * scale) + bias`` in fp32, then one cast.
+    Raises:
+        TypeError, ValueError: as :func:`ternary_linear`. A row sum that is not that of the codes is
+            not noticed, and gives wrong outputs.
+    """
+    _check_codes(x_q)
+    check_packed(packed, packed_columns(x_q.shape[-1]), x_q.shape[-1])
+    check_device(x_q, packed=packed, s_x=s_x, row_sum=row_sum, scale=scale)
+    for name, one, dtype in (("s_x", s_x, torch.float32), ("row_sum", row_sum, torch.int32)):
+        _check_dtype(name, one, dtype)
+        if one.shape != x_q.shape[:-1]:
+            shape = list(x_q.shape[:-1])
+            raise ValueError(f"{name}: expected shape {shape}, got {list(one.shape)}")
+    _check_kernel(kernel, packed, planes)
+    _check_scale(scale, packed.shape[0])
+    if bias is not None:
+        check_vector("bias", bias, packed.shape[0])
+        check_device(x_q, bias=bias)
+    _check_out_dtype(out_dtype)
+    return _quantized(x_q, s_x, row_sum, packed, scale, bias, kernel, planes, out_dtype)
+
+
+def _check_codes(x_q: Tensor) -> None:
+    check_tensor("x_q", x_q)
+    _check_dtype("x_q", x_q, torch.int8)
+    if x_q.dim() == 0 or x_q.shape[-1] == 0:
+        raise ValueError(f"x_q: expected shape [..., K] with K >= 1, got {list(x_q.shape)}")
+    check_columns("x_q", x_q.shape[-1])
+
+
+def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        expected = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+
+
+def _check_scale(scale: Tensor, n: int, more: str = "") -> None:
+    _check_dtype("scale", scale, torch.float32)
+    if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != n):
+        raise ValueError(f"scale: expected shape [] or [{n}]{more}, got {list(scale.shape)}")
+
+
+def _check_out_dtype(out_dtype: torch.dtype | None) -> None:
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"out_dtype: expected a float dtype, got {type(out_dtype).__name__}")
     if out_dtype not in (None, *FLOATS):
         raise TypeError(f"out_dtype: expected a float dtype, got {out_dtype}")
-    return _linear(x, packed, scale, bias, kernel, group_size, planes, out_dtype or x.dtype)
 
 
 def _check_kernel(kernel: str, packed: Tensor, planes: Tensor | None) -> None:
@@ -119,12 +187,19 @@ def _check_kernel(kernel: str, packed: Tensor, planes: Tensor | None) -> None:
         if kernel == "popcount":
             raise ValueError("planes: kernel 'popcount' needs them; see bit_planes(packed)")
         return
-    if planes.dtype != torch.int32:
-        raise TypeError(f"planes: expected int32, got {planes.dtype}")
+    check_tensor("planes", planes)
+    _check_dtype("planes", planes, torch.int32)
     shape = [packed.shape[0], 2, plane_words(packed.shape[1])]
     if list(planes.shape) != shape:
         raise ValueError(f"planes: expected shape {shape}, got {list(planes.shape)}")
     check_device(packed, planes=planes)
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether the Triton kernels run well on a device: CUDA from compute capability 8.0."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _check_triton(kernel: str, device: torch.device) -> None:
@@ -138,15 +213,18 @@ def _check_triton(kernel: str, device: torch.device) -> None:
             f"kernel: {kernel!r} runs on CUDA tensors; for {device.type} tensors use 'auto', or "
             "set TRITON_INTERPRET=1 before Triton is imported"
         )
+    if device.type == "cuda" and not _usable(device):
+        raise ValueError(f"kernel: {kernel!r} needs compute capability 8.0 or later; use 'auto'")
 
 
-def _auto(device_type: str, kernel: str) -> str:
+def _resolved(kernel: str, device: torch.device) -> str:
     """What ``"auto"`` means: the reference but on CUDA with Triton, where the tables decide."""
-    usable = device_type == "cuda" and find_spec("triton") is not None
-    return "reference" if kernel == "auto" and not usable else kernel
+    return "reference" if kernel == "auto" and not _usable(device) else kernel
 
 
-def _run_matmul(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
+@torch.library.custom_op("bitnet::ternary_matmul", mutates_args=())
+def _matmul(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
+    kernel = _resolved(kernel, x_q.device)
     if kernel == "reference":
         return reference.ternary_matmul(x_q, packed).contiguous()
     _check_triton(kernel, x_q.device)
@@ -156,7 +234,56 @@ def _run_matmul(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None)
     return matmul(*plan(kernel, m, n, k, planes is not None, x_q.device), x_q, packed, planes)
 
 
-def _run_linear(
+@_matmul.register_fake
+def _matmul_fake(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
+    return x_q.new_empty((x_q.shape[0], packed.shape[0]), dtype=torch.int32)
+
+
+@torch.library.custom_op("bitnet::quantized_linear", mutates_args=())
+def _quantized(
+    x_q: Tensor,
+    s_x: Tensor,
+    row_sum: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel: str,
+    planes: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    lead, k, n = x_q.shape[:-1], x_q.shape[-1], packed.shape[0]
+    tokens, s_x, row_sum = x_q.reshape(-1, k), s_x.reshape(-1), row_sum.reshape(-1)
+    kernel = _resolved(kernel, x_q.device)
+    if kernel == "reference":
+        acc = reference.ternary_matmul(tokens, packed)
+        return reference.rescale(acc, s_x, scale, bias, out_dtype).reshape(*lead, n)
+    _check_triton(kernel, x_q.device)
+    from bitnet_kernels.gpu.common import Rescale
+    from bitnet_kernels.gpu.matmul import matmul, plan
+
+    choice = plan(kernel, tokens.shape[0], n, k, planes is not None, x_q.device)
+    rescale = Rescale(s_x.contiguous(), scale, bias, out_dtype)
+    y = matmul(*choice, tokens, packed, planes, row_sum.contiguous(), rescale)
+    return y.reshape(*lead, n)
+
+
+@_quantized.register_fake
+def _quantized_fake(
+    x_q: Tensor,
+    s_x: Tensor,
+    row_sum: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel: str,
+    planes: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    return x_q.new_empty((*x_q.shape[:-1], packed.shape[0]), dtype=out_dtype)
+
+
+@torch.library.custom_op("bitnet::ternary_linear", mutates_args=())
+def _linear(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -167,6 +294,7 @@ def _run_linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     tokens = x.reshape(-1, x.shape[-1])
+    kernel = "reference" if scale.dim() == 2 else _resolved(kernel, x.device)
     if kernel == "reference":
         y = reference.ternary_linear(tokens, packed, scale, bias, group_size, out_dtype)
     else:
@@ -183,51 +311,6 @@ def _run_linear(
     return y.reshape(*x.shape[:-1], packed.shape[0])
 
 
-@torch.library.custom_op("bitnet::ternary_matmul", mutates_args=())
-def _matmul(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
-    return _run_matmul(x_q, packed, _auto("cpu", kernel), planes)
-
-
-@_matmul.register_kernel("cuda")
-def _matmul_cuda(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
-    return _run_matmul(x_q, packed, _auto("cuda", kernel), planes)
-
-
-@_matmul.register_fake
-def _matmul_fake(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
-    return x_q.new_empty((x_q.shape[0], packed.shape[0]), dtype=torch.int32)
-
-
-@torch.library.custom_op("bitnet::ternary_linear", mutates_args=())
-def _linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kernel: str,
-    group_size: int,
-    planes: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    kernel = _auto("cpu", kernel)
-    return _run_linear(x, packed, scale, bias, kernel, group_size, planes, out_dtype)
-
-
-@_linear.register_kernel("cuda")
-def _linear_cuda(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kernel: str,
-    group_size: int,
-    planes: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    kernel = "reference" if scale.dim() == 2 else _auto("cuda", kernel)
-    return _run_linear(x, packed, scale, bias, kernel, group_size, planes, out_dtype)
-
-
 @_linear.register_fake
 def _linear_fake(
     x: Tensor,
@@ -242,4 +325,5 @@ def _linear_fake(
     return x.new_empty((*x.shape[:-1], packed.shape[0]), dtype=out_dtype)
 
 
+_quantized.register_autograd(no_backward)
 _linear.register_autograd(no_backward)

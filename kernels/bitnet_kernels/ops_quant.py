@@ -8,7 +8,6 @@ M tokens, K in_features, N out_features. A *quantized token* is three tensors: c
 holds a NaN or an infinity, its scale is NaN and its codes are 0.
 """
 
-import math
 from importlib.util import find_spec
 
 import torch
@@ -19,6 +18,7 @@ from bitnet_kernels.checks import (
     FLOATS,
     check_choice,
     check_device,
+    check_tensor,
     check_vector,
     check_x,
     no_backward,
@@ -29,7 +29,8 @@ GRANULARITIES = ("tensor", "row")
 
 
 def quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize each token to int8: see :func:`bitnet_kernels.reference.absmax_int8`.
+    """Quantize each token to int8 (BitNet b1.58, arXiv 2402.17764):
+    ``scale = max(max|x|, 1e-5) / 127``, ``codes = round_half_even(x / scale)``.
 
     Arguments:
         x: float ``[..., K]``, K >= 1. Statistics are taken in fp32 whatever the dtype, so a
@@ -50,7 +51,7 @@ def rmsnorm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
     Arguments:
         x: float ``[..., K]``, K >= 1.
         weight: float ``[K]``, of any float dtype.
-        eps: added to the mean square; rounded to fp32.
+        eps: added to the mean square, such as 1e-5; rounded to fp32.
     Returns:
         As :func:`quant`.
     Raises:
@@ -115,6 +116,9 @@ def absmean_ternary(
     Raises:
         TypeError, ValueError: weight has the wrong dtype or shape, or the granularity is unknown.
     """
+    check_tensor("weight", weight)
+    if not isinstance(transposed, bool):
+        raise TypeError(f"transposed: expected a bool, got {type(transposed).__name__}")
     if weight.dtype not in FLOATS:
         raise TypeError(f"weight: expected a float dtype, got {weight.dtype}")
     if weight.dim() != 2 or weight.numel() == 0:
@@ -128,11 +132,14 @@ def _check_norm(name: str, x: Tensor, weight: Tensor, eps: float) -> None:
     check_x(x, name)
     check_vector("weight", weight, x.shape[-1])
     check_device(x, weight=weight)
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: expected a finite number >= 0, got {eps}")
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"eps: expected a number, got {type(eps).__name__}")
+    if not 0 <= eps <= torch.finfo(torch.float32).max:
+        raise ValueError(f"eps: expected a number >= 0 within fp32's range, got {eps}")
 
 
 def _check_like(name: str, other: Tensor, x_name: str, x: Tensor) -> None:
+    check_tensor(name, other)
     if other.dtype != x.dtype:
         raise TypeError(f"{name}: expected {x.dtype} as {x_name}, got {other.dtype}")
     if other.shape != x.shape:

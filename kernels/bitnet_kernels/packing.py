@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bitnet_kernels.checks import check_count, check_tensor
+
 K_MULTIPLE = 64
 """K is padded to this multiple, so that each quarter-plane is a whole number of 16-byte loads."""
 _POWERS_OF_3 = (1, 3, 9, 27, 81)
@@ -26,6 +28,7 @@ def packed_columns(in_features: int) -> int:
 
 
 def _check_codes(codes: Tensor) -> None:
+    check_tensor("codes", codes)
     if codes.dtype != torch.int8:
         raise TypeError(f"codes: expected int8, got {codes.dtype}")
     if codes.dim() != 2 or codes.shape[1] == 0:
@@ -36,6 +39,7 @@ def _check_codes(codes: Tensor) -> None:
 
 def check_packed(packed: Tensor, columns: int, in_features: int) -> None:
     """Raise TypeError or ValueError unless ``packed`` is uint8 ``[N, columns]``."""
+    check_tensor("packed", packed)
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed: expected uint8, got {packed.dtype}")
     if packed.dim() != 2 or packed.shape[1] != columns:
@@ -68,9 +72,20 @@ def unpack_ternary(packed: Tensor, in_features: int) -> Tensor:
         TypeError, ValueError: wrong dtype, a shape that K = ``in_features`` cannot have, or a bit
             pair 11, which no codes make.
     """
+    check_count("in_features", in_features)
     check_packed(packed, packed_columns(in_features), in_features)
+    _check_pairs(packed)
+    return codes_of(packed, in_features)
+
+
+def _check_pairs(packed: Tensor) -> None:
     if packed.numel() and bool((packed & (packed >> 1) & 0x55).any()):
         raise ValueError("packed: a bit pair 11 is no ternary code; the data is damaged")
+
+
+def codes_of(packed: Tensor, in_features: int) -> Tensor:
+    """:func:`unpack_ternary` of what is known to be packed codes: it looks at no value, so that
+    on a GPU nothing waits for it."""
     planes = [(packed >> shift) & 3 for shift in (0, 2, 4, 6)]
     return (torch.cat(planes, 1)[:, :in_features].to(torch.int8) - 1).contiguous()
 
@@ -90,12 +105,16 @@ def bit_planes(packed: Tensor) -> Tensor:
         int32 ``[N, 2, ceil(P/32)*4]``: bit ``i`` of word ``q`` says of column ``32 q + i`` whether
         the weight is not 0 (first plane) and whether it is -1 (second).
     Raises:
-        TypeError, ValueError: not uint8 ``[N, P]`` with P a positive multiple of 16.
+        TypeError, ValueError: not uint8 ``[N, P]`` with P a positive multiple of 16, or a bit pair
+            11, which no codes make.
     """
+    check_tensor("packed", packed)
     if packed.dtype != torch.uint8:
         raise TypeError(f"packed: expected uint8, got {packed.dtype}")
     if packed.dim() != 2 or packed.shape[1] == 0 or packed.shape[1] % 16:
         raise ValueError(f"packed: expected shape [N, ceil(K/64)*16], got {list(packed.shape)}")
+    if not packed.is_meta:
+        _check_pairs(packed)
     n, p = packed.shape
     words = plane_words(p)
     out = packed.new_empty((n, 2, 4 * words))
@@ -124,6 +143,7 @@ def unpack_base3(packed: Tensor, in_features: int) -> Tensor:
     Raises:
         TypeError, ValueError: wrong dtype or shape, or a byte above 242, which no codes make.
     """
+    check_count("in_features", in_features)
     check_packed(packed, -(-in_features // 5), in_features)
     if packed.numel() and int(packed.max()) >= 3**5:
         raise ValueError("packed: a byte above 242 is not five base-3 digits; the data is damaged")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bitnet_kernels.packing import unpack_ternary
+from bitnet_kernels.packing import codes_of
 
 EPS = 1e-5
 """Lower clamp of the statistic (max|x| or mean|W|), not of the scale."""
@@ -60,6 +60,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     m, n = a.shape[0], b.shape[0]
     if 0 in (m, n):
         return a.new_empty((m, n), dtype=torch.int32)
+    a, b = _row_major(a), _row_major(b)
     if a.device.type == "cpu":
         if a.shape[1] == 1:
             a, b = pad(a, (0, 1)), pad(b, (0, 1))
@@ -70,6 +71,14 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
         b = pad(b, (0, k_pad, 0, -n % 8))
         return torch._int_mm(a, b.t())[:m, :n]
     return _fp32_matmul(a, b)
+
+
+def _row_major(matrix: Tensor) -> Tensor:
+    """With strides [K, 1] to the letter: torch takes those of a dimension of size 1 for whatever
+    they are, and ``torch._int_mm`` (2.13, CPU) leaves its output unwritten for strides below K."""
+    if matrix.stride() == (matrix.shape[1], 1):
+        return matrix
+    return matrix.new_empty(matrix.shape).copy_(matrix)
 
 
 def _fp32_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -124,7 +133,7 @@ def scaled_matmul(
 
 def ternary_matmul(x_q: Tensor, packed: Tensor) -> Tensor:
     """int8 ``[M, K]`` times packed ternary uint8 ``[N, ceil(K/64)*16]`` -> int32 ``[M, N]``."""
-    return int8_matmul(x_q, unpack_ternary(packed, x_q.shape[1]))
+    return int8_matmul(x_q, codes_of(packed, x_q.shape[1]))
 
 
 def ternary_linear(
@@ -137,7 +146,7 @@ def ternary_linear(
 ) -> Tensor:
     """Quantize, multiply, rescale: float ``[M, K]`` -> ``dtype`` (x's where None) ``[M, N]``."""
     x_q, s_x = absmax_int8(x)
-    codes = unpack_ternary(packed, x.shape[1])
+    codes = codes_of(packed, x.shape[1])
     return scaled_matmul(x_q, s_x, codes, scale, bias, dtype or x.dtype, group_size)
 
 

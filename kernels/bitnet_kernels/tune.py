@@ -6,6 +6,7 @@ for GPUs that nobody has measured yet, and its ``source`` says so.
 """
 
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,10 @@ from bitnet_kernels.dispatch import (
     Table,
     bucket,
     cache_file,
+    fingerprint,
     forget,
+    shared_bytes,
+    shared_limit,
     table_to_json,
     tuned,
 )
@@ -44,8 +48,9 @@ Cost = Callable[[str, list[Config], int, int, int], list[float]]
 """(formulation, configurations, M, N, K) -> microseconds of each."""
 
 
-def candidates(formulation: str, m: int, n: int, k: int) -> list[Config]:
-    """The configurations worth trying for a shape; none where a formulation has no business."""
+def candidates(formulation: str, m: int, n: int, k: int, limit: int) -> list[Config]:
+    """The configurations worth trying for a shape, of at most ``limit`` bytes of shared memory;
+    none where a formulation has no business."""
     tokens = bucket(m)
     found: Iterator[Config]
     if formulation in ("gemm", "unpacked"):
@@ -74,26 +79,29 @@ def candidates(formulation: str, m: int, n: int, k: int) -> list[Config]:
             if rows * block_m <= sums
         )
     # A slice of K shorter than a block would only wait for the others.
-    return [one for one in found if one.split_k == 1 or one.split_k * one.block_k <= k]
+    useful = [one for one in found if one.split_k == 1 or one.split_k * one.block_k <= k]
+    return [one for one in useful if shared_bytes(formulation, one) <= limit]
 
 
 def best_entries(
     cost: Cost,
     shapes: Sequence[tuple[int, int]],
     tokens: Sequence[int],
+    limit: int,
     progress: Callable[[str], None],
 ) -> Iterator[Entry]:
     """The cheapest configuration of every formulation, shape and M."""
     for (n, k), m in itertools.product(shapes, tokens):
         progress(f"N x K = {n} x {k}, M = {m}")
         for formulation in FORMULATIONS:
-            if tried := candidates(formulation, m, n, k):
+            if tried := candidates(formulation, m, n, k, limit):
                 times = [round(us, 3) for us in cost(formulation, tried, m, n, k)]
                 # Of equals the largest block: it reads the activations least often.
                 best = min(
                     zip(times, tried, strict=True), key=lambda one: (one[0], -one[1].block_n)
                 )
-                yield Entry(m, n, k, formulation, best[1], best[0])
+                if best[0] < math.inf:
+                    yield Entry(m, n, k, formulation, best[1], best[0])
 
 
 def static_table(
@@ -109,7 +117,7 @@ def static_table(
     def cost(formulation: str, tried: list[Config], m: int, n: int, k: int) -> list[float]:
         return [estimate_us(formulation, config, sm, m, n, k) for config in tried]
 
-    entries = tuple(best_entries(cost, shapes, tokens, progress))
+    entries = tuple(best_entries(cost, shapes, tokens, shared_limit(sm), progress))
     return Table("static model of the compiled code, not measured", entries)
 
 
@@ -142,6 +150,8 @@ class Timer:
             self.copies = pairs
         x = integers(-127, 128, m)
         row_sum, want = x.sum(1, dtype=torch.int32), reference.int8_matmul(x, self.codes)
+        from triton.runtime.errors import OutOfResources
+
         backend = CudaBackend()
         replays = {}
         for config in tried:
@@ -152,17 +162,22 @@ class Timer:
                 packed, planes = self.copies[i]
                 return matmul(formulation, config, x, packed, planes, row_sum, full_range=False)
 
-            if not torch.equal(call(0), want):
+            try:
+                got = call(0)
+            except OutOfResources:  # not a configuration for this GPU
+                continue
+            if not torch.equal(got, want):
                 raise RuntimeError(f"{formulation} {config} is not exact at M, N, K = {m, n, k}")
             replays[str(config)] = record(call, len(self.copies), backend)
         seconds = interleave(replays, backend, rounds=9, cache="cold")
-        return [1e6 * quantile(seconds[str(config)], 0.5) for config in tried]
+        return [1e6 * quantile(seconds.get(str(config), [math.inf]), 0.5) for config in tried]
 
 
 def tune(
     shapes: Sequence[tuple[int, int]],
     tokens: Sequence[int],
     device_name: str,
+    capability: int,
     cost: Cost,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Path:
@@ -170,20 +185,24 @@ def tune(
     :func:`bitnet_kernels.dispatch.choose` finds them from then on.
 
     Arguments:
-        device_name: of the GPU, as torch gives it.
+        device_name, capability: of the GPU: ``dispatch.key_of``.
         cost: microseconds of candidates: a :class:`Timer`.
     Returns:
-        The cache's path. Its entries for other shapes are kept, those of a damaged file dropped.
+        The cache's path, which is written after each shape. Its entries for other shapes and M are
+        kept, those of a damaged file or of other kernels dropped.
     Raises:
-        RuntimeError: a candidate is not exact; nothing is written.
+        RuntimeError: a candidate is not exact; nothing is written of its shape.
     """
     path = cache_file(device_name)
-    new = set(shapes)
-    forget()
-    kept = tuple(entry for entry in tuned(device_name).entries if (entry.n, entry.k) not in new)
-    entries = kept + tuple(best_entries(cost, shapes, tokens, progress))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, table_to_json(Table(f"measured on {device_name}", entries)))
+    source = f"measured on {device_name}, kernels {fingerprint()}"
+    buckets = sorted({bucket(m) for m in tokens})
+    for shape in shapes:
+        new = tuple(best_entries(cost, [shape], buckets, shared_limit(capability), progress))
+        forget()
+        measured = {entry[:3] for entry in new}
+        kept = tuple(e for e in tuned(device_name).entries if e[:3] not in measured)
+        _write(path, table_to_json(Table(source, kept + new)))
     forget()
     return path
 

@@ -73,6 +73,10 @@ def matmul(
     needs_row_sum = formulation == "gemm" or (formulation == "dp4a" and ASSEMBLY)
     if needs_row_sum and row_sum is None:
         row_sum = x_q.sum(1, dtype=torch.int32)
+    if formulation == "dp4a":
+        # A lane's sum of the upper plane grows by up to 2^14 a column: so many columns fit.
+        columns = (2**31 // 2**14) * 4 * config.block_k // 64
+        config = config._replace(split_k=max(config.split_k, -(-4 * p // columns)))
     if formulation in ("sad", "dp4a"):
         sad = formulation == "sad"
         return launch(

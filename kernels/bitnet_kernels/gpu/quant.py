@@ -19,7 +19,7 @@ from bitnet_kernels.reference import EPS
 @triton.jit
 def scale_of(largest: tl.tensor, EPS: tl.constexpr) -> tl.tuple:
     """(scale, whether the row is finite) from the row's largest magnitude; the scale of a row that
-    is not is what keeps :func:`codes_of` defined, and :func:`store_scale` stores NaN for it."""
+    is not is what keeps :func:`codes_of` defined, and :func:`store_tokens` stores NaN for it."""
     finite = largest < float("inf")
     return tl.div_rn(tl.maximum(tl.where(finite, largest, 1.0), EPS), 127.0), finite
 

@@ -5,7 +5,7 @@ bandwidths from data sheets; what is waited for, and how well work spreads, is o
 
 import math
 
-from bitnet_kernels.dispatch import Config
+from bitnet_kernels.dispatch import Config, shared_limit
 from bitnet_kernels.sass.model import ARCHS, inspect
 
 LAUNCH_US, _SPLIT_US, _LATENCY_US = 2.0, 1.5, 0.7
@@ -37,8 +37,11 @@ def estimate_us(formulation: str, config: Config, sm: int, m: int, n: int, k: in
     from bitnet_kernels.gpu import gemm, gemv, popcount
 
     whole = config._replace(split_k=1)
-    module = {"popcount": popcount, "gemm": gemm, "unpacked": gemm}.get(formulation, gemv)
-    spec = module.spec(whole) if module is popcount else module.spec(formulation, whole)
+    if formulation == "popcount":
+        spec = popcount.spec(whole)
+    else:
+        module = {"sad": gemv, "dp4a": gemv, "gemm": gemm, "unpacked": gemm}[formulation]
+        spec = module.spec(formulation, whole)
     report, arch = inspect(spec, sm), ARCHS[f"sm_{sm}"]
     assert report.weights_per_clock is not None
     if report.spill_bytes:
@@ -48,7 +51,7 @@ def estimate_us(formulation: str, config: Config, sm: int, m: int, n: int, k: in
     per_sm = math.ceil(programs / arch.n_sms)
     resident = min(65536 // (report.registers * 32 * config.num_warps), 32, 64 // config.num_warps)
     if report.shared_bytes:
-        resident = min(resident, max(1, 160_000 // report.shared_bytes))
+        resident = min(resident, max(1, shared_limit(sm) // report.shared_bytes))
     steps = math.ceil(math.ceil(k / config.block_k) / config.split_k)
     done = config.block_n * config.block_k * steps  # weights a program, padding included
     arithmetic = per_sm * done / (report.weights_per_clock * arch.clock_ghz * 1e3)

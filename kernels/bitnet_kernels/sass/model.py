@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from bitnet_kernels.sass.compile import compile_spec
 from bitnet_kernels.sass.read import Instruction, Loop, loops, main_loop, parse
-from bitnet_kernels.sass.taint import multipliers
+from bitnet_kernels.sass.taint import multipliers, outside
 
 if TYPE_CHECKING:
     from bitnet_kernels.gpu.common import Spec
@@ -91,7 +91,8 @@ class Report(NamedTuple):
     ``weight_load_bits``: widths of the weight loads, or of all global loads where these cannot be
     told apart; empty for bulk copies.
     ``multipliers_on_data``, ``data_moves``, ``address_multiplies``: opcodes of the loop, in order;
-    see :class:`bitnet_kernels.sass.taint.Multipliers`.
+    see :class:`bitnet_kernels.sass.taint.Multipliers`. ``multipliers_outside``: what multiplies
+    data outside that loop and is no epilogue's, see :func:`bitnet_kernels.sass.taint.outside`.
     ``local_accesses``: LDL and STL in the whole kernel.
     ``weights_per_clock``: an SM's at best, over all pipes; ``bound``: what limits it, "memory" if
     it is at least ``needed_weights_per_clock``, else a pipe or "issue".
@@ -112,6 +113,7 @@ class Report(NamedTuple):
     shared_bytes: int
     tensor_core: int
     multipliers_on_data: list[str]
+    multipliers_outside: list[str]
     data_moves: list[str]
     address_multiplies: list[str]
     weight_load_bits: list[int]
@@ -171,6 +173,7 @@ def _inspect(spec: "Spec", sm: int) -> Report:
         shared_bytes=made.shared_bytes,
         tensor_core=sum(one.is_tensor_core for one in body),
         multipliers_on_data=[one.opcode for one in found.on_data],
+        multipliers_outside=[one.opcode for one in outside(code, loop)],
         data_moves=[one.opcode for one in found.moving],
         address_multiplies=[one.opcode for one in found.on_addresses],
         weight_load_bits=_weight_load_bits(body, weights * _bytes_per_weight(spec)),

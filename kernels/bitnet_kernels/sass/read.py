@@ -124,6 +124,19 @@ def successors(code: list[Instruction]) -> list[list[int]]:
     return following
 
 
+def functions(code: list[Instruction]) -> frozenset[int]:
+    """Indices of what calls lead to and returns from: of the functions that the kernel calls. (A
+    call that never returns is a jump.)"""
+    edges, index = successors(code), {one.address: i for i, one in enumerate(code)}
+    found: set[int] = set()
+    for one in code:
+        if one.base == "CALL" and one.target is not None:
+            body = _reach(edges, index[one.target])
+            if any(code[i].base == "RET" for i in body):
+                found |= body
+    return frozenset(found)
+
+
 def loops(code: list[Instruction]) -> list[Loop]:
     """Every loop, those of one head as one."""
     following = successors(code)

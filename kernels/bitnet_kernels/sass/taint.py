@@ -18,13 +18,13 @@ from collections.abc import Iterable
 from itertools import takewhile
 from typing import NamedTuple
 
-from bitnet_kernels.sass.read import Instruction, Loop, successors
+from bitnet_kernels.sass.read import Instruction, Loop, functions, loops, successors
 
 _REGISTER = re.compile(r"\b(UR|UP|R|P)(\d+)(\.64)?\b")
 _FIRST_BIT = {"R": 0, "UR": 256, "P": 512, "UP": 528}
 _ALL_PREDICATES = {"PR": 0xFF << 512, "UPR": 0xFF << 528}
 
-_LOAD = re.compile(r"LD(G|S|SM|L|TM|GMC)?|ATOM[GS]?|SULD|TEX|TLD4?")
+_LOAD = re.compile(r"LD(G|S|SM|L|TM|GMC)?|ATOM[GS]?|SULD|TEX|TLD4?|B2R")  # B2R: of a barrier
 _NO_OUTPUT = re.compile(
     r"(ST|BRA|BRX|JMP|CALL|RET|EXIT|BAR|BSSY|BSYNC|BREAK|WARPSYNC|NANOSLEEP|UTMA|UBLK).*"
     r"|REDG?|WARPGROUP|DEPBAR|LDGDEPBAR|LDGSTS|MEMBAR|FENCE|CCTL|NOP|ERRBAR|YIELD"
@@ -69,6 +69,15 @@ def multipliers(code: list[Instruction], loop: Loop) -> Multipliers:
             else:
                 found.on_addresses.append(instruction)
     return found
+
+
+def outside(code: list[Instruction], loop: Loop) -> list[Instruction]:
+    """What multiplies data outside a main loop and is not an epilogue's right: that is fp32
+    products, outside every loop and every called function."""
+    inner = functions(code).union(*(other.body for other in loops(code)))
+    rest = Loop(frozenset(range(len(code))) - loop.body)
+    allowed = {id(code[i]) for i in rest.body - inner if code[i].base in ("FMUL", "FMUL2")}
+    return [one for one in multipliers(code, rest).on_data if id(one) not in allowed]
 
 
 def taints(code: list[Instruction]) -> list[int]:
