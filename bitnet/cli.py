@@ -335,9 +335,9 @@ def load_for_inference(folder: Path, device: str, kernel: Kernel) -> tuple[Trans
     one = torch.ones(1, 1, dtype=torch.int8, device=target)
     try:
         ternary_matmul(one, pack_ternary(one), kernel)
+        return load(folder, target, kernel)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return load(folder, target, kernel)
 
 
 def read_text(path: Path) -> str:

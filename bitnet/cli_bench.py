@@ -46,6 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 RESULTS = Path("docs/results")
+MAX_TOKENS = 1 << 20
 ESTIMATES = "kernels_estimate.csv"
 """Beside the measured file: machines without a GPU would each have these rows."""
 
@@ -59,7 +60,9 @@ def kernels_command(
         list[str] | None,
         typer.Option(help=f"The matrices of a model: {', '.join(MODELS)}; repeatable."),
     ] = None,
-    m: Annotated[list[int] | None, typer.Option(help="Tokens; repeatable.", min=1)] = None,
+    m: Annotated[
+        list[int] | None, typer.Option(help="Tokens; repeatable.", min=1, max=MAX_TOKENS)
+    ] = None,
     kernel: Annotated[
         list[str] | None,
         typer.Option(help="A kernel, family or package: auto, addsub, dot, ...; repeatable."),
@@ -76,14 +79,17 @@ def kernels_command(
         str, typer.Option(help="CSV file. Default: docs/results/kernels_<device>.csv.")
     ] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N. auto: a GPU if any.")] = "auto",
-    threads: Annotated[int, typer.Option(help="Of the CPU. 0: torch's choice.", min=0)] = 0,
-    replays: Annotated[int, typer.Option(help="Timed replays of each.", min=20)] = 20,
+    threads: Annotated[
+        int, typer.Option(help="Of the CPU. 0: torch's choice.", min=0, max=1024)
+    ] = 0,
+    replays: Annotated[int, typer.Option(help="Timed replays of each.", min=20, max=10_000)] = 20,
     energy: Annotated[bool, typer.Option(help="Half a second of each on a GPU, cold.")] = True,
     estimate: Annotated[
         bool | None,
         typer.Option(
             "--estimate/--no-estimate",
-            help="Also what GPUs would take by a static model. Default: where there is no GPU.",
+            help="Also what GPUs would take by a static model, to kernels_estimate.csv beside the "
+            "other file. Default: where there is no GPU.",
             show_default=False,
         ),
     ] = None,
@@ -231,8 +237,9 @@ def _measure(console: Console, path: Path, bench: Bench) -> None:
                 console.print(f"stopped; the same command goes on from {path}", highlight=False)
                 raise typer.Exit(130) from None
             except (torch.OutOfMemoryError, RuntimeError) as error:
+                said = str(error)
                 if not isinstance(error, torch.OutOfMemoryError) and (
-                    "not enough memory" not in str(error)
+                    "not enough memory" not in said and "can't allocate memory" not in said
                 ):
                     raise
                 raise UserError(
@@ -292,7 +299,9 @@ def tune_command(
         list[str] | None,
         typer.Option(help=f"The matrices of a model: {', '.join(MODELS)}; repeatable."),
     ] = None,
-    m: Annotated[list[int] | None, typer.Option(help="Tokens; repeatable.", min=1)] = None,
+    m: Annotated[
+        list[int] | None, typer.Option(help="Tokens; repeatable.", min=1, max=MAX_TOKENS)
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
 ) -> None:
     """Find the fastest kernel and configuration for shapes on this GPU, and use them from then on.

@@ -238,6 +238,14 @@ def test_report_writes_and_check_finds_what_is_stale(bitnet: Bitnet, checkout: P
     assert (code, out.splitlines()) == (1, ["README.md: stale; run bitnet bench report"])
 
 
+def test_noisy_figures_are_marked() -> None:
+    quiet = report.details([row(p10_us=3.0, median_us=4.0, p90_us=5.9)])
+    noisy = report.details([row(p10_us=3.0, median_us=4.0, p90_us=6.1)])
+    assert "~" not in quiet
+    assert "~" in noisy
+    assert "~: the 90th percentile is more than twice the 10th." in noisy
+
+
 def test_machine_code(tmp_path: Path) -> None:
     """A row a kernel that has weights, a column a GPU; what is missing or damaged is said."""
     path = tmp_path / "machine_code.csv"

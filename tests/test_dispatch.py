@@ -246,3 +246,12 @@ def test_tuning_that_is_interrupted_keeps_whole_shapes() -> None:
     assert {(one.m, one.n, one.k) for one in entries} == {(1, 256, 8192)}
     assert {one.formulation for one in entries} == {"sad", "popcount", "dp4a"}
     assert [one.name for one in path.parent.iterdir()] == [path.name]
+
+
+def test_a_cache_that_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative folder is not followed, and what is too large to be a table is not read."""
+    write_cache(table_to_json(Table(SOURCE, (entry(3.0, "sad"),))) + " " * (1 << 20))
+    assert choose("auto", 1, 64, 64, False, 90, NAME)[0] == "dp4a"
+    for name in ("", "cache"):
+        monkeypatch.setenv("XDG_CACHE_HOME", name)
+        assert dispatch.cache_file(NAME).parent == Path.home() / ".cache" / "bitnet"

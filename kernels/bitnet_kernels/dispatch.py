@@ -43,6 +43,8 @@ _SHARED_BYTES = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_4
 """Shared memory of a block by compute capability (CUDA C++ Programming Guide); the others have
 99 KiB."""
 MAX_M = 4096
+_LARGEST = 1 << 20
+"""Bytes of a user's table: thousands of entries; more would be read at every start for seconds."""
 
 
 class Config(NamedTuple):
@@ -153,8 +155,9 @@ def shipped(capability: int) -> Table:
 
 def cache_file(device_name: str) -> Path:
     """Where the measurements of this user's GPU of that name are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "bitnet" / (re.sub(r"\W+", "_", device_name).strip("_") + ".json")
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))  # ignored unless absolute, as its spec says
+    root = root if root.is_absolute() else Path.home() / ".cache"
+    return root / "bitnet" / (re.sub(r"\W+", "_", device_name).strip("_") + ".json")
 
 
 @cache
@@ -173,8 +176,11 @@ def fingerprint() -> str:
 def tuned(device_name: str) -> Table:
     """The measurements of this GPU with these kernels; no entries where there are none (or none
     that can be read: tuning again writes them anew)."""
+    path = cache_file(device_name)
     try:
-        table = table_from_json(cache_file(device_name).read_text(encoding="utf-8"))
+        if path.stat().st_size > _LARGEST:
+            return Table("", ())
+        table = table_from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return Table("", ())
     return table if table.source.endswith(fingerprint()) else Table("", ())

@@ -204,8 +204,10 @@ def choices() -> tuple[str, ...]:
 
 
 def missing(kernels: tuple[str, ...], device: torch.device) -> list[str]:
-    """A line for each package that is asked for but cannot take part."""
+    """A line for what is asked for but cannot take part."""
     lines = []
+    if device.type != "cuda" and (named := [name for name in FORMULATIONS if name in kernels]):
+        lines.append(f"{', '.join(named)}: timed on GPUs only; a CPU runs the reference")
     for package in dict.fromkeys(other[0] for other in _OTHERS):
         if package in kernels and device.type != "cuda":
             lines.append(f"{package} is left out: it is timed on GPUs only")

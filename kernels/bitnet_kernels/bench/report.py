@@ -14,6 +14,7 @@ from bitnet_kernels.bench.shapes import GOAL_TOKENS, GOALS, users
 
 PATTERN = "kernels_*.csv"
 NOTHING = "No figures yet."
+NOISY = "~"
 
 
 class Line(NamedTuple):
@@ -121,12 +122,17 @@ def _columns(view: View) -> list[int]:
 def _cell(view: View, row: Row | None, detailed: bool) -> str:
     if row is None:
         return ""
-    ratio = f"{view.ratio(row):.2f}"
+    ratio = f"{view.ratio(row):.2f}{NOISY if is_noisy(row) else ''}"
     if not detailed:
         return ratio
     share = "" if row.roofline_share is None else f", {row.roofline_share:.0%}"
     name = "" if row.formulation == row.family else f" {row.formulation}"
     return f"{ratio}{name}{share}"
+
+
+def is_noisy(row: Row) -> bool:
+    """Whether a tenth of the replays took more than twice as long as another tenth."""
+    return row.p10_us is not None and row.p90_us is not None and row.p90_us > 2 * row.p10_us
 
 
 def table(view: View, shapes: Sequence[tuple[int, int]], detailed: bool) -> str:
@@ -146,7 +152,10 @@ def table(view: View, shapes: Sequence[tuple[int, int]], detailed: bool) -> str:
         if detailed and (models := users(*shape)):
             label += f"<br>{models}"
         base = [view.sixteen_bit(shape, m) for m in tokens]
-        add(label, "16-bit, µs", [f"{view.time(row):,.1f}" if row else "" for row in base])
+        times = [
+            f"{view.time(row):,.1f}{NOISY if is_noisy(row) else ''}" if row else "" for row in base
+        ]
+        add(label, "16-bit, µs", times)
         for line in LINES:
             add("", line.name, [_cell(view, view.best(line, shape, m), detailed) for m in tokens])
         if view.has_goals and shape in GOALS:
@@ -156,6 +165,8 @@ def table(view: View, shapes: Sequence[tuple[int, int]], detailed: bool) -> str:
                 "goal: floor / stretch",
                 [f"{g.floor:g} / {g.stretch:g}" if g else "" for g in goals],
             )
+    if any(NOISY in line for line in lines):
+        lines += ["", f"{NOISY}: the 90th percentile is more than twice the 10th."]
     return "\n".join(lines)
 
 
