@@ -317,11 +317,11 @@ def replace_linear(
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     if skip != DEFAULT_SKIP:
-        _check_skip(model, skip)
+        check_patterns(model, skip, "skip")
     skipped = {  # under any of its names
         id(module)
         for name, module in model.named_modules(remove_duplicate=False)
-        if _skipped(name, skip)
+        if matches(name, skip)
     }
 
     def convert(name: str, module: nn.Module) -> nn.Module | None:
@@ -341,12 +341,8 @@ def replace_linear(
         linear.weight, linear.bias = module.weight, module.bias
         return linear.train(module.training)
 
-    model = _replace(model, convert)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # its fused path runs only for 1 and 2
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
+    model = replace_modules(model, convert)
+    disable_fused_encoder(model)
     return model
 
 
@@ -368,11 +364,14 @@ def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
         except ValueError as error:
             raise ValueError(f"{name or 'model'}.{error}") from error
 
-    return _replace(model, convert)
+    return replace_modules(model, convert)
 
 
-def _replace(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]) -> nn.Module:
-    """Swap modules for what ``convert`` returns; a module used twice stays one module."""
+def replace_modules(
+    model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]
+) -> nn.Module:
+    """Swap modules for what ``convert(name, module)`` returns (None: keep it), in place; a module
+    used twice stays one module. Returns the model, or what it was itself replaced by."""
     replaced: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules()):
         if (new := convert(name, module)) is not None:
@@ -386,20 +385,33 @@ def _replace(model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | N
     return model
 
 
-def _skipped(name: str, skip: Sequence[str]) -> bool:
+def disable_fused_encoder(model: nn.Module) -> None:
+    """Keep ``nn.TransformerEncoder`` from reading its layers' weights past their forward, as its
+    fused inference path does."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # the fused path runs only for 1 and 2
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a module's path, or its own name, is one of ``patterns``."""
     own_name = name.rpartition(".")[2]
-    return any(fnmatch(name, pattern) or own_name == pattern for pattern in skip)
+    return any(fnmatch(name, pattern) or own_name == pattern for pattern in patterns)
 
 
-def _check_skip(model: nn.Module, skip: Sequence[str]) -> None:
+def check_patterns(model: nn.Module, patterns: Sequence[str], key: str) -> None:
+    """Raise ValueError, naming ``key`` and the nearest name, for a pattern that no module has."""
+
     def names() -> Iterator[str]:
         for name, _ in model.named_modules():
             yield name
             yield name.rpartition(".")[2]
 
     known = set(names())
-    for pattern in skip:
+    for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in known):
             near = get_close_matches(pattern, known, 1)
             hint = f"; the nearest is {near[0]!r}" if near else ""
-            raise ValueError(f"skip: no module is named {pattern!r}{hint}")
+            raise ValueError(f"{key}: no module is named {pattern!r}{hint}")

@@ -1,0 +1,102 @@
+"""Grids of codes under scales: the arithmetic that all quantizers of quantizers.py share.
+
+    value = (codes - zero_point) * scale        code = clamp(round(x / scale) + zero_point)
+
+A scale stands for a whole weight ``[N, K]`` (shape ``[]``), a row (``[N]``), or a group of
+``group_size`` columns of a row (``[N, G]``, G = ceil(K / group_size), the last one maybe shorter).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bitnet.qat.recipe import Recipe
+from bitnet.quant import spread_groups
+from bitnet_kernels.reference import EPS
+
+
+def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
+    """Lowest and highest code of ``bits`` bits; symmetric ones leave out the lowest."""
+    highest = 2 ** (bits - 1) - 1
+    return (-highest if symmetric else -highest - 1), highest
+
+
+def reduce(values: Tensor, recipe: Recipe, statistic: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """A statistic, given as a function of (tensor, dim), of the values under each scale: ``[N, K]``
+    -> ``[]``, ``[N]`` or ``[N, G]``. A shorter last group is reduced over its own columns."""
+    if recipe.granularity == "tensor":
+        return statistic(values.flatten(), -1)
+    if recipe.granularity == "row":
+        return statistic(values, -1)
+    size, k = recipe.group_size, values.shape[1]
+    whole = k // size * size
+    groups = [statistic(values[:, :whole].unflatten(1, (-1, size)), -1)] if whole else []
+    if whole < k:
+        groups.append(statistic(values[:, whole:], -1).unsqueeze(1))
+    return torch.cat(groups, 1)
+
+
+def count(weight: Tensor, recipe: Recipe) -> Tensor:
+    """How many weights each scale stands for, fp32, broadcastable to the scale."""
+    row = torch.ones(1, weight.shape[1], device=weight.device)
+    columns = reduce(row, recipe, Tensor.sum)
+    return columns * weight.shape[0] if recipe.granularity == "tensor" else columns
+
+
+def spread(per_scale: Tensor, group_size: int, like: Tensor) -> Tensor:
+    """Scales (or zero points) ``[]``, ``[N]`` or ``[N, G]``, broadcastable to ``like``: ``[N, K]``,
+    or of any shape where there is one scale."""
+    if per_scale.dim() == 2:
+        return spread_groups(per_scale, group_size, like.shape[1])
+    return per_scale.unsqueeze(1) if per_scale.dim() == 1 else per_scale
+
+
+def clamped(statistic: Tensor) -> Tensor:
+    """A statistic to divide by: >= 1e-5, NaN where it is not finite."""
+    return torch.where(statistic.isfinite(), statistic.clamp(min=EPS), torch.nan)
+
+
+def symmetric_scale(absmax: Tensor, bits: int) -> Tensor:
+    """The scale under which the highest code is the largest magnitude."""
+    # By a tensor, not a number, which torch on CUDA would multiply by the reciprocal of.
+    return clamped(absmax) / absmax.new_full((), code_range(bits, True)[1])
+
+
+def affine_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale fp32 and zero point int32 of codes from low to high, widened to hold 0, which is a
+    level exactly (arXiv 1712.05877, section 2.1)."""
+    lowest, highest = code_range(bits, False)
+    low = low.clamp(max=0)
+    scale = clamped(high.clamp(min=0) - low) / low.new_full((), highest - lowest)
+    zero_point = (lowest - (low / scale).round()).clamp(lowest, highest)
+    return scale, zero_point.nan_to_num(0.0).to(torch.int32)
+
+
+def unclamped(x: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int = 1) -> Tensor:
+    """``round(x / scale) + zero_point``, fp32; x is ``[N, K]`` where scale is not ``[]``."""
+    codes = (x.float() / spread(scale, group_size, x)).round()
+    return codes if zero_point is None else codes + spread(zero_point, group_size, x)
+
+
+def within(codes: Tensor, lowest: int, highest: int) -> Tensor:
+    """Which codes need no clamping, bool."""
+    return (codes >= lowest) & (codes <= highest)
+
+
+def to_int8(codes: Tensor, lowest: int, highest: int) -> Tensor:
+    """Rounded floats, clamped, as int8; NaN (whose scale is NaN) becomes 0."""
+    return codes.clamp(lowest, highest).nan_to_num(0.0).to(torch.int8)
+
+
+def ternary_codes(w: Tensor, threshold: Tensor) -> Tensor:
+    """1 above the threshold, -1 below its negative, else 0; int8."""
+    return (w > threshold).to(torch.int8) - (w < -threshold).to(torch.int8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> Tensor:
+    """``(codes - zero_point) * scale``: int8 ``[N, K]`` -> fp32 ``[N, K]``."""
+    values = codes.float()
+    if zero_point is not None:
+        values = values - spread(zero_point, group_size, codes)
+    return values * spread(scale, group_size, codes)

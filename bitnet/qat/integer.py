@@ -1,0 +1,380 @@
+"""True integer layers: packed codes, scales, and the arithmetic of a microcontroller.
+
+    layer = IntLinear.from_qat(qat_layer)                       after QAT
+    layer = IntLinear.from_codes(codes, scale, None, bias, recipe)     after GPTQ, AWQ, ...
+
+An integer layer holds no float weights. Its outputs equal those of the QAT layer in eval mode to
+the last bit, since both call the same product on the same codes (product.py). Codes are packed bit
+by bit into rows of bytes and unpacked in each forward.
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet.linear import TernaryLinear
+from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
+from bitnet.qat.product import Codes, ConvOp, LinearOp, Op
+from bitnet.qat.quantizers import dequantize, fake_quantize_activation
+from bitnet.qat.recipe import TERNARY, Recipe
+from bitnet.quant import output_dtype
+
+_BLOCK = 8
+"""Codes packed together, so that a block of b bits a code is b whole bytes."""
+
+
+def pack_bits(codes: Tensor, bits: int, offset: int) -> Tensor:
+    """Pack ``codes + offset``, each an unsigned number of ``bits`` bits, without gaps.
+
+    A row is a string of bits from the lowest bit of its first byte on: code k takes bits
+    ``k * bits`` to ``k * bits + bits - 1``, its lowest first.
+
+    Arguments:
+        codes: int8 ``[N, K]``; bits: 1 to 8; offset: what makes the lowest code 0.
+    Returns:
+        uint8 ``[N, ceil(K * bits / 8)]``; bits past the last code are 0.
+    Raises:
+        TypeError, ValueError: another dtype or shape; a code that does not fit.
+    """
+    _check_bits(bits)
+    if codes.dtype != torch.int8:
+        raise TypeError(f"codes: expected int8, got {codes.dtype}")
+    if codes.dim() != 2:
+        raise ValueError(f"codes: expected shape [N, K], got {list(codes.shape)}")
+    digits = codes.to(torch.int64) + offset
+    if not codes.is_meta and bool(((digits < 0) | (digits >= 2**bits)).any()):
+        raise ValueError(
+            f"codes: expected values in {-offset} .. {2**bits - 1 - offset} ({bits} bits), got "
+            f"{int(codes.min())} .. {int(codes.max())}"
+        )
+    digits = F.pad(digits, (0, -codes.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    words = torch.zeros_like(digits[..., 0])
+    for i in range(_BLOCK):
+        words |= digits[..., i] << bits * i
+    packed = torch.stack([(words >> 8 * j) & 255 for j in range(bits)], -1).to(torch.uint8)
+    return packed.flatten(1)[:, : _row_bytes(codes.shape[1], bits)].contiguous()
+
+
+def unpack_bits(packed: Tensor, bits: int, offset: int, columns: int) -> Tensor:
+    """The inverse of :func:`pack_bits`: uint8 ``[N, ceil(K * bits / 8)]`` -> int8 ``[N, K]``,
+    K = ``columns``."""
+    _check_bits(bits)
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"packed: expected uint8, got {packed.dtype}")
+    if packed.dim() != 2 or packed.shape[1] != _row_bytes(columns, bits):
+        raise ValueError(
+            f"packed: expected shape [N, {_row_bytes(columns, bits)}] for {columns} columns of "
+            f"{bits} bits, got {list(packed.shape)}"
+        )
+    octets = F.pad(packed, (0, -packed.shape[1] % bits)).unflatten(1, (-1, bits))
+    words = torch.zeros(octets.shape[:-1], dtype=torch.int64, device=packed.device)
+    for j in range(bits):
+        words |= octets[..., j].to(torch.int64) << 8 * j
+    codes = torch.empty((*words.shape, _BLOCK), dtype=torch.int8, device=packed.device)
+    for i in range(_BLOCK):
+        codes[..., i] = ((words >> bits * i) & 2**bits - 1) - offset
+    return codes.flatten(1)[:, :columns].contiguous()
+
+
+def _check_bits(bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits: expected 1 .. 8, got {bits}")
+
+
+def _row_bytes(columns: int, bits: int) -> int:
+    return -(-columns * bits // 8)
+
+
+class IntLayer(nn.Module):
+    """What integer layers share. They are made by ``from_qat`` and ``from_codes``.
+
+    State:
+        ``packed`` uint8 ``[N, ceil(K * storage_bits / 8)]``; ``scale`` fp32 ``[]``, ``[N]`` or
+        ``[N, G]``; ``zero_point`` int8 of that shape, or None; ``bias`` ``[N]`` or None;
+        ``input_scale`` fp32 ``[]`` and ``input_zero_point`` int32 ``[]``, where activations are
+        static. Scales stay fp32 under ``.to(dtype)``.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    input_scale: Tensor | None
+    input_zero_point: Tensor | None
+    bias: nn.Parameter | None
+
+    def _fill(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        recipe: Recipe,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+    ) -> Self:
+        _check_codes(codes, scale, zero_point, recipe)
+        if (input_scale is not None) != (recipe.activations == "static" and self._has_input):
+            raise ValueError("input_scale: expected for static activations, and only there")
+        self.recipe, self.columns = recipe, codes.shape[1]
+        if self._odd:
+            codes = (codes - 1) >> 1
+        self.register_buffer("packed", pack_bits(codes, recipe.storage_bits, self._offset))
+        self.register_buffer("scale", scale.detach().clone())
+        zero = None if zero_point is None else zero_point.detach().to(torch.int8)
+        self.register_buffer("zero_point", zero)
+        self.register_buffer("input_scale", input_scale)
+        self.register_buffer("input_zero_point", input_zero_point)
+        constant = None if bias is None else nn.Parameter(bias.detach().clone(), False)
+        self.register_parameter("bias", constant)
+        return self
+
+    _has_input = True
+
+    @property
+    def _odd(self) -> bool:
+        """Whether codes are the odd numbers (-3, -1, 1, 3; -1, 1), of which half are stored."""
+        return self.recipe.weights in ("sign", "seq")
+
+    @property
+    def _offset(self) -> int:
+        return int(2 ** (self.recipe.storage_bits - 1))
+
+    def _unpack(self, packed: Tensor) -> Tensor:
+        codes = unpack_bits(packed, self.recipe.storage_bits, self._offset, self.columns)
+        return 2 * codes + 1 if self._odd else codes
+
+    def quantize(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes int8 ``[N, K]``, scale, and zero point int32 or None, as they were given."""
+        zero = None if self.zero_point is None else self.zero_point.to(torch.int32)
+        return self._unpack(self.packed), self.scale, zero
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight as stored: packed codes, scales and zero points."""
+        zeros = 0 if self.zero_point is None else self.zero_point.nbytes
+        return self.packed.nbytes + self.scale.nbytes + zeros
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        kept = {name: getattr(self, name) for name in ("scale", "input_scale")}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():  # .to(dtype), .half(): move, but do not round
+            after = getattr(self, name)
+            if after is not None and after.dtype != torch.float32:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape, recipe and bytes."""
+        return (
+            f"{self.packed.shape[0]}x{self.columns}, bias={self.bias is not None}, "
+            f"recipe={self.recipe}, weight_bytes={self.weight_bytes}"
+        )
+
+
+def _check_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None, recipe: Recipe) -> None:
+    if codes.dim() != 2:
+        raise ValueError(f"codes: expected shape [N, K], got {list(codes.shape)}")
+    n, k = codes.shape
+    shape = {"tensor": [], "row": [n], "group": [n, -(-k // recipe.group_size)]}[recipe.granularity]
+    if scale.dtype != torch.float32 or list(scale.shape) != shape:
+        raise ValueError(
+            f"scale: expected float32 {shape} for granularity {recipe.granularity!r}, got "
+            f"{scale.dtype} {list(scale.shape)}"
+        )
+    affine = recipe.weights == "int" and not recipe.symmetric
+    if (zero_point is not None) != affine:
+        raise ValueError("zero_point: expected for affine weights, and only there")
+    if zero_point is not None and zero_point.shape != scale.shape:
+        raise ValueError(
+            f"zero_point: expected the scale's shape {shape}, got {list(zero_point.shape)}"
+        )
+    if scale.is_meta:
+        return
+    if zero_point is not None and not bool(((zero_point >= -128) & (zero_point <= 127)).all()):
+        raise ValueError("zero_point: expected values in -128 .. 127")
+    if not bool(scale.isfinite().all()):
+        raise ValueError("weight: holds NaN or infinity; such a layer has no integer form")
+
+
+class _IntProduct(IntLayer):
+    """A linear layer or a convolution."""
+
+    op: Op
+
+    @classmethod
+    def from_qat(cls, layer: QATLinear | QATConv1d | QATConv2d) -> Self:
+        """The integer form of a QAT layer. ValueError: weights that are not finite; static
+        activations that nothing has calibrated."""
+        return cls._of(layer, *layer.quantize())
+
+    @classmethod
+    def _of(cls, layer: Any, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Self:
+        new = cls()
+        new.op = layer.op
+        new._fill(codes, scale, zero_point, layer.bias, layer.recipe, *layer.input_range())
+        return new.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the QAT layer's in eval mode; no gradient for the weights."""
+        x, recipe = self.op.batched(input), self.recipe
+        w, dtype = Codes(*self.quantize()), output_dtype(input)
+        if recipe.activations == "none":
+            y = self.op.floating(x, dequantize(*w, recipe.group_size), self.bias, dtype)
+        else:
+            codes, scale, zero_point, _ = fake_quantize_activation(
+                x, recipe, self.input_scale, self.input_zero_point, self.op.per_sample
+            )
+            x_codes = Codes(codes, scale, zero_point)
+            y = self.op.exact(x_codes, w, self.bias, dtype, recipe.group_size)
+        return self.op.unbatched(y, input)
+
+
+class IntLinear(_IntProduct):
+    """``nn.Linear`` in integers: float ``[..., K]`` -> ``[..., N]``."""
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        recipe: Recipe,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+    ) -> Self:
+        """From codes int8 ``[N, K]`` that a method other than the recipe's own has found.
+
+        ValueError: a shape that does not fit the recipe, or a scale that is not finite.
+        """
+        new = cls()
+        new.op = LinearOp(codes.shape[-1], codes.shape[0])
+        return new._fill(codes, scale, zero_point, bias, recipe, input_scale, input_zero_point)
+
+
+class _IntConv(_IntProduct):
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        bias: Tensor | None,
+        recipe: Recipe,
+        op: ConvOp,
+        input_scale: Tensor | None = None,
+        input_zero_point: Tensor | None = None,
+    ) -> Self:
+        """From codes int8 ``[out_channels, in_channels / groups * kernel]``; ``op`` says how the
+        convolution moves (``ConvOp.of(module)``). ValueError as for :class:`IntLinear`."""
+        new = cls()
+        new.op = op
+        return new._fill(codes, scale, zero_point, bias, recipe, input_scale, input_zero_point)
+
+
+class IntConv1d(_IntConv):
+    """``nn.Conv1d`` in integers: ``[B, C, L]`` or ``[C, L]``."""
+
+
+class IntConv2d(_IntConv):
+    """``nn.Conv2d`` in integers: ``[B, C, H, W]`` or ``[C, H, W]``."""
+
+
+class IntEmbedding(IntLayer):
+    """``nn.Embedding`` of packed rows: int ``[...]`` -> ``[..., K]`` in ``dtype``, which is the
+    weight's that it was made from and follows ``.to(dtype)``."""
+
+    _has_input = False
+    dtype: torch.dtype
+
+    @classmethod
+    def from_qat(cls, layer: QATEmbedding) -> Self:
+        """The integer form of a QAT embedding. ValueError: weights that are not finite."""
+        return cls._of(layer, *layer.quantize())
+
+    @classmethod
+    def _of(cls, layer: QATLayer, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Self:
+        new = cls.from_codes(codes, scale, zero_point, layer.recipe, layer.weight.dtype)
+        return new.train(layer.training)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        recipe: Recipe,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """From codes int8 ``[num_embeddings, embedding_dim]``. ValueError as for
+        :class:`IntLinear`."""
+        new = cls()
+        new.dtype = dtype
+        return new._fill(codes, scale, zero_point, None, recipe)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Only the rows asked for are unpacked."""
+        rows = input.flatten()
+        scale, zero_point = self.scale, self.zero_point
+        if scale.dim():
+            scale = scale.index_select(0, rows)
+            zero_point = None if zero_point is None else zero_point.index_select(0, rows)
+        codes = self._unpack(self.packed.index_select(0, rows))
+        values = dequantize(codes, scale, zero_point, self.recipe.group_size)
+        return values.to(self.dtype).reshape(*input.shape, self.columns)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
+        return super()._apply(fn, recurse)
+
+
+_FORMS: dict[type[QATLayer], type[_IntProduct | IntEmbedding]] = {
+    QATLinear: IntLinear,
+    QATConv1d: IntConv1d,
+    QATConv2d: IntConv2d,
+    QATEmbedding: IntEmbedding,
+}
+
+
+def integer_layer(
+    layer: QATLayer, codes: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> nn.Module:
+    """The inference form of a QAT layer with the given codes, which need not be its own (GPTQ).
+
+    Ternary linear layers with 8-bit dynamic activations are :class:`bitnet.TernaryLinear`, which
+    has kernels; all others the ``Int`` form of their kind.
+
+    Raises:
+        ValueError: weights that are not finite, static activations that nothing has calibrated.
+    """
+    recipe = layer.recipe
+    if (
+        isinstance(layer, QATLinear)
+        and recipe.weights in TERNARY
+        and (recipe.activations, recipe.activation_bits) == ("absmax", 8)
+    ):
+        _check_codes(codes, scale, zero_point, recipe)
+        return _ternary(layer, codes, scale).train(layer.training)
+    return _FORMS[type(layer)]._of(layer, codes, scale, zero_point)
+
+
+def _ternary(layer: QATLinear, codes: Tensor, scale: Tensor) -> TernaryLinear:
+    recipe, bias = layer.recipe, layer.bias
+    if not codes.is_meta:
+        return TernaryLinear.from_codes(
+            codes, scale, bias, granularity=recipe.granularity, group_size=recipe.group_size
+        )
+    ternary = TernaryLinear(
+        layer.in_features,
+        layer.out_features,
+        bias is not None,
+        "meta",
+        granularity=recipe.granularity,
+        group_size=recipe.group_size,
+    )
+    if bias is not None:
+        ternary.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return ternary

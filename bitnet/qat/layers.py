@@ -1,0 +1,244 @@
+"""Layers for quantization-aware training: float weights, quantized arithmetic.
+
+    layer = QATLinear.from_float(nn.Linear(64, 32), Recipe(weights="int", bits=4))
+
+A QAT layer *is* the torch layer it replaces: the same Parameters under the same names, so that
+optimizers, checkpoints and tied weights do not notice. Its forward depends on two plain numbers,
+
+    lambda_w, lambda_a = 0, 0     the float layer
+    in between                    the float operation on w + lambda_w (w_hat - w), x likewise
+    1, 1 (from the start)         what the integer layer computes
+
+which a schedule may move (schedule.py). In the last state the *value* is the exact integer product
+of the codes (product.py), so the converted layer (integer.py) gives the same outputs to the last
+bit; the *gradient* is that of the float operation at x_hat and w_hat, handed on straight-through.
+Without quantized activations (``activations = "none"``) it is the float operation on w_hat.
+
+In BitNet's recipe a QATLinear is a :class:`bitnet.BitLinear` to the last bit, gradients too.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet.qat.observers import Observer, make_observer
+from bitnet.qat.product import Codes, ConvOp, LinearOp, Op, exact_product
+from bitnet.qat.quantizers import (
+    fake_quantize_activation,
+    fake_quantize_weight,
+    initial_step,
+    static_range,
+    weight_codes,
+)
+from bitnet.qat.recipe import LEARNED, Recipe
+from bitnet.quant import output_dtype, ternary_linear_ste
+
+
+class QATLayer(nn.Module):
+    """What QAT layers share. They are made by ``from_float``.
+
+    Attributes:
+        recipe: what is quantized, and how.
+        lambda_w, lambda_a: how far weights and activations are quantized, 0 to 1.
+        weight_step: the learned scale of "lsq" and "seq*", else None.
+        input_observer: of static activations, else None. It observes in training mode, until
+            frozen.
+    """
+
+    recipe: Recipe
+    lambda_w: float
+    lambda_a: float
+    weight: Tensor
+    weight_step: nn.Parameter | None
+    input_observer: Observer | None
+
+    def _adopt(self, module: nn.Module, recipe: Recipe, observed: bool) -> Self:
+        """Take a module's weight, bias and mode."""
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(self, name, parameter)
+        self.recipe, self.lambda_w, self.lambda_a = recipe, 1.0, 1.0
+        step = None
+        if recipe.weights in LEARNED:
+            start = initial_step(self.weight.flatten(1), recipe)
+            step = nn.Parameter(start, requires_grad=self.weight.requires_grad)
+        self.weight_step = step
+        observed = observed and recipe.activations == "static"
+        self.input_observer = make_observer(recipe).to(self.weight.device) if observed else None
+        return self.train(module.training)
+
+    @torch.no_grad()
+    def initialize_step(self) -> None:
+        """Set the learned scale, if there is one, from the weights as they are now; for a schedule
+        that begins to quantize weights that trained in full precision until then."""
+        if self.weight_step is not None:
+            self.weight_step.copy_(initial_step(self.weight.flatten(1), self.recipe))
+
+    @torch.no_grad()
+    def quantize(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes int8 ``[N, K]``, scale and zero point (or None) of the weight now; a
+        convolution's weight is the matrix ``[out_channels, in_channels / groups * kernel]``."""
+        return weight_codes(self.weight.flatten(1), self.recipe, self.weight_step)
+
+    def _fake_weight(self) -> tuple[Codes, Tensor]:
+        """Codes, and the differentiable fp32 matrix that the forward uses."""
+        w = self.weight.flatten(1).float()  # a bf16 w_hat would round its scale
+        codes, scale, zero_point, hat = fake_quantize_weight(w, self.recipe, self.weight_step)
+        return Codes(codes, scale, zero_point), _between(w, hat, self.lambda_w)
+
+    def extra_repr(self) -> str:
+        """As the torch layer's, with the recipe."""
+        return f"{super().extra_repr()}, recipe={self.recipe}"
+
+
+def _between(value: Tensor, hat: Tensor, share: float) -> Tensor:
+    if share in (0, 1):
+        return hat if share else value
+    return torch.lerp(value, hat.to(value.dtype), share)
+
+
+class _ProductLayer(QATLayer):
+    """A linear layer or a convolution."""
+
+    bias: Any  # nn.Parameter | None; torch's layers disagree on its type
+    op: Op
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As the torch layer's; with autocast in its dtype.
+
+        A NaN or infinity in a token (a sample, for convolutions) makes that token's outputs NaN,
+        no other's; with static activations all of the batch's.
+
+        Raises:
+            TypeError, ValueError: an input of another dtype or shape; in eval mode a static range
+            that nothing has calibrated.
+        """
+        observer, recipe = self.input_observer, self.recipe
+        if observer is not None and self.training:
+            observer.observe(input.detach())
+        if self.lambda_w == self.lambda_a == 0:
+            return super().forward(input)
+        exact = self.lambda_w == self.lambda_a == 1 and recipe.activations != "none"
+        if exact and recipe.is_bitnet and isinstance(self.op, LinearOp):
+            return self._bitnet(input)
+        x = self.op.batched(input)
+        w, w_used = self._fake_weight()
+        if recipe.activations == "none" or self.lambda_a == 0:
+            y = self.op.floating(x, w_used, self.bias, output_dtype(x))
+            return self.op.unbatched(y, input)
+        scale, zero_point = self.input_range(check=not self.training)
+        codes, s_x, z_x, x_hat = fake_quantize_activation(
+            x, recipe, scale, zero_point, self.op.per_sample
+        )
+        if exact:
+            x_codes = Codes(codes, s_x, z_x)
+            y = exact_product(self.op, x_codes, x_hat, w, w_used, self.bias, recipe.group_size)
+        else:
+            x_used = _between(x, x_hat, self.lambda_a)
+            y = self.op.floating(x_used, w_used, self.bias, output_dtype(x))
+        return self.op.unbatched(y, input)
+
+    def _bitnet(self, x: Tensor) -> Tensor:
+        """The same values, by way of BitLinear's own function: it saves codes, not floats, for the
+        backward, and rounds its gradients in its own order."""
+        recipe = self.recipe
+        return ternary_linear_ste(
+            x,
+            self.weight,
+            self.bias,
+            recipe.granularity,
+            recipe.group_size,
+            recipe.gradient,
+            recipe.gradient_c,
+        )
+
+    def input_range(self, check: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """Scale fp32 ``[]`` and zero point (or None) of static activations; (None, None) of others.
+
+        Raises ValueError where the observer has seen nothing, unless told not to check, which
+        waits for the device.
+        """
+        observer, recipe = self.input_observer, self.recipe
+        if observer is None:
+            return None, None
+        if check and not observer.n_seen.is_meta and int(observer.n_seen) == 0:
+            raise ValueError(
+                "input_observer: has seen no input; run calibrate(), or train, before evaluation"
+            )
+        low, high = observer.range()
+        return static_range(low, high, recipe.activation_bits, recipe.activation_symmetric)
+
+
+class QATLinear(_ProductLayer, nn.Linear):
+    """``nn.Linear`` under fake quantization: float ``[..., K]`` -> ``[..., N]``."""
+
+    @classmethod
+    def from_float(cls, module: nn.Linear, recipe: Recipe) -> Self:
+        """With the same Parameters; hooks are not carried over."""
+        bias = module.bias is not None
+        layer = cls(module.in_features, module.out_features, bias, "meta")
+        layer.op = LinearOp(module.in_features, module.out_features)
+        return layer._adopt(module, recipe, observed=True)
+
+
+class QATConv1d(_ProductLayer, nn.Conv1d):
+    """``nn.Conv1d`` under fake quantization: ``[B, C, L]`` or ``[C, L]``."""
+
+    @classmethod
+    def from_float(cls, module: nn.Conv1d, recipe: Recipe) -> Self:
+        """With the same Parameters; hooks are not carried over. ValueError: padding that is not
+        zeros."""
+        layer = cls(**_conv_options(module))
+        layer.op = ConvOp.of(module)
+        return layer._adopt(module, recipe, observed=True)
+
+
+class QATConv2d(_ProductLayer, nn.Conv2d):
+    """``nn.Conv2d`` under fake quantization: ``[B, C, H, W]`` or ``[C, H, W]``."""
+
+    @classmethod
+    def from_float(cls, module: nn.Conv2d, recipe: Recipe) -> Self:
+        """With the same Parameters; hooks are not carried over. ValueError: padding that is not
+        zeros."""
+        layer = cls(**_conv_options(module))
+        layer.op = ConvOp.of(module)
+        return layer._adopt(module, recipe, observed=True)
+
+
+def _conv_options(module: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
+    if module.padding_mode != "zeros":
+        raise ValueError(
+            f"padding_mode: only 'zeros' has an integer form here, got {module.padding_mode!r}"
+        )
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    options = {name: getattr(module, name) for name in names}
+    return options | {"groups": module.groups, "bias": module.bias is not None, "device": "meta"}
+
+
+class QATEmbedding(QATLayer, nn.Embedding):
+    """``nn.Embedding`` of quantized rows: int ``[...]`` -> ``[..., K]`` in the weight's dtype."""
+
+    @classmethod
+    def from_float(cls, module: nn.Embedding, recipe: Recipe) -> Self:
+        """With the same Parameter; hooks are not carried over. ValueError: ``max_norm``, which
+        rewrites the weight in its forward, and sparse gradients, which have no straight-through
+        form here. "sign" and "seq" have no code for 0, so neither has a padding row of theirs."""
+        if module.max_norm is not None or module.sparse:
+            raise ValueError("an nn.Embedding with max_norm or sparse gradients is not supported")
+        layer = cls(
+            module.num_embeddings,
+            module.embedding_dim,
+            module.padding_idx,
+            scale_grad_by_freq=module.scale_grad_by_freq,
+            device="meta",
+        )
+        return layer._adopt(module, recipe, observed=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of w_hat; ``lambda_a`` has no meaning here."""
+        if self.lambda_w == 0:
+            return super().forward(input)
+        _, w = self._fake_weight()
+        rows = F.embedding(input, w, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        return rows.to(self.weight.dtype)

@@ -1,0 +1,224 @@
+"""Observers: what range the activations of a layer have, for scales that are fixed beforehand.
+
+    observer = make_observer(recipe)
+    observer.observe(x)                       as often as there are batches; never waits for a GPU
+    low, high = observer.range()              -> bitnet.qat.quantizers.static_range
+
+| observer         | range                                                                      |
+|------------------|----------------------------------------------------------------------------|
+| "minmax"         | of all values seen                                                         |
+| "moving_average" | of a batch, averaged: old * momentum + new * (1 - momentum)                |
+| "percentile"     | the middle p percent of a batch, averaged the same way: outliers cut       |
+| "mse"            | that with the least squared error of quantization, summed over the batches |
+
+A frozen observer no longer moves, so neither does the scale. A batch with NaN or infinity, or with
+no values, leaves the range as it was.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from bitnet.qat.quantizers import static_codes, static_range
+from bitnet.qat.recipe import Recipe
+from bitnet_kernels.reference import EPS
+
+
+class Observer(nn.Module):
+    """Finds the range of the values shown to it; the subclasses say how.
+
+    State: ``low``, ``high`` fp32 ``[]``, both 0 until a batch was seen (they stay fp32 under
+    ``.to(dtype)``); ``n_seen`` int64 ``[]``, batches that counted; ``bad`` int64 ``[]``, batches
+    left out for NaN or infinity. ``observing`` and ``frozen`` are plain attributes: whoever sets
+    them by a schedule sets them again after loading a checkpoint.
+    """
+
+    low: Tensor
+    high: Tensor
+    n_seen: Tensor
+    bad: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observing, self.frozen = True, False
+        for name in ("low", "high"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32))
+        for name in ("n_seen", "bad"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Take a float batch of any shape into account; nothing where frozen or disabled."""
+        if self.frozen or not self.observing or x.numel() == 0:
+            return
+        x = x.detach().float()
+        finite = x.isfinite().all()
+        # Both sides are computed and one is taken: a branch would wait for the device.
+        new = self._update(torch.where(finite, x, 0.0))
+        for name, value in new.items():
+            buffer: Tensor = getattr(self, name)
+            buffer.copy_(torch.where(finite, value, buffer))
+        self.n_seen += finite
+        self.bad += ~finite
+
+    def _update(self, x: Tensor) -> dict[str, Tensor]:
+        """Buffers, by name, as they are after a finite batch."""
+        raise NotImplementedError
+
+    def freeze(self) -> None:
+        """Keep the range from now on."""
+        self.frozen = True
+
+    def unfreeze(self) -> None:
+        """Let the range move again."""
+        self.frozen = False
+
+    def enable(self) -> None:
+        """Observe (as a new observer does)."""
+        self.observing = True
+
+    def disable(self) -> None:
+        """Ignore what is shown."""
+        self.observing = False
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """low, high: fp32 ``[]``."""
+        return self.low, self.high
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Observer":
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():  # .to(dtype), .half(): move, but do not round
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def extra_repr(self) -> str:
+        """The modes."""
+        return f"observing={self.observing}, frozen={self.frozen}"
+
+
+class MinMax(Observer):
+    """The range of all values seen."""
+
+    def _update(self, x: Tensor) -> dict[str, Tensor]:
+        low, high = x.aminmax()
+        first = self.n_seen == 0
+        return {
+            "low": torch.where(first, low, torch.minimum(self.low, low)),
+            "high": torch.where(first, high, torch.maximum(self.high, high)),
+        }
+
+
+class MovingAverage(Observer):
+    """The exponential moving average of the batches' ranges; the first batch sets it."""
+
+    def __init__(self, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+
+    def _update(self, x: Tensor) -> dict[str, Tensor]:
+        first = self.n_seen == 0
+        averaged = {}
+        for name, new in zip(("low", "high"), self._batch_range(x), strict=True):
+            moved = self.momentum * getattr(self, name) + (1 - self.momentum) * new
+            averaged[name] = torch.where(first, new, moved)
+        return averaged
+
+    def _batch_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = x.aminmax()
+        return low, high
+
+
+class Percentile(MovingAverage):
+    """As :class:`MovingAverage`, of ranges that leave out (100 - percentile) / 2 percent of a
+    batch's values at each end.
+
+    The ends are values of the batch, the outer ones where the share falls between two: at least
+    ``percentile`` percent lie inside. Selection takes all values (``torch.quantile`` stops at
+    2^24), and without a full sort.
+    """
+
+    def __init__(self, momentum: float, percentile: float) -> None:
+        super().__init__(momentum)
+        self.tail = (100 - percentile) / 200
+
+    def _batch_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.flatten()
+        outer = math.floor(self.tail * (x.numel() - 1)) + 1
+        low = x.topk(outer, largest=False, sorted=False).values.amax()
+        return low, x.topk(outer, sorted=False).values.amin()
+
+
+class MeanSquaredError(Observer):
+    """The clip c of [-c, c], within the range seen, with the least squared error of the codes.
+
+    The candidates are c = 2^(e/12) for the 61 integers e up to the first whose c holds all values
+    seen, so down to 1/32 of their maximum. Each keeps its sum of squared errors over the batches,
+    and no batch is kept. A greater maximum moves the candidates up. A new one was too wide for the
+    batches before, where its error is of rounding alone, which grows with c^2.
+
+    A batch is quantized 61 times: meant for calibration rather than for every step.
+    """
+
+    PER_OCTAVE = 12
+    N_CANDIDATES = 61
+
+    seen_low: Tensor
+    seen_high: Tensor
+    top: Tensor
+    errors: Tensor
+
+    def __init__(self, bits: int, symmetric: bool) -> None:
+        super().__init__()
+        self.bits, self.symmetric = bits, symmetric
+        for name in ("seen_low", "seen_high"):  # 0 is in every range
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32))
+        lowest = math.ceil(self.PER_OCTAVE * math.log2(EPS))
+        self.register_buffer("top", torch.tensor(lowest, dtype=torch.int64))
+        self.register_buffer("errors", torch.zeros(self.N_CANDIDATES, dtype=torch.float64))
+
+    def _update(self, x: Tensor) -> dict[str, Tensor]:
+        low, high = x.aminmax()
+        low, high = torch.minimum(self.seen_low, low), torch.maximum(self.seen_high, high)
+        absmax = torch.maximum(-low, high).clamp(min=EPS)
+        top = torch.maximum(self.top, (absmax.log2() * self.PER_OCTAVE).ceil().long())
+        below = torch.arange(self.N_CANDIDATES, device=x.device)
+        new = (top - self.top - below).clamp(min=0)  # places above the old top, of the new ones
+        errors = self.errors[(below - (top - self.top)).clamp(min=0)]
+        errors = errors * torch.exp2(new.double() * (2 / self.PER_OCTAVE))
+        clips = torch.exp2((top - below).double() / self.PER_OCTAVE).float()
+        lows, highs = torch.maximum(-clips, low), torch.minimum(clips, high)
+        errors = errors + torch.stack(
+            [self._error(x, *ends) for ends in zip(lows, highs, strict=True)]
+        )
+        best = errors.argmin(0, keepdim=True)  # to select by: an index of [] would be read back
+        return {
+            "low": lows.index_select(0, best)[0],
+            "high": highs.index_select(0, best)[0],
+            "seen_low": low,
+            "seen_high": high,
+            "top": top,
+            "errors": errors,
+        }
+
+    def _error(self, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        scale, zero_point = static_range(low, high, self.bits, self.symmetric)
+        values = static_codes(x, scale, zero_point, self.bits).float()
+        if zero_point is not None:
+            values = values - zero_point
+        return (x - values * scale).square().sum(dtype=torch.float64)
+
+
+def make_observer(recipe: Recipe) -> Observer:
+    """The observer that a recipe with static activations asks for."""
+    if recipe.observer == "minmax":
+        return MinMax()
+    if recipe.observer == "moving_average":
+        return MovingAverage(recipe.observer_momentum)
+    if recipe.observer == "percentile":
+        return Percentile(recipe.observer_momentum, recipe.percentile)
+    return MeanSquaredError(recipe.activation_bits, recipe.activation_symmetric)

@@ -1,0 +1,113 @@
+"""What to quantize and how: one small dataclass, the ``[quant]`` section of a config.
+
+    Recipe(weights="int", bits=4, granularity="group")              4-bit weights, int8 activations
+    Recipe(weights="absmean", granularity="tensor")                 BitNet b1.58, W1.58A8
+    Recipe(weights="int", bits=8, activations="static")             what a microcontroller runs
+
+The same recipe drives fake quantization (layers.py), the PTQ baselines (ptq.py) and the integer
+form (integer.py), so that their results differ in the method and in nothing else.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from bitnet.quant import GradMask, Granularity
+from bitnet.schema import STRICT
+
+WeightQuantizer = Literal[
+    "none", "int", "absmean", "absmedian", "twn", "sign", "lsq", "seq", "seq_ternary"
+]
+ActivationQuantizer = Literal["none", "absmax", "static"]
+ObserverKind = Literal["minmax", "moving_average", "percentile", "mse"]
+ModuleKind = Literal["linear", "conv1d", "conv2d", "embedding"]
+
+
+def _matrices() -> list[ModuleKind]:
+    return ["linear", "conv1d", "conv2d"]
+
+
+TERNARY = ("absmean", "absmedian", "twn", "seq_ternary")
+LEARNED = ("lsq", "seq", "seq_ternary")
+"""Weight quantizers whose scale is a parameter."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Recipe:
+    """The ``[quant]`` section: weights, activations, granularity, and which modules."""
+
+    weights: WeightQuantizer = "none"
+    """"none": full precision; "int": symmetric or affine integers of `bits`; ternary: "absmean"
+    (BitNet b1.58), "absmedian", "twn", "seq_ternary"; "sign": 1 bit; learned scales: "lsq" of
+    `bits`, "seq" of 2 bits"""
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    """of integer weights ("int", "lsq"); the other quantizers have their own"""
+    symmetric: bool = True
+    """integer weights: codes around 0 ("int"); false: affine, with a zero point"""
+    granularity: Granularity = "row"
+    """one weight scale a "tensor", a "row" (output channel) or a "group" of columns"""
+    group_size: Annotated[int, Field(ge=1)] = 128
+    """columns a group, for granularity "group"."""
+    alpha: Annotated[float, Field(gt=0, lt=2)] = 0.5
+    """ternary thresholds in units of the statistic ("absmean", "absmedian"); "twn" has 0.7"""
+    gradient: GradMask = "none"
+    """weights that receive no gradient: "none" (the identity), "clip" or "trust"; see
+    bitnet/qat/quantizers.py"""
+    gradient_c: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """bound of that mask in units of the scale"""
+    activations: ActivationQuantizer = "absmax"
+    """"absmax": a scale a token, found as it comes; "static": one scale from observers; "none":
+    weights only"""
+    activation_bits: Annotated[int, Field(ge=4, le=8)] = 8
+    """of activations"""
+    activation_symmetric: bool = True
+    """static activations: codes around 0; false: affine, with a zero point"""
+    observer: ObserverKind = "moving_average"
+    """static activations: what finds their range"""
+    observer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """of "moving_average" and "percentile": share of the old range that a batch leaves"""
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    """of "percentile": share of the values inside the range, in percent"""
+    modules: list[ModuleKind] = Field(default_factory=_matrices)
+    """kinds of modules to quantize"""
+    include: list[str] = Field(default_factory=list)
+    """names, paths or patterns of modules to quantize; empty: all"""
+    skip: list[str] = Field(default_factory=list)
+    """names, paths or patterns of modules to leave in full precision"""
+    keep_first_last: bool = True
+    """leave the model's first and last layer (of any kind) in full precision"""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is quantized."""
+        return self.weights != "none"
+
+    @property
+    def weight_bits(self) -> float:
+        """Bits a weight carries: log2 of the number of levels."""
+        if self.weights in TERNARY:
+            return 1.58
+        return {"none": 32.0, "sign": 1.0, "seq": 2.0}.get(self.weights, float(self.bits))
+
+    @property
+    def storage_bits(self) -> int:
+        """Bits a weight takes where codes are packed one by one: 2 for ternary."""
+        if self.weights in TERNARY or self.weights == "seq":
+            return 2
+        return 1 if self.weights == "sign" else self.bits
+
+    @property
+    def is_bitnet(self) -> bool:
+        """Whether a layer of this recipe computes what :class:`bitnet.BitLinear` does."""
+        ternary = self.weights == "absmean" and self.alpha == 0.5
+        return ternary and self.activations == "absmax" and self.activation_bits == 8
+
+    def __str__(self) -> str:
+        """Short, as in tables: ``W4A8 int row``."""
+        if not self.enabled:
+            return "full precision"
+        bits = f"{self.weight_bits:.3g}"
+        activations = "A16" if self.activations == "none" else f"A{self.activation_bits}"
+        grain = f"group {self.group_size}" if self.granularity == "group" else self.granularity
+        return f"W{bits}{activations} {self.weights} {grain}"

@@ -1,0 +1,539 @@
+"""The exact integer product and the QAT layers against numpy in int64 and plain autograd."""
+
+import copy
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet.linear import BitLinear
+from bitnet.qat import product
+from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLinear
+from bitnet.qat.product import Codes, ConvOp, int_matmul, quantized_linear
+from bitnet.qat.quantizers import fake_quantize_activation, fake_quantize_weight
+from bitnet.qat.recipe import Recipe
+from bitnet_kernels import reference
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Activations = Literal["none", "absmax", "static"]
+Granularity = Literal["tensor", "row", "group"]
+
+
+def random_codes(*shape: int, low: int = -128, high: int = 127) -> Tensor:
+    return torch.randint(low, high + 1, shape, dtype=torch.int8)
+
+
+def centred(codes: Tensor, zero_point: Tensor | None, group_size: int = 1) -> Array:
+    """codes - zero_point in int64, the zero point of a tensor, of rows or of groups."""
+    values = codes.numpy().astype(np.int64)
+    if zero_point is None:
+        return values
+    zero = zero_point.numpy().astype(np.int64)
+    if zero.ndim == 1:
+        zero = zero[:, None]
+    elif zero.ndim == 2:
+        zero = np.repeat(zero, group_size, 1)[:, : values.shape[1]]
+    return values - zero
+
+
+def oracle(x: Codes, w: Codes, bias: Tensor | None, group_size: int) -> Array:
+    """The stated arithmetic in numpy: int64 sums, then fp32 operations one by one."""
+    a, b = centred(x.codes, x.zero_point), centred(w.codes, w.zero_point, group_size)
+    s_x = np.broadcast_to(x.scale.numpy(), a.shape[:1])[:, None]
+    s_w = w.scale.numpy()
+    if s_w.ndim < 2:
+        y = ((a @ b.T).astype(np.float32) * s_x) * s_w
+    else:
+        y = np.zeros((len(a), len(b)), np.float32)
+        for g in range(s_w.shape[1]):
+            columns = slice(g * group_size, (g + 1) * group_size)
+            acc = a[:, columns] @ b[:, columns].T
+            y = y + (acc.astype(np.float32) * s_x) * s_w[:, g]
+    return y if bias is None else y + bias.detach().numpy()
+
+
+def conv_oracle(
+    x: Codes, w: Codes, bias: Tensor | None, group_size: int, conv: nn.Conv1d | nn.Conv2d
+) -> Array:
+    """A convolution patch by patch: each output position is a linear layer's token."""
+    dims, (batch, n) = len(conv.kernel_size), (len(x.codes), conv.out_channels)
+    values = centred(x.codes, x.zero_point)
+    pads = []
+    for axis in range(dims):
+        if conv.padding == "same":
+            total = conv.dilation[axis] * (conv.kernel_size[axis] - 1)
+            pads.append((total // 2, total - total // 2))
+        else:
+            pads.append((0, 0) if conv.padding == "valid" else (int(conv.padding[axis]),) * 2)
+    values = np.pad(values, [(0, 0), (0, 0), *pads])
+    spans = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    size = [(values.shape[2 + i] - spans[i]) // conv.stride[i] + 1 for i in range(dims)]
+    scales = np.broadcast_to(x.scale.numpy(), (batch,))
+    per_group = conv.in_channels // conv.groups
+    y = np.zeros((batch, n, *size), np.float32)
+    for b, *position in np.ndindex(batch, *size):
+        window = [slice(None)] + [
+            slice(p * conv.stride[i], p * conv.stride[i] + spans[i], conv.dilation[i])
+            for i, p in enumerate(position)
+        ]
+        patch = values[b][tuple(window)]
+        for g in range(conv.groups):
+            outputs = slice(g * n // conv.groups, (g + 1) * n // conv.groups)
+            k = patch[g * per_group : (g + 1) * per_group].reshape(1, -1)
+            token = Codes(torch.from_numpy(k), torch.tensor([scales[b]]), None)
+            rows = Codes(*(t if t is None or t.dim() == 0 else t[outputs] for t in w))
+            group_bias = None if bias is None else bias[outputs]
+            y[(b, outputs, *position)] = oracle(token, rows, group_bias, group_size)[0]
+    return y
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (2, 3, 1025), (17, 9, 2500), (0, 3, 4)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_integer_product_is_exact(shape: tuple[int, int, int], autocast: bool) -> None:
+    m, n, k = shape
+    a, b = random_codes(m, k), random_codes(n, k)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        acc = int_matmul(a, b)
+        batched = int_matmul(a.expand(2, m, k), b.expand(2, n, k))
+    assert acc.dtype == torch.int32
+    assert np.array_equal(acc.numpy(), a.numpy().astype(np.int64) @ b.numpy().astype(np.int64).T)
+    assert torch.equal(batched, torch.stack([acc, acc]))
+
+
+def test_integer_product_at_its_extremes() -> None:
+    """All products of one sign and of the largest size, where pairs of them overflow int16."""
+    for k in (2, 1024, 1025, 5000):
+        least = torch.full((1, k), -128, dtype=torch.int8)
+        assert int_matmul(least, least).item() == 128 * 128 * k
+        assert int_matmul(least, -1 - least).item() == -128 * 127 * k
+
+
+def test_zero_points_beyond_int32() -> None:
+    """255 * 255 * 40000 > 2^31."""
+    k = 40_000
+    one, zero = torch.ones(()), torch.tensor(-128, dtype=torch.int32)
+    most = Codes(torch.full((1, k), 127, dtype=torch.int8), one, zero)
+    assert quantized_linear(most, most, None, torch.float64).item() == np.float32(255 * 255 * k)
+    least = Codes(torch.full((1, k), -128, dtype=torch.int8), one, -1 - zero)
+    y = quantized_linear(most, least, None, torch.float64)
+    assert y.item() == np.float32(-255 * 255 * k)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+@pytest.mark.parametrize("zero_x", [False, True])
+@pytest.mark.parametrize("zero_w", [False, True])
+def test_quantized_linear_in_the_stated_order(
+    granularity: Granularity, zero_x: bool, zero_w: bool
+) -> None:
+    for m, n, k, group_size in [(1, 1, 1, 4), (3, 5, 13, 4), (7, 2, 64, 16), (2, 3, 1100, 512)]:
+        shape = {"tensor": (), "row": (n,), "group": (n, -(-k // group_size))}[granularity]
+        zero = torch.randint(-128, 128, shape, dtype=torch.int32) if zero_w else None
+        w = Codes(random_codes(n, k), torch.rand(shape), zero)
+        zero = torch.randint(-128, 128, (), dtype=torch.int32) if zero_x else None
+        x = Codes(random_codes(m, k), torch.rand(() if zero_x else (m,)), zero)
+        for bias in (None, torch.randn(n)):
+            y = quantized_linear(x, w, bias, torch.float32, group_size)
+            assert np.array_equal(y.numpy(), oracle(x, w, bias, group_size))
+            half = quantized_linear(x, w, bias, torch.bfloat16, group_size)
+            assert torch.equal(half, y.bfloat16())
+            ternary = Codes(w.codes.sign(), w.scale, None)
+            if not zero_x:
+                expected = reference.scaled_matmul(
+                    x.codes, x.scale, ternary.codes, w.scale, bias, torch.float32, group_size
+                )
+                y = quantized_linear(x, ternary, bias, torch.float32, group_size)
+                assert torch.equal(y, expected)
+
+
+CONVS: list[dict[str, Any]] = [
+    {"kernel_size": 3},
+    {"kernel_size": 1, "bias": False},
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": 2, "padding": "same"},
+    {"kernel_size": 4, "padding": "same", "dilation": 2, "bias": False},
+    {"kernel_size": 3, "padding": "valid", "groups": 2},
+    {"kernel_size": 3, "padding": 2, "groups": 4, "dilation": 2},
+]
+
+
+def convolutions() -> list[tuple[nn.Conv1d | nn.Conv2d, Tensor]]:
+    made: list[tuple[nn.Conv1d | nn.Conv2d, Tensor]] = []
+    for options in CONVS:
+        made.append((nn.Conv1d(4, 8, **options), torch.randn(3, 4, 11)))
+        made.append((nn.Conv2d(4, 8, **options), torch.randn(2, 4, 7, 9)))
+    uneven: dict[str, Any] = {"kernel_size": (3, 2), "stride": (1, 2), "padding": (2, 0)}
+    made.append((nn.Conv2d(2, 6, **uneven, dilation=(1, 3), groups=2), torch.randn(2, 2, 5, 8)))
+    return made
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+def test_convolution_patch_by_patch(granularity: Granularity) -> None:
+    for conv, x in convolutions():
+        n, k = conv.weight.flatten(1).shape
+        shape = {"tensor": (), "row": (n,), "group": (n, -(-k // 5))}[granularity]
+        for affine in (False, True):
+            zero_w = torch.randint(-128, 128, shape, dtype=torch.int32) if affine else None
+            zero_x = torch.randint(-128, 128, (), dtype=torch.int32) if affine else None
+            w = Codes(random_codes(n, k), torch.rand(shape), zero_w)
+            scale = torch.rand(()) if affine else torch.rand(len(x))
+            codes = Codes(random_codes(*x.shape), scale, zero_x)
+            y = ConvOp.of(conv).exact(codes, w, conv.bias, torch.float32, 5).detach()
+            assert np.array_equal(y.numpy(), conv_oracle(codes, w, conv.bias, 5, conv)), conv
+
+
+def layers() -> list[tuple[Any, Any, Tensor]]:
+    """(float layer, QAT class, input)"""
+    made: list[tuple[Any, Any, Tensor]] = [
+        (nn.Linear(13, 5), QATLinear, torch.randn(6, 13)),
+        (nn.Linear(1, 3, bias=False), QATLinear, torch.randn(2, 1)),
+    ]
+    for conv, x in convolutions():
+        made.append((conv, QATConv1d if isinstance(conv, nn.Conv1d) else QATConv2d, x))
+    return made
+
+
+QUANTIZERS: list[dict[str, Any]] = [
+    {"weights": "int", "bits": 3},
+    {"weights": "int", "bits": 8, "symmetric": False},
+    {"weights": "absmean"},
+    {"weights": "sign"},
+    {"weights": "lsq", "bits": 4},
+    {"weights": "seq"},
+]
+
+
+@pytest.mark.parametrize("options", QUANTIZERS, ids=str)
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+@pytest.mark.parametrize("activations", ["absmax", "static", "affine"])
+def test_forward_is_the_integer_product(
+    options: dict[str, Any], granularity: Granularity, activations: str
+) -> None:
+    recipe = Recipe(
+        **options,
+        granularity=granularity,
+        group_size=5,
+        activations="absmax" if activations == "absmax" else "static",
+        activation_symmetric=activations != "affine",
+        activation_bits=5,
+        observer="minmax",
+    )
+    for module, qat, x in layers()[:6]:
+        layer = qat.from_float(module, recipe)
+        if activations != "absmax":
+            layer(0.8 * x)  # some values of x lie outside the range
+            layer.eval()
+        w = Codes(*layer.quantize())
+        found = fake_quantize_activation(
+            x, recipe, *layer.input_range(), per_sample=qat is not QATLinear
+        )
+        codes = Codes(found.codes, found.scale, found.zero_point)
+        if qat is QATLinear:
+            expected = oracle(codes, w, module.bias, 5)
+        else:
+            expected = conv_oracle(codes, w, module.bias, 5, module)
+        assert np.array_equal(layer(x).detach().numpy(), expected)
+
+
+def test_scale_of_a_token_and_of_a_sample() -> None:
+    """Hand-computed: 4 bits, so the largest value of each token or sample has code 7."""
+    recipe = Recipe(weights="int", bits=8, activation_bits=4)
+    linear = nn.Linear(2, 1, bias=False)
+    linear.weight.data = torch.tensor([[127.0, -127.0]])
+    layer = QATLinear.from_float(linear, recipe)
+    x = torch.tensor([[7.0, 0.4], [14.0, 3.2]])  # scales 1 and 2
+    assert torch.equal(layer(x), torch.tensor([[7.0 * 127], [10.0 * 127]]))
+    conv = nn.Conv1d(2, 1, 1, bias=False)
+    conv.weight.data = torch.tensor([[[127.0], [-127.0]]])
+    samples = QATConv1d.from_float(conv, recipe)
+    x = torch.tensor([[[7.0, 1.3], [0.4, -2.0]], [[14.0, 1.3], [3.2, -2.0]]])
+    expected = torch.tensor([[[7.0, 3.0]], [[10.0, 4.0]]]) * 127
+    assert torch.equal(samples(x), expected)
+
+
+def reference_gradients(
+    layer: Any, module: Any, x: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """By plain autograd of the float operation, on leaves that hold the quantized values."""
+    w_hat = fake_quantize_weight(layer.weight.flatten(1), layer.recipe, layer.weight_step).hat
+    per_sample = not isinstance(module, nn.Linear)
+    x_hat = fake_quantize_activation(
+        x, layer.recipe, *layer.input_range(), per_sample=per_sample
+    ).hat
+    twin = copy.deepcopy(module)
+    twin.weight.data = w_hat.detach().reshape(module.weight.shape).clone()
+    x_leaf = x_hat.detach().clone().requires_grad_()
+    twin(x_leaf).backward(dy)
+    assert x_leaf.grad is not None
+    return x_leaf.grad, twin.weight.grad, None if twin.bias is None else twin.bias.grad
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize("activations", ["absmax", "static"])
+def test_gradients_are_those_at_the_quantized_values(activations: Activations) -> None:
+    recipe = Recipe(weights="int", bits=3, activations=activations, observer="minmax")
+    for module, qat, x in layers():
+        layer = qat.from_float(copy.deepcopy(module), recipe)
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf)
+        dy = torch.randn_like(y)
+        y.backward(dy)
+        dx, dw, db = reference_gradients(layer, module, x, dy)
+        # the identity from there on: no value lies outside the range of min-max
+        torch.testing.assert_close(leaf.grad, dx, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.weight.grad, dw, rtol=1e-5, atol=1e-5)
+        if db is not None:
+            torch.testing.assert_close(layer.bias.grad, db, rtol=1e-5, atol=1e-5)
+
+
+def test_no_gradient_outside_a_static_range_and_for_saturated_weights() -> None:
+    recipe = Recipe(weights="absmean", gradient="clip", activations="static", observer="minmax")
+    layer = QATLinear.from_float(nn.Linear(8, 3), recipe)
+    layer(torch.rand(50, 8))
+    assert layer.input_observer is not None
+    layer.input_observer.freeze()
+    x = (3 * torch.rand(4, 8)).requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    assert torch.equal(x.grad == 0, x > layer.input_observer.high)
+    mask = layer.weight.abs() <= layer.quantize()[1].unsqueeze(1)
+    assert torch.equal(layer.weight.grad != 0, mask)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+@pytest.mark.parametrize("gradient", ["none", "clip", "trust"])
+def test_bitnet_recipe_is_bitlinear_to_the_bit(
+    granularity: Granularity, gradient: Literal["none", "clip", "trust"]
+) -> None:
+    recipe = Recipe(weights="absmean", granularity=granularity, group_size=16, gradient=gradient)
+    for shape in [(1, 1, 1), (5, 7, 33), (4, 3, 300)]:
+        m, n, k = shape
+        expected = BitLinear(k, n, granularity=granularity, group_size=16, grad_mask=gradient)
+        linear = nn.Linear(k, n)
+        linear.load_state_dict(expected.state_dict())
+        layer = QATLinear.from_float(linear, recipe)
+        x1, dy = torch.randn(2, m, k), torch.randn(2, m, n)
+        x2 = x1.clone()
+        for module, x in ((expected, x1), (layer, x2)):
+            module(x.requires_grad_()).backward(dy)
+        assert torch.equal(expected(x1), layer(x2))
+        pairs = [(x1, x2), (expected.weight, layer.weight), (expected.bias, layer.bias)]
+        for a, b in pairs:
+            assert a.grad is not None
+            assert b.grad is not None
+            assert torch.equal(a.grad, b.grad)
+
+
+def test_the_general_path_gives_bitnet_values_too() -> None:
+    """Only its gradients are rounded in another order."""
+    recipe = Recipe(weights="absmean", granularity="group", group_size=16)
+    layer = QATLinear.from_float(nn.Linear(40, 6), recipe)
+    x = torch.randn(9, 40)
+    values = []
+    for bits in (8, 7):
+        layer.recipe = Recipe(
+            weights="absmean", granularity="group", group_size=16, activation_bits=bits
+        )
+        values.append(layer(x))
+    assert not torch.equal(*values)
+    assert not layer.recipe.is_bitnet
+    found = fake_quantize_activation(x, recipe)
+    codes = Codes(found.codes, found.scale, None)
+    w = Codes(*layer.quantize())
+    y = product.exact_product(layer.op, codes, found.hat, w, layer.weight, layer.bias, 16)
+    assert torch.equal(y, values[0])
+
+
+def test_lambdas_lead_from_the_float_layer_to_the_quantized_one() -> None:
+    recipe = Recipe(weights="int", bits=2, activation_bits=4)
+    for module, qat, x in layers()[:4]:
+        layer = qat.from_float(module, recipe)
+        quantized = layer(x)
+        layer.lambda_w = layer.lambda_a = 0.0
+        assert torch.equal(layer(x), module(x))
+        w_hat = fake_quantize_weight(module.weight.flatten(1), recipe).hat.view_as(module.weight)
+        x_hat = fake_quantize_activation(x, recipe, per_sample=qat is not QATLinear).hat
+        twin = copy.deepcopy(module)
+        for layer.lambda_w, layer.lambda_a in [(0.25, 0.0), (0.0, 1.0), (0.5, 0.75), (1.0, 0.0)]:
+            mixed = module.weight + layer.lambda_w * (w_hat - module.weight)
+            twin.weight.data = mixed.detach()
+            expected = twin(x + layer.lambda_a * (x_hat - x))
+            torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+        layer.lambda_w, layer.lambda_a = 1 - 1e-7, 1.0
+        torch.testing.assert_close(layer(x), quantized, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_weights_only_is_the_float_operation_on_w_hat() -> None:
+    recipe = Recipe(weights="int", bits=3, activations="none")
+    for module, qat, x in layers():
+        layer = qat.from_float(copy.deepcopy(module), recipe)
+        w_hat = fake_quantize_weight(module.weight.flatten(1), recipe).hat
+        module.weight.data = w_hat.detach().view_as(module.weight)
+        torch.testing.assert_close(layer(x), module(x), rtol=1e-6, atol=1e-6)
+        leaf = x.clone().requires_grad_()
+        layer(leaf).square().sum().backward()
+        twin = x.clone().requires_grad_()
+        module(twin).square().sum().backward()
+        torch.testing.assert_close(leaf.grad, twin.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.weight.grad, module.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("activations", ["none", "absmax", "static"])
+@pytest.mark.parametrize("lambda_", [1.0, 0.5])
+def test_autocast(activations: Activations, lambda_: float) -> None:
+    recipe = Recipe(weights="int", bits=8, activations=activations)
+    for module, qat, x in layers()[:4]:
+        layer = qat.from_float(module, recipe)
+        layer.lambda_w = layer.lambda_a = lambda_
+        full = layer(x)
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(leaf)
+        assert y.dtype == torch.bfloat16
+        if lambda_ == 1 and activations != "none":  # one cast of the same fp32 value
+            assert torch.equal(y, full.bfloat16())
+        y.float().sum().backward()
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == torch.float32
+        assert layer.weight.grad.dtype == torch.float32
+        module.zero_grad()
+
+
+def test_learned_steps_learn() -> None:
+    x = torch.randn(50, 16)
+    for weights in ("lsq", "seq", "seq_ternary"):
+        recipe = Recipe(weights=weights, bits=3)  # type: ignore[arg-type]
+        layer = QATLinear.from_float(nn.Linear(16, 4), recipe)
+        assert layer.weight_step is not None
+        assert layer.weight_step.shape == (4,)
+        layer(x).square().sum().backward()
+        assert layer.weight_step.grad is not None
+        assert bool((layer.weight_step.grad != 0).any())
+        start = layer.weight_step.detach().clone()
+        with torch.no_grad():
+            layer.weight.mul_(3)
+        layer.initialize_step()
+        torch.testing.assert_close(layer.weight_step.detach(), 3 * start)
+    plain = QATLinear.from_float(nn.Linear(16, 4), Recipe(weights="int"))
+    plain.initialize_step()
+    assert plain.weight_step is None
+    assert set(plain.state_dict()) == {"weight", "bias"}
+
+
+def test_observers_watch_in_training_only_and_until_frozen() -> None:
+    recipe = Recipe(weights="int", activations="static", observer="minmax")
+    layer = QATLinear.from_float(nn.Linear(3, 2), recipe)
+    observer = layer.input_observer
+    assert observer is not None
+    with pytest.raises(ValueError, match=r"input_observer: has seen no input; run calibrate\(\)"):
+        layer.eval()(torch.ones(1, 3))
+    layer.train()
+    layer.lambda_w = layer.lambda_a = 0.0
+    layer(torch.tensor([[1.0, -2.0, 3.0]]))
+    assert (observer.low.item(), observer.high.item()) == (-2.0, 3.0)
+    layer.eval()(torch.full((1, 3), 9.0))
+    assert observer.high.item() == 3.0
+    observer.freeze()
+    layer.train()(torch.full((1, 3), 9.0))
+    assert observer.high.item() == 3.0
+    assert "input_observer.low" in layer.state_dict()
+
+
+def test_a_bad_token_spoils_only_itself() -> None:
+    """With static activations its whole batch: a code would hide it."""
+    dynamic = Recipe(weights="int", bits=4)
+    static = Recipe(weights="int", bits=4, activations="static")
+    for module, qat, x in [layers()[0], layers()[2], layers()[3]]:
+        bad = x.clone()
+        bad[1].view(-1)[2] = float("nan")
+        layer = qat.from_float(module, dynamic)
+        y, good = layer(bad), layer(x)
+        assert y[1].isnan().all()
+        others = [i for i in range(len(x)) if i != 1]
+        assert torch.equal(y[others], good[others])
+        layer = qat.from_float(module, static)
+        layer(x)
+        assert layer.eval()(bad).isnan().all()
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (3,), (2, 0, 5), (2, 3, 5)])
+@pytest.mark.parametrize("activations", ["none", "absmax"])
+def test_leading_dimensions(leading: tuple[int, ...], activations: Activations) -> None:
+    layer = QATLinear.from_float(nn.Linear(7, 5), Recipe(weights="int", activations=activations))
+    x = torch.randn(*leading, 7, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (*leading, 5)
+    assert y.is_contiguous()
+    y.sum().backward()
+    assert x.grad is not None
+    assert torch.equal(layer(x.detach().reshape(-1, 7)).reshape(y.shape), y)
+
+
+def test_convolutions_without_a_batch_and_with_an_empty_one() -> None:
+    recipe = Recipe(weights="int")
+    for conv, x in convolutions()[:4]:
+        qat = QATConv1d if isinstance(conv, nn.Conv1d) else QATConv2d
+        layer = qat.from_float(conv, recipe)  # type: ignore[arg-type]
+        assert torch.equal(layer(x[0]), layer(x)[0])
+        assert layer(x[:0]).shape == (0, *layer(x).shape[1:])
+
+
+def test_wrong_inputs_and_modules() -> None:
+    recipe = Recipe(weights="int")
+    linear = QATLinear.from_float(nn.Linear(4, 2), recipe)
+    with pytest.raises(ValueError, match=r"input: expected shape \[..., 4\]"):
+        linear(torch.ones(2, 3))
+    with pytest.raises(TypeError, match="input: expected a floating-point tensor"):
+        linear(torch.ones(2, 4, dtype=torch.int64))
+    conv = QATConv2d.from_float(nn.Conv2d(4, 2, 3), recipe)
+    with pytest.raises(ValueError, match="input: expected 4 channels and 2 more dimensions"):
+        conv(torch.ones(2, 3, 5, 5))
+    with pytest.raises(ValueError, match="input: expected 4 channels"):
+        conv(torch.ones(4, 5))
+    with pytest.raises(ValueError, match="padding_mode: only 'zeros'"):
+        QATConv2d.from_float(nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect"), recipe)
+    for embedding in (nn.Embedding(4, 2, max_norm=1.0), nn.Embedding(4, 2, sparse=True)):
+        with pytest.raises(ValueError, match="max_norm or sparse gradients"):
+            QATEmbedding.from_float(embedding, recipe)
+
+
+def test_embedding_rows_and_gradients() -> None:
+    recipe = Recipe(weights="int", bits=4, symmetric=False)
+    module = nn.Embedding(9, 5, padding_idx=3)
+    layer = QATEmbedding.from_float(module, recipe)
+    ids = torch.tensor([[0, 3, 8], [8, 8, 1]])
+    codes, scale, zero = (None if t is None else t.numpy() for t in layer.quantize())
+    assert codes is not None
+    assert scale is not None
+    assert zero is not None
+    values = (codes - zero[:, None]).astype(np.float32) * scale[:, None]
+    assert np.array_equal(layer(ids).detach().numpy(), values[ids.numpy()])
+    layer(ids).sum().backward()
+    assert module.weight.grad is not None
+    uses = torch.bincount(ids.flatten(), minlength=9).float()
+    uses[3] = 0  # padding learns nothing
+    assert torch.equal(module.weight.grad, uses.unsqueeze(1).expand(9, 5))
+    layer.lambda_w = 0.0
+    assert torch.equal(layer(ids), module(ids))
+    layer.lambda_w = 0.5
+    half = (module.weight + torch.from_numpy(values)) / 2
+    torch.testing.assert_close(layer(ids), F.embedding(ids, half))
+
+
+def test_low_precision_weights_and_deep_copies() -> None:
+    recipe = Recipe(weights="int", bits=4)
+    for dtype in (torch.bfloat16, torch.float64):
+        linear = nn.Linear(9, 4).to(dtype)
+        layer = QATLinear.from_float(linear, recipe)
+        x = torch.randn(3, 9, dtype=dtype, requires_grad=True)
+        y = layer(x)
+        assert y.dtype == dtype
+        y.sum().backward()
+        assert layer.weight.grad is not None
+        assert layer.weight.grad.dtype == dtype
+        assert torch.equal(copy.deepcopy(layer)(x), y)
+    assert "W4A8 int row" in repr(layer)

@@ -1,0 +1,512 @@
+"""prepare, calibrate, convert, batch-norm folding and sizes on models of every kind."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet.linear import BitLinear, TernaryLinear, pack, replace_linear
+from bitnet.model import ModelConfig, Transformer
+from bitnet.qat.integer import IntConv1d, IntConv2d, IntEmbedding, IntLinear
+from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
+from bitnet.qat.prepare import (
+    batch_norm_pairs,
+    bitlinear_twin,
+    calibrate,
+    convert,
+    fold_batch_norm,
+    prepare,
+    size_report,
+)
+from bitnet.qat.recipe import Recipe
+
+EVERYTHING = ["linear", "conv1d", "conv2d", "embedding"]
+
+
+class Net(nn.Module):
+    """A layer of every kind; float and integer inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 12)
+        self.conv1 = nn.Conv1d(12, 8, 3, padding="same")
+        self.norm = nn.LayerNorm(8)
+        self.conv2 = nn.Conv2d(1, 4, 3, stride=2)
+        self.mlp = nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 6))
+        self.head = nn.Linear(6, 10, bias=False)
+
+    def forward(self, ids: Tensor, shift: float = 0.0) -> Tensor:
+        x = self.norm(self.conv1(self.embed(ids).mT).mT) + shift
+        x = self.conv2(x.unsqueeze(1)).mean(-2).flatten(1)
+        return self.head(self.mlp(x))
+
+
+def ids(seed: int = 0) -> Tensor:
+    return torch.randint(0, 10, (5, 7), generator=torch.Generator().manual_seed(seed))
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    return {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if type(module).__name__.startswith(("QAT", "Int", "Ternary", "Linear", "Conv", "Emb"))
+    }
+
+
+def test_which_layers_are_selected() -> None:
+    assert kinds(prepare(Net(), Recipe(weights="int"))) == {
+        "embed": "Embedding",
+        "conv1": "QATConv1d",
+        "conv2": "QATConv2d",
+        "mlp.0": "QATLinear",
+        "mlp.2": "QATLinear",
+        "head": "Linear",
+    }
+    model = prepare(Net(), Recipe(weights="int", modules=EVERYTHING, keep_first_last=False))  # type: ignore[arg-type]
+    assert set(kinds(model).values()) == {"QATEmbedding", "QATConv1d", "QATConv2d", "QATLinear"}
+    model = prepare(Net(), Recipe(weights="int", modules=["linear"], include=["mlp.*"]))
+    assert [n for n, kind in kinds(model).items() if kind[:3] == "QAT"] == ["mlp.0", "mlp.2"]
+    model = prepare(Net(), Recipe(weights="int", skip=["conv?", "mlp.0", "head"]))
+    assert [n for n, kind in kinds(model).items() if kind[:3] == "QAT"] == ["mlp.2"]
+
+
+def test_parameters_modes_and_sharing_are_kept() -> None:
+    model = Net()
+    model.again = model.mlp  # type: ignore[assignment]
+    model.mlp[2].eval()
+    before = dict(model.named_parameters())
+    prepared = prepare(model, Recipe(weights="int"))
+    assert prepared is model
+    after = dict(prepared.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is before[name] for name in before)
+    assert model.again is model.mlp
+    assert isinstance(model.mlp[2], QATLinear)
+    assert not model.mlp[2].training
+    assert model.mlp[0].training
+    assert prepared.state_dict().keys() == {*Net().state_dict(), *model.state_dict()}
+
+
+def test_a_layer_itself() -> None:
+    linear = nn.Linear(4, 3)
+    recipe = Recipe(weights="int", keep_first_last=False)
+    layer = prepare(linear, recipe)
+    assert isinstance(layer, QATLinear)
+    assert layer.weight is linear.weight
+    assert isinstance(convert(layer), IntLinear)
+    with pytest.raises(ValueError, match=r"selects none of the model's 1 .*keep_first_last"):
+        prepare(nn.Linear(4, 3), Recipe(weights="int"))
+
+
+def test_tied_weights_stay_tied_and_share_their_step() -> None:
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(10, 4), "mid": nn.Linear(4, 4), "head": nn.Linear(4, 10, bias=False)}
+    )
+    model["head"].weight = model["embed"].weight
+    recipe = Recipe(weights="lsq", modules=["linear", "embedding"], keep_first_last=False)
+    prepare(model, recipe)
+    embed, head = model["embed"], model["head"]
+    assert isinstance(embed, QATEmbedding)
+    assert isinstance(head, QATLinear)
+    assert embed.weight is head.weight
+    assert embed.weight_step is head.weight_step
+    assert len(list(model.parameters())) == 1 + 1 + 3
+    convert(model)
+    codes, scale, _ = model["embed"].quantize()
+    assert torch.equal(model["head"].quantize()[0], codes)
+    assert torch.equal(model["head"].quantize()[1], scale)
+
+
+@pytest.mark.parametrize("key", ["include", "skip"])
+def test_unknown_patterns_name_the_nearest_module(key: str) -> None:
+    options: dict[str, Any] = {key: ["mpl.0"]}
+    with pytest.raises(ValueError, match=rf"{key}: no module is named 'mpl.0'; the nearest is"):
+        prepare(Net(), Recipe(weights="int", **options))
+
+
+def test_prepare_refuses() -> None:
+    recipe = Recipe(weights="int")
+    with pytest.raises(ValueError, match='weights = "none" quantizes nothing'):
+        prepare(Net(), Recipe())
+    model = prepare(Net(), recipe)
+    with pytest.raises(ValueError, match="already quantized: conv1 is a QATConv1d"):
+        prepare(model, recipe)
+    with pytest.raises(ValueError, match="already quantized: conv1 is a IntConv1d"):
+        prepare(convert(model), recipe)
+    with pytest.raises(ValueError, match=r"already quantized: mlp.0 is a TernaryLinear"):
+        prepare(pack(replace_linear(Net())), recipe)
+    model = Net()
+    model.conv2 = nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular")
+    with pytest.raises(ValueError, match="conv2: padding_mode: only 'zeros'"):
+        prepare(model, recipe)
+    assert type(model.conv1) is nn.Conv1d  # nothing was replaced
+    normed = Net()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(normed.mlp[0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"mlp.0: its weight is computed by a hook"):
+        prepare(normed, recipe)
+
+
+def test_subclasses_and_attention_are_left_alone() -> None:
+    class Mine(nn.Linear):
+        pass
+
+    model = nn.Sequential(Mine(4, 4), BitLinear(4, 4), nn.Linear(4, 4), Mine(4, 4))
+    prepare(model, Recipe(weights="int"))
+    assert [type(m) for m in model] == [Mine, BitLinear, QATLinear, Mine]
+    attention = nn.MultiheadAttention(8, 2)
+    with pytest.raises(ValueError, match="selects none"):
+        prepare(attention, Recipe(weights="int", keep_first_last=False))
+
+
+def test_transformer_encoder_does_not_read_past_the_forward() -> None:
+    """Its fused inference path would take the float weights and skip the quantization."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2)
+    x = torch.randn(2, 5, 8)
+    recipe = Recipe(weights="int", bits=2, keep_first_last=False)
+    prepare(model, recipe)
+    trained = model(x)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), trained, rtol=1e-5, atol=1e-6)
+        y = model(x)
+        assert torch.equal(convert(model)(x), y)
+
+
+@pytest.mark.parametrize("activations", ["none", "absmax", "static"])
+@pytest.mark.parametrize("weights", ["int", "absmean", "lsq"])
+def test_whole_models_convert_to_the_bit(weights: Any, activations: Any) -> None:
+    recipe = Recipe(weights=weights, activations=activations, modules=EVERYTHING)  # type: ignore[arg-type]
+    model = prepare(Net(), recipe)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    losses = []
+    for step in range(30):
+        loss = F.cross_entropy(model(ids(step % 3)), ids(step % 3)[:, 0])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-3:]) < sum(losses[:3])
+    model.eval()
+    y = model(ids(9))
+    assert torch.equal(convert(model)(ids(9)), y)
+    found = {kind for kind in kinds(model).values() if kind.startswith(("Int", "Ternary"))}
+    ternary = weights == "absmean" and activations == "absmax"
+    assert found == {"IntConv1d", "IntConv2d", "TernaryLinear" if ternary else "IntLinear"}
+    with pytest.raises(ValueError, match="model: is converted already"):
+        convert(model)
+
+
+@pytest.mark.parametrize("weights", ["int", "absmean", "sign", "lsq", "seq"])
+@pytest.mark.parametrize("activations", ["none", "absmax", "static"])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_structure_on_the_meta_device(weights: Any, activations: Any, symmetric: bool) -> None:
+    """Names, shapes and dtypes as of the real model, whose tensors it loads."""
+    recipe = Recipe(
+        weights=weights,
+        activations=activations,
+        symmetric=symmetric,
+        activation_symmetric=symmetric,
+        granularity="group",
+        group_size=5,
+        modules=EVERYTHING,  # type: ignore[arg-type]
+        keep_first_last=False,
+    )
+    real = prepare(Net(), recipe)
+    real(ids())
+    real.eval()
+    with torch.device("meta"):
+        structure = Net()
+    prepare(structure, recipe)
+    for _ in range(2):
+        expected, found = real.state_dict(), structure.state_dict()
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert found[name].is_meta, name
+            assert (found[name].shape, found[name].dtype) == (tensor.shape, tensor.dtype), name
+        loaded = copy.deepcopy(structure)
+        loaded.load_state_dict(expected, assign=True)
+        assert torch.equal(loaded.eval()(ids()), real(ids()))
+        if isinstance(real.get_submodule("conv1"), QATLayer):
+            real, structure = convert(real), convert(structure)
+
+
+def test_convert_names_the_layer_that_is_wrong() -> None:
+    with pytest.raises(ValueError, match="model: is not prepared"):
+        convert(Net())
+    model = prepare(Net(), Recipe(weights="int"))
+    with torch.no_grad():
+        model.mlp[2].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"mlp.2.weight: holds NaN or infinity"):
+        convert(model)
+    assert isinstance(model.conv1, QATConv1d)  # nothing was replaced
+    model = prepare(Net(), Recipe(weights="absmean"))
+    with torch.no_grad():
+        model.mlp[2].weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"mlp.2.weight: holds NaN or infinity"):
+        convert(model)
+    model = prepare(Net(), Recipe(weights="int", activations="static"))
+    with pytest.raises(ValueError, match=r"conv1.input_observer: has seen no input; run calibrate"):
+        convert(model)
+
+
+def test_calibration_finds_ranges_in_full_precision() -> None:
+    recipe = Recipe(weights="int", bits=2, activations="static", observer="minmax")
+    model = Net()
+    seen: dict[str, list[Tensor]] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: seen.setdefault(name, []).append(args[0])
+        )
+        for name, module in model.named_modules()
+        if name in ("conv1", "conv2", "mlp.0", "mlp.2")
+    ]
+    batches = [ids(1), ids(2), (ids(3), 0.5)]
+    for batch in batches:
+        model(*batch) if isinstance(batch, tuple) else model(batch)
+    for handle in handles:
+        handle.remove()
+    prepare(model, recipe)
+    model.mlp.eval()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, QATLayer)}
+    layers["conv1"].lambda_w = 0.25
+    calibrate(model, iter(batches))
+    assert layers.keys() == seen.keys()
+    for name, layer in layers.items():
+        assert layer.input_observer is not None
+        low, high = layer.input_observer.range()
+        values = np.concatenate([x.detach().numpy().ravel() for x in seen[name]])
+        assert (low.item(), high.item()) == (values.min(), values.max())
+        assert layer.input_observer.n_seen.item() == 3
+        assert not layer._forward_pre_hooks
+    assert model.training
+    assert not model.mlp.training
+    assert (layers["conv1"].lambda_w, layers["conv1"].lambda_a) == (0.25, 1.0)
+
+
+class TwoWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mid, self.spare = (nn.Linear(3, 3) for _ in range(3))
+        self.last = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.mid(input=self.first(x)))
+
+
+def test_calibration_refuses() -> None:
+    recipe = Recipe(weights="int", activations="static")
+    x = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="has no QAT layers; prepare it first"):
+        calibrate(TwoWays(), [x])
+    model = prepare(TwoWays(), recipe)
+    with pytest.raises(ValueError, match="batches: the calibration set is empty"):
+        calibrate(model, [])
+    with pytest.raises(ValueError, match="spare: was never called during calibration"):
+        calibrate(model, [x])
+    model = prepare(TwoWays(), Recipe(weights="int", activations="static", skip=["spare"]))
+    with pytest.raises(ValueError, match="mid: its input held NaN or infinity"):
+        calibrate(model, [x, x * float("nan")])
+    calibrate(model, [x])  # what was wrong before does not count again
+    model.eval()
+    assert torch.equal(model(x), convert(copy.deepcopy(model))(x))
+    broken = prepare(TwoWays(), recipe)
+    with pytest.raises(RuntimeError):
+        calibrate(broken, [torch.randn(2, 4)])
+    assert broken.training
+    assert not any(m._forward_pre_hooks for m in broken.modules())
+    calibrate(prepare(TwoWays(), Recipe(weights="int")), [])  # dynamic: nothing to find
+
+
+def test_transformer_and_its_twin_of_bitlinears() -> None:
+    torch.manual_seed(1)
+    config = ModelConfig(
+        vocab_size=40, d_model=16, n_layers=2, n_heads=2, d_ff=32, max_seq_len=16, linear="fp"
+    )
+    model = Transformer(config)
+    recipe = Recipe(weights="absmean", granularity="tensor", modules=["linear"])
+    prepared = prepare(copy.deepcopy(model), recipe)
+    twin = bitlinear_twin(prepared)
+    assert twin is not None
+    layers = [m for m in prepared.modules() if isinstance(m, QATLinear)]
+    assert sum(isinstance(m, BitLinear) for m in twin.modules()) == len(layers) == 14
+    for (name, a), (_, b) in zip(prepared.named_parameters(), twin.named_parameters(), strict=True):
+        assert a is b, name
+    assert isinstance(prepared.get_submodule("layers.0.mlp.up_proj"), QATLinear)
+    tokens = torch.randint(0, 40, (2, 9))
+    y = prepared.eval()(tokens)
+    assert torch.equal(twin.eval()(tokens), y)
+    assert torch.equal(convert(prepared)(tokens), y)
+    assert bitlinear_twin(model) is None
+    assert bitlinear_twin(prepare(copy.deepcopy(model), Recipe(weights="int"))) is None
+    assert bitlinear_twin(prepare(Net(), Recipe(weights="absmean"))) is None
+
+
+def test_sizes_before_and_after() -> None:
+    recipe = Recipe(weights="int", bits=4, modules=EVERYTHING)  # type: ignore[arg-type]
+    model = prepare(Net(), recipe)
+    numel = sum(p.numel() for p in model.parameters())
+    before = size_report(model)
+    assert before.total == (4 * numel, 4 * numel)
+    after = size_report(convert(model))
+    assert after.total.fp32 == 4 * numel
+    # 9 x 12 codes of 4 bits, a scale and a bias in fp32 an output
+    assert after.layers["mlp.0"] == (4 * (9 * 12 + 9), 9 * 6 + 4 * 9 + 4 * 9)
+    # 8 rows of 36 codes
+    assert after.layers["conv1"] == (4 * (8 * 36 + 8), 8 * 18 + 4 * 8 + 4 * 8)
+    assert after.layers["embed"] == (4 * 120, 4 * 120)
+    stored = sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert after.total.stored == stored
+    ternary = convert(prepare(Net(), Recipe(weights="absmean", modules=["linear"])))
+    assert isinstance(ternary.get_submodule("mlp.0"), TernaryLinear)
+    assert size_report(ternary).layers["mlp.0"] == (4 * (9 * 12 + 9), 9 * 16 + 4 * 9 + 4 * 9)
+    tied = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False))
+    tied[1].weight = tied[0].weight
+    assert size_report(tied).total == (160, 160)
+    static = prepare(Net(), Recipe(weights="lsq", activations="static"))
+    assert size_report(static).total.fp32 == 4 * numel
+
+
+def test_degenerate_layers() -> None:
+    """All-zero weights, a constant channel, one input feature."""
+    for weights in ("int", "absmean", "sign", "lsq", "seq"):
+        for symmetric in (True, False):
+            model = nn.Sequential(nn.Linear(1, 3), nn.Linear(3, 4), nn.Linear(4, 1))
+            with torch.no_grad():
+                model[0].weight.fill_(0.3)
+                model[1].weight.zero_()
+                model[2].weight[0, 1:] = model[2].weight[0, 0]
+            recipe = Recipe(weights=weights, symmetric=symmetric, keep_first_last=False)  # type: ignore[arg-type]
+            prepare(model, recipe)
+            x = torch.randn(5, 1)
+            y = model(x)
+            assert y.isfinite().all()
+            assert torch.equal(convert(model)(x), y)
+
+
+class Branchy(nn.Module):
+    """Batch norms that fold and batch norms that must not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, bias=False)
+        self.bn = nn.BatchNorm2d(6)
+        self.plain = nn.Conv2d(6, 6, 1)
+        self.bn_plain = nn.BatchNorm2d(6, affine=False)
+        self.shared = nn.Conv2d(6, 6, 1)
+        self.bn_a, self.bn_b = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+        self.used = nn.Conv2d(6, 6, 1)
+        self.bn_used = nn.BatchNorm2d(6)
+        self.bn_alone = nn.BatchNorm2d(6)
+        self.batch_only = nn.Conv2d(6, 6, 1)
+        self.bn_batch = nn.BatchNorm2d(6, track_running_stats=False)
+        self.tied_a, self.tied_b = nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.tied_b.weight = self.tied_a.weight
+        self.bn_tied = nn.BatchNorm2d(6)
+        self.conv1d, self.bn1d = nn.Conv1d(6, 5, 1, groups=1), nn.BatchNorm1d(5)
+        self.fc, self.bn_fc = nn.Linear(5, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(self.conv(x)).relu()
+        x = self.bn_plain(self.plain(x))
+        x = self.bn_a(self.shared(x)) + self.bn_b(self.shared(x.relu()))
+        y = self.used(x)
+        x = self.bn_alone((self.bn_used(y) + y).relu())
+        x = self.bn_batch(self.batch_only(x))
+        x = self.tied_b(self.bn_tied(self.tied_a(x)))
+        x = self.bn1d(self.conv1d(x.flatten(2)))
+        return self.bn_fc(self.fc(x.mean(-1)))
+
+
+FOLDABLE = [("conv", "bn"), ("plain", "bn_plain"), ("conv1d", "bn1d"), ("fc", "bn_fc")]
+
+
+def trained_branchy() -> Branchy:
+    model = Branchy().double()
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) and module.affine:
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    for _ in range(3):
+        model(torch.randn(4, 3, 8, 8).double() * 2 + 1)
+    return model.eval()
+
+
+def test_batch_norms_fold() -> None:
+    """A dozen float64 roundings of values of size 1 to 10 in a chain of ten layers."""
+    model = trained_branchy()
+    x = torch.randn(2, 3, 8, 8).double()
+    y = model(x)
+    pairs, left = batch_norm_pairs(model)
+    assert pairs == FOLDABLE
+    assert {name: reason.split(" ", 3)[:3] for name, reason in left.items()} == {
+        "bn_a": ["shared", "or", "it"],
+        "bn_b": ["shared", "or", "it"],
+        "bn_used": ["the", "output", "of"],
+        "bn_alone": ["what", "comes", "before"],
+        "bn_batch": ["it", "has", "no"],
+        "bn_tied": ["the", "weight", "of"],
+    }
+    weight = model.conv.weight
+    folded = fold_batch_norm(model)
+    assert folded is model
+    assert model.conv.weight is weight
+    assert model.conv.bias is not None
+    assert isinstance(model.bn, nn.Identity)
+    assert isinstance(model.bn_a, nn.BatchNorm2d)
+    torch.testing.assert_close(model(x), y, rtol=1e-12, atol=1e-12)
+    assert batch_norm_pairs(model)[0] == []
+
+
+def test_batch_norm_without_statistics_yet_and_in_fp32() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3)).eval()
+    x = torch.randn(4, 2, 6)
+    y = model(x)
+    fold_batch_norm(model)
+    torch.testing.assert_close(model(x), y, rtol=1e-6, atol=1e-6)
+    prepared = prepare(model, Recipe(weights="int", keep_first_last=False))
+    with pytest.raises(ValueError, match="fold batch norms before prepare"):
+        fold_batch_norm(prepared)
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv1d(2, 3, 2), nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn1(self.conv1(x))
+        return y if x.sum() > 0 else -y
+
+
+def test_pairs_by_name_where_fx_cannot_trace() -> None:
+    model = Untraceable().eval()
+    x = torch.rand(4, 2, 6)
+    y = model(x)
+    with pytest.raises(ValueError, match=r'pairs=\[\("conv1", "bn1"\)\]'):
+        fold_batch_norm(model)
+    for pairs, message in [
+        ([("conv1", "bn2")], "pairs: no module is named 'bn2'"),
+        ([("bn1", "conv1")], "pairs: conv1: a Conv1d does not fold into a BatchNorm1d"),
+        ([("conv1", "bn1")] * 2, "pairs: a layer or batch norm is named twice"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fold_batch_norm(model, pairs)
+    fold_batch_norm(model, [("conv1", "bn1")])
+    assert isinstance(model.bn1, nn.Identity)
+    torch.testing.assert_close(model(x), y, rtol=1e-6, atol=1e-6)
+
+
+def test_every_kind_of_layer_converts() -> None:
+    recipe = Recipe(weights="int", modules=EVERYTHING, keep_first_last=False)  # type: ignore[arg-type]
+    model = prepare(Net(), recipe)
+    assert isinstance(model.get_submodule("conv2"), QATConv2d)
+    convert(model)
+    expected = {"embed": IntEmbedding, "conv1": IntConv1d, "conv2": IntConv2d, "head": IntLinear}
+    for name, kind in expected.items():
+        assert type(model.get_submodule(name)) is kind

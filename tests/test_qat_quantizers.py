@@ -1,0 +1,617 @@
+"""bitnet/qat/quantizers.py against float64 numpy, written out here again from the papers.
+
+Codes are compared where the float64 value is clear of a decision boundary by more than the fp32
+rounding of a statistic; ties have tests by hand. Learned gradients are compared with finite
+differences of the function whose rounding is replaced by the addition of a constant.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bitnet.qat.quantizers import (
+    Quantized,
+    absmax_codes,
+    dequantize,
+    fake_quantize_activation,
+    fake_quantize_weight,
+    initial_step,
+    round_codes,
+    static_codes,
+    static_range,
+    weight_codes,
+    weight_range,
+    weight_scale,
+)
+from bitnet.qat.recipe import LEARNED, Recipe, WeightQuantizer
+from bitnet.quant import absmean_ternary, ternary_linear_ste
+from bitnet_kernels.reference import absmax_int8
+
+KINDS = [kind for kind in get_args(WeightQuantizer) if kind != "none"]
+GRANULARITIES = ["tensor", "row", "group"]
+SHAPES = [(1, 1), (1, 5), (5, 1), (3, 37), (2, 32), (7, 33)]
+GROUP = 16
+BAD = [math.nan, math.inf, -math.inf]
+
+
+def recipe_of(kind: str, granularity: str = "row", **options: Any) -> Recipe:
+    return Recipe(weights=kind, granularity=granularity, group_size=GROUP, **options)
+
+
+def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def blocks(n: int, k: int, granularity: str) -> Iterator[tuple[Any, tuple[slice, slice]]]:
+    """Index of a scale, and the weights that it stands for."""
+    if granularity == "tensor":
+        yield (), (slice(None), slice(None))
+        return
+    for row in range(n):
+        if granularity == "row":
+            yield row, (slice(row, row + 1), slice(None))
+        else:
+            for g in range(-(-k // GROUP)):
+                yield (row, g), (slice(row, row + 1), slice(g * GROUP, (g + 1) * GROUP))
+
+
+def off_tie(v: np.ndarray) -> np.ndarray:
+    """Distance from the nearest number that lies halfway between two integers."""
+    return np.abs(v - np.floor(v) - 0.5)
+
+
+def oracle(
+    w: np.ndarray, recipe: Recipe, step: float | None
+) -> tuple[np.ndarray, float, int | None, np.ndarray]:
+    """Codes, scale, zero point of one block in float64, and how far each code is from another."""
+    kind, bits, a = recipe.weights, recipe.bits, np.abs(w)
+    if kind == "int" and recipe.symmetric:
+        scale = max(a.max(), 1e-5) / (2 ** (bits - 1) - 1)
+        return np.rint(w / scale), scale, None, off_tie(w / scale)
+    if kind == "int":
+        low, high = min(w.min(), 0.0), max(w.max(), 0.0)
+        scale = max(high - low, 1e-5) / (2**bits - 1)
+        zero = int(np.clip(np.rint(-low / scale), 0, 2**bits - 1)) - 2 ** (bits - 1)
+        codes = np.clip(np.rint(w / scale) + zero, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return codes, scale, zero, np.minimum(off_tie(w / scale), off_tie(np.array(low / scale)))
+    if kind in ("absmean", "absmedian", "twn"):
+        median = np.sort(a.ravel())[(a.size - 1) // 2]
+        statistic = max(median if kind == "absmedian" else a.mean(), 1e-5)
+        alpha = 0.7 if kind == "twn" else recipe.alpha
+        codes = np.where(a > alpha * statistic, np.sign(w), 0.0)
+        if kind == "twn":
+            kept = a[a > alpha * statistic]
+            scale = max(kept.mean() if kept.size else 0.0, 1e-5)
+        else:
+            scale = statistic
+        return codes, scale, None, np.abs(a / statistic - alpha)
+    if kind == "sign":
+        return np.where(w >= 0, 1.0, -1.0), max(a.mean(), 1e-5), None, np.ones_like(w)
+    assert step is not None
+    if kind == "lsq":
+        v = w / abs(step)
+        codes = np.clip(np.rint(v), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return codes, abs(step), None, off_tie(v)
+    levels = np.array([-3, -1, 1, 3] if kind == "seq" else [-1, 0, 1])
+    scale = abs(step) * (1 / 4 if kind == "seq" else 2 / 3)
+    codes = levels[np.abs(w[..., None] / scale - levels).argmin(-1)].astype(float)  # nearest level
+    middles = (levels[1:] + levels[:-1]) / 2
+    return codes, scale, None, np.abs(w[..., None] / scale - middles).min(-1)
+
+
+def step_of(w: Tensor, recipe: Recipe, seed: int = 9) -> Tensor | None:
+    if recipe.weights not in LEARNED:
+        return None
+    step = initial_step(w, recipe)
+    spread = torch.rand(step.shape, generator=torch.Generator().manual_seed(seed))
+    return step * (0.5 + spread)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "affine"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_match_numpy(kind: str, granularity: str, shape: tuple[int, int]) -> None:
+    affine = kind == "affine"
+    for bits in (2, 3, 4, 8) if kind in ("int", "affine", "lsq") else (4,):
+        recipe = recipe_of("int" if affine else kind, granularity, bits=bits, symmetric=not affine)
+        w = random(*shape, seed=bits, scale=0.02) + 0.01 * affine
+        step = step_of(w, recipe)
+        quantized = fake_quantize_weight(w, recipe, step)
+        codes, scale, zero_point, hat = quantized
+        n, k = shape
+        expected_shape = {"tensor": [], "row": [n], "group": [n, -(-k // GROUP)]}[granularity]
+        assert list(scale.shape) == expected_shape
+        assert (codes.dtype, scale.dtype, hat.dtype) == (torch.int8, torch.float32, torch.float32)
+        assert (zero_point is not None) == affine
+        assert codes.shape == hat.shape == w.shape
+        lowest, highest = weight_range(recipe)
+        assert lowest <= int(codes.min()) <= int(codes.max()) <= highest
+        clear_share = []
+        for index, part in blocks(n, k, granularity):
+            expected, s, zero, margin = oracle(
+                w.double().numpy()[part],
+                recipe,
+                None if step is None else float(step[index]),
+            )
+            assert scale[index].item() == pytest.approx(s, rel=1e-6)
+            clear = margin > 1e-4
+            clear_share.append(clear.mean())
+            np.testing.assert_array_equal(codes.numpy()[part][clear], expected[clear])
+            if zero_point is not None and clear.any():
+                assert zero_point.dtype == torch.int32
+                assert zero_point[index].item() == zero
+            value = (expected - (zero or 0)) * s
+            np.testing.assert_allclose(hat.numpy()[part][clear], value[clear], rtol=2e-6)
+        assert np.mean(clear_share) > 0.9 or w.numel() < 8
+        # hat is to the bit what the codes say, and the pieces agree with the whole
+        assert torch.equal(hat, dequantize(codes, scale, zero_point, GROUP))
+        for a, b in zip(weight_codes(w, recipe, step), quantized[:3], strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+        if kind not in LEARNED:
+            found, zero_found = weight_scale(w, recipe)
+            assert torch.equal(found, scale)
+            assert (zero_found is None) == (zero_point is None)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("alpha", [0.5, 0.7])
+def test_absmean_is_bitnet(granularity: Any, alpha: float) -> None:
+    w = random(9, 37, scale=0.02)
+    codes, scale, _ = weight_codes(w, recipe_of("absmean", granularity, alpha=alpha))
+    expected_codes, gamma = absmean_ternary(w, granularity, GROUP, alpha)
+    assert torch.equal(codes, expected_codes)
+    assert torch.equal(scale, gamma)
+
+
+def test_integer_ties_go_to_even() -> None:
+    w = torch.tensor([[3, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
+    codes, scale, _ = weight_codes(w, recipe_of("int", bits=3))
+    assert scale.item() == 1
+    assert codes.tolist() == [[3, 0, 2, 2, 0, -2, -2]]
+    w = torch.tensor([[0.0, 15, 0.5, 1.5, 2.5, 13.5, 14.5]])
+    codes, scale, zero_point = weight_codes(w, recipe_of("int", bits=4, symmetric=False))
+    assert (scale.item(), zero_point) == (1, torch.tensor([-8]))
+    assert (codes + 8).tolist() == [[0, 15, 0, 2, 2, 14, 14]]
+    w = torch.tensor([[0.5, 1.5, -0.5, -1.5, -2.5, 9.0, -9.0]])
+    codes, _, _ = weight_codes(w, recipe_of("lsq", bits=3), torch.ones(1))
+    assert codes.tolist() == [[0, 2, 0, -2, -2, 3, -4]]
+
+
+def test_borders_of_the_other_quantizers() -> None:
+    w = torch.tensor([[0.5, -0.5, 1.5, -1.5]])  # mean 1: what is on the threshold is 0
+    assert weight_codes(w, recipe_of("absmean"))[0].tolist() == [[0, 0, 1, -1]]
+    w = torch.tensor([[1.0, -1.0, 0.5, -0.5, 7.0]])  # median 1
+    codes, scale, _ = weight_codes(w, recipe_of("absmedian"))
+    assert (codes.tolist(), scale.item()) == ([[1, -1, 0, 0, 1]], 1)
+    w = torch.tensor([[0.0, -0.0, 2.0, -6.0]])
+    codes, scale, _ = weight_codes(w, recipe_of("sign"))
+    assert (codes.tolist(), scale.item()) == ([[1, 1, 1, -1]], 2)
+    # mean 1, threshold 0.7; the kept ones have the mean 1.75
+    codes, scale, _ = weight_codes(torch.tensor([[0.25, -0.25, 1.5, -2.0]]), recipe_of("twn"))
+    assert (codes.tolist(), scale.item()) == ([[0, 0, 1, -1]], 1.75)
+    # round(2 W / alpha - 0.5): 0 -> -0.5 -> 0, 0.5 -> 0.5 -> 0, -0.5 -> -1.5 -> -2; level = +0.5
+    w = torch.tensor([[0.0, 2.0, -2.0, 1.0, -1.0, 4.0, -4.0, 99.0]])
+    codes, scale, _ = weight_codes(w, recipe_of("seq"), torch.tensor([4.0]))
+    assert (codes.tolist(), scale.item()) == ([[1, 1, -3, 1, -1, 3, -3, 3]], 1)
+    codes, scale, _ = weight_codes(w, recipe_of("seq_ternary"), torch.tensor([3.0]))
+    assert (codes.tolist(), scale.item()) == ([[0, 1, -1, 0, 0, 1, -1, 1]], 2)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_ranges(bits: int) -> None:
+    half = 2 ** (bits - 1)
+    assert weight_range(recipe_of("int", bits=bits)) == (1 - half, half - 1)
+    assert weight_range(recipe_of("int", bits=bits, symmetric=False)) == (-half, half - 1)
+    assert weight_range(recipe_of("lsq", bits=bits)) == (-half, half - 1)
+    assert weight_range(recipe_of("seq", bits=bits)) == (-3, 3)
+    for kind in ("absmean", "absmedian", "twn", "sign", "seq_ternary"):
+        assert weight_range(recipe_of(kind, bits=bits)) == (-1, 1)
+
+
+def test_initial_steps() -> None:
+    w = torch.tensor([[1.0, -2, 3], [4, 5, -6]])
+    lsq = initial_step(w, recipe_of("lsq", bits=4))
+    assert lsq.tolist() == pytest.approx([2 * 2 / math.sqrt(7), 2 * 5 / math.sqrt(7)])
+    assert initial_step(w, recipe_of("lsq", "tensor", bits=2)).item() == pytest.approx(7)
+    assert initial_step(w, recipe_of("seq", "tensor")).item() == 6
+    assert initial_step(w, recipe_of("seq_ternary")).tolist() == [3, 6]
+    assert initial_step(random(2, 37), recipe_of("lsq", "group")).shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "affine"])
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_zeros_and_constants(kind: str, granularity: str) -> None:
+    recipe = recipe_of("int" if kind == "affine" else kind, granularity, symmetric=kind != "affine")
+    for value in (0.0, 3.0, -3.0, 1e-30):
+        w = torch.full((3, 20), value)
+        step = initial_step(w, recipe) if kind in LEARNED else None
+        _, scale, _, hat = fake_quantize_weight(w, recipe, step)
+        assert scale.isfinite().all()
+        assert (scale > 0).all()
+        if abs(value) < 1:
+            assert hat.abs().max() <= 1e-5
+        elif kind not in ("lsq", "seq", "seq_ternary"):
+            assert torch.allclose(hat, w)  # a constant is a level of every found grid
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("kind", [*KINDS, "affine"])
+def test_weights_that_are_not_finite_give_nan(kind: str, bad: float) -> None:
+    recipe = recipe_of("int" if kind == "affine" else kind, "group", symmetric=kind != "affine")
+    w = random(3, 37)
+    step = initial_step(w, recipe) if kind in LEARNED else None
+    w[1, 20] = bad
+    _, scale, _, hat = fake_quantize_weight(w, recipe, step)
+    expected = torch.zeros(3, 3, dtype=torch.bool)
+    expected[1, 1] = True
+    assert torch.equal(scale.isnan(), expected)
+    assert torch.equal(hat.isnan(), expected.repeat_interleave(GROUP, 1)[:, :37])
+    if kind in LEARNED:
+        assert torch.equal(initial_step(w, recipe).isnan(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(kind: str, dtype: torch.dtype) -> None:
+    """Statistics and codes are those of the fp32 values; the value is rounded once."""
+    w = random(5, 37).to(dtype)
+    recipe = recipe_of(kind, "group")
+    step = step_of(w, recipe)
+    exact, quantized = fake_quantize_weight(w.float(), recipe, step), None
+    w.requires_grad_()
+    quantized = fake_quantize_weight(w, recipe, step)
+    assert torch.equal(quantized.codes, exact.codes)
+    assert torch.equal(quantized.scale, exact.scale)
+    assert torch.equal(quantized.hat, exact.hat.to(dtype))
+    quantized.hat.sum().backward()
+    assert w.grad is not None
+    assert w.grad.dtype == dtype
+
+
+def test_views_are_quantized_as_their_values() -> None:
+    w = random(37, 6).t()
+    for kind in KINDS:
+        recipe = recipe_of(kind, "group")
+        step = step_of(w, recipe)
+        assert torch.equal(
+            weight_codes(w, recipe, step)[0], weight_codes(w.contiguous(), recipe, step)[0]
+        )
+
+
+def expand(per_scale: Tensor, shape: tuple[int, int], granularity: str) -> np.ndarray:
+    out = np.empty(shape)
+    for index, part in blocks(*shape, granularity):
+        out[part] = float(per_scale[index])
+    return out
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(
+    ("kind", "bits", "n_levels", "shift"),
+    [("lsq", 2, 0, 0), ("lsq", 4, 0, 0), ("seq", 4, 2, 0.5), ("seq_ternary", 4, 1.5, 0)],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_learned_gradients_are_finite_differences(
+    kind: str, bits: int, n_levels: float, shift: float, granularity: str, sign: int
+) -> None:
+    shape = (5, 37)
+    recipe = recipe_of(kind, granularity, bits=bits)
+    w = random(*shape, seed=1)
+    start = step_of(w, recipe)
+    assert start is not None
+    start = start * {2: 0.6, 4: 0.3}[bits] if kind == "lsq" else start * 0.4  # both ends saturate
+    w0, s0 = w.double().numpy(), expand(start, shape, granularity)
+    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+    def grid(w: np.ndarray, s: np.ndarray) -> np.ndarray:
+        """What is rounded: W on the grid of the paper, clipped."""
+        if kind == "lsq":
+            return np.clip(w / s, lowest, highest)
+        return np.clip(w / s, -0.99, 0.99) * n_levels - shift
+
+    constant = np.rint(grid(w0, s0)) - grid(w0, s0)
+
+    def surrogate(w: np.ndarray, s: np.ndarray) -> np.ndarray:
+        rounded = grid(w, s) + constant
+        return rounded * s if kind == "lsq" else s * (rounded + shift) / n_levels
+
+    step = (sign * start).requires_grad_()  # the scale is |step|
+    w.requires_grad_()
+    hat = fake_quantize_weight(w, recipe, step).hat
+    np.testing.assert_allclose(hat.detach().numpy(), surrogate(w0, s0), rtol=1e-6, atol=1e-7)
+    dy = random(*shape, seed=2)
+    hat.backward(dy)
+
+    h = 1e-6
+    dw = (surrogate(w0 + h, s0) - surrogate(w0 - h, s0)) / (2 * h)
+    assert 0.02 < (np.abs(dw) < 0.5).mean() < 0.8
+    assert w.grad is not None
+    np.testing.assert_allclose(w.grad.numpy(), dw * dy.numpy(), rtol=1e-5, atol=1e-8)
+    ds = (surrogate(w0, s0 + h) - surrogate(w0, s0 - h)) / (2 * h) * dy.double().numpy()
+    top = {"lsq": highest, "seq": 3 / 4, "seq_ternary": 2 / 3}[kind]
+    assert step.grad is not None
+    assert step.grad.shape == step.shape
+    for index, part in blocks(*shape, granularity):
+        g = 1 / math.sqrt(ds[part].size * top)
+        expected = sign * g * ds[part].sum()
+        assert step.grad[index].item() == pytest.approx(expected, rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_a_step_at_zero_recovers(kind: str) -> None:
+    """Below the floor the scale stays, and the gradient says that a larger one would be better."""
+    w, recipe = random(4, 16), recipe_of(kind)
+    step = torch.tensor([0.0, 1e-12, -1e-12, -0.0]).requires_grad_()
+    _, scale, _, hat = fake_quantize_weight(w, recipe, step)
+    assert (scale > 0).all()
+    assert hat.isfinite().all()
+    (hat - w).square().sum().backward()
+    assert step.grad is not None
+    moved = step.detach() - step.grad
+    assert (moved.abs() > 1e-3).all()
+
+
+def test_a_step_that_is_not_finite_gives_nan() -> None:
+    for bad in BAD:
+        step = torch.tensor([1.0, bad])
+        scale = weight_codes(random(2, 8), recipe_of("lsq"), step)[1]
+        assert scale.isnan().tolist() == [False, True]
+
+
+def passes(quantized: Quantized, w: Tensor) -> np.ndarray:
+    """Where a gradient of 1 arrives."""
+    (gradient,) = torch.autograd.grad(quantized.hat.sum(), w)
+    assert set(gradient.unique().tolist()) <= {0.0, 1.0}
+    return gradient.numpy() == 1
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_masks(kind: str, granularity: str) -> None:
+    w = random(5, 37, seed=3)
+    free = recipe_of(kind, granularity)
+    step = step_of(w, free)
+    w.requires_grad_()
+    plain = fake_quantize_weight(w, free, step)
+    everywhere = passes(plain, w)
+    if kind not in LEARNED:
+        assert everywhere.all()
+    w0, scale = w.detach().numpy(), expand(plain.scale, (5, 37), granularity)
+    for c in (0.3, 0.5, 1.2):
+        trust = recipe_of(kind, granularity, gradient="trust", gradient_c=c)
+        error = np.abs(w0 - plain.hat.detach().numpy())
+        expected = everywhere & (error <= c * scale)
+        assert (passes(fake_quantize_weight(w, trust, step), w) == expected).mean() > 0.99
+        clip = recipe_of(kind, granularity, gradient="clip", gradient_c=c)
+        got = passes(fake_quantize_weight(w, clip, step), w)
+        if kind in LEARNED or kind == "int":  # a grid from the maximum saturates nowhere
+            assert (got == everywhere).all()
+        else:
+            assert (got == (np.abs(w0) <= c * scale)).all()
+
+
+def test_an_affine_grid_clips_what_its_zero_point_pushed_out() -> None:
+    """Low -1.5 and high 1.5 of 2 bits: scale 1, -low rounds to 2, so the codes end at 1."""
+    w = torch.tensor([[-1.5, -0.5, 0.4, 1.5]], requires_grad=True)
+    recipe = recipe_of("int", bits=2, symmetric=False, gradient="clip")
+    quantized = fake_quantize_weight(w, recipe)
+    assert (quantized.scale.item(), quantized.zero_point) == (1, torch.tensor([0]))
+    assert quantized.codes.tolist() == [[-2, 0, 0, 1]]
+    assert passes(quantized, w).tolist() == [[True, True, True, False]]
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize(("mask", "c"), [("none", 1.0), ("clip", 1.2), ("trust", 0.5)])
+def test_masks_are_those_of_bitlinear(granularity: Any, mask: Any, c: float) -> None:
+    w = random(11, 37, seed=4).requires_grad_()
+    recipe = recipe_of("absmean", granularity, gradient=mask, gradient_c=c)
+    got = passes(fake_quantize_weight(w, recipe), w)
+    y = ternary_linear_ste(torch.ones(1, 37), w, None, granularity, GROUP, mask, c)
+    (gradient,) = torch.autograd.grad(y.sum(), w)
+    assert ((gradient != 0).numpy() == got).all()
+
+
+def test_round_codes_takes_the_scale_as_it_is() -> None:
+    w = random(6, 40, seed=5)
+    for symmetric in (True, False):
+        recipe = recipe_of("int", "group", bits=3, symmetric=symmetric)
+        codes, scale, zero_point = weight_codes(w, recipe)
+        assert torch.equal(round_codes(w, scale, zero_point, recipe), codes)
+        for column in (0, 15, 16, 39):  # one column at a time, as GPTQ goes
+            g = column // GROUP
+            zero = None if zero_point is None else zero_point[:, g]
+            one = round_codes(w[:, column : column + 1], scale[:, g], zero, recipe)
+            assert torch.equal(one, codes[:, column : column + 1])
+    recipe = recipe_of("absmean", "tensor", alpha=0.6)
+    codes, scale, _ = weight_codes(w, recipe)
+    assert torch.equal(round_codes(w[:, 3:9], scale, None, recipe), codes[:, 3:9])
+    # smaller than the maximum wants: it saturates
+    assert round_codes(w * 9, torch.tensor(0.1), None, recipe_of("int", bits=3)).max() == 3
+    for kind in ("twn", "sign", "lsq", "seq"):
+        with pytest.raises(ValueError, match="does not round with a given scale"):
+            round_codes(w, scale, None, recipe_of(kind))
+
+
+def test_codes_and_scales_carry_no_gradient() -> None:
+    w = random(4, 8).requires_grad_()
+    for kind in KINDS:
+        recipe = recipe_of(kind)
+        step = step_of(w, recipe)
+        quantized = fake_quantize_weight(w, recipe, None if step is None else step.requires_grad_())
+        assert not quantized.codes.requires_grad
+        assert not quantized.scale.requires_grad
+        assert quantized.hat.requires_grad
+
+
+def test_weight_errors_name_the_argument() -> None:
+    w = random(4, 8)
+    with pytest.raises(ValueError, match=r"weight: expected a non-empty \[N, K\], got \[4, 0\]"):
+        weight_codes(w[:, :0], recipe_of("int"))
+    for kind in KINDS:
+        recipe = recipe_of(kind)
+        step = torch.ones(0) if kind in LEARNED else None
+        with pytest.raises(
+            ValueError, match=r"weight: expected a non-empty \[N, K\], got \[0, 8\]"
+        ):
+            weight_codes(w[:0], recipe, step)
+    with pytest.raises(ValueError, match="weight: expected a non-empty"):
+        weight_codes(w[0], recipe_of("absmean"))
+    with pytest.raises(TypeError, match="weight: expected a floating-point tensor"):
+        weight_codes(w.long(), recipe_of("int"))
+    with pytest.raises(ValueError, match="step: expected for the learned"):
+        weight_codes(w, recipe_of("lsq"))
+    with pytest.raises(ValueError, match="step: expected for the learned"):
+        weight_codes(w, recipe_of("int"), torch.ones(4))
+    with pytest.raises(ValueError, match=r"step: expected shape \[4\], got \[\]"):
+        weight_codes(w, recipe_of("lsq"), torch.tensor(1.0))
+    with pytest.raises(ValueError, match="recipe: 'int' has no learned scale"):
+        initial_step(w, recipe_of("int"))
+    for kind in ("none", "seq"):
+        with pytest.raises(ValueError, match="recipe"):
+            weight_scale(w, recipe_of(kind))
+    with pytest.raises(ValueError, match="recipe"):
+        weight_range(recipe_of("none"))
+
+
+# Activations
+
+
+def activation(kind: str, bits: int = 8, symmetric: bool = True) -> Recipe:
+    return Recipe(
+        weights="int", activations=kind, activation_bits=bits, activation_symmetric=symmetric
+    )
+
+
+@pytest.mark.parametrize("bits", range(4, 9))
+def test_dynamic_activations_match_numpy(bits: int) -> None:
+    x = random(3, 5, 33, seed=bits)
+    x[0, 0] = 0
+    codes, scale, zero_point, hat = fake_quantize_activation(x, activation("absmax", bits))
+    assert zero_point is None
+    assert list(scale.shape) == [3, 5]
+    top = np.float32(2 ** (bits - 1) - 1)
+    a = np.maximum(np.abs(x.numpy()).max(-1), np.float32(1e-5)) / top
+    assert (scale.numpy() == a).all()
+    expected = np.clip(np.rint(x.numpy() / a[..., None]), -top, top)
+    assert (codes.numpy() == expected).all()
+    assert (hat.numpy() == expected.astype(np.float32) * a[..., None]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_eight_bits_are_absmax_int8(dtype: torch.dtype) -> None:
+    x = random(50, 33, seed=6).to(dtype)
+    x[0], x[1, 0], x[2, 3] = 0, math.nan, -math.inf
+    x[3] *= 1e-20
+    codes, scale = absmax_codes(x, 8)
+    expected_codes, expected_scale = absmax_int8(x)
+    assert torch.equal(codes, expected_codes)
+    torch.testing.assert_close(scale, expected_scale, rtol=0, atol=0, equal_nan=True)
+    hat = fake_quantize_activation(x, activation("absmax")).hat
+    assert hat.dtype == dtype
+    assert hat.isnan().any(1).tolist() == [False, True, True] + [False] * 47
+
+
+def test_a_scale_a_sample() -> None:
+    x = random(4, 3, 5, 6, seed=7)
+    quantized = fake_quantize_activation(x, activation("absmax"), per_sample=True)
+    codes, scale = absmax_int8(x.reshape(4, -1))
+    assert torch.equal(quantized.codes, codes.reshape(x.shape))
+    assert torch.equal(quantized.scale, scale)
+    assert torch.equal(quantized.hat, quantized.codes * scale.reshape(4, 1, 1, 1))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_dynamic_gradients_are_the_identity(per_sample: bool) -> None:
+    x, dy = random(3, 5, 7).requires_grad_(), random(3, 5, 7, seed=8)
+    fake_quantize_activation(x, activation("absmax"), per_sample=per_sample).hat.backward(dy)
+    assert x.grad is not None
+    assert torch.equal(x.grad, dy)
+
+
+RANGES = [(-1.0, 3.0), (0.0, 6.0), (-6.0, 0.0), (2.0, 5.0), (-5.0, -2.0), (0.0, 0.0), (3.0, 3.0)]
+
+
+@pytest.mark.parametrize(("low", "high"), [*RANGES, (-1e-30, 1e-30), (-7e30, 1e-3)])
+@pytest.mark.parametrize("bits", [4, 5, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_activations_match_numpy(
+    low: float, high: float, bits: int, symmetric: bool
+) -> None:
+    scale, zero_point = static_range(torch.tensor(low), torch.tensor(high), bits, symmetric)
+    assert scale.dtype == torch.float32
+    half = 2 ** (bits - 1)
+    wide_low, wide_high = min(low, 0.0), max(high, 0.0)
+    if symmetric:
+        assert zero_point is None
+        s, zero, lowest = max(-wide_low, wide_high, 1e-5) / (half - 1), 0, 1 - half
+    else:
+        assert zero_point is not None
+        assert zero_point.dtype == torch.int32
+        s = max(wide_high - wide_low, 1e-5) / (2 * half - 1)
+        zero, lowest = round(-wide_low / s) - half, -half
+        assert zero_point.item() == zero
+    assert scale.item() == pytest.approx(s, rel=1e-6)
+
+    width = max(wide_high - wide_low, 1e-3)
+    x = torch.linspace(wide_low - width, wide_high + width, 1001)
+    x = torch.cat([x, torch.zeros(1)]).requires_grad_()
+    recipe = activation("static", bits, symmetric)
+    quantized = fake_quantize_activation(x, recipe, scale, zero_point)
+    v = x.detach().double().numpy() / scale.double().item()
+    clear = off_tie(v) > 1e-4
+    expected = np.clip(np.rint(v) + zero, lowest, half - 1)
+    assert (quantized.codes.numpy()[clear] == expected[clear]).all()
+    assert torch.equal(quantized.codes, static_codes(x, scale, zero_point, bits))
+    hat = (quantized.codes.float() - zero) * scale
+    assert torch.equal(quantized.hat, hat)
+    assert hat[-1] == 0  # zero is a level
+    # every value of the range is within a step (the zero point may round half a step away)
+    inside = (x >= wide_low) & (x <= wide_high)
+    assert ((hat - x).abs()[inside] <= scale * 1.001).all()
+    # straight through where the code needed no clamping, 0 elsewhere
+    quantized.hat.sum().backward()
+    assert x.grad is not None
+    expected_grad = (np.rint(v) + zero >= lowest) & (np.rint(v) + zero <= half - 1)
+    assert (x.grad.numpy()[clear] == expected_grad[clear]).all()
+    assert 0 < expected_grad.mean() < 1
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_static_codes_do_not_hide_what_is_not_finite(bad: float, symmetric: bool) -> None:
+    scale, zero_point = static_range(torch.tensor(-1.0), torch.tensor(2.0), 8, symmetric)
+    x = torch.tensor([0.5, bad])
+    quantized = fake_quantize_activation(x, activation("static", 8, symmetric), scale, zero_point)
+    assert quantized.scale.isnan()
+    assert quantized.hat.isnan().all()
+    code = static_codes(x, scale, zero_point, 8)[1].item()
+    zero = 0 if zero_point is None else zero_point.item()
+    lowest = -127 if symmetric else -128
+    assert code == (zero if math.isnan(bad) else 127 if bad > 0 else lowest)
+    ends = (bad, 1.0) if bad < 0 else (-1.0, bad)
+    assert static_range(torch.tensor(ends[0]), torch.tensor(ends[1]), 8, symmetric)[0].isnan()
+
+
+def test_empty_batches() -> None:
+    x = torch.zeros(0, 5, requires_grad=True)
+    assert fake_quantize_activation(x, activation("absmax")).scale.shape == (0,)
+    quantized = fake_quantize_activation(x, activation("static"), torch.tensor(1.0))
+    assert quantized.hat.shape == (0, 5)
+    assert quantized.scale.item() == 1
+
+
+def test_activation_errors_name_the_argument() -> None:
+    x, one = random(2, 3), torch.tensor(1.0)
+    with pytest.raises(TypeError, match="x: expected a floating-point tensor"):
+        fake_quantize_activation(x.long(), activation("absmax"))
+    with pytest.raises(ValueError, match="recipe: activations 'none'"):
+        fake_quantize_activation(x, activation("none"))
+    with pytest.raises(ValueError, match="scale: expected for static"):
+        fake_quantize_activation(x, activation("static"))
+    with pytest.raises(ValueError, match="scale: expected for static"):
+        fake_quantize_activation(x, activation("absmax"), one)
