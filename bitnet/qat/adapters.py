@@ -1,0 +1,376 @@
+"""Low-rank adapters: train a model by small matrices beside its own (LoRA, arXiv 2106.09685).
+
+    y = base(x) + (alpha / rank) * B (A x)        A [r, K] Kaiming uniform, B [N, r] zero at first
+
+    lora    the base stays an nn.Linear. Of a prepared model it is a QATLinear (or BitLinear), which
+            goes on quantizing: *LoRA-QAT*, adapters that learn to make good what quantization does
+    qlora   the base is stored in NF4 or ternary codes and dequantized as it is used, so that only
+            its bytes stay in memory (arXiv 2305.14314); it never changes
+
+Merging adds s B A to the base's weight, and the model is again what it was before. For a base in
+full precision that changes nothing; under a quantizer it does: W + s B A is rounded anew, and a
+small s B A may vanish below half a step. :func:`merge_adapters` says by how much, layer by layer.
+What it cannot see is that the adapter's share of the output now comes from quantized activations
+too: measure the loss before and after.
+
+M tokens, K in_features, N out_features, r rank.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet.linear import (
+    BitLinear,
+    check_patterns,
+    disable_fused_encoder,
+    matches,
+    replace_modules,
+)
+from bitnet.qat.layers import QATLinear
+from bitnet.qat.nf4 import FrozenLinear, NF4Linear
+from bitnet.qat.quantizers import dequantize
+from bitnet.qat.recipe import Recipe
+from bitnet.quant import absmean_ternary
+from bitnet.quant import dequantize as dequantize_ternary
+from bitnet.schema import STRICT
+from bitnet_kernels import pack_ternary, unpack_ternary
+from bitnet_kernels.packing import packed_columns
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The matrices of a Transformer's layers."""
+BITNET = Recipe(weights="absmean", granularity="tensor")
+
+
+@dataclass(frozen=True, config=STRICT)
+class AdapterConfig:
+    """The ``[adapter]`` section: low-rank adapters and what they stand beside."""
+
+    kind: Literal["none", "lora", "qlora"] = "none"
+    """"lora": beside the model's own layers, quantizing ones too; "qlora": beside a frozen base of
+    few bits"""
+    rank: Annotated[int, Field(ge=1)] = 16
+    """of the adapters; above in_features or out_features it is allowed and buys nothing"""
+    alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
+    """adapters count alpha / rank times"""
+    targets: Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: list(TARGETS)
+    )
+    """names, paths or patterns of the linear layers that get one"""
+    base: Literal["nf4", "ternary"] = "nf4"
+    """"qlora": how the base is stored, 4.5 or 2 bits a weight"""
+    train_base: bool = False
+    """"lora": train all the rest of the model too; false: the adapters alone"""
+
+
+class FrozenTernaryLinear(FrozenLinear):
+    """A frozen linear layer in packed ternary codes, 2 bits a weight.
+
+    The codes are found once, by absmean with the recipe's granularity and alpha. Unlike in
+    :class:`bitnet.TernaryLinear`, which stores the same, activations are not quantized.
+
+    State: ``packed`` uint8 ``[N, ceil(K/64)*16]``, ``scale`` fp32 ``[]``, ``[N]`` or ``[N, G]``,
+    ``bias``. Raises ValueError where the weights are not finite.
+    """
+
+    SCALE = "scale"
+    packed: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear, recipe: Recipe = BITNET) -> None:
+        super().__init__(linear)
+        self.recipe = recipe
+        codes, scale = absmean_ternary(
+            linear.weight.detach(), recipe.granularity, recipe.group_size, recipe.alpha
+        )
+        if codes.is_meta:  # has no codes to check and pack
+            packed = codes.new_empty(len(codes), packed_columns(codes.shape[1]), dtype=torch.uint8)
+        elif not bool(scale.isfinite().all()):
+            raise ValueError("weight: holds NaN or infinity; such a weight has no ternary form")
+        else:
+            packed = pack_ternary(codes)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale", scale)
+
+    def codes(self) -> Tensor:
+        """int8 -1, 0, 1 ``[N, K]``."""
+        return unpack_ternary(self.packed, self.in_features)
+
+    def dequantize(self) -> Tensor:
+        """W_hat, fp32 ``[N, K]``."""
+        return dequantize_ternary(self.codes(), self.scale, self.recipe.group_size)
+
+
+def _frozen(linear: nn.Linear, ternary: Recipe | None) -> FrozenLinear:
+    return NF4Linear(linear) if ternary is None else FrozenTernaryLinear(linear, ternary)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer and its adapter: ``y = base(x) + (alpha / rank) * (x A.T) B.T``.
+
+    The adapter is fp32 and computes in the input's dtype or under autocast in its; it starts at
+    B = 0, as the base alone.
+
+    Arguments:
+        base: an nn.Linear, QATLinear, BitLinear or FrozenLinear.
+        rank, alpha: of the adapter.
+    State:
+        ``base.*``, ``lora_a`` fp32 ``[r, K]``, ``lora_b`` fp32 ``[N, r]``.
+    """
+
+    base: nn.Linear | FrozenLinear
+
+    def __init__(self, base: nn.Linear | FrozenLinear, rank: int, alpha: float) -> None:
+        super().__init__()
+        self.base = base
+        self.rank, self.alpha = rank, alpha
+        tensor = next(iter(base.state_dict().values()))
+        options: dict[str, Any] = {"device": tensor.device, "dtype": torch.float32}
+        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, **options))
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **options))
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # U(-1, 1) / sqrt(K), LoRA's own code
+        self.train(base.training)
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float ``[..., K]`` -> ``[..., N]``, differentiable."""
+        low = F.linear(input, self.lora_a.to(input.dtype))
+        adapted = F.linear(low * self.scaling, self.lora_b.to(low.dtype))
+        y: Tensor = self.base(input)
+        return y + adapted
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        """What merging adds to the weight: ``(alpha / rank) * B A``, fp32 ``[N, K]``."""
+        return self.scaling * (self.lora_b.float() @ self.lora_a.float())
+
+    def extra_repr(self) -> str:
+        """The adapter's dial."""
+        return f"rank={self.rank}, alpha={self.alpha:g}"
+
+
+def add_adapters(model: nn.Module, config: AdapterConfig, recipe: Recipe = BITNET) -> nn.Module:
+    """Put a :class:`LoRALinear` in the place of each target, in place; return the model.
+
+    Everything that is not an adapter is frozen (``requires_grad`` off: embeddings, norms and head
+    too), unless ``config.train_base``. A is drawn from torch's global generator, layer by layer.
+    On the meta device the structure is made, without values.
+
+    Arguments:
+        model: holds the targets: plain nn.Linear, or (lora) QATLinear or BitLinear, after prepare.
+        config: what to add; kind "none" changes nothing.
+        recipe: granularity, group size and alpha of a ternary base.
+    Raises:
+        ValueError: a pattern that no such layer has (names the nearest), adapters already there, a
+        target of another kind, with a norm inside, with a shared weight or with weights that are
+        not finite (named); ``train_base`` of a qlora; a recipe that is not absmean.
+    """
+    if config.kind == "none":
+        return model
+    quantized = config.kind == "qlora"
+    if quantized and config.train_base:
+        raise ValueError("train_base: the base of a qlora is stored in codes; use kind = 'lora'")
+    if quantized and config.base == "ternary" and recipe.weights != "absmean":
+        raise ValueError(
+            f"recipe: a ternary base is quantized by 'absmean', not by {recipe.weights!r}"
+        )
+    if any(_adapted(model)):
+        raise ValueError("model: already has adapters")
+    targets = _targets(model, config)
+
+    def convert(name: str, module: nn.Module) -> nn.Module | None:
+        if module not in targets:
+            return None
+        assert isinstance(module, nn.Linear)
+        try:
+            base: nn.Linear | FrozenLinear = module
+            if quantized:
+                base = _frozen(module, None if config.base == "nf4" else recipe)
+            elif not module.weight.is_meta and not bool(module.weight.isfinite().all()):
+                raise ValueError("weight: holds NaN or infinity")
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from error
+        return LoRALinear(base, config.rank, config.alpha)
+
+    replace_modules(model, convert)
+    disable_fused_encoder(model)
+    if not config.train_base:
+        model.requires_grad_(False)
+        for tensor in _tensors(model).values():
+            tensor.requires_grad_(True)
+    return model
+
+
+def _adapted(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield name, module
+
+
+def _targets(model: nn.Module, config: AdapterConfig) -> set[nn.Module]:
+    """The layers that the patterns name, each of a kind that can be adapted."""
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    check_patterns(model, config.targets, "targets")
+    for pattern in config.targets:
+        if not any(matches(name, [pattern]) for name in linear):
+            raise ValueError(f"targets: {pattern!r} names no linear layer")
+    chosen = {name: layer for name, layer in linear.items() if matches(name, config.targets)}
+    kinds = (nn.Linear,) if config.kind == "qlora" else (nn.Linear, QATLinear, BitLinear)
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for name, layer in chosen.items():
+        if layer is model:
+            raise ValueError("model: is a linear layer itself; put it into a module")
+        if type(layer) not in kinds or getattr(layer, "rms_norm", None) is not None:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(
+                f"{name}: {config.kind} stands beside a {wanted} without a norm inside, "
+                f"not {type(layer).__name__}"
+            )
+        if len(shared := owners.get(id(layer.weight), [])) != 1:
+            how = f"shared by {', '.join(shared)}" if shared else "computed by a hook"
+            raise ValueError(f"{name}: its weight is {how}; merging would change more than it")
+    return set(chosen.values())
+
+
+class LayerMerge(NamedTuple):
+    """What merging one layer did."""
+
+    error: float
+    """``||Q(W + s B A) - (Q(W) + s B A)|| / ||Q(W) + s B A||`` (Frobenius): what rounding anew
+    changes in the weight. 0 for a full-precision base. Of a qlora base, which merges into full
+    precision, what storing the result in the base's format again *would* change"""
+    codes_changed: float
+    """share of the codes that differ, likewise"""
+    bytes_before: int
+    """of the base's weight: parameters, or codes and scales"""
+    bytes_after: int
+    """of the merged weight"""
+
+
+class MergeReport(NamedTuple):
+    """What merging did, by layer; ``str()`` is one line."""
+
+    layers: dict[str, LayerMerge]
+
+    def __str__(self) -> str:
+        """Mean over the layers, and the worst."""
+        merges, n = list(self.layers.values()), len(self.layers)
+        worst = max(self.layers, key=lambda name: self.layers[name].error)
+        return (
+            f"{n} layers merged: weights off by {sum(m.error for m in merges) / n:.2%} on average, "
+            f"{self.layers[worst].error:.2%} at most ({worst}); "
+            f"{sum(m.codes_changed for m in merges) / n:.2%} of the codes changed; "
+            f"{sum(m.bytes_before for m in merges):,} -> {sum(m.bytes_after for m in merges):,} "
+            "bytes"
+        )
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> MergeReport:
+    """Add every adapter to its base and take it away, in place: the model's layers are again of the
+    types they had. A lora's base keeps its Parameters; a qlora's becomes an nn.Linear of the dtype
+    it came with. ``requires_grad`` stays as it is.
+
+    Raises:
+        ValueError: no adapters; adapters or weights that are not finite (the layer is named, and
+        nothing is merged).
+    """
+    layers = dict(_adapted(model))
+    if not layers or "" in layers:
+        raise ValueError("model: has no adapters" if not layers else "model: is an adapter itself")
+    for name, layer in layers.items():
+        weight = layer.base.weight if isinstance(layer.base, nn.Linear) else layer.base.dequantize()
+        if not bool((weight + layer.delta()).isfinite().all()):
+            raise ValueError(f"{name}: its weight or adapter holds NaN or infinity")
+    merges: dict[str, LayerMerge] = {}
+
+    def convert(name: str, module: nn.Module) -> nn.Module | None:
+        if name not in layers:
+            return None
+        merged, merges[name] = _merge(layers[name])
+        return merged
+
+    replace_modules(model, convert)
+    return MergeReport(merges)
+
+
+def _merge(layer: LoRALinear) -> tuple[nn.Linear, LayerMerge]:
+    base, delta = layer.base, layer.delta()
+    if isinstance(base, nn.Linear):
+        merged, size = base, base.weight.nbytes
+        codes, hat = _quantized(base)
+        wanted = hat + delta
+        base.weight.add_(delta)
+        new_codes, new_hat = _quantized(base)
+    else:
+        size, codes, wanted = base.weight_bytes, base.codes(), base.dequantize() + delta
+        merged = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        merged.weight = nn.Parameter(wanted.to(base.dtype), requires_grad=False)
+        merged.register_parameter("bias", base.bias)
+        merged.train(layer.training)
+        again = _frozen(merged, getattr(base, "recipe", None))
+        new_codes, new_hat = again.codes(), again.dequantize()
+    off, norm = float((new_hat - wanted).norm()), float(wanted.norm())
+    changed = float((new_codes != codes).float().mean())
+    error = off / norm if norm else (math.inf if off else 0.0)
+    return merged, LayerMerge(error, changed, size, merged.weight.nbytes)
+
+
+def _quantized(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """The codes (full precision: a 0, which never changes) and the fp32 weight of the forward."""
+    if isinstance(linear, QATLinear):
+        codes, scale, zero_point = linear.quantize()
+        return codes, dequantize(codes, scale, zero_point, linear.recipe.group_size)
+    if isinstance(linear, BitLinear):
+        codes, scale = linear.quantize()
+        return codes, dequantize_ternary(codes, scale, linear.group_size)
+    return linear.weight.new_zeros(()), linear.weight.float()
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        f"{name}.{key}": getattr(layer, key)
+        for name, layer in _adapted(model)
+        for key in ("lora_a", "lora_b")
+    }
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the adapters alone: ``<layer>.lora_a`` fp32 ``[r, K]`` and ``<layer>.lora_b`` fp32
+    ``[N, r]``. Rank and alpha are not in them: they belong to the config."""
+    return {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
+
+
+@torch.no_grad()
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy what :func:`adapter_state` gave into a model with the same adapters.
+
+    Raises:
+        ValueError: a tensor too few, too many, or of another shape; nothing is loaded then.
+    """
+    own = _tensors(model)
+    if missing := sorted(own.keys() ^ state.keys()):
+        side = "state" if missing[0] in own else "model"
+        raise ValueError(f"state: {missing[0]!r} is not in the {side} ({len(missing)} such names)")
+    for name, tensor in own.items():
+        if state[name].shape != tensor.shape:
+            raise ValueError(
+                f"state: {name} has shape {list(state[name].shape)}, expected {list(tensor.shape)}"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])

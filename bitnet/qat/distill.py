@@ -1,0 +1,278 @@
+"""Distillation: a full-precision teacher shows the quantized student what to say, and how to look.
+
+Two terms join the cross-entropy, both Kullback-Leibler divergences from teacher to student, in
+fp32 whatever the dtype of the forward::
+
+    logits      T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), mean over tokens
+                (Hinton, arXiv 1503.02531; T^2 keeps its gradient's size independent of T)
+    attention   mean over X in {Q, K, V}, heads and tokens of KL(R(X_t) || R(X_s)),
+                R(X) = softmax(X X^T / sqrt(d)) of one head's states X [T, d]
+                (MiniLMv2, arXiv 2012.15828; one late layer suffices: BitDistill, arXiv 2510.13998)
+
+Relations compare tokens with tokens, so the teacher's width need not be the student's: the states
+of each projection are cut into ``relation_heads`` parts, whatever the attention's own heads are.
+
+**Weights.** Published weights (10 for logits, 1e5 for attention) fit one model and one data set,
+and where a term drowns the others the student ends below plain fine-tuning. So weights here are
+ratios: ``balance`` scales each term so that its gradient with respect to a tensor that it shares
+with the cross-entropy has the configured multiple of the cross-entropy's norm there. For the logits
+term that tensor is the logits; for the relations, the input of their layer's projections, the last
+tensor that both depend on. Measured on the first micro-batch every ``balance_every`` steps (two
+more backward passes down to that tensor a term), kept in between and in the checkpoint.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from einops import rearrange
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet.export.folder import load
+from bitnet.model import Transformer
+from bitnet.schema import STRICT, UserError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+_Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class DistillConfig:
+    """The ``[distill]`` section: a teacher and what is learned from it."""
+
+    teacher: str = ""
+    """model folder of the teacher, which shares the tokenizer; "" = no distillation"""
+    device: str = ""
+    """where the teacher runs; "" = with the student"""
+    logits: _Weight = 1.0
+    """weight of the teacher's next-token distribution; 0 = off"""
+    temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
+    """that both distributions are softened by"""
+    attention: _Weight = 1.0
+    """weight of the relations among queries, keys and values; 0 = off"""
+    attention_layer: Annotated[int, Field(lt=0)] = -1
+    """the layer whose relations are learned, counted from the last of either model, -1"""
+    relation_heads: Annotated[int, Field(ge=1)] = 8
+    """parts that a projection's outputs are cut into; divides its width in either model"""
+    balance: bool = True
+    """weights are multiples of the cross-entropy's gradient norm; false: of the plain terms"""
+    balance_every: Annotated[int, Field(ge=1)] = 50
+    """steps between measurements of those norms"""
+
+
+def logit_loss(student_BTV: Tensor, teacher_BTV: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(teacher || student)`` of next-token distributions, mean over tokens: fp32 ``[]``.
+
+    Arguments:
+        student_BTV, teacher_BTV: logits ``[..., V]``, any float dtype (the sums are in fp32).
+    """
+    student = F.log_softmax(student_BTV.float() / temperature, -1)
+    teacher = F.log_softmax(teacher_BTV.float() / temperature, -1)
+    return _kl(student, teacher) * temperature**2
+
+
+def relation_loss(student_BTD: Tensor, teacher_BTD: Tensor, heads: int) -> Tensor:
+    """KL of the relations among a projection's states, mean over heads and tokens: fp32 ``[]``.
+
+    Arguments:
+        student_BTD, teacher_BTD: ``[B, T, width]``; widths may differ. heads: divides both.
+    """
+    return _kl(_relations(student_BTD, heads), _relations(teacher_BTD, heads))
+
+
+def _relations(states_BTD: Tensor, heads: int) -> Tensor:
+    """log R: ``[B, T, heads * d]`` -> ``[B, heads, T, T]``, every token to every token."""
+    x = rearrange(states_BTD.float(), "b t (h d) -> b h t d", h=heads)
+    return F.log_softmax(x @ x.transpose(-1, -2) / math.sqrt(x.shape[-1]), -1)
+
+
+def _kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """Of log-probabilities over the last axis, mean over all others."""
+    return (teacher.exp() * (teacher - student)).sum(-1).mean()
+
+
+class Distiller:
+    """The teacher beside a student in training.
+
+    Arguments:
+        teacher: on its device; put in eval mode, without gradients.
+        student: on its device, with its final modules; its training forward is listened to.
+        config: with weights and layer.
+        bf16: run the teacher under bf16 autocast.
+    Raises:
+        UserError: the two do not fit together; names the key.
+    """
+
+    def __init__(
+        self, teacher: Transformer, student: Transformer, config: DistillConfig, bf16: bool
+    ) -> None:
+        self.config = config
+        self._teacher = teacher.eval().requires_grad_(False)
+        self._device = teacher.embed_tokens.weight.device
+        self._bf16 = bf16
+        self._scales = {"logits": config.logits, "attention": config.attention}
+        self._terms: dict[str, list[Tensor]] = {}
+        self._student_states: _States | None = None
+        self._teacher_states: _States | None = None
+        if config.attention:
+            self._student_states = _States(student, config.attention_layer, student=True)
+            self._teacher_states = _States(self._teacher, config.attention_layer, student=False)
+
+    def loss(
+        self, inputs_BT: Tensor, logits_BTV: Tensor, cross_entropy: Tensor, step: int, first: bool
+    ) -> Tensor:
+        """What to add to the cross-entropy of a micro-batch: fp32 ``[]``. Call outside autocast.
+
+        Arguments:
+            inputs_BT: what the student's forward was just given, and logits_BTV: what it returned.
+            cross_entropy: of those, still with its graph.
+            step: of the run. first: whether this is the step's first micro-batch, on which norms
+                are measured.
+        """
+        with (
+            torch.no_grad(),
+            torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16),
+        ):
+            taught_BTV = self._teacher(inputs_BT.to(self._device)).to(logits_BTV.device)
+        terms: dict[str, tuple[Tensor, Tensor]] = {}  # name -> term, tensor shared with the loss
+        if self.config.logits:
+            term = logit_loss(logits_BTV, taught_BTV, self.config.temperature)
+            terms["logits"] = term, logits_BTV
+        if self._student_states is not None and self._teacher_states is not None:
+            shared, ours = self._student_states.take()
+            _, theirs = self._teacher_states.take()
+            heads = self.config.relation_heads
+            each = [
+                relation_loss(a, b.to(a.device), heads) for a, b in zip(ours, theirs, strict=True)
+            ]
+            terms["attention"] = torch.stack(each).mean(), shared
+        total = torch.zeros((), device=logits_BTV.device)
+        for name, (term, shared) in terms.items():
+            if self.config.balance and first and step % self.config.balance_every == 0:
+                self._balance(name, term, cross_entropy, shared)
+            self._terms.setdefault(name, []).append(term.detach())
+            total = total + self._scales[name] * term
+        return total
+
+    def _balance(self, name: str, term: Tensor, cross_entropy: Tensor, shared: Tensor) -> None:
+        """Set the scale; where either norm is 0 or not finite, the one before stays."""
+        (of_loss,) = torch.autograd.grad(cross_entropy, shared, retain_graph=True)
+        (of_term,) = torch.autograd.grad(term, shared, retain_graph=True)
+        weight = getattr(self.config, name)
+        scale = float(weight * of_loss.float().norm() / of_term.float().norm())
+        if math.isfinite(scale) and scale > 0:
+            self._scales[name] = scale
+
+    def readings(self) -> dict[str, float]:
+        """For a line of metrics: each term (mean over the micro-batches since the last call) and
+        the scale it enters the loss with."""
+        row: dict[str, float] = {}
+        for name, values in self._terms.items():
+            row[f"distill/{name}"] = float(torch.stack(values).mean())
+            row[f"distill/{name}_scale"] = self._scales[name]
+        self._terms = {}
+        return row
+
+    def state(self) -> dict[str, float]:
+        """For a checkpoint, as JSON."""
+        return dict(self._scales)
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Continue from :meth:`state`."""
+        self._scales = dict(state)
+
+
+class _States:
+    """Catches what one layer's projections take and give, by forward hooks: of a student in
+    training mode, of a teacher always."""
+
+    def __init__(self, model: Transformer, layer: int, *, student: bool) -> None:
+        self._model, self._is_student = model, student
+        self._input: Tensor | None = None
+        self._outputs: dict[str, Tensor] = {}
+        attention = f"layers.{model.config.n_layers + layer}.self_attn"
+        for name in PROJECTIONS:
+            projection = model.get_submodule(f"{attention}.{name}")
+            projection.register_forward_hook(self._on_output(name))
+            if name == PROJECTIONS[0]:  # all three are given the same tensor
+                projection.register_forward_pre_hook(self._on_input)
+
+    def _listening(self) -> bool:
+        return self._model.training or not self._is_student
+
+    def _on_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._listening():
+            self._input = args[0]
+            if self._is_student and not args[0].requires_grad:  # below it all is frozen
+                args[0].requires_grad_()
+
+    def _on_output(self, name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if self._listening():
+                self._outputs[name] = output
+
+        return hook
+
+    def take(self) -> tuple[Tensor, list[Tensor]]:
+        """The input ``[B, T, D]`` and the outputs of the last forward, which are let go."""
+        shared, self._input = self._input, None
+        assert shared is not None, "take() belongs to a forward"
+        return shared, [self._outputs.pop(name) for name in PROJECTIONS]
+
+
+def load_teacher(
+    config: DistillConfig, student: Transformer, tokenizer_hash: str, seq_len: int, device: Any
+) -> Transformer:
+    """The teacher of a config, checked against the student.
+
+    Arguments:
+        tokenizer_hash: of the data's tokenizer. seq_len: tokens in a training sequence.
+    Raises:
+        UserError: another vocabulary, too short a context, or shapes whose relations cannot be
+            compared; names the key.
+    """
+    folder = Path(config.teacher)
+    teacher, tokenizer = load(folder, device)
+    where = f"distill.teacher = {config.teacher}"
+    vocabularies = teacher.config.vocab_size, student.config.vocab_size
+    if tokenizer.hash != tokenizer_hash or len(set(vocabularies)) > 1:
+        raise UserError(
+            f"{where}: its tokenizer is not the one of the data; set data.tokenizer = "
+            f"{str(tokenizer.path)!r}, or take a teacher of this vocabulary"
+        )
+    if teacher.config.max_seq_len < seq_len:
+        raise UserError(
+            f"{where}: its context of {teacher.config.max_seq_len} tokens is shorter than "
+            f"data.seq_len = {seq_len}"
+        )
+    if config.attention:
+        _check_relations(config, teacher, student)
+    return teacher
+
+
+def _check_relations(config: DistillConfig, teacher: Transformer, student: Transformer) -> None:
+    n_layers = min(teacher.config.n_layers, student.config.n_layers)
+    if -config.attention_layer > n_layers:
+        raise UserError(
+            f"distill.attention_layer = {config.attention_layer}: one of the models has only "
+            f"{n_layers} layers; the nearest is {-n_layers}"
+        )
+    widths = [
+        model.config.matrices()[f"self_attn.{name}"][0]
+        for model in (teacher, student)
+        for name in PROJECTIONS
+    ]
+    common = math.gcd(*widths)
+    if common % config.relation_heads:
+        fitting = [n for n in range(1, common + 1) if common % n == 0]
+        nearest = min(fitting, key=lambda n: abs(n - config.relation_heads))
+        raise UserError(
+            f"distill.relation_heads = {config.relation_heads} does not divide the widths of "
+            f"queries, keys and values ({', '.join(map(str, sorted(set(widths))))}); the nearest "
+            f"that does is {nearest}"
+        )

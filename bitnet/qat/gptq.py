@@ -1,0 +1,172 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, and let the columns not yet
+rounded make up for the error.
+
+A layer's output error over the calibration inputs is tr(dW H dW^T) with the Hessian H = 2 X^T X.
+Rounding column j by the error e = w_j - w_hat_j costs least if the columns F still free move by
+
+    dW_F = -e / [H_F^-1]_jj * [H_F^-1]_j,F                                           (eq. 2)
+
+(Optimal Brain Surgeon). Rounding all rows in the same order shares H_F between them, and the rows
+of H_F^-1 that the order needs are those of the upper Cholesky factor U of H^-1, U^T U = H^-1, up
+to a factor: [H_F^-1]_j,F / [H_F^-1]_jj = U_j,F / U_jj. So
+
+    e_j = (w_j - w_hat_j) / U_jj;   W_j+1: -= e_j U_j,j+1:
+
+where columns beyond a block of 128 get the block's updates together, as one product ("lazy").
+
+Choices: damping is 1% of the mean diagonal, as in the paper. U is found in fp64, the rest is fp32.
+A scale "tensor" or "row" is found before anything is rounded. That of a *group* is found when the
+group is reached, from weights that earlier columns have moved; blocks end where groups do, so all
+of them have. An input channel that is always 0 in the calibration ("dead") has no part in H: its
+weights are rounded to nearest, while the paper's code sets them to 0, which ruins a channel that
+only this text leaves silent. ``act_order`` takes columns with a larger diagonal first; groups stay
+runs of neighbouring columns, so their scales are then found before.
+
+K in_features, N out_features.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from bitnet.model import Block, Transformer
+from bitnet.qat.ptq import (
+    Codes,
+    OnLayer,
+    Walk,
+    check_rounding,
+    layer_by_layer,
+    quantized_linears,
+    sites,
+)
+from bitnet.qat.quantizers import dequantize, round_codes, weight_scale
+from bitnet.qat.recipe import Recipe
+
+
+def gptq(
+    model: Transformer,
+    recipe: Recipe,
+    calibration: Tensor,
+    *,
+    damping: float = 0.01,
+    act_order: bool = False,
+    block_size: int = 128,
+    on_layer: OnLayer | None = None,
+) -> Transformer:
+    """A copy of the model with its matrices rounded by GPTQ, in eval mode.
+
+    Arguments:
+        model: full precision; not changed.
+        recipe: weights "int" or "absmean"; activations are quantized as it says.
+        calibration: int64 ``[S, T]``, token windows; the paper takes 128 of 2048.
+        damping, act_order, block_size: see :func:`gptq_matrix`.
+        on_layer: called after each layer with how many are done, of how many.
+    Raises:
+        ValueError: as ``ptq.layer_by_layer``; other weights than these.
+    """
+    check_rounding("gptq", recipe)
+
+    def method(block: Block, walk: Walk) -> dict[str, Codes]:
+        codes: dict[str, Codes] = {}
+        layers = quantized_linears(block)
+        for site, inputs in zip(sites(block), walk.statistics(block, True), strict=True):
+            for name in site.consumers:
+                if name in layers:
+                    weight = layers[name].weight
+                    codes[name] = gptq_matrix(
+                        *(weight, inputs.gram, recipe, damping, act_order, block_size)
+                    )
+        return codes
+
+    return layer_by_layer(model, recipe, calibration, method, on_layer)
+
+
+@torch.no_grad()
+def gptq_matrix(
+    weight: Tensor,
+    hessian: Tensor,
+    recipe: Recipe,
+    damping: float = 0.01,
+    act_order: bool = False,
+    block_size: int = 128,
+) -> Codes:
+    """GPTQ on one matrix.
+
+    Arguments:
+        weight: float ``[N, K]``; not changed.
+        hessian: ``[K, K]``, X^T X times any positive factor.
+        recipe: weights "int" or "absmean".
+        damping: what is added to the diagonal, as a share of its mean (over channels that live).
+        act_order: round columns in the order of decreasing diagonal.
+        block_size: columns updated together; of no consequence but for speed and fp32 rounding.
+    Returns:
+        Codes int8 ``[N, K]``, scale, zero point, as ``quantizers.weight_codes``.
+    Raises:
+        ValueError: other weights than these; a Hessian that is not finite, or not positive definite
+            with this damping.
+    """
+    check_rounding("gptq", recipe)
+    if block_size < 1 or damping < 0:
+        raise ValueError(
+            f"block_size, damping: expected >= 1 and >= 0, got {block_size}, {damping}"
+        )
+    w = weight.float().clone()
+    columns = w.shape[1]
+    by_group = recipe.granularity == "group"
+    found_early = not by_group or act_order
+    order = torch.arange(columns, device=w.device)
+    if act_order:
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+    upper = _inverse_factor(hessian[order][:, order], damping)
+    scale, zero = weight_scale(w, recipe) if found_early else (w, None)
+    scales, zeros = [], []
+    w = w[:, order]
+    codes = torch.empty_like(w, dtype=torch.int8)
+    cuts = {*range(0, columns, block_size), columns}
+    if not found_early:
+        cuts |= set(range(0, columns, recipe.group_size))
+    group_of = (order // recipe.group_size).tolist()
+    for start, end in pairwise(sorted(cuts)):
+        if not found_early and start % recipe.group_size == 0:
+            scale, zero = weight_scale(w[:, start : start + recipe.group_size], recipe)
+            scales.append(scale)
+            zeros.append(zero)
+        errors = torch.empty_like(w[:, start:end])
+        for j in range(start, end):
+            own_scale, own_zero = scale, zero
+            if by_group and found_early:
+                own = slice(group_of[j], group_of[j] + 1)
+                own_scale, own_zero = scale[:, own], None if zero is None else zero[:, own]
+            column = w[:, j : j + 1]
+            rounded = round_codes(column, own_scale, own_zero, recipe)
+            w_hat = dequantize(rounded, own_scale, own_zero, recipe.group_size)
+            error = (column - w_hat) / upper[j, j]
+            w[:, j + 1 : end].sub_(error * upper[j, j + 1 : end])
+            codes[:, j : j + 1], errors[:, j - start : j - start + 1] = rounded, error
+        w[:, end:].sub_(errors @ upper[start:end, end:])
+    if not found_early:
+        scale = torch.cat(scales, 1)
+        zero = None if zeros[0] is None else torch.cat([z for z in zeros if z is not None], 1)
+    return codes[:, order.argsort()].contiguous(), scale, zero
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """U of the head of this file: fp32 ``[K, K]``, upper, U^T U = (H + damping)^-1."""
+    h = hessian.double()
+    diagonal = h.diagonal()
+    if not bool(diagonal.isfinite().all()):
+        raise ValueError("hessian: holds NaN or infinity")
+    live = diagonal > 0
+    # of an empty selection the mean is NaN; with no live channel any positive number does
+    mean = diagonal[live].mean() if bool(live.any()) else h.new_ones(())
+    h = h + torch.diag(damping * mean + torch.where(live, 0.0, mean))
+    factor, failed = torch.linalg.cholesky_ex(h)
+    if not int(failed):
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if int(failed):
+        raise ValueError(
+            f"hessian: not positive definite with damping = {damping}; raise it, or calibrate on "
+            "more tokens"
+        )
+    return upper.float()

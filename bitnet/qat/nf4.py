@@ -1,0 +1,201 @@
+"""NF4, the 4-bit float of QLoRA (arXiv 2305.14314), and linear layers that are not trained.
+
+    blocks of 64 weights in row order, the last one maybe shorter; over the end of a row, too
+    absmax = max|w| of the block, fp32             level = the nearest of 16 to w / absmax
+    w_hat  = LEVELS[code] * absmax
+
+The levels are quantiles of a normal distribution: Phi^-1 at 9 and at 8 points evenly spaced from
+1/2 to 0.9677083 (the mean of 1 - 1/30 and 1 - 1/32), the second half negated, 0 once, all divided
+by the largest. There are 8 levels above 0 and 7 below it, each the nearest of 2 to 9% of Gaussian
+weights; 0, -1 and 1 are exact, so that a block's largest weight is kept as it is.
+
+A weight takes 4 bits and 1/64 of an fp32, 0.5625 bytes. The paper's second quantization, of the
+absmax values, would save another 0.05; it is left out: absmax stays exact and one formula says it
+all. Codes, bytes and absmax are laid out as in bitsandbytes, two codes a byte, the first in the
+high half, so a checkpoint's tensors pass from one to the other as they are.
+
+A frozen layer keeps its codes and makes the floats anew for each product, forward and backward:
+y = x @ W_hat.T, dx = dy @ W_hat, no dW. So W_hat lives for one layer at a time.
+
+N out_features, K in_features.
+"""
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from bitnet.quant import output_dtype
+
+BLOCK = 64
+"""Weights that share an absmax."""
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""The published fp32 values (arXiv 2305.14314, appendix E), by code."""
+
+_MIDPOINTS = torch.tensor([(a + b) / 2 for a, b in pairwise(LEVELS)], device="cpu")
+_PAIRS = torch.tensor([(a, b) for a in LEVELS for b in LEVELS], device="cpu")  # [256, 2] by byte
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+    """Codes and block scales of a weight.
+
+    A value on the midpoint of two levels, as fp32 has it, goes to the lower. A block of zeros has
+    absmax 0 and the code of level 0.
+
+    Arguments:
+        weight: float tensor of any shape and memory order; read in row order, as fp32.
+    Returns:
+        packed: uint8 ``[ceil(numel / 2)]``, two codes a byte, the first in the high half; an odd
+            count ends with a code of level 0. absmax: fp32 ``[ceil(numel / 64)]``. The shape.
+    Raises:
+        TypeError: ``weight`` is not floating point. ValueError: it holds a NaN or an infinity (on
+        the meta device there are no values to check).
+    """
+    if not weight.is_floating_point():
+        raise TypeError(f"weight: expected a floating-point tensor, got {weight.dtype}")
+    flat = weight.detach().flatten().float()
+    blocks = pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
+    absmax = blocks.abs().amax(1)
+    if not weight.is_meta and not bool(absmax.isfinite().all()):
+        raise ValueError("weight: holds NaN or infinity; such a weight has no NF4 form")
+    units = blocks / torch.where(absmax > 0, absmax, 1.0).unsqueeze(1)
+    # bucketize counts the midpoints below each value, which is the code of the nearest level
+    codes = torch.bucketize(units, _MIDPOINTS.to(units.device), out_int32=True).to(torch.uint8)
+    high, low = codes.view(-1, 2).unbind(1)
+    return ((high << 4) | low)[: math.ceil(len(flat) / 2)], absmax, weight.shape
+
+
+def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
+    """The codes 0..15 as uint8 of ``shape``, which index :data:`LEVELS`."""
+    codes = torch.stack((packed >> 4, packed & 15), 1)
+    return codes.flatten()[: shape.numel()].view(shape)
+
+
+def dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size) -> Tensor:
+    """``LEVELS[code] * absmax``: what :func:`quantize` returned -> fp32 of ``shape``.
+
+    Raises:
+        ValueError: the sizes of ``packed`` and ``absmax`` do not fit ``shape``.
+    """
+    count = shape.numel()
+    sizes = (math.ceil(count / 2),), (math.ceil(count / BLOCK),)
+    if (packed.shape, absmax.shape) != sizes:
+        raise ValueError(
+            f"packed, absmax: expected sizes {sizes[0][0]} and {sizes[1][0]} for shape "
+            f"{list(shape)}, got {list(packed.shape)} and {list(absmax.shape)}"
+        )
+    whole = pad(packed, (0, len(absmax) * BLOCK // 2 - len(packed)))
+    pairs = _PAIRS.to(packed.device, non_blocking=True)  # 2 KB: the host does not wait for it
+    units = pairs.index_select(0, whole.int()).view(-1, BLOCK)
+    return (units * absmax.unsqueeze(1)).flatten()[:count].view(shape)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x @ W_hat.T of a weight that is made from its codes when needed, and not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: "FrozenLinear", dtype: torch.dtype) -> Tensor:
+        ctx.base, ctx.dtypes = base, (x.dtype, dtype)
+        return x.to(dtype) @ base.dequantize().to(dtype).t()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        x_dtype, dtype = ctx.dtypes
+        return (dy.to(dtype) @ ctx.base.dequantize().to(dtype)).to(x_dtype), None, None
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer of stored codes that hands gradients on and takes none; see the subclasses.
+
+    The product is one of floats, in the autocast dtype or that of the input.
+    """
+
+    SCALE = ""
+    """Name of the buffer that stays fp32 under ``.to(dtype)``."""
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype = linear.weight.dtype
+        self.bias = linear.bias
+        self.train(linear.training)
+
+    def codes(self) -> Tensor:
+        """The stored codes ``[N, K]``."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """W_hat, fp32 ``[N, K]``."""
+        raise NotImplementedError
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float ``[..., K]`` -> ``[..., N]``, differentiable in the input."""
+        dtype = output_dtype(input)
+        y: Tensor = _FrozenProduct.apply(input, self, dtype)
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "FrozenLinear":
+        scale = getattr(self, self.SCALE)
+        super()._apply(fn, recurse)
+        if (moved := getattr(self, self.SCALE)).dtype != torch.float32:  # move, but do not round
+            setattr(self, self.SCALE, scale.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        """Sizes and the bytes stored."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, weight_bytes={self.weight_bytes}"
+        )
+
+
+class NF4Linear(FrozenLinear):
+    """A frozen linear layer in NF4 (see the head of this file), 0.5625 bytes a weight.
+
+    State: ``packed`` uint8 ``[ceil(NK / 2)]``, ``absmax`` fp32 ``[ceil(NK / 64)]``, ``bias``.
+    Raises ValueError where the weights are not finite.
+    """
+
+    SCALE = "absmax"
+    packed: Tensor
+    absmax: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        packed, absmax, self.shape = quantize(linear.weight)
+        self.register_buffer("packed", packed)
+        self.register_buffer("absmax", absmax)
+
+    def codes(self) -> Tensor:
+        """uint8 0..15 ``[N, K]``, which index :data:`LEVELS`."""
+        return unpack(self.packed, self.shape)
+
+    def dequantize(self) -> Tensor:
+        """W_hat, fp32 ``[N, K]``."""
+        return dequantize(self.packed, self.absmax, self.shape)
