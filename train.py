@@ -5,12 +5,13 @@
 
 The whole run is this file: set up, resume, loop, save. What it calls is in bitnet/, a file a
 subject. A run lives in runs/NAME/; the same command again resumes it, from the newest whole
-checkpoint, as if it had never stopped: data, schedule and dropout-free model are pure functions of
-(seed, step), so the optimizer's state and the weights are all there is to restore.
+checkpoint, as if it had never stopped: data, schedules and dropout-free model are pure functions of
+(seed, step), so the optimizer's state, the weights (learned scales, observers and adapters among
+them) and the balance of a distillation are all there is to restore.
 
-A step, in order: forward and backward over the micro-batches; skip if not finite; clip; update;
-then readings, evaluation, the line in metrics.jsonl, and last the checkpoint, so that what is in a
-checkpoint is always in the metrics too.
+A step, in order: set how far it is quantized ([qat]); forward and backward over the micro-batches;
+skip if not finite; clip; update; then readings, evaluation, the line in metrics.jsonl, and last the
+checkpoint, so that what is in a checkpoint is always in the metrics too.
 """
 
 import math
@@ -30,17 +31,22 @@ from filelock import FileLock, Timeout
 from torch.nn import functional as F
 
 from bitnet import checkpoint
-from bitnet.cli import config_help, one_line_errors, pick_device, split_args
+from bitnet.build import as_saved, build_model
+from bitnet.cli import config_help, one_line_errors, split_args
+from bitnet.cli_convert import pick_device
 from bitnet.config import Config, differences, load_config, to_dict, to_toml
 from bitnet.data import INDEX, Loader, TokenDataset, sequential_windows
 from bitnet.durable import sha256, write_atomic
-from bitnet.evaluate import evaluate_windows
-from bitnet.export.folder import load, save_model
+from bitnet.evaluate import EvalResult, evaluate_windows
+from bitnet.export.folder import read_config, save_model
 from bitnet.generate import encode_prompt, generate
 from bitnet.metrics import Console, MetricsFile, Tracker
 from bitnet.model import Transformer
 from bitnet.optim import build_optimizer, clip_gradients, learning_rate_factor, weight_decay_at
 from bitnet.prepare import prepare
+from bitnet.qat.adapters import merge_adapters
+from bitnet.qat.distill import Distiller, load_teacher
+from bitnet.qat.schedule import set_step
 from bitnet.schema import UserError
 from bitnet.summary import human, one_line
 from bitnet.telemetry import Telemetry
@@ -48,10 +54,13 @@ from bitnet.throughput import Throughput, mfu, peak_flops, peak_memory
 from bitnet.tokenizer import Tokenizer
 
 FIXED = (
-    *("model", "data", "run.seed", "train.batch_tokens", "train.dtype", "optim.optimizer"),
+    *("model", "data", "run.seed", "train.batch_tokens", "train.dtype", "train.init_from"),
+    *("quant", "qat", "distill", "adapter", "optim.optimizer"),
     *("optim.beta1", "optim.beta2", "optim.eps", "optim.muon_momentum", "optim.muon_ns_steps"),
 )
 """What a run keeps for life: changing one of these makes it another run, and resuming refuses."""
+FREE = ("data.threads", "distill.device")
+"""Keys of those that may change all the same."""
 
 
 def train(config: Config, command: str) -> None:
@@ -75,26 +84,41 @@ def train(config: Config, command: str) -> None:
     seq_len, total_steps = config.data.seq_len, config.train.steps
     loader = Loader(train_set, seq_len, config.batch_sequences, config.run.seed)
 
+    run_dir, checkpoints = config.run_dir, config.run_dir / "checkpoints"
+    saved = checkpoint.resume(checkpoints)
+    changes: list[str] = []
+    if saved is not None:
+        changes = allowed_changes(saved.state["config"], to_dict(config), run_dir)
+
     torch.manual_seed(config.run.seed)
-    model = Transformer(config.model)
+    model = build_model(config, tokenizer.hash, fresh=saved is None)
     model.to(device)
     forward = torch.compile(model) if config.train.compile else model
     optimizers = build_optimizer(model, config.optim)
     telemetry = Telemetry(model)
+    distiller, teacher_hash = None, ""
+    if config.distill.teacher:
+        teacher_device = pick_device(config.distill.device) if config.distill.device else device
+        teacher = load_teacher(config.distill, model, tokenizer.hash, seq_len, teacher_device)
+        teacher_hash = read_config(Path(config.distill.teacher)).config_sha256
+        distiller = Distiller(teacher, model, config.distill, bf16)
 
     # -- Resume, if this run has begun ---------------------------------------------------------
-    run_dir, checkpoints = config.run_dir, config.run_dir / "checkpoints"
     metrics = MetricsFile(run_dir / "metrics.jsonl")
-    saved = checkpoint.resume(checkpoints)
     step, tokens, skipped, skipped_in_a_row, best_loss = 0, 0, 0, 0, math.inf
-    changes: list[str] = []
     if saved is not None:
-        changes = allowed_changes(saved.state["config"], to_dict(config), run_dir)
         if saved.state["data"] != data_hash:
             raise UserError(
                 f"data.path = {data_path} was prepared anew since this run began, from other text; "
                 "bring the old set back, or give the new run another run.name"
             )
+        if distiller is not None:
+            if saved.state["teacher"] != teacher_hash:
+                raise UserError(
+                    f"distill.teacher = {config.distill.teacher} is another model than when this "
+                    "run began; bring the old one back, or give the new run another run.name"
+                )
+            distiller.load_state(saved.state["distill"])
         model.load_state_dict(saved.tensors["model"])
         telemetry.load_state(saved.tensors["telemetry"])
         for i, optimizer in enumerate(optimizers.optimizers):
@@ -104,8 +128,6 @@ def train(config: Config, command: str) -> None:
         step, tokens = saved.step, saved.state["tokens"]
         skipped = saved.state["skipped"]
         best_loss = saved.state["best_loss"] if saved.state["best_loss"] is not None else math.inf
-    elif config.train.init_from:
-        start_from(model, Path(config.train.init_from), tokenizer.hash)
     metrics.rewind(step if saved is not None else -1)
     if step < total_steps:  # a finished run keeps the record of what it was trained with
         write_atomic(run_dir / "config.toml", to_toml(config).encode())
@@ -124,10 +146,17 @@ def train(config: Config, command: str) -> None:
             "tokens": tokens,
             "skipped": skipped,
             "data": data_hash,
+            "teacher": teacher_hash,
+            "distill": distiller.state() if distiller is not None else {},
             "best_loss": best_loss if math.isfinite(best_loss) else None,
         }
         checkpoint.save(checkpoints, step, groups, state, val_loss)
         checkpoint.prune(checkpoints, config.checkpoint.keep_last, config.checkpoint.keep_best)
+
+    def validate() -> EvalResult:
+        windows = sequential_windows(val_set, seq_len, config.eval.max_tokens)
+        with autocast:
+            return evaluate_windows(model, windows, tokenizer.count_bytes, config.eval.micro_batch)
 
     throughput = Throughput()
     peak, peak_source = peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
@@ -149,6 +178,8 @@ def train(config: Config, command: str) -> None:
             console.print(f"resumed at step {step}{nothing}")
         if changes:
             console.warn(f"changed since this run was last started: {'; '.join(changes)}")
+        if config.quant.enabled:
+            console.print(f"quantization: {config.quant}, from {config.qat.start:.0%} of the run")
         if val_set.n_tokens < 10_000:
             console.warn(
                 f"only {val_set.n_tokens} validation tokens: val_loss will be noisy; a larger "
@@ -160,6 +191,10 @@ def train(config: Config, command: str) -> None:
         while step < total_steps and not stop.is_set():
             inputs, targets = (t.to(device) for t in loader.batch(step))
             model.train()
+            schedule = {}
+            if config.quant.enabled:
+                lambda_w, lambda_a = set_step(model, step, total_steps, config.qat)
+                schedule = {"lambda_w": lambda_w, "lambda_a": lambda_a}
             micro_batches = list(
                 zip(
                     inputs.split(config.train.micro_batch),
@@ -168,13 +203,14 @@ def train(config: Config, command: str) -> None:
                 )
             )
             loss_sum = torch.zeros((), device=device)
-            for inputs_BT, targets_BT in micro_batches:
+            for i, (inputs_BT, targets_BT) in enumerate(micro_batches):
                 with autocast:
                     logits_BTV = forward(inputs_BT)
                 loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
-                loss = loss / len(micro_batches)
-                loss.backward()
-                loss_sum += loss.detach()
+                loss_sum += loss.detach() / len(micro_batches)
+                if distiller is not None:
+                    loss = loss + distiller.loss(inputs_BT, logits_BTV, loss, step, first=i == 0)
+                (loss / len(micro_batches)).backward()
 
             grad_norm = float(clip_gradients(model.parameters(), config.optim.grad_clip))
             train_loss = float(loss_sum)
@@ -204,6 +240,8 @@ def train(config: Config, command: str) -> None:
                 "mfu": mfu(flops_per_token, throughput.tokens_per_second, peak),
                 "peak_memory_bytes": peak_memory(device),
                 "skipped": skipped,
+                **schedule,
+                **(distiller.readings() if distiller is not None else {}),
             }
             val_loss = None
             with throughput.pause():
@@ -227,11 +265,8 @@ def train(config: Config, command: str) -> None:
                             "optim.grad_clip often helps; both may change on resume"
                         )
                 if step % config.eval.every == 0 or last:
+                    result = validate()
                     with autocast:
-                        windows = sequential_windows(val_set, seq_len, config.eval.max_tokens)
-                        result = evaluate_windows(
-                            model, windows, tokenizer.count_bytes, config.eval.micro_batch
-                        )
                         sample = sample_text(model, tokenizer, sample_prompt, config)
                     val_loss = result.loss
                     evaluation = {
@@ -266,46 +301,28 @@ def train(config: Config, command: str) -> None:
         if step < total_steps:
             console.print(f"stopped at step {step} and saved; resume with\n  {command}")
             return
-        folder = save_model(run_dir / "model", model, tokenizer)
+        if config.adapter.kind != "none":
+            before, report = validate().loss, merge_adapters(model)
+            after = validate().loss
+            console.print(f"{report}\nvalidation loss {before:.4f} adapted, {after:.4f} merged")
+        trained, quant = as_saved(model, config.quant)
+        folder = save_model(run_dir / "model", trained, tokenizer, quant=quant)
         console.print(
             f"done: the model is in {folder}\n"
             f"  bitnet generate {folder} --prompt TEXT      bitnet pack {folder}"
         )
 
 
-def start_from(model: Transformer, folder: Path, tokenizer_hash: str) -> None:
-    """Copy the weights of a saved model of the same shape (``train.init_from``)."""
-    source, tokenizer = load(folder)
-    if tokenizer.hash != tokenizer_hash:
-        raise UserError(
-            f"train.init_from = {folder}: its tokenizer is not the one of the data; set "
-            f"data.tokenizer = {str(folder / 'tokenizer.model')!r}"
-        )
-    for key in ("activation", "norm_placement", "n_heads", "rope_theta", "norm_eps"):
-        theirs, ours = getattr(source.config, key), getattr(model.config, key)
-        if theirs != ours:
-            raise UserError(
-                f"train.init_from = {folder}: has model.{key} = {theirs!r}, this config {ours!r}"
-            )
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in source.state_dict().items()}
-    if different := sorted(n for n in shapes.keys() | found if shapes.get(n) != found.get(n)):
-        name = different[0]
-        raise UserError(
-            f"train.init_from = {folder}: its {name} is {list(found.get(name, ()))}, this config's "
-            f"is {list(shapes.get(name, ()))} (and {len(different) - 1} more); is it another "
-            "model, or a packed one?"
-        )
-    model.load_state_dict(source.state_dict())
-
-
 def allowed_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> list[str]:
-    """How the config of a begun run differs; raises UserError for what cannot change."""
+    """How the config of a begun run differs; raises UserError for what cannot change. A key that
+    did not exist when it began had its default."""
+    defaults = to_dict(Config())
+    old = {section: defaults.get(section, {}) | old.get(section, {}) for section in defaults | old}
     keys = {change.partition(":")[0]: change for change in differences(old, new)}
     fixed = [
         change
         for key, change in keys.items()
-        if (key in FIXED or key.partition(".")[0] in FIXED) and key != "data.threads"
+        if (key in FIXED or key.partition(".")[0] in FIXED) and key not in FREE
     ]
     if fixed:
         raise UserError(

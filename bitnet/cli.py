@@ -22,7 +22,10 @@ from typer.core import TyperGroup
 
 from bitnet import generate as generation
 from bitnet.cli_bench import app as bench_app
+from bitnet.cli_convert import convert_command, pick_device, read_text
+from bitnet.cli_inspect import inspect_model
 from bitnet.cli_kernels import inspect_kernels
+from bitnet.cli_ptq import ptq_command
 from bitnet.config import describe, load_config
 from bitnet.data import SplitName, TokenDataset, sequential_windows
 from bitnet.evaluate import compressor_baselines, evaluate_text, evaluate_windows
@@ -31,6 +34,7 @@ from bitnet.export.proof import prove
 from bitnet.linear import BitLinear, Kernel, pack
 from bitnet.model import Transformer
 from bitnet.prepare import prepare
+from bitnet.qat.prepare import convert
 from bitnet.schema import UserError
 from bitnet.summary import human, tables
 from bitnet.tokenizer import Tokenizer
@@ -57,8 +61,9 @@ class _ConfigByDefault(TyperGroup):
 inspect_app = typer.Typer(
     cls=_ConfigByDefault,
     help="Show what a config comes to, or what the GPU kernels compile to.\n\n"
-    "bitnet inspect CONFIG.toml... [SECTION.KEY=VALUE...]: shapes, parameters, FLOPs, memory. "
-    "Try: bitnet inspect configs/15m.toml model.depth=8\n\n"
+    "bitnet inspect CONFIG.toml... [SECTION.KEY=VALUE...]: shapes, parameters, FLOPs, memory, "
+    "energy. Try: bitnet inspect configs/15m.toml model.depth=8\n\n"
+    "bitnet inspect model FOLDER: what a token of a trained or packed model costs.\n\n"
     "bitnet inspect kernels: the kernels' machine code, counted without a GPU.",
     subcommand_metavar="CONFIG.toml... | COMMAND [ARGS]...",
     no_args_is_help=True,
@@ -67,6 +72,9 @@ inspect_app = typer.Typer(
 app.add_typer(inspect_app, name="inspect")
 app.add_typer(bench_app, name="bench")
 inspect_app.command("kernels")(inspect_kernels)
+inspect_app.command("model")(inspect_model)
+app.command("convert")(convert_command)
+app.command("ptq")(ptq_command)
 
 Folder = Annotated[Path, typer.Argument(help="A model folder, such as runs/quickstart/model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ... auto: a GPU if there is one.")]
@@ -160,7 +168,7 @@ def prepare_command(
 def inspect_command(
     args: Annotated[list[str], typer.Argument(metavar="CONFIG.toml... [SECTION.KEY=VALUE...]")],
 ) -> None:
-    """Print what a config comes to: shapes, parameters, FLOPs, memory, and what the dial chose.
+    """Print what a config comes to: shapes, parameters, FLOPs, memory, energy, the dial's choices.
 
     Nothing is built or downloaded. Try: bitnet inspect configs/15m.toml model.depth=8
     """
@@ -183,7 +191,8 @@ def pack_command(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Greedy tokens a prompt in the proof.")] = 32,
 ) -> None:
-    """Pack a trained ternary model and prove that it computes the same.
+    """Pack a trained ternary model, or one with a [quant] recipe, and prove that it computes the
+    same.
 
     The packed folder is read back from disk and compared with the trained model: codes, int32
     accumulators, logits and greedy tokens must be equal to the last bit. Exit code 1 if not.
@@ -192,14 +201,22 @@ def pack_command(
     model, tokenizer = load(folder)
     if (target / CONFIG).exists() and read_config(target).weights == "latent":
         raise UserError(f"{target}: holds a trained model, which packing would overwrite")
-    if not any(isinstance(module, BitLinear) for module in model.modules()):
+    config = read_config(folder)
+    trained = any(isinstance(module, BitLinear) for module in model.modules())
+    if config.weights != "latent" or not (trained or config.quant.enabled):
         raise UserError(f"{folder}: has no ternary layers to pack (full precision, or packed)")
     prompts = prompt or ["", "The ", "def __init__(self"]
     ids = [
         generation.encode_prompt(tokenizer, text)[: model.config.max_seq_len] for text in prompts
     ]
     room = model.config.max_seq_len - max(len(row) for row in ids)
-    save_model(target, as_transformer(pack(copy.deepcopy(model))), tokenizer)
+    packed = as_transformer(pack(copy.deepcopy(model)))
+    if config.quant.enabled:
+        try:
+            packed = as_transformer(convert(packed))
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from error
+    save_model(target, packed, tokenizer, config.quant)
     packed, _ = load(target)
     proof = prove(model, packed, ids, max(0, min(tokens, room)))
 
@@ -338,31 +355,6 @@ def load_for_inference(folder: Path, device: str, kernel: Kernel) -> tuple[Trans
         return load(folder, target, kernel)
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file's text; raises UserError naming it where it is not one."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error}") from error
-
-
-def pick_device(name: str) -> torch.device:
-    """A device by name, ``"auto"``: a GPU if there is one. UserError where it is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(": ")[0]
-        raise UserError(
-            f"device {name!r} cannot be used here ({reason}); expected cpu, cuda, cuda:N or auto"
-        ) from error
-    return device
 
 
 def main() -> None:

@@ -11,33 +11,52 @@ parameters N it implies, by these rules,
 
     learning rate   2.4e-3 * (140M / N)^0.29, at most 4e-3   TriLM's table (arXiv 2407.12327) to 5%
                     a sixth of that for the full-precision twin (recipes: ternary wants 6-8 times)
+                    a tenth of *that* for [quant] on a saved model, which is to be bent, not made
+                    anew (quantization-aware fine-tuning takes 1/10 to 1/100)
     batch           262,144 * sqrt(N / 50M) tokens, to a power of two in 16k .. 1M: 262k at 50M
                     (QuEST, arXiv 2502.05003), 1M at 700M (b1.58)
     tokens          20 N (Chinchilla, arXiv 2203.15556)
+
+`train.init_from` starts from a saved model: [model] keys left at their defaults, the tokenizer and
+the folder's own [quant] are then taken from its folder, and a key that says otherwise is an error.
+
+Four sections describe quantization of a full-precision model, in training (bitnet/qat/):
+
+    [quant]    what is quantized and how (recipe.py); needs model.linear = "fp", whose matrices it
+               replaces: "ternary" is BitNet's own layer, quantized from the first step to the last
+    [qat]      when that begins and how it sets in (schedule.py)
+    [distill]  a teacher to learn from (distill.py)
+    [adapter]  low-rank adapters, trained in place of the matrices (adapters.py)
 
 The resolved config is what is printed, saved in the run folder and compared on resume.
 """
 
 import dataclasses
 import math
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import tomli_w
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from bitnet.checkpoint import CheckpointConfig
-from bitnet.data import DataConfig
+from bitnet.data import INDEX, DataConfig, read_index
 from bitnet.evaluate import EvalConfig
+from bitnet.export.folder import read_config
 from bitnet.metrics import LogConfig
 from bitnet.model import ModelConfig
 from bitnet.optim import OptimConfig
+from bitnet.qat.adapters import AdapterConfig
+from bitnet.qat.distill import DistillConfig
+from bitnet.qat.recipe import Recipe
+from bitnet.qat.schedule import QATConfig, first_step, lambdas, optimal_share
 from bitnet.schema import STRICT, UserError
-from bitnet.tokenizer import Tokenizer
+from bitnet.tokenizer_json import load_tokenizer
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -75,7 +94,7 @@ class TrainConfig:
     steps: Count = 0
     """Optimizer steps in the run. 0: tokens / batch_tokens, rounded up."""
     init_from: str = ""
-    """Folder of a saved model to start from."""
+    """Folder of a saved model to start from, whose shape, tokenizer and [quant] it gives."""
     max_bad_steps: Annotated[int, Field(ge=1)] = 10
     """Steps in a row with a non-finite loss or gradient that end the run; each is skipped."""
 
@@ -92,6 +111,10 @@ class Config:
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    quant: Recipe = Recipe()
+    qat: QATConfig = QATConfig()
+    distill: DistillConfig = DistillConfig()
+    adapter: AdapterConfig = AdapterConfig()
 
     @property
     def run_dir(self) -> Path:
@@ -109,11 +132,17 @@ class Config:
             raise UserError(
                 f"run.name = {self.run.name!r}: expected a name, not a path; see run.dir"
             )
+        if not self.train.init_from:
+            return self._resolve()
+        return _from_folder(self, Path(self.train.init_from))._resolve()
+
+    def _resolve(self) -> "Config":
         vocab_size = self.data.vocab_size
         if self.data.tokenizer:
-            vocab_size = Tokenizer(Path(self.data.tokenizer)).vocab_size
+            vocab_size = load_tokenizer(Path(self.data.tokenizer)).vocab_size
         model = self.model.resolve(vocab_size, self.data.seq_len)
-        if model.vocab_size != vocab_size:
+        rows_to_spare = self.train.init_from and model.vocab_size > vocab_size
+        if model.vocab_size != vocab_size and not rows_to_spare:
             raise UserError(
                 f"model.vocab_size = {model.vocab_size} differs from the tokenizer's {vocab_size}; "
                 "leave it at 0 to take the tokenizer's"
@@ -124,12 +153,13 @@ class Config:
                 f"{self.data.seq_len}"
             )
         n_parameters = model.num_parameters()["total"]
-        optim = dataclasses.replace(
-            self.optim, lr=self.optim.lr or default_lr(n_parameters, model.linear)
-        )
-        return dataclasses.replace(
-            self, model=model, optim=optim, train=self._resolve_train(n_parameters)
-        )
+        fine_tune = bool(self.train.init_from) and self.quant.enabled
+        lr = self.optim.lr or default_lr(n_parameters, model.linear, fine_tune)
+        optim = dataclasses.replace(self.optim, lr=lr)
+        train = self._resolve_train(n_parameters)
+        config = dataclasses.replace(self, model=model, optim=optim, train=train)
+        _check_combination(config)
+        return _resolve_qat(config, n_parameters) if config.quant.enabled else config
 
     def _resolve_train(self, n_parameters: int) -> TrainConfig:
         train, seq_len = self.train, self.data.seq_len
@@ -154,10 +184,111 @@ class Config:
         )
 
 
-def default_lr(n_parameters: int, linear: str) -> float:
-    """The dial's peak learning rate (AdamW), to two digits; the rule stands in the module head."""
+_ADOPTED = {field.name for field in dataclasses.fields(ModelConfig)} - {
+    *("linear", "granularity", "group_size", "grad_mask", "grad_mask_c")  # arithmetic, not shape
+}
+
+
+def _from_folder(config: Config, folder: Path) -> Config:
+    """The config with what ``train.init_from`` gives in place of defaults."""
+    saved, default = read_config(folder), ModelConfig()
+    where = f"train.init_from = {folder}"
+    if saved.weights != "latent":
+        raise UserError(f"{where}: its weights are {saved.weights}; training needs latent ones")
+    adopted: dict[str, Any] = {}
+    for key in sorted(_ADOPTED):
+        ours, theirs = getattr(config.model, key), getattr(saved.model, key)
+        if ours == getattr(default, key):
+            adopted[key] = theirs
+        elif ours != theirs and key != "max_seq_len":
+            raise UserError(
+                f"{where}: has model.{key} = {theirs!r}, this config {ours!r}; leave the key out "
+                "to take the folder's"
+            )
+    files = [folder / name for name in saved.sha256 if Path(name).stem == "tokenizer"]
+    data = config.data
+    if files and not data.tokenizer:
+        data = _with_tokenizer(data, files[0])
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **adopted),
+        data=data,
+        quant=config.quant if config.quant.enabled else saved.quant,
+    )
+
+
+def _with_tokenizer(data: DataConfig, tokenizer: Path) -> DataConfig:
+    """Data in a model's tokens; a set prepared with this tokenizer as its own stays usable."""
+    if (Path(data.path) / INDEX).is_file():
+        index = read_index(Path(data.path))
+        its_own = not index.settings.get("tokenizer")
+        if its_own and index.tokenizer_sha256 == load_tokenizer(tokenizer).hash:
+            return dataclasses.replace(data, vocab_size=index.vocab_size)
+    return dataclasses.replace(data, tokenizer=str(tokenizer))
+
+
+def _check_combination(config: Config) -> None:
+    """Sections that do not go together, as one line that names the key to change."""
+    model, quant, train = config.model, config.quant, config.train
+    if quant.enabled and model.linear == "ternary":
+        raise UserError(
+            f'quant.weights = "{quant.weights}" quantizes full-precision matrices: set '
+            'model.linear = "fp" with it, or leave [quant] out for model.linear = "ternary"'
+        )
+    if quant.enabled and model.norm_placement == "in_linear":
+        raise UserError(
+            'model.norm_placement = "in_linear" puts norms inside the matrices, which [quant] '
+            'cannot replace; "sub_norm" and "pre_norm" can'
+        )
+    if train.compile and (quant.enabled or config.distill.teacher):
+        raise UserError("train.compile = true does not go with [quant] and distill.teacher")
+    kind = config.adapter.kind
+    if kind != "none" and not train.init_from:
+        raise UserError(f'adapter.kind = "{kind}" corrects a saved model: set train.init_from')
+    if kind == "qlora" and quant.enabled:
+        raise UserError(
+            'adapter.kind = "qlora" quantizes its base by itself (adapter.base): leave [quant] '
+            'out, or take "lora", whose base [quant] quantizes'
+        )
+
+
+def _resolve_qat(config: Config, n_parameters: int) -> Config:
+    """``qat.start`` as a number, and the cooldown fused with quantization."""
+    qat, train, optim = config.qat, config.train, config.optim
+    if qat.start == "auto":
+        if train.init_from:
+            raise UserError(
+                'qat.start = "auto" plans a run that pretrains; with train.init_from give a share, '
+                "such as 0"
+            )
+        share = optimal_share(train.tokens, n_parameters, config.quant.weight_bits)
+        if first_step(1 - share, train.steps) >= train.steps:
+            raise UserError(
+                f'qat.start = "auto": for {train.tokens} tokens and {n_parameters} parameters it '
+                f"quantizes {share:.1g} of the {train.steps} steps, not one; give a share, as 0.5"
+            )
+        qat = dataclasses.replace(qat, start=1 - share)
+    assert qat.start != "auto"
+    if lambdas(train.steps - 1, train.steps, qat) != (1.0, 1.0):
+        raise UserError(
+            f"qat.start = {qat.start:.4g}: with qat.weight_warmup = {qat.weight_warmup:g} and "
+            f"qat.activation_warmup = {qat.activation_warmup:g} the run of {train.steps} steps "
+            f"ends before quantization is complete; each sum may be {1 - 1 / train.steps:.4g}"
+        )
+    if qat.fused_cooldown and optim.lr_schedule == "wsd":
+        decay_fraction = min(optim.decay_fraction, 1 - qat.start)
+        optim = dataclasses.replace(optim, decay_fraction=decay_fraction)
+    return dataclasses.replace(config, qat=qat, optim=optim)
+
+
+def default_lr(n_parameters: int, linear: str, fine_tune: bool = False) -> float:
+    """The dial's peak learning rate (AdamW), to two digits; the rule stands in the module head.
+
+    ``fine_tune``: a saved model that [quant] quantizes.
+    """
     lr = min(4e-3, 2.4e-3 * (140e6 / n_parameters) ** 0.29)
-    return float(f"{lr if linear == 'ternary' else lr / 6:.1e}")
+    lr /= 1 if linear == "ternary" else 6
+    return float(f"{lr / 10 if fine_tune else lr:.1e}")
 
 
 def default_batch_tokens(n_parameters: int) -> int:
@@ -294,18 +425,21 @@ def _validate(values: dict[str, Any], origins: dict[str, str]) -> Config:
 
 
 def _one_line(error: ValidationError, section: str, origins: dict[str, str]) -> str:
-    first, *rest = error.errors(include_url=False)
-    key = ".".join(str(part) for part in first["loc"])
-    origin = origins.get(f"{section}.{first['loc'][0]}", section)
+    errors = error.errors(include_url=False)
+    first, name = errors[0], errors[0]["loc"][0]
+    origin = origins.get(f"{section}.{name}", section)
     hints = get_type_hints(_sections()[section], include_extras=True)
-    if first["loc"][0] not in hints:
-        near = get_close_matches(key, list(hints), 1, 0.5)
+    if name not in hints:
+        near = get_close_matches(str(name), list(hints), 1, 0.5)
         hint = f"the nearest is {section}.{near[0]}" if near else "valid are " + ", ".join(hints)
-        return f"{origin}: unknown key {section}.{key}; {hint}"
-    message = first["msg"].replace("Input should be", "expected")
+        return f"{origin}: unknown key {section}.{name}; {hint}"
+    # a union (a number or a word) has an error for each of its types; a list, for each item
+    same = [e for e in errors if e["loc"][0] == name and e["input"] == first["input"]]
+    message = " or ".join(e["msg"].replace("Input should be ", "") for e in same)
+    message = f"expected {message}" if "Input should be" in first["msg"] else message
     if first["type"] == "literal_error" and isinstance(first["input"], str):
-        valid = [str(value) for value in get_args(hints[key])]
+        valid = re.findall(r"'([^']*)'", first["ctx"]["expected"])
         near = get_close_matches(first["input"], valid, 1, 0.4)
         message += f"; the nearest is {near[0]!r}" if near else ""
-    more = f" (and {len(rest)} more)" if rest else ""
-    return f"{origin}: {section}.{key} = {first['input']!r}: {message}{more}"
+    more = f" (and {len(errors) - len(same)} more)" if len(errors) > len(same) else ""
+    return f"{origin}: {section}.{name} = {first['input']!r}: {message}{more}"

@@ -3,7 +3,7 @@
 A prepared set (prepare.py writes it) is a folder:
 
     index.json         what is in the other files: counts, checksums, the settings it was made with
-    tokenizer.model    the tokenizer its ids belong to
+    tokenizer.model    the tokenizer its ids belong to (tokenizer.json, where it is of that kind)
     train_00000.bin    the documents' ids, one after the other, each document ended by EOS:
     val_00000.bin      little-endian uint16, or uint32 where the vocabulary needs it
 
@@ -34,9 +34,9 @@ from torch import Tensor
 from bitnet.durable import sha256
 from bitnet.schema import STRICT, UserError
 from bitnet.tokenizer import Tokenizer
+from bitnet.tokenizer_json import load_tokenizer, tokenizer_path
 
 INDEX = "index.json"
-TOKENIZER = "tokenizer.model"
 VERSION: Literal[1] = 1
 """Of the folder's format."""
 SplitName = Literal["train", "val"]
@@ -59,7 +59,8 @@ class DataConfig:
     text_field: str = "text"
     """which field of .jsonl, .parquet and Hugging Face rows holds the text"""
     tokenizer: str = ""
-    """a sentencepiece model file; "" = train one on the training split"""
+    """a sentencepiece model file, or a byte-level BPE tokenizer.json (with the hf extra); "" =
+    train one on the training split"""
     vocab_size: Annotated[int, Field(ge=260, le=2**24)] = 8192
     """tokens of the tokenizer to train, 256 of them bytes; a given tokenizer has its own"""
     max_tokenizer_mb: _Positive = 100
@@ -114,7 +115,7 @@ class Index:
     eos_id: _Count
     """the token that ends each document"""
     tokenizer_sha256: str
-    """of tokenizer.model, in hex"""
+    """of the tokenizer's file, in hex"""
     held_out: Literal["documents", "passages"]
     """what the validation split is made of"""
     sources_digest: str
@@ -201,9 +202,9 @@ class TokenDataset:
         """The tokenizer that made the ids.
 
         Raises:
-            UserError: tokenizer.model is missing, damaged or another.
+            UserError: its file is missing, damaged or another.
         """
-        tokenizer = Tokenizer(self.path / TOKENIZER)
+        tokenizer = load_tokenizer(tokenizer_path(self.path))
         if tokenizer.hash != self._tokenizer_sha256:
             raise UserError(f"{tokenizer.path}: is not the tokenizer this set was prepared with")
         if (tokenizer.vocab_size, tokenizer.eos_id) != (self.vocab_size, self.eos_id):

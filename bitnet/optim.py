@@ -165,15 +165,16 @@ def param_groups(model: nn.Module, config: OptimConfig) -> dict[str, list[nn.Par
     """Who updates which parameter: each trainable parameter stands in exactly one list, once.
 
     ``decay``: matrices, embeddings and head among them; AdamW with weight decay, as in nanoGPT and
-    in GPT-NeoX, with which the TriLM learning rates were found. ``no_decay``: norms and biases (all
-    that is not a matrix); AdamW without. ``muon``: the matrices of the layers (a name with a part
-    ``layers``), empty with ``optimizer = "adamw"``. Tied weights count as the embedding.
+    in GPT-NeoX, with which the TriLM learning rates were found. ``no_decay``: norms, biases (all
+    that is not a matrix) and the learned scales of quantizers (``weight_step``); AdamW without.
+    ``muon``: the matrices of the layers (a name with a part ``layers``), empty with ``optimizer =
+    "adamw"``. Tied weights count as the embedding.
     """
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "muon": []}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.ndim < 2:
+        if parameter.ndim < 2 or name.rpartition(".")[2] == "weight_step":
             groups["no_decay"].append(parameter)
         elif config.optimizer == "muon" and parameter.ndim == 2 and "layers" in name.split("."):
             groups["muon"].append(parameter)

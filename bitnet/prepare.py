@@ -39,7 +39,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from bitnet.data import (
     INDEX,
-    TOKENIZER,
     VERSION,
     DataConfig,
     Index,
@@ -52,6 +51,7 @@ from bitnet.durable import new_folder
 from bitnet.schema import UserError
 from bitnet.sources import HUB, cut, documents, local_files
 from bitnet.tokenizer import Tokenizer, train_tokenizer
+from bitnet.tokenizer_json import load_tokenizer
 
 _HASHES = 2**64
 _PASSAGE = 2048
@@ -79,7 +79,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
     console = Console(
         stderr=True, quiet=not progress, markup=False, highlight=False, soft_wrap=True
     )
-    given = Tokenizer(config.tokenizer) if config.tokenizer else None
+    given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if _is_prepared(path, config, given, console):
         return path
     place = path.resolve()
@@ -172,10 +172,10 @@ def _make(folder: Path, config: DataConfig, given: Tokenizer | None, console: Co
         console=console,
     ) as bars:
         survey = _survey(config, 0 if given else config.max_tokenizer_mb * 10**6, bars)
-        model = folder / TOKENIZER
+        model = folder / (given or Tokenizer).file_name
         if given:
             model.write_bytes(given.model_bytes)
-            tokenizer = Tokenizer(model)
+            tokenizer = load_tokenizer(model)
         else:
             bar = bars.add_task("training tokenizer", total=None)
             parts = (part for text in survey.sample for part in survey.held_out.divide(text))

@@ -1,11 +1,22 @@
-"""What a config comes to, without building it: shapes, parameters, FLOPs, memory, the dial."""
+"""What a config comes to, without building it: shapes, parameters, FLOPs, bytes, energy."""
 
 from rich.table import Table
 
 from bitnet.config import Config
+from bitnet.energy import (
+    EXPECTED_ZEROS,
+    MATRICES,
+    NODES,
+    Operation,
+    Part,
+    arithmetic,
+    energy,
+    memory,
+    packed_matrix_bytes,
+    token_cost,
+)
 from bitnet.model import ModelConfig
 from bitnet.optim import warmup_steps
-from bitnet_kernels.packing import packed_columns
 
 _DIALED = (
     (
@@ -24,13 +35,8 @@ def model_bytes(model: ModelConfig) -> dict[str, int]:
     count = model.num_parameters()
     sizes = {"fp32": 4 * count["total"], "bf16": 2 * count["total"]}
     if model.linear == "ternary":
-        layer = sum(n * packed_columns(k) for n, k in model.matrices().values())
-        scales = sum(
-            {"tensor": 1, "row": n, "group": n * -(-k // model.group_size)}[model.granularity]
-            for n, k in model.matrices().values()
-        )
         high_precision = 4 * (count["embedding"] + count["norms"])
-        sizes["packed"] = model.n_layers * (layer + 4 * scales) + high_precision
+        sizes["packed"] = packed_matrix_bytes(model) + high_precision
     return sizes
 
 
@@ -58,7 +64,8 @@ def one_line(config: Config) -> str:
 def tables(asked: Config) -> list[Table]:
     """What ``bitnet inspect`` prints for a config as it was asked for (not resolved)."""
     config = asked.resolve()
-    return [_dial(asked, config), _shapes(config.model), _costs(config)]
+    energy = energy_tables(config.model, config.data.seq_len)
+    return [_dial(asked, config), _shapes(config.model), _costs(config), *energy]
 
 
 def _dial(asked: Config, config: Config) -> Table:
@@ -108,3 +115,89 @@ def _costs(config: Config) -> Table:
     cache = 2 * 2 * model.n_layers * model.n_kv_heads * model.head_dim
     table.add_row("KV cache a token in bf16", human(cache, "B"))
     return table
+
+
+def energy_tables(model: ModelConfig, context: int, zeros: float | None = None) -> list[Table]:
+    """What a generated token costs, the 16-bit model beside W1.58A8 (bitnet/energy.py).
+
+    Arguments:
+        model: resolved. context: positions in view. zeros: share of zero codes, as counted; None:
+            the share to expect.
+    """
+    return [_operations(model, context, zeros), _energy(model, context, zeros)]
+
+
+def _share(zeros: float | None) -> float:
+    return EXPECTED_ZEROS if zeros is None else zeros
+
+
+def _operations(model: ModelConfig, context: int, zeros: float | None) -> Table:
+    source = "expected" if zeros is None else "counted from the codes"
+    table = Table(
+        *("part", "FP16: multiply", "add", "W1.58A8: multiply", "add", "skipped"),
+        title=f"Operations a generated token, batch 1, context {context:,}",
+        caption=f"skipped: additions that a code of 0 spares; {_share(zeros):.1%} of the codes "
+        f"({source}). Attention, head and what follows are the same in both.",
+    )
+    fp16 = token_cost(model, context, ternary=False)
+    ternary = token_cost(model, context, ternary=True, zeros=_share(zeros))
+    for a, b in zip(fp16.parts, ternary.parts, strict=True):
+        skipped = human(b.skipped) if b.skipped else ""
+        table.add_row(a.name, *_counts(a), *_counts(b), skipped)
+    return table
+
+
+def _counts(part: Part) -> tuple[str, str]:
+    """Multiplications and additions, with their dtype."""
+
+    def cell(kind: str) -> str:
+        found: dict[Operation, int] = {o: n for o, n in part.operations.items() if kind in o}
+        return ", ".join(f"{human(n)} {o.partition('_')[0]}" for o, n in found.items() if n)
+
+    return cell("mul"), cell("add")
+
+
+def _energy(model: ModelConfig, context: int, zeros: float | None) -> Table:
+    table = Table(
+        *("energy a generated token", "FP16", "W1.58A8", "ratio"),
+        title=f"Energy by published constants, batch 1, context {context:,}",
+        caption="Estimates from prices of single operators, no measurement: 45 nm from Horowitz "
+        "(ISSCC 2014), 7 nm from arXiv 2112.00133; adders as wide as the accumulator (fp32, "
+        "int32); DRAM 1.3 nJ per 64 bits at both, several times that of HBM; SRAM, wires and idle "
+        "hardware left out. 'as published' counts the layers' matrices alone, one INT8 addition a "
+        "weight, no zero skipped, no accumulator, no scale and no memory traffic: the 71.4 times "
+        "of arXiv 2402.17764 is its ratio at 7 nm and no saving of a machine. At batch 1 the "
+        "saving is about the quotient of the bytes.",
+    )
+    fp16 = token_cost(model, context, ternary=False)
+    ternary = token_cost(model, context, ternary=True, zeros=_share(zeros))
+    dense = token_cost(model, context, ternary=True, zeros=0.0)
+    moved = [sum(cost.traffic.values()) for cost in (fp16, ternary)]
+    for name, bytes_16 in fp16.traffic.items():
+        bytes_2 = ternary.traffic[name]
+        ratio = f"{bytes_16 / bytes_2:.1f}"
+        table.add_row(f"bytes: {name}", human(bytes_16, "B"), human(bytes_2, "B"), ratio)
+    table.add_row("bytes: all", *(human(n, "B") for n in moved), f"{moved[0] / moved[1]:.1f}")
+    for node, prices in NODES.items():
+        table.add_section()
+        published = [energy(cost.part(MATRICES), prices, "narrow") for cost in (fp16, dense)]
+        matrices = [energy(cost.part(MATRICES), prices) for cost in (fp16, ternary)]
+        computed = [arithmetic(cost, prices) for cost in (fp16, ternary)]
+        fetched = [memory(cost) for cost in (fp16, ternary)]
+        total = [a + b for a, b in zip(computed, fetched, strict=True)]
+        for what, (a, b) in (
+            ("layers' matrices, as published", published),
+            ("layers' matrices", matrices),
+            ("all arithmetic", computed),
+            ("memory traffic", fetched),
+            ("all", total),
+        ):
+            table.add_row(f"{node}: {what}", _joules(a), _joules(b), f"{a / b:.1f}")
+        shares = (f"{f / t:.1%}" for f, t in zip(fetched, total, strict=True))
+        table.add_row(f"{node}: share of memory traffic", *shares, "")
+    return table
+
+
+def _joules(picojoules: float) -> str:
+    prefix, size = ("m", 1e9) if picojoules >= 1e9 else ("u", 1e6)
+    return f"{picojoules / size:.4g} {prefix}J"

@@ -59,7 +59,7 @@ _PROBES = (
     " a  b\n\n c\t\r\n",
     "\n",
     "\0",
-    "é ﬁ \u3000 \U0001f600",
+    "é e\u0301 ﬁ \u3000 \U0001f600",
     "<s></s><unk><0x0A>",
     "\u2581",
 )
@@ -68,7 +68,11 @@ _PROBES = (
 class Tokenizer:
     """A sentencepiece model that loses nothing, with an end-of-document token.
 
+    The other kind, a Hugging Face tokenizer.json, is a subclass with the same interface;
+    :func:`bitnet.tokenizer_json.load_tokenizer` tells them apart.
+
     Attributes:
+        file_name: what the file is called in a folder of ours.
         path: the model file.
         model_bytes: its contents.
         vocab_size: number of ids, V.
@@ -79,9 +83,16 @@ class Tokenizer:
             or does not give every text back.
     """
 
+    file_name = "tokenizer.model"
+    _prefix = ""
+    _advice = (
+        "train it with byte_fallback, normalization_rule_name=identity, "
+        "remove_extra_whitespaces=false"
+    )
+
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.model_bytes = _read(self.path)
+        self.model_bytes = read_model(self.path)
         self._decoder = _processor(self.path, self.model_bytes)
         self._encoder = _processor(self.path, self.model_bytes + _PREFIX_OFF)
         self.vocab_size: int = self._decoder.get_piece_size()
@@ -94,12 +105,13 @@ class Tokenizer:
             re.search(f"[^{_SPACE}]{_SPACE}", self._piece(i)) for i in range(self.vocab_size)
         )
         self._space_mark = [self._decoder.piece_to_id(f"<0x{b:02X}>") for b in _SPACE.encode()]
-        for probe in _PROBES:
+        self._check_lossless()
+
+    def _check_lossless(self, more: Sequence[str] = ()) -> None:
+        for probe in (*_PROBES, *more):
             if (back := self.decode(self.encode(probe))) != probe:
                 raise UserError(
-                    f"{self.path}: the tokenizer turns {probe!r} into {back!r}; train it with "
-                    "byte_fallback, normalization_rule_name=identity, "
-                    "remove_extra_whitespaces=false"
+                    f"{self.path}: the tokenizer turns {probe!r} into {back!r}; {self._advice}"
                 )
 
     def _piece(self, token: int) -> str:
@@ -178,13 +190,7 @@ class Tokenizer:
 
     def _segments(self, text: str) -> list[str]:
         """Parts whose ids, joined, are the text's; a literal U+2581 is a part of its own."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"text: character {error.start} is a lone surrogate ({text[error.start]!r}), "
-                "which has no UTF-8"
-            ) from None
+        check_text(text)
         if not text:
             return []
         parts: list[str] = []
@@ -234,6 +240,17 @@ def train_tokenizer(
     return Tokenizer(out)
 
 
+def check_text(text: str) -> None:
+    """Raise UserError where a text holds a lone surrogate, which has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"text: character {error.start} is a lone surrogate ({text[error.start]!r}), "
+            "which has no UTF-8"
+        ) from None
+
+
 def _cut(text: str) -> list[str]:
     """Cut before a space that follows another character, every 4 Ki characters or later."""
     parts, start = [], 0
@@ -266,11 +283,12 @@ def _training_error(message: str, vocab_size: int) -> UserError:
     return UserError(f"data.vocab_size = {vocab_size}: sentencepiece says: {message}")
 
 
-def _read(path: Path) -> bytes:
+def read_model(path: Path) -> bytes:
+    """A tokenizer file's bytes; raises UserError, with the nearest name, where there is none."""
     if path.is_file():
         return path.read_bytes()
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; expected a sentencepiece model file")
+        raise UserError(f"{path}: is a folder; expected a tokenizer file")
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     near = get_close_matches(path.name, names, 1)
     hint = f"; did you mean {path.with_name(near[0])}?" if near else ""

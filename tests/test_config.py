@@ -41,7 +41,15 @@ def test_shipped_configs_and_their_twins(name: str) -> None:
     assert changed & rates, "a twin has a learning rate of its own"
     assert twin.run.name == f"{name}-fp"
     assert one_line(config)
-    assert len(tables(load_config([path]))) == 3
+    assert len(tables(load_config([path]))) == 5
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_computes(path: Path) -> None:
+    assert path.read_text().startswith("# "), "a head comment says what the file is"
+    config = load_config([path]).resolve()
+    assert tomllib.loads(to_toml(config)) == to_dict(config)
+    assert config.resolve() == config
 
 
 @pytest.mark.parametrize(
@@ -84,6 +92,10 @@ MISTAKES = [
     (["model.linear=ternry"], "the nearest is 'ternary'"),
     (["train.compile=1"], "train.compile = 1: expected a valid boolean"),
     (["data.sources=[]"], "data.sources"),
+    (["quant.modules=linaer"], "quant.modules = 'linaer': expected .*the nearest is 'linear'"),
+    (['quant.modules=["linear", 3]'], "quant.modules = 3: expected"),
+    (["qat.start=soon"], "qat.start = 'soon': expected a valid number or 'auto'"),
+    (["qat.start=-1"], "qat.start = -1: expected greater than or equal to 0 or 'auto'"),
     (["verbose"], "expected section.key=value"),
     (["=3"], "expected section.key=value"),
     (["model.n_heads=5"], "model.n_heads = 5 does not divide model.d_model = 384"),
@@ -130,6 +142,8 @@ def test_dial_rules_meet_the_published_tables() -> None:
         ratio = default_lr(int(n), "ternary") / default_lr(int(n), "fp")
         assert ratio == pytest.approx(6, rel=0.05)  # each is rounded to two digits
     assert default_lr(1_000_000, "ternary") == 4e-3
+    fine_tune = default_lr(1_000_000, "fp", fine_tune=True)
+    assert fine_tune == pytest.approx(default_lr(1_000_000, "fp") / 10, rel=0.01)
     assert default_batch_tokens(50_000_000) == 2**18  # QuEST
     assert default_batch_tokens(700_000_000) == 2**20  # b1.58
     assert default_batch_tokens(1000) == 2**14

@@ -4,6 +4,8 @@ import doctest
 import runpy
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 
@@ -18,6 +20,14 @@ def test_the_readme_shows_the_table_of_the_csv() -> None:
     table = runpy.run_path(script, run_name="compare_twins")["table"]()
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     shown = readme.partition("<!-- twins -->\n")[2].partition("\n<!-- /twins -->")[0]
+    assert shown == table
+
+
+@pytest.mark.parametrize("study", ["digits"])
+def test_the_guide_shows_the_tables_of_the_csvs(study: str) -> None:
+    table = runpy.run_path(str(DOCS / "results" / f"{study}.py"), run_name=study)["table"]()
+    guide = (DOCS / "qat.md").read_text(encoding="utf-8")
+    shown = guide.partition(f"<!-- {study}:begin -->\n")[2].partition(f"\n<!-- {study}:end -->")[0]
     assert shown == table
 
 

@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitnet.durable import load_tensors
-from bitnet.export.folder import load, load_model, save_model, sizes
+from bitnet.export.folder import load, load_model, read_config, save_model, sizes
 from bitnet.linear import BitLinear, TernaryLinear, pack
 from bitnet.model import ModelConfig, Transformer
+from bitnet.qat.prepare import calibrate, convert, prepare
+from bitnet.qat.recipe import Recipe
 from bitnet.quant import absmean_ternary, dequantize
 from bitnet.schema import UserError
 from bitnet.tokenizer import Tokenizer, train_tokenizer
@@ -199,6 +201,155 @@ def test_sizes(tmp_path: Path) -> None:
         assert stored["total"] > sum(v for k, v in stored.items() if k != "total")
 
 
+# Quantized by a recipe
+
+RECIPES = [
+    Recipe(weights="int", bits=4),
+    Recipe(weights="int", bits=3, symmetric=False, granularity="group", group_size=16),
+    Recipe(weights="int", bits=8, activations="static", activation_symmetric=False),
+    Recipe(weights="absmean", granularity="tensor"),
+    Recipe(weights="absmean", granularity="group", group_size=16, skip=["*.down_proj"]),
+    Recipe(weights="sign", granularity="tensor", activations="none"),
+    Recipe(weights="lsq", bits=3, keep_first_last=False, modules=["linear", "embedding"]),
+    Recipe(weights="seq", activations="static", observer="mse", keep_first_last=False),
+]
+
+
+def prepared(recipe: Recipe, **fields: Any) -> Transformer:
+    """A model in the middle of its QAT: observers have seen data, learned scales have moved."""
+    model = make(**{"linear": "fp", **fields})
+    prepare(model, recipe)
+    if recipe.activations == "static":
+        calibrate(model, [tokens()])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("weight_step"):
+                parameter.mul_(1.1)
+    return model
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_qat_round_trips(tmp_path: Path, recipe: Recipe, tied: bool) -> None:
+    """Latent and integer form: every tensor and every logit to the last bit, at each turn."""
+    model = prepared(recipe, tie_embeddings=tied).eval()
+    expected = model(tokens())
+    latent = load_model(save_model(tmp_path / "latent", model, None, recipe)).eval()
+    same_state(latent, model)
+    assert torch.equal(latent(tokens()), expected)
+    assert all(p.requires_grad for p in latent.parameters())
+    assert (latent.lm_head.weight is latent.embed_tokens.weight) == tied
+    integer = convert(copy.deepcopy(latent))
+    assert isinstance(integer, Transformer)
+    for cycle in range(2):
+        folder = save_model(tmp_path / str(cycle), integer, None, recipe)
+        config = read_config(folder)
+        assert (config.weights, config.quant) == ("integer", recipe)
+        loaded = load_model(folder).eval()
+        same_state(loaded, integer)
+        assert torch.equal(loaded(tokens()), expected)
+        integer = loaded
+    first, second = (load_file(tmp_path / c / "model.safetensors") for c in "01")
+    assert first.keys() == second.keys()
+    matrices = sizes(tmp_path / "0").stored["matrices"]
+    assert matrices < sizes(tmp_path / "latent").stored["matrices"] / 2
+
+
+def same_state(ours: Transformer, theirs: Transformer) -> None:
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+
+
+def test_a_loaded_qat_model_trains_on(tmp_path: Path) -> None:
+    recipe = Recipe(weights="lsq", bits=3, activations="static", keep_first_last=False)
+    model = load_model(save_model(tmp_path / "model", prepared(recipe), None, recipe))
+    seen = {n: m.clone() for n, m in model.state_dict().items() if n.endswith("n_seen")}
+    model(tokens()).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    for name, count in seen.items():
+        assert model.state_dict()[name] > count, "the observers go on"
+
+
+def test_a_learned_scale_of_tied_layers_stays_one(tmp_path: Path) -> None:
+    recipe = Recipe(weights="lsq", bits=4, modules=["linear", "embedding"], keep_first_last=False)
+    model = prepared(recipe)
+    assert model.lm_head.weight_step is model.embed_tokens.weight_step
+    loaded = load_model(save_model(tmp_path / "model", model, None, recipe))
+    assert loaded.lm_head.weight_step is loaded.embed_tokens.weight_step
+
+
+@torch.no_grad()
+def test_ternary_matrices_and_a_recipe_for_the_rest(tmp_path: Path) -> None:
+    """BitLinear matrices, an int8 embedding and head: two kinds of packing in one folder."""
+    recipe = Recipe(weights="int", bits=8, modules=["linear", "embedding"], keep_first_last=False)
+    model = prepared(recipe, linear="ternary").eval()
+    expected = model(tokens())
+    same_state(load_model(save_model(tmp_path / "latent", model, None, recipe)), model)
+    small = convert(packed(model))
+    assert isinstance(small, Transformer)
+    loaded = load_model(save_model(tmp_path / "small", small, None, recipe)).eval()
+    assert torch.equal(loaded(tokens()), expected)
+    assert len(ternary_layers(loaded)) == 14
+
+
+def test_old_folders_have_no_quant_and_new_plain_ones_neither(folder: Path) -> None:
+    assert "quant" not in json.loads((folder / "config.json").read_text())
+    assert not read_config(folder).quant.enabled
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["quant"].update(bitz=3), r"unknown key quant\.bitz; the nearest is bits"),
+        (lambda c: c["quant"].update(bits=9), r"quant\.bits: Input should be less than"),
+        (lambda c: c["quant"].update(bits="4"), r"quant\.bits: Input should be a valid int"),
+        (lambda c: c["quant"].update(bits=3), r"packed is .*; the config wants"),
+        (
+            lambda c: c["quant"].update(granularity="tensor"),
+            r"scale is .*; the config wants .*\[\]",
+        ),
+        (lambda c: c["quant"].update(symmetric=False), r"zero_point is missing"),
+        (lambda c: c["quant"].update(activations="static"), "input_scale is missing"),
+        (lambda c: c["quant"].update(skip=["*.up_proj"]), "up_proj.weight is missing"),
+        (lambda c: c["quant"].update(skip=["up_prjo"]), "quant: skip: no module .*'up_proj'"),
+        (lambda c: c["quant"].update(modules=["conv1d"]), "quant: recipe: selects none"),
+        (lambda c: c["quant"].update(weights="none"), 'weights "integer" and quant.* disagree'),
+        (lambda c: c.pop("quant"), 'weights "integer" and quant.weights "none" disagree'),
+        (lambda c: c.update(weights="packed"), 'weights "packed" and quant.weights "int" disag'),
+        (lambda c: c.update(weights="latent"), r"proj\.weight is missing"),
+        (lambda c: c["model"].update(d_ff=40), r"; the config wants"),
+    ],
+)
+def test_quantized_nonsense_is_refused(
+    tmp_path: Path, tokenizer: Tokenizer, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    recipe = RECIPES[0]
+    model = convert(prepared(recipe))
+    assert isinstance(model, Transformer)
+    folder = save_model(tmp_path / "model", model, tokenizer, recipe)
+    load(folder)
+    sign(folder, change)
+    fails(folder, message)
+
+
+def test_a_recipe_that_is_not_the_model_s_is_not_saved(tmp_path: Path) -> None:
+    integer = convert(prepared(RECIPES[0]))
+    assert isinstance(integer, Transformer)
+    wrong: list[tuple[str, Transformer, Recipe]] = [
+        ("disagree|unknown tensor|is missing", integer, Recipe()),
+        ("the config wants", integer, Recipe(weights="int", bits=5)),
+        ("input_observer", prepared(RECIPES[0]), RECIPES[2]),
+        ("weight_step", make(linear="fp"), Recipe(weights="lsq")),
+        ("selects none", make(linear="fp"), Recipe(weights="int", modules=["conv2d"])),
+    ]
+    for message, model, recipe in wrong:
+        with pytest.raises(ValueError, match=message):
+            save_model(tmp_path / "model", model, None, recipe)
+    assert names(tmp_path) == set()
+
+
 # Saving
 
 
@@ -356,7 +507,7 @@ def test_edits_and_strangers_are_refused(folder: Path) -> None:
         (lambda c: c["model"].update(linear="fp"), "down_proj.weight is missing"),
         (lambda c: c["model"].update(vocab_size=301), r"embed_tokens.weight is .*\[300, 24\]"),
         (lambda c: c.update(weights="latent"), "down_proj.weight is missing"),
-        (lambda c: c.update(weights="ternary"), "weights: Input should be 'latent' or 'packed'"),
+        (lambda c: c.update(weights="ternary"), "weights: Input should be 'latent', 'packed' or"),
         (lambda c: c["sha256"].pop("model.safetensors"), "does not list model.safetensors"),
         (lambda c: c["sha256"].update({"../model/config.json": "0"}), "missing"),
         (lambda c: c.pop("model"), "model: "),

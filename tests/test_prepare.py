@@ -224,7 +224,7 @@ def test_mistakes_leave_nothing(tmp_path: Path, many: list[str]) -> None:
         ({"vocab_size": 60_000}, r"data\.vocab_size = 60000: .* set it to \d+ or less"),
         ({"vocab_size": 260}, r"data\.vocab_size = 260: at least \d+ are needed"),
         ({"text_field": "content"}, r"docs\.jsonl:1: no field 'content'"),
-        ({"tokenizer": source}, r"docs\.jsonl: not a sentencepiece model"),
+        ({"tokenizer": source}, r"docs\.jsonl: not a tokenizer\.json"),
         ({"tokenizer": str(tmp_path / "no.model")}, r"no\.model: no such tokenizer file"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -3,14 +3,19 @@
     model/
         model.safetensors   tensors; Hugging Face's BitNet names without the leading "model."
         config.json         format, version, the resolved ModelConfig, sha256 of every file
-        tokenizer.model     the sentencepiece model
+        tokenizer.model     the sentencepiece model (or tokenizer.json, of that kind)
 
-Weights come in two forms. *latent*: the fp32 weights of training, from which training can go on.
+Weights come in three forms. *latent*: the fp32 weights of training, from which training can go on.
 *packed*: each ternary matrix as ``<name>.codes``, five base-3 digits a byte (uint8
 ``[N, ceil(K/5)]``, 1.6 bits a weight), and ``<name>.scale`` in fp32. In memory a TernaryLinear
 holds 2 bits a weight in the order kernels want; both forms hold the same integers, so converting
 is exact, and the scale is stored, never estimated again: absmean of a dequantized matrix keeps the
 codes and shrinks the scale by the share of nonzeros.
+*integer*: the model was quantized by a recipe (bitnet/qat/recipe.py), which stands in config.json
+as ``quant``: codes of so many bits, scales and zero points as bitnet/qat/integer.py holds them, and
+a ternary matrix as in *packed*. A latent model may have a recipe too: it is prepared for
+quantization-aware training or comes from it, with observers and learned scales. Loading repeats
+what made the modules (``prepare``, ``convert``) without memory and fills them.
 
 Nothing that is loaded can execute code (safetensors, JSON, sentencepiece's protobuf), every file is
 checked against its sha256, and config.json against its own: a hand-edited rope_theta would load and
@@ -39,14 +44,19 @@ from torch import Tensor
 from bitnet.durable import load_tensors, new_folder, save_tensors, sha256
 from bitnet.linear import BitLinear, Kernel, TernaryLinear
 from bitnet.model import ModelConfig, Transformer
+from bitnet.qat.integer import IntLayer
+from bitnet.qat.prepare import convert, prepare
+from bitnet.qat.recipe import Recipe
 from bitnet.schema import STRICT, UserError
 from bitnet.tokenizer import Tokenizer
+from bitnet.tokenizer_json import TOKENIZER_FILES, load_tokenizer
 from bitnet_kernels import pack_base3, unpack_base3
 
-CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.model"
+CONFIG, TENSORS = "config.json", "model.safetensors"
 FORMAT, VERSION = "bitnet-train", 1
 MAX_CONFIG_BYTES = 2**20
-Weights = Literal["latent", "packed"]
+FULL_PRECISION = Recipe()
+Weights = Literal["latent", "packed", "integer"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -60,18 +70,27 @@ class FolderConfig:
     sha256: dict[str, str]
     """Of the other files, by name."""
     config_sha256: str
-    """Of all the above, as :func:`_config_sha256` spells it."""
+    """Of all the others, as :func:`_config_sha256` spells it."""
+    quant: Recipe = FULL_PRECISION
+    """By which the model is quantized; left out of the file where it is not."""
 
 
 _CONFIG = TypeAdapter(FolderConfig)
 
 
-def save_model(folder: Path | str, model: Transformer, tokenizer: Tokenizer | None) -> Path:
+def save_model(
+    folder: Path | str,
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    quant: Recipe = FULL_PRECISION,
+) -> Path:
     """Write a model folder; a model folder that is there already is replaced.
 
     Arguments:
-        model: with fp32 weights, or packed (every BitLinear a TernaryLinear); on any device.
+        model: with fp32 weights, or packed (every BitLinear a TernaryLinear), or prepared or
+            converted by ``quant``; on any device.
         tokenizer: the model's own. None: the folder has none, and only :func:`load_model` reads it.
+        quant: the recipe that the model was prepared with, if it was.
     Returns:
         The folder.
     Raises:
@@ -83,26 +102,34 @@ def save_model(folder: Path | str, model: Transformer, tokenizer: Tokenizer | No
     _refuse_to_replace(folder)
     if tokenizer is not None:
         _check_vocab(tokenizer, model.config, str(folder))
-    tensors = dict(model.state_dict())
+    modules = dict(model.named_modules())
+    quantized = any(isinstance(m, TernaryLinear | IntLayer) for m in modules.values())
     weights: Weights = "latent"
-    for name, module in model.named_modules():
+    if quantized:
+        weights = "integer" if quant.enabled else "packed"
+    tensors = dict(model.state_dict())
+    for name, module in modules.items():
         if isinstance(module, TernaryLinear):
-            weights = "packed"
             del tensors[f"{name}.packed"]
             tensors[f"{name}.codes"] = pack_base3(module.codes())
-    if problem := _difference(tensors, model.config, weights):
+    try:
+        structure = _structure(model.config, weights, quant)
+    except UserError as error:
+        raise ValueError(f"quant: {error}") from error
+    if problem := _difference(tensors, structure, weights):
         raise ValueError(f"model: {problem}")
-    if model.config.tie_embeddings:
-        del tensors["lm_head.weight"]
+    for name in _second_names(structure):
+        del tensors[name]
     with new_folder(folder) as aside:
         save_tensors(aside / TENSORS, tensors)
         if tokenizer is not None:
-            (aside / TOKENIZER).write_bytes(tokenizer.model_bytes)
+            (aside / tokenizer.file_name).write_bytes(tokenizer.model_bytes)
         config: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "weights": weights,
             "model": dataclasses.asdict(model.config),
+            **({"quant": dataclasses.asdict(quant)} if quant.enabled else {}),
             "sha256": {file.name: sha256(file) for file in sorted(aside.iterdir())},
         }
         config["config_sha256"] = _config_sha256(config)
@@ -122,11 +149,14 @@ def load(
     """
     folder = Path(folder)
     config = read_config(folder)
-    if TOKENIZER not in config.sha256:
-        raise UserError(f"{folder}: was saved without a tokenizer; it has no {TOKENIZER}")
+    names = [name for name in TOKENIZER_FILES if name in config.sha256]
+    if not names:
+        raise UserError(
+            f"{folder}: was saved without a tokenizer; it has no {' or '.join(TOKENIZER_FILES)}"
+        )
     model = load_model(folder, device, kernel)
-    tokenizer = Tokenizer(folder / TOKENIZER)
-    _check_vocab(tokenizer, config.model, str(folder / TOKENIZER))
+    tokenizer = load_tokenizer(folder / names[0])
+    _check_vocab(tokenizer, config.model, str(tokenizer.path))
     return model, tokenizer
 
 
@@ -135,7 +165,8 @@ def load_model(
 ) -> Transformer:
     """:func:`load` without the tokenizer, which the folder need not have. Draws no random number.
 
-    A latent model can be trained on. A packed one gets the stored codes and scales as they are.
+    A latent model can be trained on (one with a recipe is prepared by it, its observers where they
+    were). A packed or integer one gets the stored codes and scales as they are.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -144,27 +175,32 @@ def load_model(
         tensors = load_tensors(folder / TENSORS)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder / TENSORS}: damaged: {error}") from error
-    if config.model.tie_embeddings and "embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-    if problem := _difference(tensors, config.model, config.weights):
+    try:
+        model = _structure(config.model, config.weights, config.quant)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+    tied = _second_names(model)
+    for name, first in tied.items():
+        if first in tensors:
+            tensors[name] = tensors[first]
+    if problem := _difference(tensors, model, config.weights):
         raise UserError(f"{folder / TENSORS}: {problem}")
-    model = _on_meta(config.model)
-    if config.weights == "packed":
-        for name, linear in _bit_linears(model).items():
-            try:
-                layer = _ternary_linear(linear, name, tensors, kernel)
-            except ValueError as error:
-                raise UserError(f"{folder / TENSORS}: tensor {name}.codes: {error}") from error
-            model.set_submodule(name, layer)
-            tensors[f"{name}.packed"] = layer.packed
+    for name, linear in _coded(model, config.weights).items():
+        try:
+            layer = _ternary_linear(linear, name, tensors, kernel)
+        except ValueError as error:
+            raise UserError(f"{folder / TENSORS}: tensor {name}.codes: {error}") from error
+        model.set_submodule(name, layer)
+        tensors[f"{name}.packed"] = layer.packed
     model.load_state_dict(tensors, assign=True)
-    if config.model.tie_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
+    for name, first in tied.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
     return model.to(device)
 
 
 def _ternary_linear(
-    linear: BitLinear, name: str, tensors: dict[str, Tensor], kernel: Kernel
+    linear: BitLinear | TernaryLinear, name: str, tensors: dict[str, Tensor], kernel: Kernel
 ) -> TernaryLinear:
     """The packed layer of ``<name>.codes`` (taken out of ``tensors``) and ``<name>.scale``."""
     layer = TernaryLinear.from_codes(
@@ -204,26 +240,52 @@ def sizes(folder: Path | str) -> Sizes:
     return Sizes(fp32, stored | {"total": (folder / TENSORS).stat().st_size})
 
 
-def _on_meta(config: ModelConfig) -> Transformer:
-    """The model's modules without memory, and without drawing initial weights."""
+def _structure(config: ModelConfig, weights: Weights, quant: Recipe) -> Transformer:
+    """The model's modules without memory, and without drawing initial weights; BitLinears stand
+    where a packed model has its TernaryLinears. Raises UserError for a recipe that does not fit."""
+    if (weights == "integer") > quant.enabled or (weights == "packed" and quant.enabled):
+        raise UserError(f'weights "{weights}" and quant.weights "{quant.weights}" disagree')
     with torch.device("meta"):
-        return Transformer(config)
+        model = Transformer(config)
+        if quant.enabled:
+            try:
+                prepare(model, quant)
+                if weights == "integer":
+                    convert(model)
+            except ValueError as error:
+                raise UserError(f"quant: {error}") from error
+    return model
 
 
-def _bit_linears(model: Transformer) -> dict[str, BitLinear]:
-    return {n: module for n, module in model.named_modules() if isinstance(module, BitLinear)}
+def _second_names(model: Transformer) -> dict[str, str]:
+    """Parameters that have two names (a tied head's): the second, not stored, to the first."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(p)] for name, p in named if first[id(p)] != name}
 
 
-def _difference(tensors: Mapping[str, Tensor], config: ModelConfig, weights: Weights) -> str | None:
-    """How the tensors differ from those that a model of this config has; None if they do not."""
-    model = _on_meta(config)
-    expected = {name: (t.dtype, t.shape) for name, t in model.state_dict().items()}
-    if weights == "packed":
-        for name, linear in _bit_linears(model).items():
-            codes, scale = linear.quantize()
-            del expected[f"{name}.weight"]
-            columns = -(-codes.shape[1] // 5)
-            expected[f"{name}.codes"] = (torch.uint8, torch.Size((codes.shape[0], columns)))
+def _coded(model: Transformer, weights: Weights) -> dict[str, BitLinear | TernaryLinear]:
+    """The layers that are stored as base-3 codes."""
+    if weights == "latent":
+        return {}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, BitLinear | TernaryLinear)
+    }
+
+
+def _difference(
+    tensors: Mapping[str, Tensor], structure: Transformer, weights: Weights
+) -> str | None:
+    """How the tensors differ from those that such a model has; None if they do not."""
+    expected = {name: (t.dtype, t.shape) for name, t in structure.state_dict().items()}
+    for name, linear in _coded(structure, weights).items():
+        expected.pop(f"{name}.weight" if isinstance(linear, BitLinear) else f"{name}.packed")
+        columns = -(-linear.in_features // 5)
+        expected[f"{name}.codes"] = (torch.uint8, torch.Size((linear.out_features, columns)))
+        if isinstance(linear, BitLinear):
+            _, scale = linear.quantize()
             expected[f"{name}.scale"] = (scale.dtype, scale.shape)
     for name in sorted(expected.keys() - tensors.keys()):
         return f"tensor {name} is missing"
@@ -252,7 +314,7 @@ def _refuse_to_replace(folder: Path) -> None:
     """Replacing deletes, so only an empty folder or one that we wrote, and nothing else, goes."""
     if folder.is_dir():
         present = {path.name for path in folder.iterdir()}
-        for name in sorted(present - {CONFIG, TENSORS, TOKENIZER}):
+        for name in sorted(present - {CONFIG, TENSORS, *TOKENIZER_FILES}):
             raise UserError(
                 f"{folder}: holds {name}, which is not part of a model folder and would be "
                 "deleted; choose another folder"
@@ -317,7 +379,8 @@ def _first_error(error: ValidationError) -> str:
     key = ".".join(map(str, first["loc"]))
     if first["type"] != "unexpected_keyword_argument":
         return f"{key}: {first['msg']}"
-    config_class = ModelConfig if first["loc"][0] == "model" else FolderConfig
+    sections: dict[object, type] = {"model": ModelConfig, "quant": Recipe}
+    config_class = sections.get(first["loc"][0], FolderConfig)
     valid = [f.name for f in dataclasses.fields(config_class)]
     near = get_close_matches(str(first["loc"][-1]), valid, 1, 0.0)
     return f"unknown key {key}; the nearest is {near[0]}"

@@ -4,7 +4,9 @@ Packing keeps integers and one fp32 scale a tensor (or row, or group), so nothin
 depth: the codes, the int32 accumulators of each layer (on the activations that the layer really
 sees, and on random int8, which reach the extremes), the logits, and the tokens chosen greedily. The
 accumulators are also compared with a float64 product, exact below 2^53: the two integer paths
-could be wrong together.
+could be wrong together. The integer form of a model quantized by a recipe (bitnet/qat) is held to
+the same: codes, scales and zero points of each layer, logits and tokens; and its accumulators, of
+random int8 activations, to the float64 product.
 """
 
 from dataclasses import dataclass, field
@@ -16,6 +18,9 @@ from bitnet.evaluate import evaluation_mode
 from bitnet.generate import generate
 from bitnet.linear import BitLinear, TernaryLinear
 from bitnet.model import Transformer
+from bitnet.qat.integer import IntLayer
+from bitnet.qat.layers import QATEmbedding, QATLayer
+from bitnet.qat.product import int_matmul
 from bitnet.schema import UserError
 from bitnet_kernels import ternary_matmul
 from bitnet_kernels.reference import absmax_int8, int8_matmul
@@ -29,7 +34,7 @@ class Proof:
     """What was compared, and every difference found."""
 
     matrices: int = 0
-    """Ternary matrices whose codes and scales were compared."""
+    """Quantized matrices whose codes and scales were compared."""
     weights: int = 0
     """Codes in them."""
     accumulators: int = 0
@@ -53,23 +58,26 @@ def prove(
     """Compare a trained model with its packed form.
 
     Arguments:
-        latent: with BitLinear layers. packed: the same with TernaryLinear layers, on the same
-            device; neither is changed.
+        latent: with BitLinear or QAT layers. packed: the same with TernaryLinear or Int layers, on
+            the same device; neither is changed.
         prompts: token ids, each at least one and short enough for ``new_tokens`` more.
         new_tokens: greedy tokens a prompt.
     Raises:
-        UserError: ``latent`` has no ternary layer. ValueError: no prompts, or an empty one.
+        UserError: ``latent`` has no quantized layer. ValueError: no prompts, or an empty one.
     """
     if not prompts or not all(prompts):
         raise ValueError("prompts: expected at least one, and none empty")
     trained = {n: module for n, module in latent.named_modules() if isinstance(module, BitLinear)}
-    if not trained:
-        raise UserError("the model has no ternary layers: there is nothing to pack")
+    by_recipe = {n: module for n, module in latent.named_modules() if isinstance(module, QATLayer)}
+    if not trained and not by_recipe:
+        raise UserError("the model has no ternary layers and no recipe: there is nothing to pack")
     proof = Proof()
     with evaluation_mode(latent), evaluation_mode(packed):
         seen = _compare_logits(latent, packed, prompts, trained, proof)
         for name, linear in trained.items():
             _compare_layer(name, linear, dict(packed.named_modules()).get(name), seen[name], proof)
+        for name, layer in by_recipe.items():
+            _compare_integer(name, layer, dict(packed.named_modules()).get(name), proof)
         _compare_rest(latent, packed, proof)
     texts = zip(
         generate(latent, prompts, new_tokens), generate(packed, prompts, new_tokens), strict=True
@@ -127,11 +135,7 @@ def _compare_layer(
         proof.differences.append(f"{name}: codes differ")
     if not torch.equal(packed.scale, scale):
         proof.differences.append(f"{name}: scales differ")
-    generator = torch.Generator().manual_seed(0)
-    random = torch.randint(
-        -128, 128, (RANDOM_TOKENS, codes.shape[1]), dtype=torch.int8, generator=generator
-    )
-    x_q = torch.cat([*seen, random.to(codes.device)])
+    x_q = torch.cat([*seen, _random_int8(codes)])
     ours = int8_matmul(x_q, codes)
     proof.accumulators += ours.numel()
     if not torch.equal(ternary_matmul(x_q, packed.packed, packed.kernel, packed.planes), ours):
@@ -140,12 +144,45 @@ def _compare_layer(
         proof.differences.append(f"{name}: integer accumulators are not the exact product")
 
 
+def _compare_integer(name: str, layer: QATLayer, packed: nn.Module | None, proof: Proof) -> None:
+    if isinstance(packed, TernaryLinear):
+        theirs: tuple[Tensor | None, ...] = (packed.codes(), packed.scale, None)
+    elif isinstance(packed, IntLayer):
+        theirs = tuple(packed.quantize())
+    else:
+        proof.differences.append(f"{name}: is not packed")
+        return
+    codes, scale, zero_point = layer.quantize()
+    proof.matrices += 1
+    proof.weights += codes.numel()
+    for what, ours, stored in zip(
+        ("codes", "scales", "zero points"), (codes, scale, zero_point), theirs, strict=True
+    ):
+        same = ours is stored if ours is None or stored is None else torch.equal(ours, stored)
+        if not same:
+            proof.differences.append(f"{name}: {what} differ")
+    if isinstance(layer, QATEmbedding) or layer.recipe.activations == "none":
+        return
+    x_q = _random_int8(codes)
+    product = int_matmul(x_q, codes)
+    proof.accumulators += product.numel()
+    if not torch.equal(product.double(), x_q.double() @ codes.double().t()):
+        proof.differences.append(f"{name}: integer accumulators are not the exact product")
+
+
+def _random_int8(codes: Tensor) -> Tensor:
+    """Activations for codes ``[N, K]``: int8 ``[RANDOM_TOKENS, K]``, the extremes among them."""
+    shape = (RANDOM_TOKENS, codes.shape[1])
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator).to(codes.device)
+
+
 def _compare_rest(latent: Transformer, packed: Transformer, proof: Proof) -> None:
     """Embeddings, norms and head: everything that packing leaves as it is."""
     theirs = dict(packed.named_parameters())
     for name, parameter in latent.named_parameters():
         owner = latent.get_submodule(name.rpartition(".")[0])
-        if isinstance(owner, BitLinear) and name.endswith(".weight"):
+        if isinstance(owner, BitLinear | QATLayer) and name.endswith((".weight", ".weight_step")):
             continue
         if name not in theirs or not torch.equal(theirs[name], parameter):
             proof.differences.append(f"{name}: differs")

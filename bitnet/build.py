@@ -1,0 +1,89 @@
+"""The model of a run: what a config puts together, and what its folder is to hold in the end.
+
+    Transformer -> weights of train.init_from -> quantizers ([quant]) -> adapters ([adapter])
+
+in this order: quantizers find their first scales in the weights, and adapters stand beside layers
+that may be quantizing ones. A run that is resumed goes the same way but for the weights, which its
+checkpoint has, with everything that the layers learned or observed.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from torch import Tensor
+
+from bitnet.config import Config
+from bitnet.export.folder import load, read_config
+from bitnet.linear import BitLinear
+from bitnet.model import Transformer
+from bitnet.qat.adapters import add_adapters
+from bitnet.qat.prepare import bitlinear_twin, prepare
+from bitnet.qat.recipe import Recipe
+from bitnet.schema import UserError
+
+
+def build_model(config: Config, tokenizer_hash: str, fresh: bool) -> Transformer:
+    """The model as it trains, on the CPU; initial weights come from torch's global generator.
+
+    Arguments:
+        config: resolved. tokenizer_hash: of the data's tokenizer.
+        fresh: whether weights are needed: those of ``train.init_from``, if it names a folder, and
+            with the folder's recipe also its learned scales and observers.
+    Raises:
+        UserError: the folder, ``[quant]`` or ``[adapter]`` does not fit the model.
+    """
+    model = Transformer(config.model)
+    learned: dict[str, Tensor] = {}
+    if config.train.init_from and fresh:
+        folder = Path(config.train.init_from)
+        rest = _copy_weights(model, folder, tokenizer_hash)
+        learned = rest if read_config(folder).quant == config.quant else {}
+    try:
+        section = "quant"
+        if config.quant.enabled:
+            prepare(model, config.quant)
+            model.load_state_dict(learned, strict=False)
+        section = "adapter"
+        add_adapters(model, config.adapter)
+    except ValueError as error:
+        raise UserError(f"[{section}]: {error}") from error
+    return model
+
+
+def _copy_weights(model: Transformer, folder: Path, tokenizer_hash: str) -> dict[str, Tensor]:
+    """Copy the weights of a saved model; return what it has beside them, its quantizers' state."""
+    source, tokenizer = load(folder)
+    if tokenizer.hash != tokenizer_hash:
+        raise UserError(
+            f"train.init_from = {folder}: its tokenizer is not the one of the data; set "
+            f"data.tokenizer = {str(tokenizer.path)!r}"
+        )
+    state = source.state_dict()
+    weights = {name: state.pop(name) for name in model.state_dict() if name in state}
+    model.load_state_dict(weights)
+    return state
+
+
+def as_saved(model: Transformer, quant: Recipe) -> tuple[Transformer, Recipe]:
+    """A trained model as its folder holds it, and the folder's recipe.
+
+    What was trained by BitNet's own recipe, every matrix of it, becomes the ordinary ternary model
+    that it is, which ``bitnet pack`` and all other commands know. All else stays as it trained.
+    """
+    twin = bitlinear_twin(model) if quant.enabled else None
+    if twin is None:
+        return model, quant
+    config = model.config
+    names = [f"layers.{i}.{name}" for i in range(config.n_layers) for name in config.matrices()]
+    if not all(isinstance(twin.get_submodule(name), BitLinear) for name in names):
+        return model, quant
+    assert isinstance(twin, Transformer)
+    twin.config = dataclasses.replace(
+        config,
+        linear="ternary",
+        granularity=quant.granularity,
+        group_size=quant.group_size,
+        grad_mask=quant.gradient,
+        grad_mask_c=quant.gradient_c,
+    )
+    return twin, Recipe()

@@ -1,0 +1,30 @@
+"""``bitnet inspect model FOLDER``: what a generated token of a trained or packed model costs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from bitnet.energy import zero_share
+from bitnet.export.folder import load_model
+from bitnet.summary import energy_tables
+
+
+def inspect_model(
+    folder: Annotated[Path, typer.Argument(help="A model folder, trained or packed.")],
+    context: Annotated[
+        int, typer.Option(help="Positions in view. 0: the model's longest.", min=0)
+    ] = 0,
+) -> None:
+    """Print operations, bytes and energy of a generated token, with the zeros of the real codes.
+
+    The 16-bit model stands beside the ternary one of the same shape, whichever the folder holds; of
+    a model without ternary weights the share of zeros is the one to expect.
+
+    Try: bitnet inspect model runs/quickstart/model-packed
+    """
+    model = load_model(folder)
+    context = context or model.config.max_seq_len
+    for table in energy_tables(model.config, context, zero_share(model)):
+        Console().print(table)

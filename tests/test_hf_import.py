@@ -1,0 +1,275 @@
+"""Importing Llama-family checkpoints: the same logits and tokens as transformers', or a refusal."""
+
+import json
+import pickle
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bitnet.evaluate import evaluate_text
+from bitnet.export.folder import load, save_model
+from bitnet.export.hf import add_sub_norms, load_hf
+from bitnet.generate import encode_prompt, generate
+from bitnet.schema import UserError
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("gguf")
+TEXT = "to be or not to be, that is the question: whether 'tis nobler — naïve café\n"
+EPS = torch.finfo(torch.float32).eps
+
+
+@cache
+def tokenizer_json() -> bytes:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT] * 20, trainer)
+    return backend.to_str().encode()
+
+
+def llama(**changes: Any) -> Any:
+    """A tiny random LlamaForCausalLM: grouped queries, odd sizes, every norm weight another."""
+    fields: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 48,
+        "intermediate_size": 76,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "eos_token_id": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
+    }
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields | changes)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        else:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def write(model: Any, folder: Path, tokenizer: bytes = b"") -> Path:
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer or tokenizer_json())
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(llama(), tmp_path / "llama")
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"tie_word_embeddings": True, "num_key_value_heads": 4},
+        {"num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_the_same_logits_and_tokens(tmp_path: Path, changes: dict[str, Any]) -> None:
+    theirs = llama(**changes)
+    model, tokenizer = load_hf(write(theirs, tmp_path / "llama"))
+    assert tokenizer.eos_id == 2, "config.json's, not the first usual name"
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    tied = model.lm_head.weight is model.embed_tokens.weight
+    assert tied == model.config.tie_embeddings == theirs.config.tie_word_embeddings
+    tokens = torch.randint(0, 300, (2, 64))
+    ours, expected = model(tokens), theirs(tokens).logits
+    # fp32 sums of up to 76 products in another order: eps * sqrt(76) a product, 7 products and an
+    # attention a layer, 3 layers; the residual stream carries it on. Measured: a tenth of this.
+    bound = 3 * 8 * 76**0.5 * EPS * expected.std()
+    assert (ours - expected).abs().max() < bound
+    prompt = encode_prompt(tokenizer, "to be or")
+    (new,) = generate(model, [prompt], 20)
+    generated = theirs.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert new == generated[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def test_mistral_without_a_window(tmp_path: Path) -> None:
+    fields = {k: v for k, v in llama().config.to_dict().items() if k not in ("model_type",)}
+    config = transformers.MistralConfig(**fields | {"sliding_window": None})
+    theirs = transformers.MistralForCausalLM(config).eval()
+    model, _ = load_hf(write(theirs, tmp_path / "mistral"))
+    tokens = torch.randint(0, 300, (2, 64))
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-6)
+    edit(tmp_path / "mistral", lambda c: c.update(sliding_window=32))
+    with pytest.raises(UserError, match="sliding_window of 32"):
+        load_hf(tmp_path / "mistral")
+
+
+@torch.no_grad()
+def test_older_configs_and_half_precision(tmp_path: Path) -> None:
+    """rope_theta at the top, as transformers 4 wrote it; bf16 weights become the same fp32."""
+    folder = write(llama().bfloat16(), tmp_path / "llama")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def old(config: dict[str, Any]) -> None:
+        config["rope_theta"] = config.pop("rope_parameters")["rope_theta"]
+        config["rope_scaling"] = None
+
+    edit(folder, old)
+    model, _ = load_hf(folder)
+    assert model.config.rope_theta == 50_000.0
+    tokens = torch.randint(0, 300, (2, 64))
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_padding_rows_of_the_vocabulary_are_dropped(tmp_path: Path) -> None:
+    theirs = llama(vocab_size=320)
+    model, tokenizer = load_hf(write(theirs, tmp_path / "llama"))
+    assert model.config.vocab_size == tokenizer.vocab_size == 300
+    tokens = torch.randint(0, 300, (2, 64))
+    torch.testing.assert_close(
+        model(tokens), theirs(tokens).logits[..., :300], rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(UserError, match="tokenizer has 300 tokens, the model only 290"):
+        load_hf(write(llama(vocab_size=290), tmp_path / "few"))
+
+
+def test_shards(tmp_path: Path, folder: Path) -> None:
+    llama().save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    (tmp_path / "shards" / "tokenizer.json").write_bytes(tokenizer_json())
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    one, many = load_hf(folder)[0], load_hf(tmp_path / "shards")[0]
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(many.state_dict()[name], tensor)
+
+
+def test_our_folder_of_it(folder: Path, tmp_path: Path) -> None:
+    """Saved as a model folder of ours, it is the same model with the same tokenizer."""
+    model, tokenizer = load_hf(folder)
+    loaded, same = load(save_model(tmp_path / "ours", model, tokenizer))
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert (same.hash, same.eos_id) == (tokenizer.hash, 2)
+    assert evaluate_text(loaded, same, TEXT * 3) == evaluate_text(model, tokenizer, TEXT * 3)
+
+
+@torch.no_grad()
+def test_sub_norms(folder: Path) -> None:
+    model, _ = load_hf(folder)
+    before = model(torch.arange(20).unsqueeze(0))
+    wider = add_sub_norms(model)
+    assert wider.config.norm_placement == "sub_norm"
+    assert set(wider.state_dict()) - set(model.state_dict()) == {
+        f"layers.{i}.{name}.weight"
+        for i in range(3)
+        for name in ("self_attn.attn_sub_norm", "mlp.ffn_sub_norm")
+    }
+    assert wider.layers[0].mlp.up_proj.weight is not None
+    after = wider(torch.arange(20).unsqueeze(0))
+    assert after.isfinite().all()
+    assert not torch.equal(before, after)
+    with pytest.raises(UserError, match="only a 'pre_norm' model"):
+        add_sub_norms(wider)
+
+
+# What our maths does not have
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(model_type="qwen2"), "'qwen2' cannot be imported; the nearest .* is "),
+        (lambda c: c.update(model_type="lama"), "the nearest supported is 'llama'"),
+        (lambda c: c.update(attention_bias=True), "attention_bias"),
+        (lambda c: c.update(mlp_bias=True), "mlp_bias"),
+        (lambda c: c.update(hidden_act="gelu"), "hidden_act 'gelu'"),
+        (lambda c: c.update(head_dim=16), r"heads of 16 \(4 of them in a hidden_size of 48\)"),
+        (
+            lambda c: c.update(rope_parameters={"rope_type": "linear", "factor": 2.0}),
+            "rotary positions of type 'linear'",
+        ),
+        (
+            lambda c: c["rope_parameters"].update(partial_rotary_factor=0.5),
+            "partial_rotary_factor",
+        ),
+        (
+            lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}),
+            "quantization_config",
+        ),
+        (lambda c: c.update(num_hidden_layers=4), "damaged: missing tensor .*layers.3"),
+        (lambda c: c.update(num_hidden_layers=2), "damaged: unexpected tensor .*layers.2"),
+        (lambda c: c.update(intermediate_size=80), "cannot be read"),
+        (lambda c: c.update(max_position_embeddings=2**30), "max_seq_len: .* less than or equal"),
+        (lambda c: c.update(hidden_size="x"), "cannot be read"),
+        (lambda c: c.update(auto_map={"AutoConfig": "evil.Config"}, model_type="evil"), "'evil'"),
+    ],
+)
+def test_refusals(folder: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
+    (folder / "evil.py").write_text("raise SystemExit('remote code ran')")
+    edit(folder, change)
+    with pytest.raises(UserError, match=message) as caught:
+        load_hf(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+
+
+def test_damage(folder: Path, tmp_path: Path) -> None:
+    def fails(message: str, path: Path = folder) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            load_hf(path)
+        assert "\n" not in str(caught.value)
+
+    fails(r"lama: no such model; did you mean .*llama\?", tmp_path / "lama")
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        whole = (folder / name).read_bytes()
+        for length in (0, 1, len(whole) // 2, len(whole) - 2):
+            (folder / name).write_bytes(whole[:length])
+            fails("damaged|cannot be read|cannot be imported")
+        (folder / name).unlink()
+        fails("has no .*" + name.rpartition(".")[2])
+        (folder / name).write_bytes(whole)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    fails("pickle form")
+    (folder / "model.safetensors").write_bytes(pickle.dumps({}))
+    fails("cannot be read")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(100))
+    fails("not a GGUF file", tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").write_bytes(b"junk")
+    fails("not a GGUF file", tmp_path / "model.gguf")
+    fails("no such model", tmp_path / "none.gguf")
+    fails("expected a Hugging Face folder", folder / "config.json")
+
+
+def test_without_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    with pytest.raises(UserError, match=r'pip install "bitnet-train\[hf\]"'):
+        load_hf(folder)
