@@ -46,9 +46,10 @@ from bitnet.optim import build_optimizer, clip_gradients, learning_rate_factor, 
 from bitnet.prepare import prepare
 from bitnet.qat.adapters import merge_adapters
 from bitnet.qat.distill import Distiller, load_teacher
-from bitnet.qat.schedule import set_step
+from bitnet.qat.recipe import Recipe
+from bitnet.qat.schedule import QATConfig, set_step
 from bitnet.schema import UserError
-from bitnet.summary import human, one_line
+from bitnet.summary import human, one_line, quantization_lines
 from bitnet.telemetry import Telemetry
 from bitnet.throughput import Throughput, mfu, peak_flops, peak_memory
 from bitnet.tokenizer import Tokenizer
@@ -178,8 +179,15 @@ def train(config: Config, command: str) -> None:
             console.print(f"resumed at step {step}{nothing}")
         if changes:
             console.warn(f"changed since this run was last started: {'; '.join(changes)}")
-        if config.quant.enabled:
-            console.print(f"quantization: {config.quant}, from {config.qat.start:.0%} of the run")
+        for line in quantization_lines(config):
+            console.print(line)
+        if config.train.init_from and saved is None:
+            source = read_config(Path(config.train.init_from)).quant
+            if source.enabled and source != config.quant:
+                console.warn(
+                    f"[quant] is not that of {config.train.init_from} ({source}), whose learned "
+                    "scales and ranges are therefore left behind"
+                )
         if val_set.n_tokens < 10_000:
             console.warn(
                 f"only {val_set.n_tokens} validation tokens: val_loss will be noisy; a larger "
@@ -307,9 +315,11 @@ def train(config: Config, command: str) -> None:
             console.print(f"{report}\nvalidation loss {before:.4f} adapted, {after:.4f} merged")
         trained, quant = as_saved(model, config.quant)
         folder = save_model(run_dir / "model", trained, tokenizer, quant=quant)
+        integers = quant.enabled or trained.config.linear == "ternary"
+        then = f"pack {folder}" if integers else f"ptq {folder} --data {config.data.path}"
         console.print(
             f"done: the model is in {folder}\n"
-            f"  bitnet generate {folder} --prompt TEXT      bitnet pack {folder}"
+            f"  bitnet generate {folder} --prompt TEXT      bitnet {then}"
         )
 
 
@@ -317,6 +327,15 @@ def allowed_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> 
     """How the config of a begun run differs; raises UserError for what cannot change. A key that
     did not exist when it began had its default."""
     defaults = to_dict(Config())
+    steps = old["train"]["steps"], new["train"]["steps"]
+    quantized = Recipe(**new["quant"]).enabled and QATConfig(**new["qat"]).depends_on_length
+    if quantized and steps[0] != steps[1]:
+        raise UserError(
+            f"train.steps = {steps[1]}: {run_dir} holds a run of {steps[0]} steps, and qat.start "
+            "with the rest of [qat] are shares of them: what is quantized already would be full "
+            "precision again. Change it back; or go on from its model with train.init_from, under "
+            "another run.name"
+        )
     old = {section: defaults.get(section, {}) | old.get(section, {}) for section in defaults | old}
     keys = {change.partition(":")[0]: change for change in differences(old, new)}
     fixed = [

@@ -67,15 +67,16 @@ def _copy_weights(model: Transformer, folder: Path, tokenizer_hash: str) -> dict
 def as_saved(model: Transformer, quant: Recipe) -> tuple[Transformer, Recipe]:
     """A trained model as its folder holds it, and the folder's recipe.
 
-    What was trained by BitNet's own recipe, every matrix of it, becomes the ordinary ternary model
-    that it is, which ``bitnet pack`` and all other commands know. All else stays as it trained.
+    What was trained by BitNet's own recipe, every matrix of its layers and nothing else (an output
+    head), becomes the ordinary ternary model that it is, which ``bitnet pack`` and all other
+    commands know. All else stays as it trained.
     """
     twin = bitlinear_twin(model) if quant.enabled else None
     if twin is None:
         return model, quant
     config = model.config
-    names = [f"layers.{i}.{name}" for i in range(config.n_layers) for name in config.matrices()]
-    if not all(isinstance(twin.get_submodule(name), BitLinear) for name in names):
+    names = {f"layers.{i}.{name}" for i in range(config.n_layers) for name in config.matrices()}
+    if names != {name for name, module in twin.named_modules() if isinstance(module, BitLinear)}:
         return model, quant
     assert isinstance(twin, Transformer)
     twin.config = dataclasses.replace(

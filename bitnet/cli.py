@@ -172,6 +172,8 @@ def inspect_command(
 
     Nothing is built or downloaded. Try: bitnet inspect configs/15m.toml model.depth=8
     """
+    if folder := next((arg for arg in args if (Path(arg) / CONFIG).is_file()), ""):
+        raise UserError(f"{folder}: is a model folder: bitnet inspect model {folder}")
     for table in tables(load_config(*split_args(args))):
         Console().print(table)
 
@@ -203,8 +205,10 @@ def pack_command(
         raise UserError(f"{target}: holds a trained model, which packing would overwrite")
     config = read_config(folder)
     trained = any(isinstance(module, BitLinear) for module in model.modules())
-    if config.weights != "latent" or not (trained or config.quant.enabled):
-        raise UserError(f"{folder}: has no ternary layers to pack (full precision, or packed)")
+    if config.weights != "latent":
+        raise UserError(f"{folder}: is {config.weights} already; there is nothing to pack")
+    if not (trained or config.quant.enabled):
+        raise UserError(f"{folder}: is full precision; bitnet ptq, or training, makes integers")
     prompts = prompt or ["", "The ", "def __init__(self"]
     ids = [
         generation.encode_prompt(tokenizer, text)[: model.config.max_seq_len] for text in prompts

@@ -9,11 +9,12 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
 from bitnet.config import load_config
-from bitnet.evaluate import EvalResult, evaluate_text
+from bitnet.evaluate import EvalResult, evaluate_windows
 from bitnet.export.folder import CONFIG, FORMAT, load, read_config, save_model
 from bitnet.export.hf import add_sub_norms, load_hf
 from bitnet.model import ModelConfig, Transformer
@@ -58,30 +59,39 @@ def convert_command(
     """
     if not out:
         raise UserError("name the folder to write with --out, such as --out runs/converted")
+    if Path(out).exists():
+        raise UserError(f"--out {out}: exists already; choose another folder")
     recipe = recipe_of(settings or [])
     if calibration and recipe.activations != "static":
         raise UserError("--calibration: only quant.activations=static has anything to calibrate")
     if recipe.enabled and recipe.activations == "static" and not calibration:
         raise UserError("quant.activations=static: name a text to calibrate on: --calibration FILE")
     texts = {name: read_text(Path(name)) for name in (calibration, text) if name}
+    for name, content in texts.items():
+        if not content.strip():
+            raise UserError(f"{name}: is empty")
     model, tokenizer = load_source(source)
     if context:
         model.config = _shortened(model, context, source)
     rows: list[tuple[str, EvalResult]] = []
-    if text:
-        rows.append((str(source), evaluate_text(model, tokenizer, texts[text])))
-    if sub_norm:
-        model = add_sub_norms(model)
-    if recipe.enabled:
-        try:
-            prepare(model, recipe)
-            if calibration:
-                calibrate(model, calibration_windows(model, tokenizer, texts[calibration]))
-        except ValueError as error:
-            raise UserError(f"quant: {error}") from error
-    folder = save_model(out, model, tokenizer, recipe)
-    if text and (recipe.enabled or sub_norm):
-        rows.append((str(folder), evaluate_text(model, tokenizer, texts[text])))
+    with progress_bar() as progress:
+        if text:
+            result = _evaluate(model, tokenizer, texts[text], progress, "before")
+            rows.append((str(source), result))
+        if sub_norm:
+            model = add_sub_norms(model)
+        if recipe.enabled:
+            try:
+                prepare(model, recipe)
+                if calibration:
+                    windows = calibration_windows(model, tokenizer, texts[calibration])
+                    calibrate(model, progress.track(windows, description="calibration"))
+            except ValueError as error:
+                raise UserError(f"quant: {error}") from error
+        folder = save_model(out, model, tokenizer, recipe)
+        if text and (recipe.enabled or sub_norm):
+            result = _evaluate(model, tokenizer, texts[text], progress, "after")
+            rows.append((str(folder), result))
 
     counts = model.config.num_parameters()
     print(f"{folder}: {counts['total']:,} parameters, {recipe}")
@@ -95,6 +105,23 @@ def convert_command(
         Console().print(table)
     if sub_norm:
         print("the added norms change what the model computes: train it before you judge it")
+
+
+def progress_bar() -> Progress:
+    """For what may take minutes: on stderr, where that is a terminal, and gone in the end."""
+    errors = Console(stderr=True)
+    return Progress(console=errors, transient=True, disable=not errors.is_terminal)
+
+
+def _evaluate(
+    model: Transformer, tokenizer: Tokenizer, text: str, progress: Progress, when: str
+) -> EvalResult:
+    """``evaluate.evaluate_text``, with progress."""
+    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)])
+    span = model.config.max_seq_len
+    windows = [ids[start : start + span + 1] for start in range(0, len(ids) - 1, span)]
+    shown = progress.track(windows, description=f"evaluation {when}")
+    return evaluate_windows(model, shown, tokenizer.count_bytes)
 
 
 def recipe_of(settings: list[str]) -> Recipe:

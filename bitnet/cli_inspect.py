@@ -7,7 +7,9 @@ import typer
 from rich.console import Console
 
 from bitnet.energy import zero_share
-from bitnet.export.folder import load_model
+from bitnet.export.folder import load_model, read_config
+from bitnet.qat.recipe import TERNARY
+from bitnet.schema import UserError
 from bitnet.summary import energy_tables
 
 
@@ -19,11 +21,15 @@ def inspect_model(
 ) -> None:
     """Print operations, bytes and energy of a generated token, with the zeros of the real codes.
 
-    The 16-bit model stands beside the ternary one of the same shape, whichever the folder holds; of
-    a model without ternary weights the share of zeros is the one to expect.
+    The 16-bit model stands beside the ternary one of the same shape, whichever of them the folder
+    holds; of a full-precision model the share of zeros is the one to expect. Models of other bit
+    widths are refused: their products are multiplications.
 
     Try: bitnet inspect model runs/quickstart/model-packed
     """
+    recipe = read_config(folder).quant
+    if recipe.enabled and recipe.weights not in TERNARY:
+        raise UserError(f"{folder}: is {recipe}; these tables are of ternary and 16-bit models")
     model = load_model(folder)
     context = context or model.config.max_seq_len
     for table in energy_tables(model.config, context, zero_share(model)):

@@ -14,11 +14,10 @@ import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from bitnet.cli_convert import load_source, pick_device, read_text
+from bitnet.cli_convert import load_source, pick_device, progress_bar, read_text
 from bitnet.data import TokenDataset, sequential_windows
 from bitnet.durable import write_atomic
 from bitnet.evaluate import evaluate_windows
@@ -107,7 +106,10 @@ def ptq_command(
     wanted_methods = chosen("--methods", methods, METHODS)
     wanted_bits = chosen("--bits", bits, BITS)
     if bool(text) == bool(data):
-        raise UserError("name what to evaluate on: either --text FILE or --data FOLDER")
+        not_both = ", not both" if text else ""
+        raise UserError(f"name what to evaluate on: either --text FILE or --data FOLDER{not_both}")
+    if csv_file:
+        check_csv(Path(csv_file))
     if wanted_methods != ["rtn"] and not (calibration or data):
         raise UserError(
             f"{', '.join(one for one in wanted_methods if one != 'rtn')}: needs text to calibrate "
@@ -139,7 +141,8 @@ def ptq_command(
         ids = calibration_windows(calibration, data, tokenizer, span, calibration_tokens)
 
     def measure(method: str, recipe: Recipe, one: Transformer, seconds: float) -> None:
-        result = evaluate_windows(one, windows, tokenizer.count_bytes)
+        shown = progress.track(windows, len(windows), task_id=task)
+        result = evaluate_windows(one, shown, tokenizer.count_bytes)
         before = rows[0].perplexity if rows else result.perplexity
         numbers = (result.loss, result.perplexity, result.perplexity / before - 1)
         size = matrix_bytes(one) / 1e6
@@ -154,12 +157,12 @@ def ptq_command(
     rows: list[Row] = []
     if csv_file:
         write_csv(Path(csv_file), rows)  # a path that cannot be written shows now, not at the end
-    errors = Console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task(FULL, total=None)
+    with progress_bar() as progress:
+        task = progress.add_task(f"{FULL}: evaluation", total=None)
         measure(FULL, Recipe(), source, 0.0)
         for (width, recipe), method in itertools.product(recipes.items(), wanted_methods):
-            progress.reset(task, description=f"{method}, {width} bits")
+            what = f"{method}, {width} bits"
+            progress.reset(task, description=what)
             begun = time.perf_counter()
             try:
                 quantized = quantize(
@@ -167,8 +170,10 @@ def ptq_command(
                     lambda done, of: progress.update(task, completed=done, total=of),
                 )
             except ValueError as error:
-                raise UserError(f"{method}, {width} bits: {error}") from error
-            measure(method, recipe, quantized, time.perf_counter() - begun)
+                raise UserError(f"{what}: {error}") from error
+            seconds = time.perf_counter() - begun
+            progress.reset(task, description=f"{what}: evaluation")
+            measure(method, recipe, quantized, seconds)
             if out:
                 save_model(out, quantized, tokenizer, recipe)
 
@@ -291,6 +296,15 @@ def matrix_bytes(model: Transformer) -> int:
             elif isinstance(layer, IntLayer):
                 total += layer.weight_bytes
     return total
+
+
+def check_csv(path: Path) -> None:
+    """Raise UserError where --csv would replace what this command has not written."""
+    if not path.parent.is_dir():
+        raise UserError(f"--csv {path}: there is no folder {path.parent}")
+    head = path.read_bytes()[:100].decode("utf-8", "replace") if path.is_file() else ""
+    if path.exists() and not head.startswith(",".join(Row._fields)):
+        raise UserError(f"--csv {path}: exists and is no result of bitnet ptq; choose another")
 
 
 def write_csv(path: Path, rows: list[Row]) -> None:

@@ -11,8 +11,8 @@ parameters N it implies, by these rules,
 
     learning rate   2.4e-3 * (140M / N)^0.29, at most 4e-3   TriLM's table (arXiv 2407.12327) to 5%
                     a sixth of that for the full-precision twin (recipes: ternary wants 6-8 times)
-                    a tenth of *that* for [quant] on a saved model, which is to be bent, not made
-                    anew (quantization-aware fine-tuning takes 1/10 to 1/100)
+                    a tenth of *that* for a saved full-precision model, which is to be bent, not
+                    made anew (QAT takes 1/10 to 1/100), with [quant] or, its control, without
     batch           262,144 * sqrt(N / 50M) tokens, to a power of two in 16k .. 1M: 262k at 50M
                     (QuEST, arXiv 2502.05003), 1M at 700M (b1.58)
     tokens          20 N (Chinchilla, arXiv 2203.15556)
@@ -20,10 +20,8 @@ parameters N it implies, by these rules,
 `train.init_from` starts from a saved model: [model] keys left at their defaults, the tokenizer and
 the folder's own [quant] are then taken from its folder, and a key that says otherwise is an error.
 
-Four sections describe quantization of a full-precision model, in training (bitnet/qat/):
-
-    [quant]    what is quantized and how (recipe.py); needs model.linear = "fp", whose matrices it
-               replaces: "ternary" is BitNet's own layer, quantized from the first step to the last
+Four sections quantize a full-precision model in training (bitnet/qat/):
+    [quant]    what is quantized and how (recipe.py); needs model.linear = "fp"
     [qat]      when that begins and how it sets in (schedule.py)
     [distill]  a teacher to learn from (distill.py)
     [adapter]  low-rank adapters, trained in place of the matrices (adapters.py)
@@ -153,7 +151,7 @@ class Config:
                 f"{self.data.seq_len}"
             )
         n_parameters = model.num_parameters()["total"]
-        fine_tune = bool(self.train.init_from) and self.quant.enabled
+        fine_tune = bool(self.train.init_from) and model.linear == "fp"
         lr = self.optim.lr or default_lr(n_parameters, model.linear, fine_tune)
         optim = dataclasses.replace(self.optim, lr=lr)
         train = self._resolve_train(n_parameters)
@@ -230,6 +228,14 @@ def _with_tokenizer(data: DataConfig, tokenizer: Path) -> DataConfig:
 def _check_combination(config: Config) -> None:
     """Sections that do not go together, as one line that names the key to change."""
     model, quant, train = config.model, config.quant, config.train
+    for change in differences(to_dict(Config()), to_dict(config)):
+        key, section = change.partition(":")[0], change.partition(".")[0]
+        switch = {"qat": "quant.weights", "distill": "distill.teacher", "adapter": "adapter.kind"}
+        used = {"qat": quant.enabled, "distill": bool(config.distill.teacher)}
+        if section in switch and not used.get(section, config.adapter.kind != "none"):
+            raise UserError(f"{key} has no effect: {switch[section]} is not set")
+    if config.qat.freeze_observers < 1 and quant.activations != "static":
+        raise UserError('qat.freeze_observers has no effect: quant.activations is not "static"')
     if quant.enabled and model.linear == "ternary":
         raise UserError(
             f'quant.weights = "{quant.weights}" quantizes full-precision matrices: set '
@@ -242,8 +248,7 @@ def _check_combination(config: Config) -> None:
         )
     if train.compile and (quant.enabled or config.distill.teacher):
         raise UserError("train.compile = true does not go with [quant] and distill.teacher")
-    kind = config.adapter.kind
-    if kind != "none" and not train.init_from:
+    if (kind := config.adapter.kind) != "none" and not train.init_from:
         raise UserError(f'adapter.kind = "{kind}" corrects a saved model: set train.init_from')
     if kind == "qlora" and quant.enabled:
         raise UserError(
@@ -284,7 +289,7 @@ def _resolve_qat(config: Config, n_parameters: int) -> Config:
 def default_lr(n_parameters: int, linear: str, fine_tune: bool = False) -> float:
     """The dial's peak learning rate (AdamW), to two digits; the rule stands in the module head.
 
-    ``fine_tune``: a saved model that [quant] quantizes.
+    ``fine_tune``: a saved full-precision model, to be trained on.
     """
     lr = min(4e-3, 2.4e-3 * (140e6 / n_parameters) ** 0.29)
     lr /= 1 if linear == "ternary" else 6

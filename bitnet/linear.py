@@ -11,13 +11,14 @@ an fp32 scale and gives the same outputs to the last bit, since both add the sam
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from bitnet.quant import (
     GradMask,
@@ -313,7 +314,8 @@ def replace_linear(
             (``"lm_head"``, ``"layers.0.mlp.*"``, ``"*.gate"``).
         options: BitLinear's keywords (``granularity``, ``norm``, ...).
     Raises:
-        ValueError: a name in ``skip`` that no module has.
+        ValueError: a name in ``skip`` that no module has; a layer whose weight or bias a hook or a
+            parametrization computes.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     if skip != DEFAULT_SKIP:
@@ -325,12 +327,11 @@ def replace_linear(
     }
 
     def convert(name: str, module: nn.Module) -> nn.Module | None:
-        if type(module) is not nn.Linear or id(module) in skipped:
+        plain = type_before_parametrizations(module) is nn.Linear
+        if not (isinstance(module, nn.Linear) and plain) or id(module) in skipped:
             return None
-        if not isinstance(module.weight, nn.Parameter):
-            raise ValueError(
-                f"{name}: its weight is computed by a hook (weight_norm, pruning, ...)"
-            )
+        if computed := computed_parameter(module):
+            raise ValueError(f"{name}: its {computed} is computed by a hook (weight_norm, ...)")
         linear = BitLinear(
             module.in_features, module.out_features, module.bias is not None, "meta", **options
         )
@@ -385,6 +386,17 @@ def replace_modules(
     return model
 
 
+def computed_parameter(module: nn.Module) -> str:
+    """Which of ``weight`` and ``bias`` is no parameter of a layer but computed from others in each
+    forward, by a hook or a parametrization (weight_norm, pruning, ...); "" where neither is."""
+    for name in ("weight", "bias"):
+        if is_parametrized(module, name):
+            return name
+        if not isinstance(getattr(module, name, None), nn.Parameter | None):
+            return name
+    return ""
+
+
 def disable_fused_encoder(model: nn.Module) -> None:
     """Keep ``nn.TransformerEncoder`` from reading its layers' weights past their forward, as its
     fused inference path does."""
@@ -404,14 +416,10 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 def check_patterns(model: nn.Module, patterns: Sequence[str], key: str) -> None:
     """Raise ValueError, naming ``key`` and the nearest name, for a pattern that no module has."""
 
-    def names() -> Iterator[str]:
-        for name, _ in model.named_modules():
-            yield name
-            yield name.rpartition(".")[2]
-
-    known = set(names())
+    paths = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    known = {*paths, *(path.rpartition(".")[2] for path in paths)}
     for pattern in patterns:
-        if not any(fnmatch(name, pattern) for name in known):
+        if not any(matches(path, [pattern]) for path in paths):
             near = get_close_matches(pattern, known, 1)
             hint = f"; the nearest is {near[0]!r}" if near else ""
             raise ValueError(f"{key}: no module is named {pattern!r}{hint}")

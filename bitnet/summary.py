@@ -17,6 +17,7 @@ from bitnet.energy import (
 )
 from bitnet.model import ModelConfig
 from bitnet.optim import warmup_steps
+from bitnet.qat.recipe import TERNARY
 
 _DIALED = (
     (
@@ -53,19 +54,46 @@ def one_line(config: Config) -> str:
     """A resolved config in a line, for the head of a run."""
     model, train = config.model, config.train
     total = model.num_parameters()["total"]
+    arithmetic = str(config.quant) if config.quant.enabled else model.linear
     return (
-        f"{config.run.name}: {model.linear}, {human(total)} parameters ({model.n_layers} layers, "
+        f"{config.run.name}: {arithmetic}, {human(total)} parameters ({model.n_layers} layers, "
         f"{model.d_model} wide, {model.n_heads}/{model.n_kv_heads} heads, FFN {model.d_ff}, "
         f"vocabulary {model.vocab_size}); {train.steps} steps of {train.batch_tokens} tokens = "
         f"{human(train.tokens)}; {config.optim.optimizer}, LR {config.optim.lr:g}"
     )
 
 
+def quantization_lines(config: Config) -> list[str]:
+    """What a run (of a resolved config) does beside training: [qat], [adapter], [distill]."""
+    quant, qat, lines = config.quant, config.qat, list[str]()
+    if quant.enabled:
+        ramps = [f"{name} over {share:.0%}" for name, share in _warmups(config) if share]
+        frozen = f"ranges frozen at {qat.freeze_observers:.0%}" if qat.freeze_observers < 1 else ""
+        begins = f"quantization: {quant}, from {qat.start:.0%} of the run"
+        lines.append(", ".join([begins, *ramps, *filter(None, [frozen])]))
+    if config.adapter.kind != "none":
+        adapter = config.adapter
+        base = f" beside a base in {adapter.base}" if adapter.kind == "qlora" else ""
+        lines.append(f"adapters: {adapter.kind} of rank {adapter.rank}{base}")
+    if config.distill.teacher:
+        distill = config.distill
+        weights = f"logits {distill.logits:g}, attention {distill.attention:g}"
+        lines.append(f"distillation: teacher {distill.teacher}, weights {weights}")
+    return lines
+
+
+def _warmups(config: Config) -> tuple[tuple[str, float], tuple[str, float]]:
+    qat = config.qat
+    return ("weights' warm-up", qat.weight_warmup), ("activations' warm-up", qat.activation_warmup)
+
+
 def tables(asked: Config) -> list[Table]:
     """What ``bitnet inspect`` prints for a config as it was asked for (not resolved)."""
     config = asked.resolve()
-    energy = energy_tables(config.model, config.data.seq_len)
-    return [_dial(asked, config), _shapes(config.model), _costs(config), *energy]
+    found = [_dial(asked, config), _shapes(config), _costs(config)]
+    if config.quant.enabled and config.quant.weights not in TERNARY:
+        return found  # multiplications of other widths have no table
+    return found + energy_tables(config.model, config.data.seq_len)
 
 
 def _dial(asked: Config, config: Config) -> Table:
@@ -85,11 +113,13 @@ def _dial(asked: Config, config: Config) -> Table:
     return table
 
 
-def _shapes(model: ModelConfig) -> Table:
+def _shapes(config: Config) -> Table:
+    model = config.model
+    arithmetic = str(config.quant) if config.quant.enabled else model.linear
     table = Table("matrix", "out", "in", "parameters", "arithmetic", title="Shapes")
     for name, (n, k) in model.matrices().items():
         count = f"{model.n_layers} x {n * k:,}"
-        table.add_row(f"layers.*.{name}", f"{n:,}", f"{k:,}", count, model.linear)
+        table.add_row(f"layers.*.{name}", f"{n:,}", f"{k:,}", count, arithmetic)
     tied = " (= lm_head)" if model.tie_embeddings else " and lm_head"
     rows, columns = model.vocab_size, model.d_model
     table.add_row(

@@ -4,12 +4,16 @@ Models from elsewhere bring it (SmolLM2's, Llama 3's). Its vocabulary is made of
 written as one printable character (GPT-2's alphabet: " " is "Ġ"), so a token's length in characters
 is its length in bytes. What we ask beyond that:
 
-- *No loss.* A normalizer (NFC, lower case) or a prefixed space changes the text that is scored:
-  refused, as for sentencepiece. A byte that is no token is dropped by the library without a word
-  (SmolLM2's vocabulary lacks six control characters and the rare planes of Unicode): a text with
-  one is refused when it is encoded.
+- *No loss.* A normalizer (NFC, lower case), a prefixed space or a splitter that removes what it
+  splits at changes the text that is scored. No few probes find them all, so the file may hold only
+  parts that are known to lose nothing (:func:`_unfit`); the probes, as for sentencepiece, are for
+  what this overlooks. A byte that is no token is dropped by the library without a word (SmolLM2's
+  vocabulary lacks six control characters and the rare planes of Unicode): a text with one is
+  refused when it is encoded.
+- *One encoding.* BPE with dropout gives another at each call: refused.
 - *No specials from text.* A literal "<|im_end|>" in a text is encoded as those bytes, not as the
-  control token: a document must not be able to end itself.
+  control token: a document must not be able to end itself. A special token that merges lead to,
+  and which ordinary text would become therefore, is refused.
 - *An end-of-document token*, which the format has no field for. It is the token that the file's
   own post-processor puts after a text, or else the first of the usual names. :func:`with_eos`
   writes it down in the first form.
@@ -30,6 +34,8 @@ from bitnet.tokenizer import Tokenizer, check_text, read_model
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 """What the tokenizer of a folder may be called."""
+_SPLITTERS = ("ByteLevel", "Split", "Digits", "Punctuation")
+"""Pre-tokenizers that only cut, unless told to add or remove something."""
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
 
@@ -63,14 +69,14 @@ class JsonTokenizer(Tokenizer):
     """
 
     file_name = "tokenizer.json"
-    _advice = "a tokenizer.json without normalizer and without add_prefix_space loses nothing"
+    _advice = "look at its added tokens, which may strip the spaces beside them (lstrip, rstrip)"
 
     def __init__(self, path: Path | str, model_bytes: bytes | None = None) -> None:
         self.path = Path(path)
         self.model_bytes = read_model(self.path) if model_bytes is None else model_bytes
         self._backend = _backend(self.path, self.model_bytes)
         pieces: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size: int = max(pieces.values()) + 1
+        self.vocab_size: int = max(pieces.values(), default=-1) + 1
         specials = {
             token.content: number
             for number, token in self._backend.get_added_tokens_decoder().items()
@@ -84,7 +90,8 @@ class JsonTokenizer(Tokenizer):
             )
         self.eos_id = eos_id
         self._pieces, self._specials = pieces, set(specials.values())
-        self._bytes = bytes(b for b, mark in _byte_marks().items() if mark in pieces)
+        ordinary = self._backend.get_vocab(with_added_tokens=False)
+        self._bytes = bytes(b for b, mark in _byte_marks().items() if mark in ordinary)
         self._check_lossless([f" {name} " for name in self._ordinary_added()])
 
     def _ordinary_added(self) -> list[str]:
@@ -183,28 +190,82 @@ def _backend(path: Path, model_bytes: bytes) -> Any:
             f'{path}: a tokenizer.json needs the hf extra: pip install "bitnet-train[hf]"'
         ) from error
     try:
-        backend = Backend.from_str(model_bytes.decode("utf-8"))
-        content = json.loads(model_bytes)
-        kinds = _kinds(content.get("decoder"))
-    except Exception as error:  # tokenizers raises bare Exception for what it cannot read
+        affix = _affix(json.loads(model_bytes))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a tokenizer.json, or a damaged one: {error}") from error
-    if content["model"].get("type") != "BPE" or "ByteLevel" not in kinds:
+    if affix:  # the library panics over one that its vocabulary was not made with
+        raise UserError(f"{path}: has {affix}; only byte-level BPE is supported")
+    try:
+        backend = Backend.from_str(model_bytes.decode("utf-8"))
+        content = json.loads(backend.to_str())  # every default written out
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library's panics are not even an Exception
+        raise UserError(f"{path}: not a tokenizer.json, or a damaged one: {error}") from error
+    decoders = [step["type"] for step in _steps(content["decoder"], "decoders")]
+    if content["model"]["type"] != "BPE" or decoders != ["ByteLevel"]:
         raise UserError(
-            f"{path}: is a {content['model'].get('type')} tokenizer with decoder "
-            f"{' + '.join(kinds) or 'none'}; only byte-level BPE is supported"
+            f"{path}: is a {content['model']['type']} tokenizer with decoder "
+            f"{' + '.join(decoders) or 'none'}; only byte-level BPE is supported"
         )
+    if problem := _unfit(content, backend):
+        raise UserError(f"{path}: {problem}")
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
     return backend
 
 
-def _kinds(decoder: dict[str, Any] | None) -> list[str]:
-    if decoder is None:
+def _affix(content: Any) -> str:
+    """Which mark of a word's parts, of other kinds of BPE and of WordPiece, the file has."""
+    model = content.get("model") if isinstance(content, dict) else None
+    names = ("continuing_subword_prefix", "end_of_word_suffix")
+    return next((n for n in names if isinstance(model, dict) and model.get(n)), "")
+
+
+def _unfit(content: dict[str, Any], backend: Any) -> str | None:
+    """What makes a byte-level BPE tokenizer lose text, or a text have several encodings; None where
+    nothing does. ``content`` is tokenizer.json as the library writes it."""
+    for step in _steps(content["normalizer"], "normalizers"):
+        return f"its normalizer {step['type']} changes the text"
+    splitters = _steps(content["pre_tokenizer"], "pretokenizers")
+    for step in splitters:
+        kind = step["type"]
+        if kind not in _SPLITTERS or step.get("behavior") == "Removed":
+            return f"its pre_tokenizer {kind} may remove text; expected {', '.join(_SPLITTERS)}"
+        if step.get("add_prefix_space"):
+            return "its pre_tokenizer adds a space to the text (add_prefix_space)"
+    if [step["type"] for step in splitters].count("ByteLevel") != 1:
+        return "its pre_tokenizer is not byte-level: it has not exactly one ByteLevel"
+    model = content["model"]
+    if model["dropout"]:
+        return f"its BPE has dropout {model['dropout']}: a text would have a new encoding each time"
+    made = {first + second for first, second in model["merges"]}
+    for token in content["added_tokens"]:
+        piece = token["content"]
+        known = len(piece) == 1 or (model["ignore_merges"] and _is_word(piece, backend))
+        if token["special"] and (piece in made or (known and piece in model["vocab"])):
+            return f"a text could become its special token {piece!r}, which BPE has as a piece too"
+    return None
+
+
+def _is_word(piece: str, backend: Any) -> bool:
+    """Whether the pre-tokenizer makes one word of a piece's text, alone or within another text."""
+    bytes_of = {mark: byte for byte, mark in _byte_marks().items()}
+    text = bytes(bytes_of.get(mark, 0) for mark in piece).decode(errors="replace")
+    around = (text, f" {text} ", f"a{text}a")
+    return any(
+        word == piece for one in around for word, _ in backend.pre_tokenizer.pre_tokenize_str(one)
+    )
+
+
+def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The parts of a Sequence, of Sequences too, in order; of one that is none, itself."""
+    if part is None:
         return []
-    return [kind for part in decoder.get("decoders", []) for kind in _kinds(part)] or [
-        str(decoder["type"])
-    ]
+    if part["type"] != "Sequence":
+        return [part]
+    return [step for inner in part[key] for step in _steps(inner, key)]
 
 
 def _byte_marks() -> dict[int, str]:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitnet.linear import BitLinear
+from bitnet.linear import BitLinear, pack
 from bitnet.model import ModelConfig, Transformer
 from bitnet.qat.adapters import (
     AdapterConfig,
@@ -338,7 +338,7 @@ def test_merging_under_a_quantizer_reports_its_cost(recipe: Recipe) -> None:
     assert all(merge.error > 0 for merge in report.layers.values())
     assert all(merge.codes_changed > 0 for merge in report.layers.values())
     worst = max(report.layers, key=lambda key: report.layers[key].error)
-    assert "14 layers merged: weights off by " in str(report)
+    assert "14 layers merged and rounded anew: weights off by " in str(report)
     assert worst in str(report)
 
 
@@ -388,6 +388,7 @@ def test_merging_a_qlora(kind: str) -> None:
     assert type(merged) is nn.Linear
     assert merged.bias is first.bias
     assert model[1].weight.dtype == torch.bfloat16
+    assert "merged exactly" in str(report), "what rounding would cost is not what merging did"
     torch.testing.assert_close(merged.weight.detach(), wanted)
     torch.testing.assert_close(merged(x), expected, rtol=1e-4, atol=1e-5)
     again = NF4Linear(merged) if kind == "nf4" else FrozenTernaryLinear(merged)
@@ -415,6 +416,9 @@ def test_what_cannot_be_merged() -> None:
         merge_adapters(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor.nan_to_num(7.0), before[name].nan_to_num(7.0))
+    packed = pack(add_adapters(transformer("ternary"), lora()))
+    with pytest.raises(ValueError, match=r"q_proj: its base is a TernaryLinear, .*before pack"):
+        merge_adapters(packed)
 
 
 # The adapters alone ------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 
 from bitnet import cli
 from bitnet.cli_convert import calibration_windows, load_source
+from bitnet.evaluate import evaluate_text
 from bitnet.export.folder import load, read_config, save_model
 from bitnet.export.proof import prove
 from bitnet.linear import TernaryLinear
@@ -125,7 +126,7 @@ def test_convert_then_pack_generate_and_eval(
     assert texts[0] == texts[1]
     code, _, err = bitnet("pack", packed)
     assert code == 2
-    assert "has no ternary layers to pack" in err
+    assert "is integer already; there is nothing to pack" in err
 
 
 def test_import_only_and_sub_norm(bitnet: Bitnet, root: Path, tmp_path: Path) -> None:
@@ -211,7 +212,9 @@ def test_mistakes(bitnet: Bitnet, root: Path, tmp_path: Path) -> None:
         ((root / "prr", *out), "prr: no such model folder"),
         ((tmp_path / "elsewhere", *out), "elsewhere: has no tokenizer.json"),
         ((tmp_path / "no.gguf", *out), "no such model"),
-        ((pre, "quant.weights=int", "--out", tmp_path / "elsewhere"), "did not write"),
+        ((pre, "quant.weights=int", "--out", tmp_path / "elsewhere"), "exists already"),
+        ((pre, "--out", tmp_path / "latent"), "exists already"),
+        ((pre, "--out", pre), "exists already"),
     ]:
         code, _, err = bitnet("convert", *args)
         assert (code, err.count("\n")) == (2, 1), err
@@ -220,6 +223,37 @@ def test_mistakes(bitnet: Bitnet, root: Path, tmp_path: Path) -> None:
     code, _, err = bitnet("pack", tmp_path / "qat", "--out", tmp_path / "latent")
     assert code == 2
     assert "holds a trained model" in err
+
+
+def test_blank_texts_are_refused_before_anything_is_loaded(
+    bitnet: Bitnet, root: Path, tmp_path: Path
+) -> None:
+    static = ("quant.weights=int", "quant.activations=static", "--calibration")
+    for content in ("", " \n\t"):
+        (tmp_path / "blank.txt").write_text(content)
+        for args in ((*static, tmp_path / "blank.txt"), ("--text", tmp_path / "blank.txt")):
+            code, _, err = bitnet("convert", root / "pre", *args, "--out", tmp_path / "out")
+            assert (code, err) == (2, f"error: {tmp_path / 'blank.txt'}: is empty\n")
+            assert not (tmp_path / "out").exists()
+
+
+def test_progress_and_the_same_losses(
+    bitnet: Bitnet, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a terminal, stderr shows how far it is; a file gets nothing, and the numbers are those of
+    the evaluation elsewhere."""
+    text = root / "text.txt"
+    args = ("quant.weights=int", "quant.activations=static", "--calibration", text, "--text", text)
+    code, out, err = bitnet("convert", root / "pre", *args, "--out", tmp_path / "quiet")
+    assert (code, err) == (0, "")
+    for folder, loss in zip((root / "pre", tmp_path / "quiet"), losses(out), strict=True):
+        assert f"{evaluate_text(*load(folder), TEXT).loss:.4f}" == f"{loss:.4f}"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, out, err = bitnet("convert", root / "pre", *args, "--out", tmp_path / "shown")
+    assert code == 0
+    for stage in ("evaluation before", "calibration", "evaluation after"):
+        assert stage in err
+        assert stage not in out
 
 
 def as_model(module: torch.nn.Module) -> Transformer:

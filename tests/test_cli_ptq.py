@@ -158,6 +158,18 @@ def test_rounding_needs_no_calibration(ptq: Ptq, root: Path) -> None:
     assert len(re.findall(r"^ *rtn ", out, re.M)) == 1
 
 
+def test_progress_on_a_terminal(ptq: Ptq, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = (root / "fp", "--text", root / "text.txt", "--methods", "rtn", "--bits", "4")
+    code, _, err = ptq(*args)
+    assert (code, err) == (0, "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    code, out, err = ptq(*args)
+    assert code == 0
+    for stage in ("full precision: evaluation", "rtn, 4 bits: evaluation"):
+        assert stage in err
+        assert stage not in out
+
+
 def test_sizes_are_what_the_layers_hold() -> None:
     model = Transformer(ModelConfig(linear="fp", depth=1, vocab_size=32, max_seq_len=8))
     config = model.config
@@ -252,7 +264,9 @@ def test_rows_survive_a_failure(ptq: Ptq, root: Path, tmp_path: Path, monkeypatc
         (["fp", "--data", "none"], "none does not exist"),
         (["nothing", "--data", "data"], "no such model folder"),
         (["fp", "--data", "data", "--device", "tpu"], "device 'tpu' cannot be used"),
-        (["fp", "--data", "data", "--csv", "no/where.csv"], "No such file or directory"),
+        (["fp", "--data", "data", "--csv", "no/where.csv"], "there is no folder no"),
+        (["fp", "--data", "data", "--csv", "fp/config.json"], "is no result of bitnet ptq"),
+        (["fp", "--data", "data", "--text", "fp/config.json"], "not both"),
     ],
 )
 def test_mistakes_are_one_line(

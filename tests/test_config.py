@@ -184,3 +184,17 @@ def test_every_key_is_documented_in_help() -> None:
         assert f"  {key} = " in text
     for section in dataclasses.fields(Config):
         assert f"[{section.name}]" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("qat.start=0.5", "qat.start has no effect: quant.weights is not set"),
+        ("distill.attention=2.0", "distill.attention has no effect: distill.teacher is not set"),
+        ("adapter.rank=8", "adapter.rank has no effect: adapter.kind is not set"),
+        ("quant.weights=int qat.freeze_observers=0.5", 'quant.activations is not "static"'),
+    ],
+)
+def test_keys_without_effect_are_mistakes(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config([CONFIGS / "quickstart.toml"], ["model.linear=fp", *override.split()]).resolve()

@@ -1,5 +1,6 @@
 """Distillation: losses against float64 numpy, gradients by finite differences, and the balance."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,21 @@ def test_a_student_that_is_its_teacher_keeps_its_scales() -> None:
     assert added.item() == pytest.approx(0, abs=1e-4)
     (loss + added).backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
+    assert all(math.isfinite(scale) for scale in distiller.state().values())
+
+
+@pytest.mark.parametrize(
+    ("of_loss", "of_term"), [(1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (math.nan, 1.0)]
+)
+def test_norms_that_give_no_ratio_leave_the_scale(of_loss: float, of_term: float) -> None:
+    """A gradient of 0, as of a student that is its teacher, or NaN."""
+    distiller = Distiller(transformer(0), transformer(1), DistillConfig(logits=2.0), False)
+    distiller.load_state({"logits": 7.0, "attention": 1.0})
+    shared = torch.ones(3, requires_grad=True)
+    distiller._balance("logits", (shared * of_term).sum(), (shared * of_loss).sum(), shared)
+    assert distiller.state()["logits"] == 7.0
+    distiller._balance("logits", (shared * 4).sum(), (shared * 3).sum(), shared)
+    assert distiller.state()["logits"] == pytest.approx(2 * 3 / 4)
 
 
 def test_the_teacher_is_not_touched() -> None:

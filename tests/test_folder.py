@@ -1,6 +1,7 @@
 """Model folders: what is saved comes back to the last bit, and nothing else is taken for it."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -335,19 +336,43 @@ def test_quantized_nonsense_is_refused(
 
 
 def test_a_recipe_that_is_not_the_model_s_is_not_saved(tmp_path: Path) -> None:
-    integer = convert(prepared(RECIPES[0]))
-    assert isinstance(integer, Transformer)
+    """Also where all tensors would fit: the loaded model would compute something else."""
+    recipe = RECIPES[0]
+    latent, integer, ternary = prepared(recipe), converted(recipe), converted(RECIPES[3])
+    q_proj = r"model: layers\.0\.self_attn\.q_proj "
     wrong: list[tuple[str, Transformer, Recipe]] = [
-        ("disagree|unknown tensor|is missing", integer, Recipe()),
-        ("the config wants", integer, Recipe(weights="int", bits=5)),
-        ("input_observer", prepared(RECIPES[0]), RECIPES[2]),
-        ("weight_step", make(linear="fp"), Recipe(weights="lsq")),
+        (q_proj + "is QATLinear; .* Linear", latent, Recipe()),
+        (q_proj + r"has quant\.bits = 4; .* 2", latent, change(recipe, bits=2)),
+        ("activation_bits = 8; .* 4", latent, change(recipe, activation_bits=4)),
+        ("activations = absmax; .* static", latent, change(recipe, activations="static")),
+        (r"quant\.gradient = none; .* clip", latent, change(recipe, gradient="clip")),
+        (r"skip = \[\]; .* \['k_proj'\]", latent, change(recipe, skip=["k_proj"])),
+        (q_proj + "is IntLinear; .* Linear", integer, Recipe()),
+        ("quant.bits = 4; .* 5", integer, change(recipe, bits=5)),
+        ("activation_bits = 8; .* 4", integer, change(recipe, activation_bits=4)),
+        ("weights = int; .* lsq", integer, change(recipe, weights="lsq")),
+        (q_proj + "is IntLinear; .* TernaryLinear", integer, RECIPES[3]),
+        (q_proj + "is TernaryLinear; .* Linear", ternary, Recipe()),
+        ("granularity = tensor; .* row", ternary, change(RECIPES[3], granularity="row")),
+        (q_proj + "is Linear; .* QATLinear", make(linear="fp"), recipe),
+        (q_proj + "is Linear; .* QATLinear", make(linear="fp"), Recipe(weights="lsq")),
         ("selects none", make(linear="fp"), Recipe(weights="int", modules=["conv2d"])),
     ]
-    for message, model, recipe in wrong:
-        with pytest.raises(ValueError, match=message):
-            save_model(tmp_path / "model", model, None, recipe)
+    for message, model, other in wrong:
+        with pytest.raises(ValueError, match=message) as caught:
+            save_model(tmp_path / "model", model, None, other)
+        assert "\n" not in str(caught.value)
     assert names(tmp_path) == set()
+
+
+def change(recipe: Recipe, **fields: Any) -> Recipe:
+    return dataclasses.replace(recipe, **fields)
+
+
+def converted(recipe: Recipe) -> Transformer:
+    model = convert(prepared(recipe))
+    assert isinstance(model, Transformer)
+    return model
 
 
 # Saving
@@ -399,11 +424,15 @@ def test_full_disk_leaves_what_was(
 
 
 def test_models_that_would_not_load_are_not_saved(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    half = make()
+    half, head, coarse = make(), make(tie_embeddings=False), make()
     pack(half.get_submodule("layers.0.mlp"))
+    head.lm_head = BitLinear(24, VOCAB, bias=False)  # the same tensors as a plain one
+    coarse.layers[0].get_submodule("mlp.up_proj").granularity = "row"  # type: ignore[assignment]
     wrong = {
         "float32": make().bfloat16(),
-        r"layers\.0\.self_attn\.k_proj\.codes is missing": half,
+        r"layers\.0\.self_attn\.q_proj is BitLinear; .* want TernaryLinear": half,
+        "lm_head is BitLinear; the config and quant want Linear": head,
+        r"layers\.0\.mlp\.up_proj has granularity = row; .* want tensor": coarse,
     }
     for message, model in wrong.items():
         with pytest.raises(ValueError, match=message):

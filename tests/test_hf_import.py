@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bitnet.evaluate import evaluate_text
 from bitnet.export.folder import load, save_model
@@ -148,6 +149,36 @@ def test_older_configs_and_half_precision(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_a_head_of_its_own_is_kept(tmp_path: Path) -> None:
+    """The config says tied, the file holds two matrices; equal ones, as older files have, tie."""
+    folder = write(llama(tie_word_embeddings=False), tmp_path / "llama")
+    edit(folder, lambda c: c.update(tie_word_embeddings=True))
+    stored = load_file(folder / "model.safetensors")
+    model, _ = load_hf(folder)
+    assert not model.config.tie_embeddings
+    assert torch.equal(model.lm_head.weight, stored["lm_head.weight"])
+    assert torch.equal(model.embed_tokens.weight, stored["model.embed_tokens.weight"])
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    model, _ = load_hf(folder)
+    assert model.config.tie_embeddings
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_end_of_document_token(folder: Path) -> None:
+    for given, expected in (([1, 2], 1), (None, 0), ([], 0)):
+        edit(folder, lambda c, given=given: c.update(eos_token_id=given))  # type: ignore[misc]
+        assert load_hf(folder)[1].eos_id == expected
+    for given in (70, [70, 2], 299):
+        edit(folder, lambda c, given=given: c.update(eos_token_id=given))  # type: ignore[misc]
+        with pytest.raises(UserError, match=r"eos_token_id \d+ is none of .* added tokens"):
+            load_hf(folder)
+    # transformers would have 2 for a config without the key; this tokenizer's own token is 0
+    edit(folder, lambda c: c.pop("eos_token_id"))
+    assert load_hf(folder)[1].eos_id == 0
+
+
+@torch.no_grad()
 def test_padding_rows_of_the_vocabulary_are_dropped(tmp_path: Path) -> None:
     theirs = llama(vocab_size=320)
     model, tokenizer = load_hf(write(theirs, tmp_path / "llama"))
@@ -267,6 +298,73 @@ def test_damage(folder: Path, tmp_path: Path) -> None:
     fails("not a GGUF file", tmp_path / "model.gguf")
     fails("no such model", tmp_path / "none.gguf")
     fails("expected a Hugging Face folder", folder / "config.json")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
+    stored = load_file(folder / "model.safetensors")
+    stored["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        load_hf(folder)
+
+
+class Evil:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize(
+    ("shard", "message"),
+    [
+        ("pytorch_model.bin", r"is in pytorch_model\.bin; only \.safetensors is read"),
+        ("../x.safetensors", "is no file of the folder"),
+        ("/x.safetensors", "is no file of the folder"),
+        ("..\\x.safetensors", "is no file of the folder"),
+        ("sub/x.safetensors", "is no file of the folder"),
+        (3, "is no file of the folder"),
+        ("none.safetensors", "which is missing"),
+        ("", "only .safetensors"),
+    ],
+)
+def test_an_index_leads_nowhere_else(folder: Path, shard: Any, message: str) -> None:
+    stored = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").rename(folder / "rest.safetensors")
+    for place in (folder.parent, folder / "sub"):
+        place.mkdir(exist_ok=True)
+        save_file(stored, place / "x.safetensors", {"format": "pt"})
+    ran = folder.parent / "ran"
+    torch.save({"model.norm.weight": Evil(ran)}, folder / "pytorch_model.bin")
+    shards = dict.fromkeys(stored, "rest.safetensors") | {"model.norm.weight": shard}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    with pytest.raises(UserError, match=message) as caught:
+        load_hf(folder)
+    assert "model.norm.weight" in str(caught.value)
+    assert not ran.exists()
+    for content in ("[]", "{}", '{"weight_map": []}', "{"):
+        index.write_text(content)
+        with pytest.raises(UserError, match=r"index\.json: damaged"):
+            load_hf(folder)
+
+
+def test_a_config_that_names_other_weights(folder: Path) -> None:
+    edit(folder, lambda c: c.update(transformers_weights="sub/model.safetensors.index.json"))
+    with pytest.raises(UserError, match="transformers_weights"):
+        load_hf(folder)
+
+
+def test_no_progress_bars_outside_a_terminal(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_hf(folder)
+    out, err = capsys.readouterr()
+    assert out + err == ""
 
 
 def test_without_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -406,6 +406,65 @@ def test_better_methods_lose_less(trained: Transformer, calibration: Tensor) -> 
     assert min(loss.values()) < full + 0.5 * (rounded - full)
 
 
+def test_awq_searches_with_the_rows_that_a_matrix_will_have(
+    calibration: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """o_proj's scales divide rows of v_proj, down_proj's those of up_proj: folded before these are
+    searched, or their best ratio is that of other weights."""
+    searched: list[tuple[list[Tensor], Tensor]] = []
+
+    def spy(weights: list[Tensor], *args: Any) -> Tensor:
+        scales = awq_scales(weights, *args)
+        searched.append(([weight.detach().clone() for weight in weights], scales))
+        return scales
+
+    monkeypatch.setattr("bitnet.qat.awq.awq_scales", spy)
+    torch.manual_seed(3)
+    model, recipe = Transformer(config(norm_placement="pre_norm")), Recipe("int", bits=3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(torch.rand(parameter.shape[-1]) + 0.1)
+    result = awq(model, recipe, calibration[:8])
+    assert len(searched) == 2 * 4
+    for i, (weights, scales) in enumerate(searched):
+        block, found = cast(Block, model.layers[i // 4]), result.layers[i // 4]
+        (names,) = (
+            site.consumers
+            for site in sites(block)
+            if len(site.consumers) == len(weights)
+            and site.linears(block)[0].in_features == len(scales)
+        )
+        for name, weight in zip(names, weights, strict=True):
+            codes, scale, _ = weight_codes(weight * scales, recipe)
+            layer = found.get_submodule(name)
+            assert isinstance(layer, IntLinear)
+            assert torch.equal(layer.quantize()[0], codes), name
+            assert torch.equal(layer.scale, scale), name
+
+
+@pytest.mark.parametrize("method", [gptq, awq])
+def test_static_ranges_are_those_of_all_portions(
+    method: Method, calibration: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitnet.qat.ptq._TOKENS_AT_ONCE", 2 * SPAN)
+    torch.manual_seed(4)
+    model = Transformer(config(norm_placement="pre_norm"))
+    windows = calibration[:6].clone()
+    windows[-1] = VOCAB - 1
+    with torch.no_grad():  # the last portion has the largest value
+        model.embed_tokens.weight[-1].zero_()[0] = 1.0
+        inputs = model.layers[0].input_layernorm(model.embed_tokens(windows))
+    largest = [float(part.abs().max()) for part in (inputs[:2], inputs)]
+    assert largest[0] < 0.9 * largest[1]
+    recipe = Recipe("int", bits=8, activations="static", observer="minmax")
+    if method is awq:  # which divides the inputs by its scales
+        monkeypatch.setattr("bitnet.qat.awq.awq_scales", lambda ws, *_: torch.ones(ws[0].shape[1]))
+    layer = method(model, recipe, windows).get_submodule("layers.0.self_attn.q_proj")
+    assert isinstance(layer, IntLinear)
+    assert layer.input_scale is not None
+    assert layer.input_scale.item() == pytest.approx(largest[1] / 127, rel=1e-6)
+
+
 def test_gptq_calibrates_on_the_outputs_of_quantized_layers(
     trained: Transformer, calibration: Tensor
 ) -> None:

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from bitnet.linear import BitLinear
 from bitnet.qat import product
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLinear
+from bitnet.qat.observers import make_observer
+from bitnet.qat.prepare import bitlinear_twin, convert, prepare
 from bitnet.qat.product import Codes, ConvOp, int_matmul, quantized_linear
 from bitnet.qat.quantizers import fake_quantize_activation, fake_quantize_weight
 from bitnet.qat.recipe import Recipe
@@ -109,6 +111,13 @@ def test_integer_product_at_its_extremes() -> None:
         least = torch.full((1, k), -128, dtype=torch.int8)
         assert int_matmul(least, least).item() == 128 * 128 * k
         assert int_matmul(least, -1 - least).item() == -128 * 127 * k
+
+
+def test_integer_product_of_one_slice_too_long_for_fp32() -> None:
+    """An odd sum beyond 2^26, where fp32 has multiples of 8 only: 4095 * 128^2 + 127^2."""
+    a = torch.full((1, 4096), -128, dtype=torch.int8)
+    a[0, 0] = -127
+    assert int_matmul(a, a).item() == 67_108_609
 
 
 def test_zero_points_beyond_int32() -> None:
@@ -345,6 +354,101 @@ def test_the_general_path_gives_bitnet_values_too() -> None:
     w = Codes(*layer.quantize())
     y = product.exact_product(layer.op, codes, found.hat, w, layer.weight, layer.bias, 16)
     assert torch.equal(y, values[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"alpha": 0.9},
+        {"activation_bits": 7},
+        {"activations": "static"},
+        {"activations": "none"},
+        {"weights": "absmedian"},
+    ],
+)
+def test_what_is_not_quite_bitnet_computes_by_its_own_recipe(change: dict[str, Any]) -> None:
+    options = {"weights": "absmean", "granularity": "tensor"}
+    assert Recipe(**options).is_bitnet  # type: ignore[arg-type]
+    recipe = Recipe(**options | change)  # type: ignore[arg-type]
+    assert not recipe.is_bitnet
+    layer = QATLinear.from_float(nn.Linear(40, 6, bias=False), recipe)
+    assert bitlinear_twin(nn.Sequential(layer)) is None
+    if recipe.activations == "absmax":
+        x = torch.randn(9, 40)
+        found = fake_quantize_activation(x, recipe)
+        w_codes, scale, _ = layer.quantize()
+        expected = oracle(
+            Codes(found.codes, found.scale, None), Codes(w_codes, scale, None), None, 1
+        )
+        assert np.array_equal(layer(x).detach().numpy(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_learned_scales_are_not_rounded_by_a_cast(dtype: torch.dtype) -> None:
+    """As little as the scales of the integer layers, which they become."""
+    recipe = Recipe(weights="lsq", bits=8, activations="none", keep_first_last=False)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-4)  # steps of 3e-6, which fp16 has to two digits
+    model[1].weight = model[0].weight
+    prepare(model, recipe)
+    step = model[0].weight_step
+    assert isinstance(step, nn.Parameter)
+    model(torch.randn(3, 8)).sum().backward()
+    assert step.grad is not None
+    value, gradient = step.detach().clone(), step.grad.clone()
+    assert 0 < value.min() < value.max() < 1e-5
+    model.to(dtype)
+    assert model[0].weight.dtype == dtype
+    assert model[0].weight_step is model[1].weight_step is step
+    assert torch.equal(step, value)
+    assert torch.equal(step.grad, gradient)
+    assert model(torch.randn(3, 8, dtype=dtype)).dtype == dtype
+    model(torch.randn(3, 8, dtype=dtype)).sum().backward()
+    assert torch.equal(convert(copy.deepcopy(model))[0].scale, model[0].quantize()[1])  # type: ignore
+    assert model.to("meta")[0].weight_step.is_meta
+    assert model[0].weight_step.dtype == torch.float32
+
+
+def test_an_observer_that_saw_nothing_has_no_range() -> None:
+    """Not in eval mode, nor in training once it no longer moves; the message says which layer."""
+    recipe = Recipe(weights="int", activations="static")
+    layer = QATLinear.from_float(nn.Linear(4, 3), recipe)
+    observer, x = layer.input_observer, torch.randn(2, 4)
+    assert observer is not None
+    message = r"input_observer: has seen no input; .*\(a QATLinear of weight \[3, 4\]\)"
+    for set_mode in (layer.eval, observer.freeze, observer.disable):
+        layer.train()
+        observer.unfreeze()
+        observer.enable()
+        set_mode()
+        with pytest.raises(ValueError, match=message):
+            layer(x)
+    layer.train()
+    observer.enable()
+    layer(x)
+    observer.freeze()
+    assert torch.equal(layer(x), layer.eval()(x))
+    assert observer.calibrated()
+    observer.load_state_dict(make_observer(recipe).state_dict())
+    with pytest.raises(ValueError, match=message):  # what was known of the old state is forgotten
+        layer(x)
+
+
+@pytest.mark.parametrize("activations", ["none", "absmax", "static"])
+def test_convolutions_of_nothing(activations: Activations) -> None:
+    """No samples are an empty batch; samples without a position are an error, as in torch."""
+    recipe = Recipe(weights="int", activations=activations)
+    convs = [
+        (QATConv1d.from_float(nn.Conv1d(2, 3, 1), recipe), (2, 5), (2, 0)),
+        (QATConv2d.from_float(nn.Conv2d(2, 3, 3, padding=2), recipe), (2, 4, 4), (2, 4, 0)),
+    ]
+    for conv, size, empty in convs:
+        conv(torch.randn(1, *size))
+        assert conv(torch.randn(0, *size)).shape[:2] == (0, 3)
+        for shape in ((2, *empty), empty):
+            with pytest.raises(ValueError, match="input: expected sizes of at least 1"):
+                conv(torch.randn(*shape))
 
 
 def test_lambdas_lead_from_the_float_layer_to_the_quantized_one() -> None:

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from bitnet.linear import BitLinear, TernaryLinear, pack, replace_linear
 from bitnet.model import ModelConfig, Transformer
+from bitnet.qat.adapters import AdapterConfig, add_adapters, merge_adapters
 from bitnet.qat.integer import IntConv1d, IntConv2d, IntEmbedding, IntLinear
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
+from bitnet.qat.observers import Observer
 from bitnet.qat.prepare import (
     batch_norm_pairs,
     bitlinear_twin,
@@ -79,7 +81,7 @@ def test_parameters_modes_and_sharing_are_kept() -> None:
     model.again = model.mlp  # type: ignore[assignment]
     model.mlp[2].eval()
     before = dict(model.named_parameters())
-    prepared = prepare(model, Recipe(weights="int"))
+    prepared = prepare(model, Recipe(weights="int", keep_first_last=False))
     assert prepared is model
     after = dict(prepared.named_parameters())
     assert after.keys() == before.keys()
@@ -149,6 +151,87 @@ def test_prepare_refuses() -> None:
         nn.utils.weight_norm(normed.mlp[0])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"mlp.0: its weight is computed by a hook"):
         prepare(normed, recipe)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_parametrized_layers_are_refused_not_left_out(name: str) -> None:
+    """torch makes them instances of a subclass, which selection by exact type would not see."""
+    recipe = Recipe(weights="int")
+    model = Net()
+    nn.utils.parametrizations.weight_norm(model.mlp[0], name)
+    assert type(model.mlp[0]) is not nn.Linear
+    with pytest.raises(ValueError, match=rf"mlp.0: its {name} is computed by a hook"):
+        prepare(model, recipe)
+    prepare(model, Recipe(weights="int", skip=["mlp.0"]))
+    model = Net()
+    nn.utils.parametrizations.weight_norm(model.head)
+    prepare(model, recipe)  # stays in full precision in any case
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3), name))
+    with pytest.raises(ValueError, match=rf"0: its {name} is computed by a hook"):
+        replace_linear(model)
+
+
+def test_patterns_match_whole_paths_or_own_names() -> None:
+    """A pattern that would skip nothing is no silent success."""
+    model = nn.ModuleDict({"block": nn.ModuleDict({"q_proj": nn.Linear(3, 3)})})
+    recipe = Recipe(weights="int", skip=["q_*"], keep_first_last=False)
+    for change in (lambda: replace_linear(model, skip="q_*"), lambda: prepare(model, recipe)):
+        with pytest.raises(ValueError, match=r"skip: no module is named 'q_\*'"):
+            change()
+    replace_linear(model, skip="*.q_*")
+    assert type(model.get_submodule("block.q_proj")) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"include": ["mlp.0", "head"]}, "'head' selects nothing: head is the first or last layer"),
+        (
+            {"include": ["mlp.0", "emb*"]},
+            r"'emb\*' selects nothing: embed is a Embedding, which mod",
+        ),
+        ({"include": ["conv?", "mlp.*"], "modules": ["conv1d", "conv2d"]}, "mlp.0 is a Linear, wh"),
+        ({"include": ["mlp.0", "mlp.2"], "skip": ["mlp.2"]}, "'mlp.2' .*: mlp.2 is in skip"),
+        ({"include": ["mlp.0", "norm"]}, "'norm' selects nothing: norm is a LayerNorm"),
+        ({"include": ["mlp"]}, "'mlp' selects nothing: mlp is a Sequential"),
+        ({"include": ["con*", "co"]}, "include: no module is named 'co'"),
+    ],
+)
+def test_every_include_pattern_selects_something(options: dict[str, Any], why: str) -> None:
+    model = Net()
+    with pytest.raises(ValueError, match=why):
+        prepare(model, Recipe(weights="int", **options))
+    assert not any(isinstance(module, QATLayer) for module in model.modules())
+
+
+def test_the_last_layer_may_be_the_first() -> None:
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, nn.Linear(4, 4), nn.Linear(4, 4), shared)
+    prepare(model, Recipe(weights="int"))
+    assert [type(m) for m in model] == [nn.Linear, QATLinear, QATLinear, nn.Linear]
+
+
+@pytest.mark.parametrize("weights", ["int", "absmean", "sign", "lsq", "seq"])
+def test_empty_weights_are_refused(weights: Any) -> None:
+    for shape in ((0, 3), (3, 0)):
+        with pytest.warns(UserWarning, match="zero-element"):
+            empty = nn.Linear(*shape)
+        model = nn.Sequential(nn.Linear(3, 3), empty, nn.Linear(3, 3))
+        with pytest.raises(ValueError, match=r"1: its weight \[\d, \d\] is empty; skip the layer"):
+            prepare(model, Recipe(weights=weights))
+        assert type(model[1]) is nn.Linear
+
+
+@pytest.mark.parametrize("base", ["lora", "qlora"])
+def test_adapters_are_merged_before_conversion(base: Any) -> None:
+    model = prepare(Net(), Recipe(weights="int", modules=["linear"], include=["mlp.0"]))
+    target = "mlp.0" if base == "lora" else "mlp.2"
+    add_adapters(model, AdapterConfig(kind=base, rank=2, targets=[target]))
+    with pytest.raises(ValueError, match=rf"{target}: has an adapter; merge_adapters\(\) first"):
+        convert(model)
+    assert isinstance(model.get_submodule("mlp.0.base" if base == "lora" else "mlp.0"), QATLinear)
+    merge_adapters(model)
+    assert isinstance(convert(model).get_submodule("mlp.0"), IntLinear)
 
 
 def test_subclasses_and_attention_are_left_alone() -> None:
@@ -321,6 +404,44 @@ def test_calibration_refuses() -> None:
     assert broken.training
     assert not any(m._forward_pre_hooks for m in broken.modules())
     calibrate(prepare(TwoWays(), Recipe(weights="int")), [])  # dynamic: nothing to find
+
+
+def test_calibration_that_would_do_nothing_is_refused() -> None:
+    x = torch.randn(2, 3)
+    model = prepare(TwoWays(), Recipe(weights="int", activations="static", skip=["spare"]))
+    observer = model.get_submodule("mid.input_observer")
+    assert isinstance(observer, Observer)
+    calibrate(model, [x])
+    before = observer.range()[1].clone()
+    observer.freeze()
+    with pytest.raises(ValueError, match=r"mid: its observer is frozen; unfreeze\(\) it"):
+        calibrate(model, [100 * x])
+    observer.unfreeze()
+    observer.disable()
+    with pytest.raises(ValueError, match=r"mid: its observer is disabled; enable\(\) it"):
+        calibrate(model, [100 * x])
+    observer.enable()
+    with pytest.raises(ValueError, match=r"mid: its input was empty in every batch"):
+        calibrate(model, [x[:0], x[:0]])
+    assert torch.equal(observer.range()[1], before)
+    calibrate(model, [x[:0], x])  # one that counts is enough
+    assert int(observer.n_seen) == 2
+
+
+@pytest.mark.parametrize("activations", ["absmax", "static"])
+def test_a_batch_is_a_tensor_or_a_tuple(activations: Any) -> None:
+    x = torch.randn(4, 3)
+    model = prepare(TwoWays(), Recipe(weights="int", activations=activations, skip=["spare"]))
+    with pytest.raises(TypeError, match=r"batches: .*got one Tensor; pass \[tensor\]"):
+        calibrate(model, x)
+    if activations == "static":
+        for batch in ([x, x], {"x": x}):
+            with pytest.raises(
+                TypeError, match=r"a batch is a tensor or a tuple .*got a (list|dict)"
+            ):
+                calibrate(model, [batch])  # type: ignore[list-item]
+        assert model.training
+    calibrate(model, (x, (x,)))
 
 
 def test_transformer_and_its_twin_of_bitlinears() -> None:

@@ -615,3 +615,8 @@ def test_activation_errors_name_the_argument() -> None:
         fake_quantize_activation(x, activation("static"))
     with pytest.raises(ValueError, match="scale: expected for static"):
         fake_quantize_activation(x, activation("absmax"), one)
+
+
+def test_lists_may_be_tuples_in_python() -> None:
+    recipe = Recipe(weights="int", modules=("linear", "embedding"), skip=("head",))  # type: ignore[arg-type]
+    assert (recipe.modules, recipe.skip) == (["linear", "embedding"], ["head"])

@@ -163,27 +163,143 @@ def test_truncation_and_padding_of_the_file_are_switched_off(path: Path) -> None
     ]
 
 
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+def split(text: str, behavior: str) -> dict[str, Any]:
+    """A pre-tokenizer that splits at ``text``, then byte-level."""
+    at = {"type": "Split", "pattern": {"String": text}, "behavior": behavior, "invert": False}
+    return {"type": "Sequence", "pretokenizers": [at, BYTE_LEVEL | {"use_regex": False}]}
+
+
 @pytest.mark.parametrize(
-    "entries",
+    ("entries", "message"),
     [
-        {"normalizer": {"type": "NFC"}},
-        {"normalizer": {"type": "Lowercase"}},
-        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
-        {
-            "pre_tokenizer": {
-                "type": "ByteLevel",
-                "add_prefix_space": True,
-                "trim_offsets": True,
-                "use_regex": True,
-            }
-        },
+        ({"normalizer": {"type": "NFC"}}, "normalizer NFC"),
+        ({"normalizer": {"type": "Lowercase"}}, "normalizer Lowercase"),
+        (
+            {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+            "normalizer Strip",
+        ),
+        # what no probe meets
+        (
+            {"normalizer": {"type": "Replace", "pattern": {"String": "qzq"}, "content": ""}},
+            "normalizer Replace",
+        ),
+        (
+            {
+                "normalizer": {
+                    "type": "Sequence",
+                    "normalizers": [{"type": "Prepend", "prepend": "a"}],
+                }
+            },
+            "normalizer Prepend",
+        ),
+        ({"pre_tokenizer": split("qzq", "Removed")}, "pre_tokenizer Split may remove text"),
+        (
+            {"pre_tokenizer": {"type": "CharDelimiterSplit", "delimiter": "q"}},
+            "pre_tokenizer CharDelimiterSplit may remove text",
+        ),
+        ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "add_prefix_space"),
+        ({"pre_tokenizer": {"type": "Digits", "individual_digits": True}}, "is not byte-level"),
+        ({"pre_tokenizer": None}, "is not byte-level"),
+        (
+            {
+                "decoder": {
+                    "type": "Sequence",
+                    "decoders": [
+                        BYTE_LEVEL,
+                        {"type": "Replace", "pattern": {"String": "qzq"}, "content": ""},
+                    ],
+                }
+            },
+            r"decoder ByteLevel \+ Replace",
+        ),
     ],
     ids=str,
 )
-def test_lossy_tokenizers_are_refused(path: Path, entries: dict[str, Any]) -> None:
+def test_lossy_tokenizers_are_refused(path: Path, entries: dict[str, Any], message: str) -> None:
     path.write_bytes(changed(**entries))
-    with pytest.raises(UserError, match=r"tokenizer\.json: the tokenizer turns .* into .*; a"):
+    with pytest.raises(UserError, match=r"tokenizer\.json: .*" + message) as caught:
         load_tokenizer(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_harmless_parts(path: Path) -> None:
+    """Splitters that keep what they split at (Llama 3 has one), an empty list of normalizers, no
+    dropout: all of the text comes back, from encodings that stay the same."""
+    for entries in (
+        {"pre_tokenizer": split("be", "Isolated")},
+        {"pre_tokenizer": split(" ", "MergedWithNext")},
+        {"normalizer": {"type": "Sequence", "normalizers": []}},
+        {"decoder": {"type": "Sequence", "decoders": [BYTE_LEVEL]}},
+        {"model": json.loads(made())["model"] | {"dropout": 0.0}},
+    ):
+        path.write_bytes(changed(**entries))
+        tokenizer = load_tokenizer(path)
+        for text in HOSTILE:
+            assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("dropout", 0.5, r"BPE has dropout 0\.5"),
+        ("continuing_subword_prefix", "##", "has continuing_subword_prefix; only byte-level BPE"),
+        ("end_of_word_suffix", "</w>", "has end_of_word_suffix; only byte-level BPE"),
+    ],
+)
+def test_other_bpe_is_refused(
+    path: Path, capfd: pytest.CaptureFixture[str], key: str, value: Any, message: str
+) -> None:
+    path.write_bytes(changed(model=json.loads(made())["model"] | {key: value}))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(path)
+    assert capfd.readouterr().err == "", "the library's panic"
+
+
+def test_a_panic_of_the_library_is_a_damaged_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        pass
+
+    def panics(_: str) -> None:
+        raise Panic("index out of bounds")
+
+    tokenizers = pytest.importorskip("tokenizers")
+    monkeypatch.setattr(tokenizers, "Tokenizer", type("Backend", (), {"from_str": panics}))
+    with pytest.raises(UserError, match=r"a damaged one: index out of bounds"):
+        load_tokenizer(path)
+
+
+def test_special_tokens_that_text_could_become_are_refused(path: Path) -> None:
+    def with_special(piece: str, **model: Any) -> bytes:
+        content = json.loads(made())
+        content["model"] |= model
+        number = content["model"]["vocab"].get(piece, 300)
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        token = {"id": number, "content": piece, "special": True, **flags}
+        content["added_tokens"] = [*content["added_tokens"], token]
+        return json.dumps(content).encode()
+
+    merged = json.loads(made())["model"]["merges"][-1]
+    for piece in ("b", "".join(merged)):
+        path.write_bytes(with_special(piece))
+        with pytest.raises(UserError, match="could become its special token"):
+            load_tokenizer(path)
+    # in the vocabulary, but no merge leads to it: only ignore_merges finds it, as a whole word
+    vocab = json.loads(made())["model"]["vocab"] | {"zebra": 300}
+    path.write_bytes(with_special("zebra", vocab=vocab))
+    for text in ("zebra", " zebra", *HOSTILE):
+        ids = load_tokenizer(path).encode(text)
+        assert load_tokenizer(path).decode(ids) == text
+    path.write_bytes(with_special("zebra", vocab=vocab, ignore_merges=True))
+    with pytest.raises(UserError, match="could become its special token 'zebra'"):
+        load_tokenizer(path)
+    path.write_bytes(changed(model=json.loads(made())["model"] | {"ignore_merges": True}))
+    for text in HOSTILE:
+        assert load_tokenizer(path).decode(load_tokenizer(path).encode(text)) == text
 
 
 def test_added_tokens_that_lose_text_are_refused(path: Path) -> None:

@@ -39,12 +39,13 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet.durable import load_tensors, new_folder, save_tensors, sha256
 from bitnet.linear import BitLinear, Kernel, TernaryLinear
 from bitnet.model import ModelConfig, Transformer
 from bitnet.qat.integer import IntLayer
+from bitnet.qat.layers import QATLayer
 from bitnet.qat.prepare import convert, prepare
 from bitnet.qat.recipe import Recipe
 from bitnet.schema import STRICT, UserError
@@ -57,6 +58,7 @@ FORMAT, VERSION = "bitnet-train", 1
 MAX_CONFIG_BYTES = 2**20
 FULL_PRECISION = Recipe()
 Weights = Literal["latent", "packed", "integer"]
+_QUANTIZED = (BitLinear, TernaryLinear, QATLayer, IntLayer)
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -90,12 +92,13 @@ def save_model(
         model: with fp32 weights, or packed (every BitLinear a TernaryLinear), or prepared or
             converted by ``quant``; on any device.
         tokenizer: the model's own. None: the folder has none, and only :func:`load_model` reads it.
-        quant: the recipe that the model was prepared with, if it was.
+        quant: the recipe that the model was prepared with; of a model without quantizers, none.
     Returns:
         The folder.
     Raises:
         UserError: ``folder`` exists and is something else; another tokenizer's vocabulary.
-        ValueError: the model's tensors are not those of its config.
+        ValueError: the model's layers or tensors are not those of its config and ``quant``, so that
+            another model would be loaded; the first is named.
         OSError: the disk is full, ...; what was there is untouched.
     """
     folder = Path(folder)
@@ -116,7 +119,7 @@ def save_model(
         structure = _structure(model.config, weights, quant)
     except UserError as error:
         raise ValueError(f"quant: {error}") from error
-    if problem := _difference(tensors, structure, weights):
+    if problem := _misfit(modules, structure, weights) or _difference(tensors, structure, weights):
         raise ValueError(f"model: {problem}")
     for name in _second_names(structure):
         del tensors[name]
@@ -273,6 +276,35 @@ def _coded(model: Transformer, weights: Weights) -> dict[str, BitLinear | Ternar
         for name, module in model.named_modules()
         if isinstance(module, BitLinear | TernaryLinear)
     }
+
+
+def _misfit(
+    modules: Mapping[str, nn.Module], structure: Transformer, weights: Weights
+) -> str | None:
+    """The first layer that loading would replace by one that computes something else, though
+    the tensors may be the same; None if there is none."""
+    expected = dict(structure.named_modules())
+    for name, module in modules.items():
+        if (other := expected.get(name)) is None:
+            continue  # its tensors, if any, are unknown
+        kind, wanted = type(module), type(other)
+        if weights != "latent" and wanted is BitLinear:
+            wanted = TernaryLinear
+        if kind is not wanted and (issubclass(kind, _QUANTIZED) or issubclass(wanted, _QUANTIZED)):
+            return f"{name} is {kind.__name__}; the config and quant want {wanted.__name__}"
+        want = _options(other)
+        for option, value in _options(module).items():
+            if option in want and value != want[option]:
+                return f"{name} has {option} = {value}; the config and quant want {want[option]}"
+    return None
+
+
+def _options(module: nn.Module) -> dict[str, Any]:
+    """What a quantized layer computes by, beside its tensors."""
+    if isinstance(module, QATLayer | IntLayer):
+        return {f"quant.{key}": v for key, v in dataclasses.asdict(module.recipe).items()}
+    names = ("granularity", "group_size", "grad_mask", "grad_mask_c")
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
 
 
 def _difference(

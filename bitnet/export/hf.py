@@ -9,13 +9,18 @@ have (biases, stretched rotary positions, sliding windows, other head sizes) is 
 such a model would load and be quietly wrong.
 
 transformers reads the files (extra `hf`): locally, offline, without remote code, and never a
-pickle. Rows of the embedding beyond the tokenizer's ids are padding that no text produces; they are
-dropped, so that model and tokenizer agree on the vocabulary as everywhere in this project.
+pickle nor a file outside the folder, whatever an index of shards says. Where config.json ties the
+head to the embedding but the checkpoint has two different matrices, both are kept. Rows of the
+embedding beyond the tokenizer's ids are padding that no text produces; they are dropped, so that
+model and tokenizer agree on the vocabulary as everywhere in this project.
 """
 
 import dataclasses
 import json
+import sys
+from contextlib import nullcontext, redirect_stderr
 from difflib import get_close_matches
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +77,9 @@ def load_hf(source: Path | str) -> tuple[Transformer, JsonTokenizer]:
     rows = config["vocab_size"] = tokenizer.vocab_size
     for name in ("embed_tokens.weight", "lm_head.weight"):
         tensors[name] = tensors[name][:rows].clone()
+    if config["tie_embeddings"]:  # transformers too keeps a head of its own, if the file has one
+        embedding, head = tensors["embed_tokens.weight"], tensors["lm_head.weight"]
+        config["tie_embeddings"] = torch.equal(embedding, head)
     try:
         with torch.device("meta"):
             model = Transformer(ModelConfig(**config))
@@ -127,11 +135,43 @@ def _check_files(source: Path, gguf: bool) -> None:
                 f"{source}: has no .safetensors; weights in pickle form (.bin, .pt) are not read, "
                 "since reading a pickle can run code"
             )
-        try:
-            model_type = json.loads((source / "config.json").read_bytes()).get("model_type")
-        except (ValueError, AttributeError, RecursionError) as error:
-            raise UserError(f"{source / 'config.json'}: damaged: {error}") from error
-        _check_type(source, str(model_type))
+        config = _json(source / "config.json")
+        _check_type(source, str(config.get("model_type")))
+        if config.get("transformers_weights"):
+            raise UserError(
+                f"{source}: its config.json names the files of its weights (transformers_weights), "
+                "which is not supported"
+            )
+        for index in sorted(source.glob("*.safetensors.index.json")):
+            _check_index(index)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged: not a JSON object")
+    return content
+
+
+def _check_index(path: Path) -> None:
+    """Refuse an index of shards that leads to a pickle or out of the folder; transformers would
+    follow it."""
+    shards = _json(path).get("weight_map")
+    if not isinstance(shards, dict):
+        raise UserError(f"{path}: damaged: has no weight_map")
+    for tensor, shard in shards.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+            raise UserError(f"{path}: {tensor} is in {shard!r}, which is no file of the folder")
+        if not shard.endswith(".safetensors"):
+            raise UserError(
+                f"{path}: {tensor} is in {shard}; only .safetensors is read, since reading a "
+                "pickle can run code"
+            )
+        if not (path.parent / shard).is_file():
+            raise UserError(f"{path}: {tensor} is in {shard}, which is missing")
 
 
 def _check_type(source: Path, model_type: str) -> None:
@@ -211,7 +251,9 @@ def _config(theirs: Any, source: Path, gguf: bool) -> dict[str, Any]:
 def _tokenizer(source: Path, theirs: Any, gguf: dict[str, Any] | None) -> JsonTokenizer:
     """The checkpoint's tokenizer, its end-of-document token written into the file."""
     eos = theirs.eos_token_id
-    eos = eos[0] if isinstance(eos, list) and eos else eos
+    if gguf is None:  # transformers has a number of its own where the file has none
+        eos = eos if "eos_token_id" in _json(source / "config.json") else None
+    eos = (eos[0] if eos else None) if isinstance(eos, list) else eos
     path = source
     if gguf is None:
         path = source / "tokenizer.json"
@@ -228,7 +270,12 @@ def _tokenizer(source: Path, theirs: Any, gguf: dict[str, Any] | None) -> JsonTo
         added = {token["id"]: token["content"] for token in json.loads(model_bytes)["added_tokens"]}
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a tokenizer.json, or a damaged one: {error}") from error
-    if eos in added:
+    if eos is not None:
+        if eos not in added:
+            raise UserError(
+                f"{source}: its eos_token_id {eos} is none of the tokenizer's added tokens: they "
+                "do not belong together"
+            )
         model_bytes = with_eos(model_bytes, added[eos])
     return JsonTokenizer(path, model_bytes)
 
@@ -237,25 +284,28 @@ def _tensors(source: Path, folder: Path, theirs: Any, options: dict[str, Any]) -
     """All weights in fp32 under our names."""
     import transformers
 
+    silence = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
     try:
         loading: Any = transformers.AutoModelForCausalLM.from_pretrained
-        model, info = loading(
-            folder,
-            config=theirs,
-            dtype=torch.float32,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
+        with silence:  # progress bars, which only a terminal can show
+            model, info = loading(
+                folder,
+                config=theirs,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
     except Exception as error:
         raise UserError(f"{source}: cannot be read: {_first_line(error)}") from error
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         for name in sorted(map(str, info.get(problem, ()))):  # transformers only warns
             raise UserError(f"{source}: damaged: {problem.partition('_')[0]} tensor {name}")
-    return {
-        name.removeprefix("model."): tensor.detach()
-        for name, tensor in nn.Module.state_dict(model).items()
-    }
+    tensors: dict[str, Tensor] = nn.Module.state_dict(model)
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"{source}: damaged: tensor {name} holds NaN or infinity")
+    return {name.removeprefix("model."): tensor.detach() for name, tensor in tensors.items()}
 
 
 def _first_line(error: Exception) -> str:

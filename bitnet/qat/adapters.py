@@ -39,7 +39,7 @@ from bitnet.qat.quantizers import dequantize
 from bitnet.qat.recipe import Recipe
 from bitnet.quant import absmean_ternary
 from bitnet.quant import dequantize as dequantize_ternary
-from bitnet.schema import STRICT
+from bitnet.schema import STRICT, ListOf
 from bitnet_kernels import pack_ternary, unpack_ternary
 from bitnet_kernels.packing import packed_columns
 
@@ -59,7 +59,7 @@ class AdapterConfig:
     """of the adapters; above in_features or out_features it is allowed and buys nothing"""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     """adapters count alpha / rank times"""
-    targets: Annotated[list[str], Field(min_length=1)] = Field(
+    targets: Annotated[ListOf[str], Field(min_length=1)] = Field(
         default_factory=lambda: list(TARGETS)
     )
     """names, paths or patterns of the linear layers that get one"""
@@ -271,13 +271,15 @@ class MergeReport(NamedTuple):
         """Mean over the layers, and the worst."""
         merges, n = list(self.layers.values()), len(self.layers)
         worst = max(self.layers, key=lambda name: self.layers[name].error)
-        return (
-            f"{n} layers merged: weights off by {sum(m.error for m in merges) / n:.2%} on average, "
+        before, after = sum(m.bytes_before for m in merges), sum(m.bytes_after for m in merges)
+        cost = (
+            f"weights off by {sum(m.error for m in merges) / n:.2%} on average, "
             f"{self.layers[worst].error:.2%} at most ({worst}); "
-            f"{sum(m.codes_changed for m in merges) / n:.2%} of the codes changed; "
-            f"{sum(m.bytes_before for m in merges):,} -> {sum(m.bytes_after for m in merges):,} "
-            "bytes"
+            f"{sum(m.codes_changed for m in merges) / n:.2%} of the codes changed"
         )
+        if after > before:  # a frozen base is decoded, and nothing rounded again
+            return f"{n} layers merged exactly, {before:,} -> {after:,} bytes; rounded anew: {cost}"
+        return f"{n} layers merged and rounded anew: {cost}"
 
 
 @torch.no_grad()
@@ -287,13 +289,18 @@ def merge_adapters(model: nn.Module) -> MergeReport:
     it came with. ``requires_grad`` stays as it is.
 
     Raises:
-        ValueError: no adapters; adapters or weights that are not finite (the layer is named, and
-        nothing is merged).
+        ValueError: no adapters; adapters or weights that are not finite, or a base that was packed
+        or converted meanwhile (the layer is named, and nothing is merged).
     """
     layers = dict(_adapted(model))
     if not layers or "" in layers:
         raise ValueError("model: has no adapters" if not layers else "model: is an adapter itself")
     for name, layer in layers.items():
+        if not isinstance(layer.base, nn.Linear | FrozenLinear):
+            raise ValueError(
+                f"{name}: its base is a {type(layer.base).__name__}, which takes no adapter in; "
+                "merge_adapters() comes before pack() and convert()"
+            )
         weight = layer.base.weight if isinstance(layer.base, nn.Linear) else layer.base.dequantize()
         if not bool((weight + layer.delta()).isfinite().all()):
             raise ValueError(f"{name}: its weight or adapter holds NaN or infinity")

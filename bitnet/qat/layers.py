@@ -17,6 +17,7 @@ Without quantized activations (``activations = "none"``) it is the float operati
 In BitNet's recipe a QATLinear is a :class:`bitnet.BitLinear` to the last bit, gradients too.
 """
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -42,7 +43,8 @@ class QATLayer(nn.Module):
     Attributes:
         recipe: what is quantized, and how.
         lambda_w, lambda_a: how far weights and activations are quantized, 0 to 1.
-        weight_step: the learned scale of "lsq" and "seq*", else None.
+        weight_step: the learned scale of "lsq" and "seq*", else None. fp32, and stays it under
+            ``.to(dtype)``.
         input_observer: of static activations, else None. It observes in training mode, until
             frozen.
     """
@@ -87,6 +89,17 @@ class QATLayer(nn.Module):
         codes, scale, zero_point, hat = fake_quantize_weight(w, self.recipe, self.weight_step)
         return Codes(codes, scale, zero_point), _between(w, hat, self.lambda_w)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        step = self.weight_step
+        before = None if step is None else step.data
+        gradient = None if step is None or step.grad is None else step.grad.data
+        super()._apply(fn, recurse)
+        step = self.weight_step
+        if step is not None and before is not None and step.dtype != before.dtype:
+            step.data = before.to(step.device)  # .to(dtype), .half(): move, but do not round
+            step.grad = None if gradient is None else gradient.to(step.device)
+        return self
+
     def extra_repr(self) -> str:
         """As the torch layer's, with the recipe."""
         return f"{super().extra_repr()}, recipe={self.recipe}"
@@ -111,8 +124,8 @@ class _ProductLayer(QATLayer):
         no other's; with static activations all of the batch's.
 
         Raises:
-            TypeError, ValueError: an input of another dtype or shape; in eval mode a static range
-            that nothing has calibrated.
+            TypeError, ValueError: an input of another dtype or shape; a static range that nothing
+            has calibrated (in training mode only where its observer is frozen or disabled).
         """
         observer, recipe = self.input_observer, self.recipe
         if observer is not None and self.training:
@@ -127,7 +140,8 @@ class _ProductLayer(QATLayer):
         if recipe.activations == "none" or self.lambda_a == 0:
             y = self.op.floating(x, w_used, self.bias, output_dtype(x))
             return self.op.unbatched(y, input)
-        scale, zero_point = self.input_range(check=not self.training)
+        moves = self.training and observer is not None and observer.moves
+        scale, zero_point = self.input_range(check=not moves)
         codes, s_x, z_x, x_hat = fake_quantize_activation(
             x, recipe, scale, zero_point, self.op.per_sample
         )
@@ -156,15 +170,16 @@ class _ProductLayer(QATLayer):
     def input_range(self, check: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """Scale fp32 ``[]`` and zero point (or None) of static activations; (None, None) of others.
 
-        Raises ValueError where the observer has seen nothing, unless told not to check, which
-        waits for the device.
+        Raises ValueError where the observer has seen nothing, unless told not to check, which may
+        wait for the device.
         """
         observer, recipe = self.input_observer, self.recipe
         if observer is None:
             return None, None
-        if check and not observer.n_seen.is_meta and int(observer.n_seen) == 0:
+        if check and not observer.calibrated():
             raise ValueError(
-                "input_observer: has seen no input; run calibrate(), or train, before evaluation"
+                "input_observer: has seen no input; run calibrate(), or train with the observer "
+                f"unfrozen, first (a {type(self).__name__} of weight {list(self.weight.shape)})"
             )
         low, high = observer.range()
         return static_range(low, high, recipe.activation_bits, recipe.activation_symmetric)

@@ -17,6 +17,7 @@ no values, leaves the range as it was.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ class Observer(nn.Module):
     ``.to(dtype)``); ``n_seen`` int64 ``[]``, batches that counted; ``bad`` int64 ``[]``, batches
     left out for NaN or infinity. ``observing`` and ``frozen`` are plain attributes: whoever sets
     them by a schedule sets them again after loading a checkpoint.
+
+    Under gradient checkpointing a layer's forward runs again in the backward, so in training each
+    batch counts twice: in ``n_seen``, and in a moving average as two steps (momentum squared).
     """
 
     low: Tensor
@@ -43,6 +47,7 @@ class Observer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.observing, self.frozen = True, False
+        self._calibrated = False
         for name in ("low", "high"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32))
         for name in ("n_seen", "bad"):
@@ -51,7 +56,7 @@ class Observer(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Take a float batch of any shape into account; nothing where frozen or disabled."""
-        if self.frozen or not self.observing or x.numel() == 0:
+        if not self.moves or x.numel() == 0:
             return
         x = x.detach().float()
         finite = x.isfinite().all()
@@ -66,6 +71,22 @@ class Observer(nn.Module):
     def _update(self, x: Tensor) -> dict[str, Tensor]:
         """Buffers, by name, as they are after a finite batch."""
         raise NotImplementedError
+
+    @property
+    def moves(self) -> bool:
+        """Whether batches are taken into account: neither frozen nor disabled."""
+        return self.observing and not self.frozen
+
+    def calibrated(self) -> bool:
+        """Whether a batch was seen. Waits for the device until it is so, and no longer from then
+        on; on the meta device, which has no values, true."""
+        if not self._calibrated and not self.n_seen.is_meta:
+            self._calibrated = int(self.n_seen) > 0
+        return self._calibrated or self.n_seen.is_meta
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._calibrated = False
+        super()._load_from_state_dict(*args, **kwargs)
 
     def freeze(self) -> None:
         """Keep the range from now on."""

@@ -23,23 +23,16 @@ from torch import Tensor, fx, nn
 from bitnet.linear import (
     BitLinear,
     TernaryLinear,
-    check_patterns,
+    computed_parameter,
     disable_fused_encoder,
-    matches,
     replace_modules,
 )
+from bitnet.qat.adapters import LoRALinear
 from bitnet.qat.integer import IntLayer, integer_layer
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
 from bitnet.qat.observers import Observer
-from bitnet.qat.recipe import ModuleKind, Recipe
+from bitnet.qat.recipe import Recipe, select
 
-_KINDS: dict[ModuleKind, type[nn.Module]] = {
-    "linear": nn.Linear,
-    "conv1d": nn.Conv1d,
-    "conv2d": nn.Conv2d,
-    "embedding": nn.Embedding,
-}
-_LAYERS = tuple(_KINDS.values())
 _QUANTIZED = (QATLayer, IntLayer, TernaryLinear)
 _BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: nn.BatchNorm1d,
@@ -53,7 +46,8 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
 
     Selected are the kinds in ``recipe.modules``; of these, those that ``include`` matches (all, if
     it is empty) and ``skip`` does not. With ``keep_first_last`` the first and the last of *all*
-    linear layers, convolutions and embeddings, in the order of registration, stay as they are.
+    linear layers, convolutions and embeddings, in the order of registration, stay as they are; one
+    that is registered twice counts in both places.
     Tied weights stay tied, and share a learned scale. The fused inference path of
     ``nn.TransformerEncoder``, which reads weights past its layers' forward, is switched off.
 
@@ -64,7 +58,9 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
         The model.
     Raises:
         ValueError: nothing is selected; the model has QAT or integer layers already; a pattern
-            that no module's name matches; a layer that has no quantized form (named).
+            that no module's name matches, or one of ``include`` that selects nothing; a layer
+            that has no quantized form: empty, or with a weight that a hook or a parametrization
+            computes (named).
     """
     if not recipe.enabled:
         raise ValueError('recipe: weights = "none" quantizes nothing')
@@ -73,16 +69,21 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
             raise ValueError(
                 f"model: already quantized: {name or 'it'} is a {type(module).__name__}"
             )
-    selected = _select(model, recipe)
+    selected = select(model, recipe)
     steps: dict[int, nn.Parameter | None] = {}
 
     def convert_one(name: str, module: nn.Module) -> nn.Module | None:
         if id(module) not in selected:
             return None
-        weight = module.weight
-        if not isinstance(weight, nn.Parameter):
+        if computed := computed_parameter(module):
             raise ValueError(
-                f"{name}: its weight is computed by a hook (weight_norm, pruning, ...)"
+                f"{name or 'model'}: its {computed} is computed by a hook (weight_norm, ...)"
+            )
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        if weight.numel() == 0:
+            raise ValueError(
+                f"{name or 'model'}: its weight {list(weight.shape)} is empty; skip the layer"
             )
         try:
             layer = _qat_layer(module, recipe)
@@ -94,28 +95,6 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
     model = replace_modules(model, convert_one)
     disable_fused_encoder(model)
     return model
-
-
-def _select(model: nn.Module, recipe: Recipe) -> set[int]:
-    check_patterns(model, recipe.include, "include")
-    check_patterns(model, recipe.skip, "skip")
-    layers = [module for module in model.modules() if isinstance(module, _LAYERS)]
-    kept = {id(m) for m in (layers[:1] + layers[-1:] if recipe.keep_first_last else [])}
-    included: set[int] = set()
-    for name, module in model.named_modules(remove_duplicate=False):  # under any of its names
-        if matches(name, recipe.skip):
-            kept.add(id(module))
-        if not recipe.include or matches(name, recipe.include):
-            included.add(id(module))
-    kinds = {_KINDS[kind] for kind in recipe.modules}
-    selected = {id(m) for m in layers if type(m) in kinds and id(m) in included} - kept
-    if not selected:
-        first_last = ", keep_first_last" if recipe.keep_first_last else ""
-        raise ValueError(
-            f"recipe: selects none of the model's {len(layers)} linear, convolution and embedding "
-            f"layers (modules, include, skip{first_last})"
-        )
-    return selected
 
 
 def _qat_layer(module: nn.Module, recipe: Recipe) -> QATLayer:
@@ -138,19 +117,28 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[object, ...]]) 
     to find, and no batch is read.
 
     Arguments:
-        batches: inputs: a tensor, or a tuple of positional arguments.
+        batches: each a tensor, the model's input, or a tuple of its forward's arguments.
     Raises:
-        ValueError: the model is not prepared; no batch; a layer that was never called, or whose
-            input held NaN or infinity (named).
+        TypeError: a tensor in place of the batches; a batch of another type, such as the lists
+            ``[x, y]`` of a DataLoader.
+        ValueError: the model is not prepared; no batch; a layer whose observer is frozen or
+            disabled, that was never called, whose input held NaN or infinity, or whose inputs were
+            all empty (named).
     """
+    if isinstance(batches, Tensor):
+        raise TypeError("batches: expected a list of batches, got one Tensor; pass [tensor]")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, QATLayer)}
     if not layers:
         raise ValueError("model: has no QAT layers; prepare it first")
     observers = {n: m.input_observer for n, m in layers.items() if m.input_observer is not None}
     if not observers:
         return
+    for name, observer in observers.items():
+        if not observer.moves:
+            how = "frozen; unfreeze()" if observer.frozen else "disabled; enable()"
+            raise ValueError(f"{name or 'model'}: its observer is {how} it before calibration")
     calls = dict.fromkeys(observers, 0)
-    bad = {name: int(observer.bad) for name, observer in observers.items()}
+    before = {name: (int(o.bad), int(o.n_seen)) for name, o in observers.items()}
     modes = [(module, module.training) for module in model.modules()]
     lambdas = [(layer, layer.lambda_w, layer.lambda_a) for layer in layers.values()]
     handles = []
@@ -174,10 +162,12 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[object, ...]]) 
             layer.lambda_w = layer.lambda_a = 0.0
         for batch in batches:
             n_batches += 1
-            if isinstance(batch, tuple):
-                model(*batch)
-            else:
-                model(batch)
+            if not isinstance(batch, (Tensor, tuple)):
+                raise TypeError(
+                    "batches: a batch is a tensor or a tuple of the forward's arguments, got a "
+                    f"{type(batch).__name__}; of a DataLoader's [x, y] pass x"
+                )
+            model(*batch) if isinstance(batch, tuple) else model(batch)
     finally:
         for handle in handles:
             handle.remove()
@@ -190,10 +180,13 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[object, ...]]) 
     for name, observer in observers.items():
         if calls[name] == 0:
             raise ValueError(f"{name or 'model'}: was never called during calibration")
-        if int(observer.bad) > bad[name]:
+        bad, n_seen = before[name]
+        if int(observer.bad) > bad:
             raise ValueError(
                 f"{name or 'model'}: its input held NaN or infinity during calibration"
             )
+        if int(observer.n_seen) == n_seen:
+            raise ValueError(f"{name or 'model'}: its input was empty in every batch")
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -206,9 +199,13 @@ def convert(model: nn.Module) -> nn.Module:
     Returns:
         The model; a QAT layer itself is replaced by the returned one.
     Raises:
-        ValueError: the model has no QAT layers (not prepared, or converted already); weights that
-            are not finite, or static activations that nothing has calibrated (the layer named).
+        ValueError: the model has no QAT layers (not prepared, or converted already), or adapters;
+            weights that are not finite, or static activations that nothing has calibrated (the
+            layer named).
     """
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            raise ValueError(f"{name or 'model'}: has an adapter; merge_adapters() first")
     if not any(isinstance(module, QATLayer) for module in model.modules()):
         done = any(isinstance(module, (IntLayer, TernaryLinear)) for module in model.modules())
         raise ValueError(f"model: {'is converted already' if done else 'is not prepared'}")

@@ -234,6 +234,8 @@ class ConvOp(NamedTuple):
                 f"input: expected {self.in_channels} channels and {dims} more dimensions, with or "
                 f"without a batch before them, got {list(x.shape)}"
             )
+        if 0 in x.shape[-dims:]:
+            raise ValueError(f"input: expected sizes of at least 1, got {list(x.shape)}")
         return x if x.dim() == dims + 2 else x.unsqueeze(0)
 
     def unbatched(self, y: Tensor, x: Tensor) -> Tensor:

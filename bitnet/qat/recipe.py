@@ -5,16 +5,20 @@
     Recipe(weights="int", bits=8, activations="static")             what a microcontroller runs
 
 The same recipe drives fake quantization (layers.py), the PTQ baselines (ptq.py) and the integer
-form (integer.py), so that their results differ in the method and in nothing else.
+form (integer.py), so that their results differ in the method and in nothing else. :func:`select`
+finds the layers of a model that a recipe quantizes.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
+from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
+from bitnet.linear import check_patterns, matches
 from bitnet.quant import GradMask, Granularity
-from bitnet.schema import STRICT
+from bitnet.schema import STRICT, ListOf
 
 WeightQuantizer = Literal[
     "none", "int", "absmean", "absmedian", "twn", "sign", "lsq", "seq", "seq_ternary"
@@ -22,6 +26,13 @@ WeightQuantizer = Literal[
 ActivationQuantizer = Literal["none", "absmax", "static"]
 ObserverKind = Literal["minmax", "moving_average", "percentile", "mse"]
 ModuleKind = Literal["linear", "conv1d", "conv2d", "embedding"]
+_KINDS: dict[ModuleKind, type[nn.Module]] = {
+    "linear": nn.Linear,
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "embedding": nn.Embedding,
+}
+_LAYERS = tuple(_KINDS.values())
 
 
 def _matrices() -> list[ModuleKind]:
@@ -69,11 +80,11 @@ class Recipe:
     """of "moving_average" and "percentile": share of the old range that a batch leaves"""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     """of "percentile": share of the values inside the range, in percent"""
-    modules: list[ModuleKind] = Field(default_factory=_matrices)
+    modules: ListOf[ModuleKind] = Field(default_factory=_matrices)
     """kinds of modules to quantize"""
-    include: list[str] = Field(default_factory=list)
+    include: ListOf[str] = Field(default_factory=list)
     """names, paths or patterns of modules to quantize; empty: all"""
-    skip: list[str] = Field(default_factory=list)
+    skip: ListOf[str] = Field(default_factory=list)
     """names, paths or patterns of modules to leave in full precision"""
     keep_first_last: bool = True
     """leave the model's first and last layer (of any kind) in full precision"""
@@ -110,4 +121,52 @@ class Recipe:
         bits = f"{self.weight_bits:.3g}"
         activations = "A16" if self.activations == "none" else f"A{self.activation_bits}"
         grain = f"group {self.group_size}" if self.granularity == "group" else self.granularity
-        return f"W{bits}{activations} {self.weights} {grain}"
+        static = ", static activations" if self.activations == "static" else ""
+        return f"W{bits}{activations} {self.weights} {grain}{static}"
+
+
+def select(model: nn.Module, recipe: Recipe) -> set[int]:
+    """The ids of the modules to replace, as :func:`bitnet.qat.prepare.prepare` describes them.
+
+    A layer whose weight is parametrized counts as the plain layer that it was before: that it has
+    no quantized form is for prepare to say.
+
+    Raises:
+        ValueError: nothing is selected; a pattern that no module's name matches, or one of
+            ``include`` that selects nothing (says why).
+    """
+    check_patterns(model, recipe.include, "include")
+    check_patterns(model, recipe.skip, "skip")
+    named = list(model.named_modules(remove_duplicate=False))  # under any of their names
+    layers = [module for _, module in named if isinstance(module, _LAYERS)]
+    ends = {id(m) for m in (layers[:1] + layers[-1:] if recipe.keep_first_last else [])}
+    skipped = {id(module) for name, module in named if matches(name, recipe.skip)}
+    kinds = {_KINDS[kind] for kind in recipe.modules}
+
+    def obstacle(module: nn.Module) -> str:
+        """Why a module is not selected whatever ``include`` says; "" where it can be."""
+        if type_before_parametrizations(module) not in kinds:
+            return f"is a {type(module).__name__}, which modules = {recipe.modules} does not cover"
+        if id(module) in skipped:
+            return "is in skip"
+        if id(module) in ends:
+            return "is the first or last layer; keep_first_last = false quantizes it too"
+        return ""
+
+    for pattern in recipe.include:
+        found = [(name, module) for name, module in named if matches(name, [pattern])]
+        if all(obstacle(module) for _, module in found):
+            name, module = max(found, key=lambda pair: isinstance(pair[1], _LAYERS))
+            raise ValueError(f"include: {pattern!r} selects nothing: {name} {obstacle(module)}")
+    selected = {
+        id(module)
+        for name, module in named
+        if not obstacle(module) and (not recipe.include or matches(name, recipe.include))
+    }
+    if not selected:
+        first_last = ", keep_first_last" if recipe.keep_first_last else ""
+        raise ValueError(
+            f"recipe: selects none of the model's {len({id(layer) for layer in layers})} linear, "
+            f"convolution and embedding layers (modules, skip{first_last})"
+        )
+    return selected

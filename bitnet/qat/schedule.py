@@ -59,6 +59,12 @@ class QATConfig:
     fused_cooldown: bool = True
     """with lr_schedule "wsd": the decay does not begin before quantization does"""
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether what a step computes depends on how many steps the run has."""
+        warmup = self.weight_warmup > 0 or self.activation_warmup > 0
+        return self.start != 0 or warmup or self.freeze_observers < 1
+
 
 def optimal_share(tokens: int, n_parameters: int, bits: float) -> float:
     """f*, the share of a run to train quantized (arXiv 2509.22935; see the head of this file).
@@ -139,7 +145,7 @@ def set_step(
     """
     weights, activations = lambdas(step, total_steps, config)
     begins = step == _switch(total_steps, config) > 0
-    frozen = step >= max(1, first_step(config.freeze_observers, total_steps))
+    frozen = step >= first_step(config.freeze_observers, total_steps)  # a share > 0: step >= 1
     for layer in model.modules():
         if not isinstance(layer, QATLayer):
             continue
