@@ -1,6 +1,6 @@
 """Where post-training quantization (PTQ) ends and quantization-aware training (QAT) begins.
 
-    python docs/results/boundary.py                        # about 40 minutes on 2 cores
+    python docs/results/boundary.py                        # under an hour on 2 cores
     python docs/results/boundary.py configs/60m.toml       # the same study of another config
     python docs/results/boundary.py table | plot           # from the CSV that was written
 
