@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.linear import BitLinear
+from bitnet.qat.layers import QATLinear
 from bitnet.quant import spread_groups
 from bitnet_kernels import pack_ternary, unpack_ternary
 from bitnet_kernels.reference import absmax_int8
@@ -41,14 +42,18 @@ class Telemetry:
     """Reads a model's BitLinears; remembers the codes of the last reading, 2 bits each.
 
     Arguments:
-        model: as it is called in training, but not wrapped (no ``torch.compile`` wrapper). One
-            without a BitLinear, such as a full-precision twin, is read as ``{}``.
+        model: as it is called in training, but not wrapped (no ``torch.compile`` wrapper). Read are
+            its BitLinears, and what QAT makes of other layers by BitNet's recipe. A model without
+            them, such as a full-precision twin, is read as ``{}``.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._layers = {
-            name: module for name, module in model.named_modules() if isinstance(module, BitLinear)
+        self._layers: dict[str, BitLinear | QATLinear] = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, BitLinear)
+            or (isinstance(module, QATLinear) and module.recipe.is_bitnet)
         }
         self._packed: dict[str, Tensor] = {}
         self._first_gamma: dict[str, Tensor] = {}
@@ -110,8 +115,8 @@ class Telemetry:
     def _size(self, name: str) -> int:
         return self._layers[name].weight.numel()
 
-    def _read_weights(self, name: str, layer: BitLinear) -> dict[str, Tensor]:
-        codes, gamma = layer.quantize()
+    def _read_weights(self, name: str, layer: BitLinear | QATLinear) -> dict[str, Tensor]:
+        codes, gamma = layer.quantize()[:2]
         size = self._size(name)
         numbers = {"zeros": (codes == 0).sum() / size}
         if name in self._packed:
@@ -122,7 +127,8 @@ class Telemetry:
         if gamma.dim() == 1:
             threshold = threshold.unsqueeze(1)
         elif gamma.dim() == 2:
-            threshold = spread_groups(threshold, layer.group_size, layer.in_features)
+            options = layer if isinstance(layer, BitLinear) else layer.recipe
+            threshold = spread_groups(threshold, options.group_size, layer.in_features)
         distance = (layer.weight.float().abs() - threshold).abs()
         numbers["dead_zone"] = (distance <= DEAD_ZONE * threshold).sum() / size
         numbers["gamma"] = gamma.mean()
@@ -150,11 +156,10 @@ class _Activations:
         self._kurtosis: list[Tensor] = []
 
     def hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(layer, BitLinear)
         x: Tensor = args[0] if args else kwargs["input"]
         if x.numel() == 0:
             return
-        if layer.rms_norm is not None:
+        if isinstance(layer, BitLinear) and layer.rms_norm is not None:
             x = layer.rms_norm(x)
         codes, _ = absmax_int8(x)
         centred = x.float() - x.float().mean()

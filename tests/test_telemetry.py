@@ -1,5 +1,6 @@
 """Telemetry against closed forms (Gaussian, uniform), hand-made weights, and doing no harm."""
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.linear import BitLinear, replace_linear
+from bitnet.qat import Recipe, prepare
 from bitnet.telemetry import Telemetry
 
 
@@ -228,3 +230,19 @@ def test_a_failing_forward_leaves_no_trace() -> None:
 def test_non_finite_weights_are_reported_not_hidden() -> None:
     layer = layer_of(torch.tensor([[1.0, math.nan], [1.0, 1.0]]))
     assert math.isnan(Telemetry(layer).read(torch.randn(3, 2))["ternary/gamma"])
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+def test_fine_tuning_to_ternary_is_read_like_ternary_training(granularity: Any) -> None:
+    layers = [nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 9)]
+    ternary = replace_linear(
+        copy.deepcopy(nn.Sequential(*layers)), skip=(), granularity=granularity, group_size=20
+    )
+    options: Any = {"keep_first_last": False, "granularity": granularity, "group_size": 20}
+    tuned = prepare(nn.Sequential(*layers), Recipe(weights="absmean", **options))
+    inputs = torch.randn(7, 48)
+    readings = [Telemetry(model).read(inputs) for model in (ternary, tuned)]
+    assert readings[0] == readings[1]
+    assert set(readings[0]["ternary/layers"]) == {"0", "2"}
+    other = prepare(copy.deepcopy(nn.Sequential(*layers)), Recipe(weights="int", **options))
+    assert Telemetry(other).read(inputs) == {}
