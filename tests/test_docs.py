@@ -23,7 +23,7 @@ def test_the_readme_shows_the_table_of_the_csv() -> None:
     assert shown == table
 
 
-@pytest.mark.parametrize("study", ["digits", "boundary"])
+@pytest.mark.parametrize("study", ["digits", "boundary", "smollm2"])
 def test_the_guide_shows_the_tables_of_the_csvs(study: str) -> None:
     table = runpy.run_path(str(DOCS / "results" / f"{study}.py"), run_name=study)["table"]()
     guide = (DOCS / "qat.md").read_text(encoding="utf-8")

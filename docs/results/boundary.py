@@ -44,7 +44,7 @@ from bitnet.qat.ptq import round_to_nearest
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.smoothquant import smoothquant
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 SEEDS = (0, 1, 2)
 EXTRA = 0.2
 """Steps of QAT and of the control, as a share of the pretraining's."""

@@ -27,7 +27,7 @@ from bitnet.export.folder import load_model
 from bitnet.qat.ptq import round_to_nearest
 from bitnet.qat.recipe import Recipe
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 QAT = HERE / "smollm2_qat.csv"
 PTQ = {
