@@ -408,6 +408,8 @@ def main(
     if not paths:
         raise UserError("no config given: python train.py configs/quickstart.toml")
     config = load_config(paths, overrides).resolve()
+    if config.distill.teacher:  # a mistake shows before a run folder is made
+        read_config(Path(config.distill.teacher))
     with locked(config.run_dir):
         train(config, shlex.join(["python", *sys.argv]))
 

@@ -420,6 +420,8 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert error.startswith("error: ")
     with pytest.raises(UserError, match=message):
         raise UserError(error)
+    if "no such model folder" in message:
+        assert not (tmp_path / "tiny").exists(), "no run folder is left behind"
 
 
 def test_packed_folders_do_not_train(run: Run, pretrained: Path, tmp_path: Path) -> None:
