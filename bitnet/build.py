@@ -15,7 +15,7 @@ from torch import Tensor
 from bitnet.config import Config
 from bitnet.export.folder import load, read_config
 from bitnet.linear import BitLinear
-from bitnet.model import Transformer
+from bitnet.model import Transformer, as_transformer
 from bitnet.qat.adapters import add_adapters
 from bitnet.qat.prepare import bitlinear_twin, prepare
 from bitnet.qat.recipe import Recipe
@@ -78,8 +78,8 @@ def as_saved(model: Transformer, quant: Recipe) -> tuple[Transformer, Recipe]:
     names = {f"layers.{i}.{name}" for i in range(config.n_layers) for name in config.matrices()}
     if names != {name for name, module in twin.named_modules() if isinstance(module, BitLinear)}:
         return model, quant
-    assert isinstance(twin, Transformer)
-    twin.config = dataclasses.replace(
+    saved = as_transformer(twin)
+    saved.config = dataclasses.replace(
         config,
         linear="ternary",
         granularity=quant.granularity,
@@ -87,4 +87,4 @@ def as_saved(model: Transformer, quant: Recipe) -> tuple[Transformer, Recipe]:
         grad_mask=quant.gradient,
         grad_mask_c=quant.gradient_c,
     )
-    return twin, Recipe()
+    return saved, Recipe()

@@ -32,7 +32,7 @@ from bitnet.evaluate import compressor_baselines, evaluate_text, evaluate_window
 from bitnet.export.folder import CONFIG, load, read_config, save_model, sizes
 from bitnet.export.proof import prove
 from bitnet.linear import BitLinear, Kernel, pack
-from bitnet.model import Transformer
+from bitnet.model import Transformer, as_transformer
 from bitnet.prepare import prepare
 from bitnet.qat.prepare import convert
 from bitnet.schema import UserError
@@ -242,12 +242,6 @@ def pack_command(
             console.print(f"DIFFERS: {difference}")
         raise typer.Exit(1)
     console.print("proof: all equal, bit for bit")
-
-
-def as_transformer(module: torch.nn.Module) -> Transformer:
-    """What packing a Transformer returns, to the type checker."""
-    assert isinstance(module, Transformer)
-    return module
 
 
 @app.command("generate")

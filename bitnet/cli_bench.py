@@ -51,18 +51,23 @@ ESTIMATES = "kernels_estimate.csv"
 """Beside the measured file: machines without a GPU would each have these rows."""
 
 
+Shapes = Annotated[
+    list[str] | None, typer.Option(help="N x K of a matrix, such as 4096x14336; repeatable.")
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(help=f"The matrices of a model: {', '.join(MODELS)}; repeatable."),
+]
+Tokens = Annotated[
+    list[int] | None, typer.Option(help="Tokens; repeatable.", min=1, max=MAX_TOKENS)
+]
+
+
 @app.command("kernels")
 def kernels_command(
-    shape: Annotated[
-        list[str] | None, typer.Option(help="N x K of a matrix, such as 4096x14336; repeatable.")
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help=f"The matrices of a model: {', '.join(MODELS)}; repeatable."),
-    ] = None,
-    m: Annotated[
-        list[int] | None, typer.Option(help="Tokens; repeatable.", min=1, max=MAX_TOKENS)
-    ] = None,
+    shape: Shapes = None,
+    model: Models = None,
+    m: Tokens = None,
     kernel: Annotated[
         list[str] | None,
         typer.Option(help="A kernel, family or package: auto, addsub, dot, ...; repeatable."),
@@ -292,16 +297,9 @@ def _estimate(console: Console, path: Path, archs: tuple[str, ...], choice: Choi
 
 @app.command("tune")
 def tune_command(
-    shape: Annotated[
-        list[str] | None, typer.Option(help="N x K of a matrix, such as 4096x14336; repeatable.")
-    ] = None,
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help=f"The matrices of a model: {', '.join(MODELS)}; repeatable."),
-    ] = None,
-    m: Annotated[
-        list[int] | None, typer.Option(help="Tokens; repeatable.", min=1, max=MAX_TOKENS)
-    ] = None,
+    shape: Shapes = None,
+    model: Models = None,
+    m: Tokens = None,
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
 ) -> None:
     """Find the fastest kernel and configuration for shapes on this GPU, and use them from then on.

@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import Tensor
 
-from bitnet import cli, cli_bench
+from bitnet import cli_bench
 from bitnet_kernels.bench import contenders as contending
 from bitnet_kernels.bench import estimate, machine, report, rows, run, timing
 from bitnet_kernels.bench.rows import Row
@@ -22,19 +23,9 @@ Bitnet = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def bitnet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bitnet:
-    """Runs a command line in this process; returns exit code, stdout and stderr."""
-
-    def call(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bitnet", "bench", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
+def bitnet(bitnet: Bitnet) -> Bitnet:
+    """Runs ``bitnet bench ...``; returns exit code, stdout and stderr."""
+    return partial(bitnet, "bench")
 
 
 def wrong_by_one(at: str, calls_until_wrong: int = 0) -> Callable[..., Tensor]:

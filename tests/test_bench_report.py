@@ -5,12 +5,12 @@ import dataclasses
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bitnet import cli
 from bitnet_kernels.bench import report, rows
 from bitnet_kernels.bench.rows import Row
 
@@ -120,19 +120,9 @@ Bitnet = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def bitnet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bitnet:
-    """Runs a command line in this process; returns exit code, stdout and stderr."""
-
-    def call(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bitnet", "bench", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return call
+def bitnet(bitnet: Bitnet) -> Bitnet:
+    """Runs ``bitnet bench ...``; returns exit code, stdout and stderr."""
+    return partial(bitnet, "bench")
 
 
 def figures() -> list[Row]:

@@ -1,7 +1,6 @@
 """The bitnet command, called as from a shell: what it prints, and how mistakes end."""
 
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,22 +15,6 @@ from bitnet.tokenizer import train_tokenizer
 
 Bitnet = Callable[..., tuple[int, str, str]]
 TEXT = "\n\n".join(f"def f{i}(x):\n    return x + {i}  # naïve ☃" for i in range(400))
-
-
-@pytest.fixture
-def bitnet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bitnet:
-    """Runs a command line in this process; returns exit code, stdout and stderr."""
-
-    def run(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bitnet", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from bitnet import cli
 from bitnet.cli_convert import calibration_windows, load_source
 from bitnet.evaluate import evaluate_text
 from bitnet.export.folder import load, read_config, save_model
@@ -27,22 +25,6 @@ from bitnet.tokenizer_json import JsonTokenizer
 
 Bitnet = Callable[..., tuple[int, str, str]]
 TEXT = "\n\n".join(f"def f{i}(x):\n    return x + {i}  # naïve ☃" for i in range(60))
-
-
-@pytest.fixture
-def bitnet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Bitnet:
-    """Runs a command line in this process; returns exit code, stdout and stderr."""
-
-    def run(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bitnet", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import csv
 import math
 import re
-import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bitnet import cli, cli_ptq
+from bitnet import cli_ptq
 from bitnet.cli_ptq import Row, grown, matrix_bytes, recipe_of, text_windows, verdicts
 from bitnet.config import DataConfig
 from bitnet.data import TokenDataset, sequential_windows
@@ -32,19 +32,9 @@ SPAN = 32
 
 
 @pytest.fixture
-def ptq(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ptq:
-    """Runs ``bitnet ptq ...`` in this process; returns exit code, stdout and stderr."""
-
-    def run(*args: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bitnet", "ptq", *map(str, args)])
-        monkeypatch.setenv("COLUMNS", "160")
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(caught.value.code or 0), out, err
-
-    return run
+def ptq(bitnet: Ptq) -> Ptq:
+    """Runs ``bitnet ptq ...``; returns exit code, stdout and stderr."""
+    return partial(bitnet, "ptq")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """True integer layers: packed codes, scales, and the arithmetic of a microcontroller.
 
     layer = IntLinear.from_qat(qat_layer)                       after QAT
-    layer = IntLinear.from_codes(codes, scale, None, bias, recipe)     after GPTQ, AWQ, ...
+    layer = integer_layer(qat_layer, codes, scale, zero_point)  with codes of GPTQ, AWQ, ...
 
 An integer layer holds no float weights. Its outputs equal those of the QAT layer in eval mode to
 the last bit, since both call the same product on the same codes (product.py). Codes are packed bit

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.linear import RMSNorm
-from bitnet.model import Block, Transformer, rotary
+from bitnet.model import Block, Transformer, as_transformer, rotary
 from bitnet.qat.integer import integer_layer
 from bitnet.qat.layers import QATLayer, QATLinear
 from bitnet.qat.prepare import calibrate, convert, prepare
@@ -51,13 +51,13 @@ def round_to_nearest(
         ValueError: as :func:`check_model`; no calibration where the activations need one.
     """
     check_model(model)
-    work = _as_transformer(prepare(copy.deepcopy(model), recipe))
+    work = as_transformer(prepare(copy.deepcopy(model), recipe))
     if recipe.activations == "static":
         if calibration is None:
             raise ValueError("calibration: static activations need some")
         check_calibration(model, calibration)
         calibrate(work, calibration.split(max(1, _TOKENS_AT_ONCE // calibration.shape[1])))
-    return _as_transformer(convert(work)).eval()
+    return as_transformer(convert(work)).eval()
 
 
 def check_model(model: Transformer) -> None:
@@ -285,7 +285,7 @@ def layer_by_layer(
     """
     check_model(model)
     walk = Walk(model, calibration)
-    work = _as_transformer(prepare(copy.deepcopy(model), recipe)).eval()
+    work = as_transformer(prepare(copy.deepcopy(model), recipe)).eval()
     for name, module in work.named_modules():
         if isinstance(module, QATLayer):
             if not (isinstance(module, QATLinear) and name.startswith("layers.")):
@@ -305,8 +305,3 @@ def layer_by_layer(
         if on_layer is not None:
             on_layer(done, len(work.layers))
     return work
-
-
-def _as_transformer(module: nn.Module) -> Transformer:
-    assert isinstance(module, Transformer)
-    return module

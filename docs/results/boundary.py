@@ -35,7 +35,8 @@ from bitnet.data import Loader, TokenDataset, sequential_windows
 from bitnet.durable import write_atomic
 from bitnet.evaluate import EvalResult, evaluate_windows
 from bitnet.export.folder import load_model
-from bitnet.model import Transformer
+from bitnet.linear import pack
+from bitnet.model import Transformer, as_transformer
 from bitnet.prepare import prepare
 from bitnet.qat.awq import awq
 from bitnet.qat.gptq import gptq
@@ -196,12 +197,7 @@ def run(study: Study) -> None:
 
 def integers(model: Transformer) -> Transformer:
     """What ``bitnet pack`` would write."""
-    from bitnet.linear import pack
-
-    ternary = model.config.linear == "ternary"
-    converted = pack(model) if ternary else convert(model)
-    assert isinstance(converted, Transformer)
-    return converted
+    return as_transformer(pack(model) if model.config.linear == "ternary" else convert(model))
 
 
 def extra_steps(config: Config) -> list[str]:
