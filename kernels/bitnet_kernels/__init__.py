@@ -6,6 +6,7 @@ kernel's file when that kernel first runs. It depends on torch alone and never o
 
 from bitnet_kernels.dispatch import KERNELS
 from bitnet_kernels.ops import quantized_linear, ternary_linear, ternary_matmul
+from bitnet_kernels.ops_decode import decode_attention, rope_append
 from bitnet_kernels.ops_quant import (
     absmean_ternary,
     add_rmsnorm_quant,
@@ -13,6 +14,7 @@ from bitnet_kernels.ops_quant import (
     relu2_mul_rmsnorm_quant,
     rmsnorm_quant,
 )
+from bitnet_kernels.ops_train import int8_linear, int8_matmul
 from bitnet_kernels.packing import (
     bit_planes,
     pack_base3,
@@ -26,12 +28,16 @@ __all__ = [
     "absmean_ternary",
     "add_rmsnorm_quant",
     "bit_planes",
+    "decode_attention",
+    "int8_linear",
+    "int8_matmul",
     "pack_base3",
     "pack_ternary",
     "quant",
     "quantized_linear",
     "relu2_mul_rmsnorm_quant",
     "rmsnorm_quant",
+    "rope_append",
     "ternary_linear",
     "ternary_matmul",
     "unpack_base3",

@@ -168,10 +168,10 @@ def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
 
 
-def _check_scale(scale: Tensor, n: int, more: str = "") -> None:
-    _check_dtype("scale", scale, torch.float32)
+def _check_scale(scale: Tensor, n: int, more: str = "", name: str = "scale") -> None:
+    _check_dtype(name, scale, torch.float32)
     if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != n):
-        raise ValueError(f"scale: expected shape [] or [{n}]{more}, got {list(scale.shape)}")
+        raise ValueError(f"{name}: expected shape [] or [{n}]{more}, got {list(scale.shape)}")
 
 
 def _check_out_dtype(out_dtype: torch.dtype | None) -> None:

@@ -8,6 +8,8 @@ M tokens, K in_features, N out_features. The one contract (BitNet b1.58, arXiv 2
 Because ``acc`` is exact, training, packed inference and every kernel agree on it bit for bit.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -16,8 +18,10 @@ from bitnet_kernels.packing import codes_of
 
 EPS = 1e-5
 """Lower clamp of the statistic (max|x| or mean|W|), not of the scale."""
-_FP32_EXACT_K = 2**24 // 128
+_TERNARY_EXACT_K = 2**24 // 128
 """fp32 sums of |x_q * code| <= 128 are exact integers up to 2^24: up to this K."""
+_INT8_EXACT_K = 2**24 // 128**2
+"""The same of products of any two int8 values."""
 
 
 def absmax_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,13 +36,13 @@ def absmax_int8(x: Tensor) -> tuple[Tensor, Tensor]:
         codes int8 ``[..., K]`` and scale fp32 ``[...]``; ``codes * scale[..., None]`` is about x.
     """
     x = x.float()
-    absmax = x.abs().amax(-1)
+    absmax = torch.maximum(x.amax(-1), -x.amin(-1))  # half the time of |x| and its maximum
     # A tensor, not a number: on CUDA torch divides by a number by multiplying with its reciprocal,
     # which rounds differently.
     scale = absmax.clamp(min=EPS) / absmax.new_full((), 127.0)
     scale = torch.where(absmax.isfinite(), scale, torch.nan)
-    codes = (x / scale.unsqueeze(-1)).round().clamp(-128, 127)
-    return codes.nan_to_num(0.0).to(torch.int8), scale
+    codes = (x / scale.unsqueeze(-1)).round_().nan_to_num_(0.0)  # within +-127: x / s rounds once
+    return codes.to(torch.int8), scale
 
 
 def quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +74,31 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
         a = pad(a, (0, k_pad, 0, max(0, 17 - m)))
         b = pad(b, (0, k_pad, 0, -n % 8))
         return torch._int_mm(a, b.t())[:m, :n]
-    return _fp32_matmul(a, b)
+    return _fp32_matmul(a, b, _TERNARY_EXACT_K)
+
+
+def any_int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Exact ``a @ b.T`` of any values: int8 ``[M, K]`` and ``[N, K]``, K < 2^17 so that int32 holds
+    every sum of products up to 128^2, -> int32 ``[M, N]``.
+
+    As :func:`int8_matmul` on CUDA, and on a CPU where oneDNN adds products in int32; elsewhere an
+    fp32 product in slices of K.
+    """
+    kind = a.device.type
+    if kind == "cuda" or (kind == "cpu" and _int_mm_takes_any_int8()):
+        return int8_matmul(a, b)
+    return _fp32_matmul(a, b, _INT8_EXACT_K)
+
+
+@cache
+def _int_mm_takes_any_int8() -> bool:
+    """Whether ``torch._int_mm`` on this CPU is exact for any int8 values: where it has the VNNI
+    instructions, and oneDNN uses them (ONEDNN_MAX_CPU_ISA may forbid it), which a product whose
+    pairs overflow int16 tells."""
+    if not torch.cpu._is_vnni_supported():
+        return False
+    a = torch.tensor([[127], [-128]], dtype=torch.int8, device="cpu").repeat(32, 256)
+    return torch.equal(torch._int_mm(a, a.t()), _fp32_matmul(a, a, _INT8_EXACT_K))
 
 
 def _row_major(matrix: Tensor) -> Tensor:
@@ -81,10 +109,12 @@ def _row_major(matrix: Tensor) -> Tensor:
     return matrix.new_empty(matrix.shape).copy_(matrix)
 
 
-def _fp32_matmul(a: Tensor, b: Tensor) -> Tensor:
+def _fp32_matmul(a: Tensor, b: Tensor, exact_k: int) -> Tensor:
+    """In slices of ``exact_k`` columns, out of autocast: its dtypes cannot hold the sums."""
     acc = a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.int32)
-    for a_k, b_k in zip(a.split(_FP32_EXACT_K, 1), b.split(_FP32_EXACT_K, 1), strict=True):
-        acc += (a_k.float() @ b_k.float().t()).to(torch.int32)
+    with torch.autocast(a.device.type, enabled=False):
+        for a_k, b_k in zip(a.split(exact_k, 1), b.split(exact_k, 1), strict=True):
+            acc += (a_k.float() @ b_k.float().t()).to(torch.int32)
     return acc
 
 
@@ -97,9 +127,17 @@ def rescale(
         acc: int32 ``[M, N]``; s_x: fp32 ``[M]``; gamma: fp32 ``[]`` or ``[N]``;
         bias: ``[N]`` or None, added after the rescale and never scaled.
     """
-    y = acc.float() * s_x.unsqueeze(-1) * gamma
+    return _rescaled(acc.float(), s_x, gamma, bias, dtype)
+
+
+def _rescaled(
+    y: Tensor, s_x: Tensor, gamma: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """:func:`rescale` of accumulators that are fp32 already, in place."""
+    y *= s_x.unsqueeze(-1)
+    y *= gamma
     if bias is not None:
-        y = y + bias.float()
+        y += bias.float()
     return y.to(dtype)
 
 
@@ -123,12 +161,17 @@ def scaled_matmul(
         ``dtype`` ``[M, N]``.
     """
     if gamma.dim() < 2:
-        return rescale(int8_matmul(x_q, codes), s_x, gamma, bias, dtype)
+        acc = int8_matmul(x_q, codes)
+        # The outputs take the memory of the accumulators, element for element: on a CPU half of the
+        # time went into touching new memory.
+        return _rescaled(acc.view(torch.float32).copy_(acc), s_x, gamma, bias, dtype)
     y = torch.zeros(x_q.shape[0], codes.shape[0], device=x_q.device)
     groups = zip(x_q.split(group_size, 1), codes.split(group_size, 1), gamma.unbind(1), strict=True)
     for x_g, codes_g, gamma_g in groups:
-        y = y + rescale(int8_matmul(x_g, codes_g), s_x, gamma_g, None, torch.float32)
-    return (y if bias is None else y + bias.float()).to(dtype)
+        y += rescale(int8_matmul(x_g, codes_g), s_x, gamma_g, None, torch.float32)
+    if bias is not None:
+        y += bias.float()
+    return y.to(dtype)
 
 
 def ternary_matmul(x_q: Tensor, packed: Tensor) -> Tensor:

@@ -1,0 +1,181 @@
+"""The matmul of training: int8 codes by int8 codes on tensor cores, the rescale in its epilogue.
+
+Training has thousands of tokens and a weight that changes at every step, so nothing is packed: both
+operands are plain int8 with K along their rows, as tensor cores want them. The tokens are the left
+operand, so that the accumulators' columns run along the outputs' rows and go out in stores of 16
+bytes. The int32 sums never reach memory: to write and read them would move as many bytes as the
+outputs four times over.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bitnet_kernels.dispatch import Config, key_of, shared_limit
+from bitnet_kernels.gpu.common import Rescale, Spec, aligned, program
+from bitnet_kernels.gpu.exact import narrow, widen
+
+_ALIGNMENT = 16
+"""Bytes of a load: rows are padded to a multiple of it."""
+_L2_BYTES = 32
+"""What an SM gets from L2 in a clock, roughly, on any of these GPUs."""
+CONFIGS = {
+    90: (
+        Config(128, 256, 128, 1, 8, 4),
+        Config(128, 128, 128, 1, 8, 3),  # two programs fit an SM: one computes while one waits
+        Config(64, 128, 128, 1, 4, 4),
+    ),
+    80: (Config(128, 128, 128, 1, 8, 4), Config(64, 128, 128, 1, 4, 4)),  # 128 x 256 spills
+    89: (Config(128, 128, 128, 1, 8, 3), Config(64, 128, 128, 1, 4, 3)),
+}
+"""How the product may be cut up, by the compute capability whose shared memory it fits, the largest
+first. For N a multiple of 16 all compile to int8 tensor-core instructions and spill no register.
+
+Triton 3.9 waits for an integer product before it starts the next one (it does not for fp8), so an
+H100 idles between the steps of a lone program; a step of 128 columns keeps that short."""
+_MACS = {90: 4096, 80: 2048, 89: 1024}
+"""Multiply-accumulates of int8 a clock and SM, from the vendor's data sheets."""
+
+
+@triton.jit
+def int8_gemm_kernel(
+    x_ptr: tl.tensor,
+    w_ptr: tl.tensor,
+    y_ptr: tl.tensor,
+    s_ptr: tl.tensor,
+    gamma_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    M: tl.tensor,
+    N: tl.tensor,
+    K: tl.tensor,
+    GAMMA_PER_ROW: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """One tile of x int8 ``[M, K]`` times w int8 ``[N, K]``, rescaled in the order of
+    :func:`bitnet_kernels.reference.rescale`; with ``s_ptr`` None the int32 sums themselves.
+    ``EVEN_K``: K is a multiple of BLOCK_K, so loads need no mask."""
+    _, row, col, _ = program(M, N, BLOCK_M, BLOCK_N, 1)
+    rows = row + tl.arange(0, BLOCK_M)
+    cols = col + tl.arange(0, BLOCK_N)
+    lanes = tl.arange(0, BLOCK_K)
+    # Rows and columns past the end repeat the last one, and are not stored.
+    x_ptrs = x_ptr + tl.minimum(rows, M - 1)[:, None] * K + lanes[None, :]
+    w_ptrs = w_ptr + tl.minimum(cols, N - 1)[None, :] * K + lanes[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for start in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x = tl.load(x_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            x = tl.load(x_ptrs, (start + lanes < K)[None, :], other=0)
+            w = tl.load(w_ptrs, (start + lanes < K)[:, None], other=0)
+        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+
+    y_ptrs = y_ptr + rows[:, None] * N + cols[None, :]
+    mask = (rows < M)[:, None] & (cols < N)[None, :]
+    if s_ptr is None:
+        tl.store(y_ptrs, acc, mask)
+    else:
+        y = acc.to(tl.float32) * tl.load(s_ptr + rows, rows < M, other=0.0)[:, None]
+        if GAMMA_PER_ROW:
+            y = y * tl.load(gamma_ptr + cols, cols < N, other=0.0)[None, :]
+        else:
+            y = y * tl.load(gamma_ptr)
+        if bias_ptr is not None:
+            y = y + widen(tl.load(bias_ptr + cols, cols < N, other=0.0)).to(tl.float32)[None, :]
+        tl.store(y_ptrs, narrow(y, y_ptr.dtype.element_ty), mask)
+
+
+def int8_gemm(config: Config, x: Tensor, w: Tensor, rescale: Rescale | None = None) -> Tensor:
+    """Exact ``x @ w.T`` of any int8 values: ``[M, K]`` and ``[N, K]``, K >= 1 -> ``[M, N]``, int32
+    sums, or with ``rescale`` outputs of its dtype."""
+    (m, k), n = x.shape, w.shape[0]
+    if padding := -k % _ALIGNMENT:
+        x, w, k = pad(x, (0, padding)), pad(w, (0, padding)), k + padding
+    s_x, gamma, bias, dtype = rescale or (None, None, None, torch.int32)
+    y = x.new_empty((m, n), dtype=dtype)
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    if tiles:
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            int8_gemm_kernel[(tiles,)](
+                aligned(x),
+                aligned(w),
+                y,
+                None if s_x is None else s_x.contiguous(),
+                None if gamma is None else gamma.contiguous(),
+                None if bias is None else bias.contiguous(),
+                m,
+                n,
+                k,
+                GAMMA_PER_ROW=gamma is not None and gamma.dim() == 1,
+                EVEN_K=k % config.block_k == 0,
+                BLOCK_M=config.block_m,
+                BLOCK_N=config.block_n,
+                BLOCK_K=config.block_k,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                enable_fp_fusion=False,  # an FMA would skip a rounding that the reference makes
+            )
+    return y
+
+
+def plan(m: int, n: int, device: torch.device) -> Config:
+    """How a product of M tokens and N outputs is cut up on a GPU."""
+    properties = torch.cuda.get_device_properties(device)
+    return cut(m, n, key_of(device)[0], properties.multi_processor_count)
+
+
+@lru_cache(maxsize=65536)
+def cut(m: int, n: int, capability: int, n_sms: int) -> Config:
+    """The configuration that takes the fewest clocks by a static model: programs run in waves of
+    one an SM, and a program takes as long as its multiply-accumulates or its loads from L2,
+    whichever is longer. Large tiles load less, small ones leave fewer SMs idle."""
+    fitting = next(one for one in CONFIGS if shared_limit(one) <= shared_limit(capability))
+
+    def clocks(config: Config) -> float:
+        waves = -(-(-(-m // config.block_m) * -(-n // config.block_n)) // n_sms)
+        macs, loads = config.block_m * config.block_n, config.block_m + config.block_n
+        return waves * max(macs / _MACS[fitting], loads / _L2_BYTES)
+
+    return min(CONFIGS[fitting], key=clocks)
+
+
+def spec(config: Config, outputs: str = "*bf16") -> Spec:
+    """A configuration compiled ahead of time, for K a multiple of its step: outputs with one gamma
+    a tensor and no bias, or int32 sums (``outputs`` ``"*i32"``)."""
+    types = {"x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": outputs}
+    constants: dict[str, Any] = {"bias_ptr": None, "GAMMA_PER_ROW": False, "EVEN_K": True}
+    scales = ("s_ptr", "gamma_ptr")
+    if outputs == "*i32":
+        constants |= dict.fromkeys(scales)
+    else:
+        types |= dict.fromkeys(scales, "*fp32")
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    kind = "matmul" if outputs == "*i32" else "linear"
+    return Spec(
+        name=f"int8_{kind} {config.block_m}x{config.block_n}",
+        family="dot",
+        kernel=int8_gemm_kernel,
+        types=types,
+        constants=constants,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        tokens=0,
+        weights=0,  # none that are packed
+        aligned=(*types, "N", "K"),
+    )
+
+
+def specs() -> list[Spec]:
+    """Each tile, and the int32 sums of one; those that an A100 takes compile for any GPU."""
+    return [*(spec(config) for config in CONFIGS[80]), spec(CONFIGS[80][0], "*i32")]
