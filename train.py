@@ -9,9 +9,10 @@ checkpoint, as if it had never stopped: data, schedules and dropout-free model a
 (seed, step), so the optimizer's state, the weights (learned scales, observers and adapters among
 them) and the balance of a distillation are all there is to restore.
 
-A step, in order: set how far it is quantized ([qat]); forward and backward over the micro-batches;
-skip if not finite; clip; update; then readings, evaluation, the line in metrics.jsonl, and last the
-checkpoint, so that what is in a checkpoint is always in the metrics too.
+A step, in order: set how far it is quantized ([qat]); quantize the weights, once; forward and
+backward over the micro-batches; skip if not finite; clip; update; then readings, evaluation, the
+line in metrics.jsonl, and last the checkpoint, so that what is in a checkpoint is always in the
+metrics too.
 """
 
 import math
@@ -40,6 +41,8 @@ from bitnet.durable import sha256, write_atomic
 from bitnet.evaluate import EvalResult, evaluate_windows
 from bitnet.export.folder import read_config, save_model
 from bitnet.generate import encode_prompt, generate
+from bitnet.linear import weights_quantized
+from bitnet.loss import next_token_loss
 from bitnet.metrics import Console, MetricsFile, Tracker
 from bitnet.model import Transformer
 from bitnet.optim import build_optimizer, clip_gradients, learning_rate_factor, weight_decay_at
@@ -94,7 +97,9 @@ def train(config: Config, command: str) -> None:
     torch.manual_seed(config.run.seed)
     model = build_model(config, tokenizer.hash, fresh=saved is None)
     model.to(device)
-    forward = torch.compile(model) if config.train.compile else model
+    loss_of = next_token_loss
+    if config.train.compile:  # forward and loss are one graph
+        loss_of = torch.compile(next_token_loss, fullgraph=True)
     optimizers = build_optimizer(model, config.optim)
     telemetry = Telemetry(model)
     distiller, teacher_hash = None, ""
@@ -211,14 +216,21 @@ def train(config: Config, command: str) -> None:
                 )
             )
             loss_sum = torch.zeros((), device=device)
-            for i, (inputs_BT, targets_BT) in enumerate(micro_batches):
-                with autocast:
-                    logits_BTV = forward(inputs_BT)
-                loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
-                loss_sum += loss.detach() / len(micro_batches)
-                if distiller is not None:
-                    loss = loss + distiller.loss(inputs_BT, logits_BTV, loss, step, first=i == 0)
-                (loss / len(micro_batches)).backward()
+            with weights_quantized(model):  # once, for all of them
+                for i, (inputs_BT, targets_BT) in enumerate(micro_batches):
+                    if distiller is None:
+                        with autocast:
+                            loss = total = loss_of(model, inputs_BT, targets_BT)
+                    else:  # a teacher's lesson is about logits
+                        with autocast:
+                            logits_BTV = model(inputs_BT)
+                        loss = F.cross_entropy(
+                            logits_BTV.flatten(0, 1).float(), targets_BT.flatten()
+                        )
+                        lesson = distiller.loss(inputs_BT, logits_BTV, loss, step, first=i == 0)
+                        total = loss + lesson
+                    loss_sum += loss.detach() / len(micro_batches)
+                    (total / len(micro_batches)).backward()
 
             grad_norm = float(clip_gradients(model.parameters(), config.optim.grad_clip))
             train_loss = float(loss_sum)

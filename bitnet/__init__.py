@@ -4,7 +4,15 @@ from bitnet import BitLinear, replace_linear, pack, load
 """
 
 from bitnet.export.folder import load
-from bitnet.linear import BitLinear, TernaryLinear, pack, replace_linear
+from bitnet.linear import BitLinear, TernaryLinear, pack, replace_linear, weights_quantized
 from bitnet.model import Transformer
 
-__all__ = ["BitLinear", "TernaryLinear", "Transformer", "load", "pack", "replace_linear"]
+__all__ = [
+    "BitLinear",
+    "TernaryLinear",
+    "Transformer",
+    "load",
+    "pack",
+    "replace_linear",
+    "weights_quantized",
+]

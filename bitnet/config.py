@@ -39,6 +39,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
 import tomli_w
+import torch
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -57,6 +58,7 @@ from bitnet.schema import STRICT, UserError
 from bitnet.tokenizer_json import load_tokenizer
 
 Count = Annotated[int, Field(ge=0)]
+_Files = list[tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -86,7 +88,7 @@ class TrainConfig:
     batch_tokens: Count = 0
     """Tokens an optimizer step. 0: from the parameters; see the head of bitnet/config.py."""
     micro_batch: Count = 0
-    """Sequences a forward; the rest of the batch is accumulated. 0: about 8,192 tokens."""
+    """Sequences a forward; the rest is accumulated. 0: about 8,192 tokens, 2,048 on a CPU."""
     tokens: Count = 0
     """Tokens in the run. 0: 20 a parameter."""
     steps: Count = 0
@@ -130,9 +132,8 @@ class Config:
             raise UserError(
                 f"run.name = {self.run.name!r}: expected a name, not a path; see run.dir"
             )
-        if not self.train.init_from:
-            return self._resolve()
-        return _from_folder(self, Path(self.train.init_from))._resolve()
+        folder = self.train.init_from
+        return (_from_folder(self, Path(folder)) if folder else self)._resolve()
 
     def _resolve(self) -> "Config":
         vocab_size = self.data.vocab_size
@@ -161,15 +162,14 @@ class Config:
 
     def _resolve_train(self, n_parameters: int) -> TrainConfig:
         train, seq_len = self.train, self.data.seq_len
-        batch = train.batch_tokens or default_batch_tokens(n_parameters)
-        micro = train.micro_batch or max(1, min(8192, batch) // seq_len)
-        if train.batch_tokens and batch % (micro * seq_len):
-            near = max(1, round(batch / (micro * seq_len))) * micro * seq_len
+        asked = train.batch_tokens or default_batch_tokens(n_parameters)
+        micro = train.micro_batch or max(1, min(8192, asked) // seq_len)
+        batch = max(1, round(asked / (micro * seq_len))) * micro * seq_len
+        if train.batch_tokens and batch != asked:
             raise UserError(
-                f"train.batch_tokens = {batch} is not a multiple of train.micro_batch * "
-                f"data.seq_len = {micro} * {seq_len}; the nearest that is: {near}"
+                f"train.batch_tokens = {asked} is not a multiple of train.micro_batch * "
+                f"data.seq_len = {micro} * {seq_len}; the nearest that is: {batch}"
             )
-        batch = max(1, round(batch / (micro * seq_len))) * micro * seq_len
         tokens = train.tokens or (train.steps or math.ceil(20 * n_parameters / batch)) * batch
         steps = train.steps or math.ceil(tokens / batch)
         if math.ceil(tokens / batch) != steps:
@@ -177,6 +177,9 @@ class Config:
                 f"train.tokens = {tokens} and train.steps = {steps} disagree at {batch} tokens a "
                 "step; set one of them and leave the other 0"
             )
+        cpu = train.device == "cpu" or (train.device == "auto" and not torch.cuda.is_available())
+        if cpu and not train.micro_batch:  # a part of it, so that no device changes the batch
+            micro = math.gcd(micro, max(1, 2048 // seq_len))
         return dataclasses.replace(
             train, batch_tokens=batch, micro_batch=micro, tokens=tokens, steps=steps
         )
@@ -352,7 +355,7 @@ def describe() -> Iterator[tuple[str, str, object, str]]:
             yield section.name, key, default, " ".join((info.description or "").split())
 
 
-def _read_toml(path: Path, extending: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+def _read_toml(path: Path, extending: tuple[Path, ...] = ()) -> _Files:
     """The file's tables, those it extends first."""
     if not path.is_file():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
@@ -371,9 +374,7 @@ def _read_toml(path: Path, extending: tuple[Path, ...] = ()) -> list[tuple[str, 
     return [*_read_toml(path.parent / base, extending), (str(path), values)]
 
 
-def _merge(
-    values: dict[str, Any], origins: dict[str, str], files: list[tuple[str, dict[str, Any]]]
-) -> None:
+def _merge(values: dict[str, Any], origins: dict[str, str], files: _Files) -> None:
     for origin, tables in files:
         for section, table in tables.items():
             if not isinstance(table, dict):
@@ -417,11 +418,10 @@ def _unknown(origin: str, name: str, problem: str, valid: Sequence[str] | dict[s
 def _validate(values: dict[str, Any], origins: dict[str, str]) -> Config:
     """Build the config; turn the first of pydantic's errors into one line."""
     sections = _sections()
-    for section in values:
-        if section not in sections:
-            _unknown(origins[section], section, "is no section; sections are", sections)
     built: dict[str, Any] = {}
     for section, table in values.items():
+        if section not in sections:
+            _unknown(origins[section], section, "is no section; sections are", sections)
         try:
             built[section] = sections[section](**table)
         except ValidationError as error:

@@ -28,6 +28,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitnet.linear import weights_quantized
 from bitnet.model import Transformer
 from bitnet.schema import STRICT, UserError
 from bitnet.tokenizer import Tokenizer
@@ -154,13 +155,16 @@ def compressor_baselines(text: bytes) -> dict[str, float]:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; afterwards each module's own mode is back.
 
+    The weights of BitLinears are quantized once, on entry (:func:`bitnet.linear.weights_quantized`,
+    with its RuntimeError where they change inside).
+
     Not ``torch.inference_mode``: a tensor that a module keeps from a forward inside it could not
     be used in training afterwards.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), weights_quantized(model):
             yield
     finally:
         for module, mode in modes:

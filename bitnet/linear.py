@@ -1,16 +1,15 @@
-"""BitLinear for training, TernaryLinear for inference, and what puts them into a model.
+"""TernaryLinear for inference, and what puts it and BitLinear into a model.
 
     layer = BitLinear(512, 2048)     # nn.Linear's arguments; latent fp32 weights, ternary maths
     model = replace_linear(model)    # every nn.Linear of any model -> BitLinear
     ...train...
     model = pack(model)              # every BitLinear -> TernaryLinear, 2 bits a weight
 
-A BitLinear *is* an nn.Linear whose forward quantizes: its state dict has the same names, so a
-checkpoint moves between the two. A TernaryLinear has no latent weights; it holds packed codes and
-an fp32 scale and gives the same outputs to the last bit, since both add the same integers.
+BitLinear stands in :mod:`bitnet.bitlinear`. A TernaryLinear has no latent weights; it holds packed
+codes and an fp32 scale and gives the same outputs to the last bit, since both add the same
+integers.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -18,108 +17,38 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-from bitnet.quant import (
-    GradMask,
-    Granularity,
-    absmean_ternary,
-    output_dtype,
-    ternary_linear_ste,
+from bitnet.bitlinear import (
+    BitLinear,
+    RMSNorm,
+    check_options,
+    computed_parameter,
+    shared_tokens,
+    weights_quantized,
 )
+from bitnet.quant import Granularity, output_dtype
 from bitnet_kernels import bit_planes, pack_ternary, ternary_linear, unpack_ternary
 from bitnet_kernels.packing import packed_columns
 
+__all__ = [
+    "BitLinear",
+    "Kernel",
+    "RMSNorm",
+    "TernaryLinear",
+    "check_patterns",
+    "computed_parameter",
+    "disable_fused_encoder",
+    "matches",
+    "pack",
+    "replace_linear",
+    "replace_modules",
+    "shared_tokens",
+    "weights_quantized",
+]
+
 Kernel = Literal["auto", "addsub", "dot", "reference"]
 DEFAULT_SKIP = ("lm_head",)
-
-
-class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm that computes in fp32 and returns the dtype of its input (torch's own mixes
-    dtypes, with a warning, where an autocast layer hands bf16 to an fp32 weight)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float ``[..., features]`` -> the same shape and dtype."""
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        y = nn.functional.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
-        return y.to(x.dtype)
-
-
-class BitLinear(nn.Linear):
-    """A drop-in for ``nn.Linear`` with ternary weights and int8 activations (BitNet b1.58).
-
-    The forward is exact integer arithmetic and one fp32 rescale, the backward straight-through;
-    the maths stands in :mod:`bitnet.quant`.
-
-    Arguments:
-        in_features, out_features, bias, device, dtype: as ``nn.Linear``. Keep the latent weights
-            fp32: at |w| ~ 0.02 bf16 loses updates below 6e-5. For bf16 use autocast.
-        granularity: one weight scale a ``"tensor"`` (b1.58), a ``"row"`` or a ``"group"``.
-        group_size: columns a group, for ``"group"``.
-        norm: normalize the input with a learned RMSNorm first (the placement of Microsoft's
-            "Training Tips"); its weight is ``rms_norm.weight``.
-        norm_eps: of that norm.
-        grad_mask, grad_mask_c: latent weights that receive no gradient; see
-            :func:`bitnet.quant.ternary_linear_ste`.
-    Shapes:
-        input ``[..., in_features]`` -> ``[..., out_features]``; empty batches included.
-    Raises:
-        TypeError, ValueError: an input that is not floating point or has another last dimension.
-        A NaN or infinity in a token makes that token's outputs NaN, no other's.
-    """
-
-    rms_norm: RMSNorm | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        granularity: Granularity = "tensor",
-        group_size: int = 128,
-        norm: bool = False,
-        norm_eps: float = 1e-5,
-        grad_mask: GradMask = "none",
-        grad_mask_c: float = 1.0,
-    ) -> None:
-        _check_options(in_features, out_features, granularity, group_size)
-        if grad_mask not in (masks := get_args(GradMask)):
-            raise ValueError(f"grad_mask: expected one of {', '.join(masks)}, got {grad_mask!r}")
-        if not 0 <= grad_mask_c < math.inf:
-            raise ValueError(f"grad_mask_c: expected a finite number >= 0, got {grad_mask_c}")
-        super().__init__(in_features, out_features, bias, device, dtype)
-        self.granularity: Granularity = granularity
-        self.group_size = group_size
-        self.grad_mask: GradMask = grad_mask
-        self.grad_mask_c = grad_mask_c
-        self.rms_norm = RMSNorm(in_features, norm_eps, device=device, dtype=dtype) if norm else None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """float ``[..., in_features]`` -> ``[..., out_features]``, differentiable."""
-        if self.rms_norm is not None:
-            input = self.rms_norm(input)
-        return ternary_linear_ste(
-            input,
-            self.weight,
-            self.bias,
-            self.granularity,
-            self.group_size,
-            self.grad_mask,
-            self.grad_mask_c,
-        )
-
-    @torch.no_grad()
-    def quantize(self) -> tuple[Tensor, Tensor]:
-        """The codes int8 ``[N, K]`` and the scale that the forward uses now."""
-        return absmean_ternary(self.weight, self.granularity, self.group_size)
-
-    def extra_repr(self) -> str:
-        """As ``nn.Linear``'s, with the granularity."""
-        return f"{super().extra_repr()}, granularity={self.granularity}"
 
 
 class TernaryLinear(nn.Module):
@@ -161,7 +90,7 @@ class TernaryLinear(nn.Module):
         self.granularity: Granularity = granularity
         self.group_size = group_size
         self.kernel: Kernel = kernel
-        _check_options(in_features, out_features, granularity, group_size)
+        check_options(in_features, out_features, granularity, group_size)
         if kernel not in (kernels := get_args(Kernel)):
             raise ValueError(f"kernel: expected one of {', '.join(kernels)}, got {kernel!r}")
         if granularity == "group" and kernel not in ("auto", "reference"):
@@ -279,19 +208,6 @@ class TernaryLinear(nn.Module):
         )
 
 
-def _check_options(
-    in_features: int, out_features: int, granularity: Granularity, group_size: int
-) -> None:
-    if in_features < 1 or out_features < 1:
-        raise ValueError(
-            f"in_features, out_features: expected >= 1, got {in_features}, {out_features}"
-        )
-    if granularity not in (valid := get_args(Granularity)):
-        raise ValueError(f"granularity: expected one of {', '.join(valid)}, got {granularity!r}")
-    if group_size < 1:
-        raise ValueError(f"group_size: expected >= 1, got {group_size}")
-
-
 def _constant(tensor: Tensor) -> nn.Parameter:
     """A parameter that takes no gradient: packed layers have no backward."""
     return nn.Parameter(tensor, requires_grad=False)
@@ -384,17 +300,6 @@ def replace_modules(
             if id(child) in replaced:
                 setattr(parent, child_name, replaced[id(child)])
     return model
-
-
-def computed_parameter(module: nn.Module) -> str:
-    """Which of ``weight`` and ``bias`` is no parameter of a layer but computed from others in each
-    forward, by a hook or a parametrization (weight_norm, pruning, ...); "" where neither is."""
-    for name in ("weight", "bias"):
-        if is_parametrized(module, name):
-            return name
-        if not isinstance(getattr(module, name, None), nn.Parameter | None):
-            return name
-    return ""
 
 
 def disable_fused_encoder(model: nn.Module) -> None:

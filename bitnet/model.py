@@ -29,8 +29,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitnet.linear import BitLinear, RMSNorm
-from bitnet.quant import GradMask, Granularity
+from bitnet.linear import BitLinear, RMSNorm, shared_tokens
+from bitnet.quant import GradMask, Granularity, Int8Backward
 from bitnet.schema import STRICT, UserError
 
 Count = Annotated[int, Field(ge=0, le=2**24)]
@@ -78,6 +78,9 @@ class ModelConfig:
     """Latent weights that receive no gradient: "none", "clip" or "trust" (bitnet/quant.py)."""
     grad_mask_c: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Bound of the mask in units of the scale."""
+    int8_backward: Int8Backward = "none"
+    """An approximation, for speed: gradients rounded stochastically to int8 for the product that
+    gives the gradient of each matrix's "input", or of "both" its input and its weight."""
 
     def resolve(self, vocab_size: int = 0, seq_len: int = 0) -> "ModelConfig":
         """Fill every 0 by the dial's rules and check what remains.
@@ -111,6 +114,16 @@ class ModelConfig:
             vocab_size=self.vocab_size or vocab_size,
             max_seq_len=self.max_seq_len or seq_len,
         )
+        if self.int8_backward != "none" and self.linear == "fp":
+            raise UserError(
+                f'model.int8_backward = "{self.int8_backward}" needs model.linear = "ternary"; for '
+                'the full-precision twin it is "none"'
+            )
+        if self.int8_backward != "none" and self.granularity == "group":
+            raise UserError(
+                f'model.int8_backward = "{self.int8_backward}" has no group-wise scales; set '
+                'model.granularity = "row"'
+            )
         for key in ("vocab_size", "max_seq_len"):
             if getattr(resolved, key) < 1:
                 raise UserError(f"model.{key} is not set")
@@ -180,6 +193,7 @@ def make_linear(config: ModelConfig, name: str) -> nn.Module:
             norm_eps=config.norm_eps,
             grad_mask=config.grad_mask,
             grad_mask_c=config.grad_mask_c,
+            int8_backward=config.int8_backward,
         )
     if norm:
         return NormLinear(in_features, out_features, config.norm_eps)
@@ -279,9 +293,10 @@ class Attention(nn.Module):
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None
     ) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, D]``."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        shared = shared_tokens(x_BTD, *projections)
         q, k, v = (
-            rearrange(proj(x_BTD), "b t (h e) -> b h t e", e=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(proj(shared), "b t (h e) -> b h t e", e=self.head_dim) for proj in projections
         )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -307,9 +322,10 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, D]``."""
-        gate = self.gate_proj(x_BTD)
+        shared = shared_tokens(x_BTD, self.gate_proj, self.up_proj)
+        gate = self.gate_proj(shared)
         gate = F.relu(gate).square() if self.activation == "relu2" else F.silu(gate)
-        return self.down_proj(self.ffn_sub_norm(gate * self.up_proj(x_BTD)))
+        return self.down_proj(self.ffn_sub_norm(gate * self.up_proj(shared)))
 
 
 class Block(nn.Module):
@@ -366,6 +382,11 @@ class Transformer(nn.Module):
         Raises:
             ValueError: more tokens than the context (or the cache) holds.
         """
+        return self.lm_head(self.hidden(tokens, cache))
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head turns into logits: ``[B, T, D]``, after the last norm. Arguments and
+        errors as of the forward."""
         n_tokens = tokens.shape[1]
         start, limit = (
             (0, self.config.max_seq_len) if cache is None else (cache.length, cache.max_len)
@@ -385,7 +406,7 @@ class Transformer(nn.Module):
             x_BTD = layer(x_BTD, cos, sin, cache, mask)
         if cache is not None:
             cache.length += n_tokens
-        return self.lm_head(self.norm(x_BTD))
+        return self.norm(x_BTD)
 
 
 def as_transformer(module: nn.Module) -> Transformer:

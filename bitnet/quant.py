@@ -13,22 +13,84 @@ one autograd function and not the `x + (q(x) - x).detach()` idiom, because in bf
 itself rounded and 1.8% of the weights it yields are not ternary. What it keeps for the backward
 are the int8 codes and the scales, never floats of their size.
 
+What is quantized once may serve many times, to the same bits: one input the layers that share it
+(:func:`quantize_tokens`), one weight all forwards until it changes (:func:`quantize_weight`).
+
 A scale always *multiplies* codes here. absmean is not idempotent (quantizing W_hat again shrinks
 the scale by mean|codes|), so whoever stores a quantized weight stores codes and scale.
 
 Shapes: M tokens, K in_features, N out_features, G = ceil(K / group_size) groups of columns.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+import bitnet_kernels
 from bitnet_kernels.reference import EPS, absmax_int8, scaled_matmul
 
 Granularity = Literal["tensor", "row", "group"]
 GradMask = Literal["none", "clip", "trust"]
+Int8Backward = Literal["none", "input", "both"]
+
+_ops = torch.ops.bitnet
+"""The operators of bitnet_kernels less their checks: torch.compile refuses some of what those look
+at inside of a backward."""
+_TOKENS_A_SUM = 2**16
+"""Tokens in one int32 sum of products up to 128^2, half of what int32 holds."""
+
+
+class Tokens(NamedTuple):
+    """Activations that were quantized once, for several layers; see :func:`quantize_tokens`."""
+
+    values: Tensor
+    """float ``[..., K]``: what was quantized. Gradients flow here."""
+    codes: Tensor
+    """int8 ``[..., K]``"""
+    scale: Tensor
+    """fp32 ``[...]``"""
+
+
+class TernaryWeight(NamedTuple):
+    """A weight that was quantized once, for several forwards; see :func:`quantize_weight`."""
+
+    codes: Tensor
+    """int8 ``[N, K]`` in {-1, 0, +1}"""
+    gamma: Tensor
+    """fp32 ``[]``, ``[N]`` or ``[N, G]``"""
+    transposed: Tensor | None = None
+    """int8 ``[K, N]``: the codes once more, where the backward multiplies integers"""
+
+
+def quantize_tokens(x: Tensor) -> Tokens:
+    """Absmax int8 codes of each token of a float ``[..., K]``, to be shared by the layers that take
+    the same input. Differentiable in ``values`` alone, which is x.
+
+    Raises TypeError where x is not floating point.
+    """
+    _check_float(x)
+    with torch.no_grad():
+        if x.device.type == "cuda" and not torch.compiler.is_compiling():
+            codes, scale, _ = bitnet_kernels.quant(x)  # one pass; compiled code fuses for itself
+        else:
+            codes, scale = absmax_int8(x)
+    return Tokens(x, codes, scale)
+
+
+@torch.no_grad()
+def quantize_weight(
+    weight: Tensor,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
+    int8_backward: Int8Backward = "none",
+) -> TernaryWeight:
+    """:func:`absmean_ternary` of a latent weight, without gradient, with what
+    :func:`ternary_linear_ste` wants besides for this ``int8_backward``."""
+    codes, gamma = absmean_ternary(weight, granularity, group_size)
+    transposed = None if int8_backward == "none" else codes.t().contiguous()
+    return TernaryWeight(codes, gamma, transposed)
 
 
 def absmean_ternary(
@@ -61,7 +123,8 @@ def absmean_ternary(
         groups = [group.mean(1) for group in magnitude.split(group_size, 1)]
         gamma = _clamped(torch.stack(groups, 1))
         threshold = alpha * spread_groups(gamma, group_size, w.shape[1])
-    codes = (w > threshold).to(torch.int8) - (w < -threshold).to(torch.int8)
+    codes = (w > threshold).to(torch.int8)
+    codes -= (w < -threshold).to(torch.int8)
     return codes, gamma
 
 
@@ -80,7 +143,26 @@ def dequantize(codes: Tensor, gamma: Tensor, group_size: int = 128) -> Tensor:
         gamma = gamma.unsqueeze(1)
     elif gamma.dim() == 2:
         gamma = spread_groups(gamma, group_size, codes.shape[1])
-    return codes.float() * gamma
+    return codes * gamma
+
+
+def stochastic_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Int8 codes of each row, rounded up or down at random so that on average nothing is lost:
+    ``s = max|x| / 127``, ``codes = floor(x / s + u)``, u uniform in [0, 1) from torch's global
+    generator; the expectation of ``codes * s`` is x (Gupta et al., arXiv 1502.02551).
+
+    Arguments:
+        x: float ``[M, N]``, N >= 1.
+    Returns:
+        codes int8 ``[M, N]``, |codes| <= 127; scale fp32 ``[M]``, NaN with codes 0 for a row that
+        holds a NaN or an infinity.
+    """
+    x = x.float()
+    absmax = torch.maximum(x.amax(1), -x.amin(1))
+    scale = (absmax / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = torch.where(absmax.isfinite(), scale, torch.nan)
+    codes = (x / scale.unsqueeze(1)).add_(torch.rand_like(x)).floor_().clamp_(-127, 127)
+    return codes.nan_to_num_(0.0).to(torch.int8), scale
 
 
 def _gradient_mask(
@@ -99,54 +181,94 @@ def _gradient_mask(
 
 
 class _TernaryLinear(torch.autograd.Function):
-    """y = x_hat @ W_hat.T + b forward in exact integers, straight-through backward."""
+    """y = x_hat @ W_hat.T + b forward in exact integers, straight-through backward.
+
+    x and the weight are arguments for their gradients' sake: the forward reads their codes.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        granularity: Granularity,
+        x_q: Tensor,
+        s_x: Tensor,
+        codes: Tensor,
+        gamma: Tensor,
+        transposed: Tensor | None,
         group_size: int,
         mask: GradMask,
         mask_c: float,
+        int8_backward: Int8Backward,
         dtype: torch.dtype,
     ) -> Tensor:
-        x_q, s_x = absmax_int8(x)
-        codes, gamma = absmean_ternary(weight, granularity, group_size)
-        ctx.save_for_backward(x_q, s_x, codes, gamma, weight if mask != "none" else None)
-        ctx.group_size, ctx.mask, ctx.mask_c = group_size, mask, mask_c
+        if gamma.dim() == 2:
+            return scaled_matmul(x_q, s_x, codes, gamma, bias, dtype, group_size)
+        return bitnet_kernels.int8_linear(x_q, s_x, codes, gamma, bias, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, x_q, s_x, codes, gamma, transposed, *options, _ = inputs
+        ctx.group_size, ctx.mask, ctx.mask_c, ctx.int8_backward = options
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
-        return scaled_matmul(x_q, s_x, codes, gamma, bias, dtype, group_size)
+        latent = None if ctx.mask == "none" else weight
+        ctx.save_for_backward(x_q, s_x, codes, gamma, transposed, latent)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """quantization.md section 2: dx = dy @ W_hat, dW = dy.T @ x_hat, db = sum(dy).
-
-        Codes are exact in bf16 as in fp32, so the products run in the dtype of ``dy`` on the codes
-        themselves; the scales are folded into the other factor or the result, in fp32.
-        """
-        x_q, s_x, codes, gamma, weight = ctx.saved_tensors
+        """quantization.md section 2: dx = dy @ W_hat, dW = dy.T @ x_hat, db = sum(dy)."""
+        x_q, s_x, codes, gamma, transposed, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            if gamma.dim() == 0:
-                dx = (dy @ codes.to(dy.dtype)) * gamma
-            elif gamma.dim() == 1:
-                dx = (dy * gamma).to(dy.dtype) @ codes.to(dy.dtype)
+            if transposed is not None:
+                dx = _int8_input_gradient(dy, transposed, gamma)
             else:
-                dx = dy @ dequantize(codes, gamma, ctx.group_size).to(dy.dtype)
+                dx = _input_gradient(dy, codes, gamma, ctx.group_size)
             dx = dx.to(x_dtype)
         if ctx.needs_input_grad[1]:
-            dw = (dy * s_x.unsqueeze(1)).to(dy.dtype).t() @ x_q.to(dy.dtype)
+            if ctx.int8_backward == "both":
+                dw = _int8_weight_gradient(dy, x_q, s_x)
+            else:
+                dw = dy.t() @ x_q.float().mul_(s_x.unsqueeze(1)).to(dy.dtype)
             if weight is not None:
                 dw = dw * _gradient_mask(weight, codes, gamma, ctx.group_size, ctx.mask, ctx.mask_c)
             dw = dw.to(weight_dtype)
         if bias_dtype is not None and ctx.needs_input_grad[2]:
             db = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(bias_dtype)
-        return dx, dw, db, None, None, None, None, None
+        return dx, dw, db, *(10 * [None])
+
+
+def _input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, group_size: int) -> Tensor:
+    """``dy @ W_hat`` in the dtype of ``dy``. W_hat is exact in fp32. In 16 bits gamma would be
+    rounded, and the same way for every token, but the codes are exact: it goes into the result, or
+    into dy."""
+    if dy.dtype.itemsize >= 4 or gamma.dim() == 2:
+        return dy @ dequantize(codes, gamma, group_size).to(dy.dtype)
+    if gamma.dim() == 1:
+        return (dy * gamma).to(dy.dtype) @ codes.to(dy.dtype)
+    return (dy @ codes.to(dy.dtype)).mul_(gamma)
+
+
+def _int8_input_gradient(dy: Tensor, transposed: Tensor, gamma: Tensor) -> Tensor:
+    """An approximation of ``dy @ W_hat``, right on average: int8 codes of each token of ``dy``."""
+    if gamma.dim() == 1:
+        dy, gamma = dy.float() * gamma, gamma.new_ones(())
+    dy_q, s_dy = stochastic_int8(dy)
+    return _ops.int8_linear(dy_q, s_dy, transposed, gamma, None, dy.dtype)
+
+
+def _int8_weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
+    """An approximation of ``dy.T @ x_hat``, right on average: the tokens' scales go into ``dy``,
+    and that into int8 codes with a scale for each output channel. fp32 ``[N, K]``."""
+    dw = torch.zeros(dy.shape[1], x_q.shape[1], device=dy.device)
+    scaled = dy.float() * s_x.unsqueeze(1)
+    if len(dy):
+        for part, x_part in zip(scaled.split(_TOKENS_A_SUM), x_q.split(_TOKENS_A_SUM), strict=True):
+            codes, scale = stochastic_int8(part.t())
+            dw += _ops.int8_matmul(codes, x_part.t()) * scale.unsqueeze(1)
+    return dw
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
@@ -157,37 +279,82 @@ def output_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def _check_float(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"input: expected a floating-point tensor, got {x.dtype}")
+
+
 def ternary_linear_ste(
-    x: Tensor,
+    x: Tensor | Tokens,
     weight: Tensor,
     bias: Tensor | None = None,
     granularity: Granularity = "tensor",
     group_size: int = 128,
     mask: GradMask = "none",
     mask_c: float = 1.0,
+    *,
+    quantized: TernaryWeight | None = None,
+    int8_backward: Int8Backward = "none",
 ) -> Tensor:
     """The training forward of a ternary linear layer, differentiable straight-through.
 
     Arguments:
-        x: float ``[..., K]``; any leading dimensions, empty ones too.
+        x: float ``[..., K]``; any leading dimensions, empty ones too. Or these as
+            :func:`quantize_tokens` gives them, with the same results to the last bit.
         weight: the latent float ``[N, K]``; bias: ``[N]`` or None, added after the rescale.
         granularity, group_size: of the weight's scale, see :func:`absmean_ternary`.
         mask, mask_c: which latent weights receive a gradient. ``"none"``: all. ``"clip"``: where
             |W| <= mask_c * gamma. ``"trust"``: where |W - W_hat| <= mask_c * gamma (arXiv
             2502.05003).
+        quantized: what :func:`quantize_weight` gives for this weight as it is now (not checked) and
+            these options; None: found here.
+        int8_backward: an approximation, for speed on int8 tensor cores. The gradients that come in
+            are rounded stochastically to int8 (:func:`stochastic_int8`), for the gradient of the
+            ``"input"``, or of ``"both"`` it and the weight; these are right on average, with the
+            noise of the rounding. Not for granularity "group".
     Returns:
         ``[..., N]`` in the autocast dtype where autocast is on, else in the dtype of ``x``.
     Raises:
-        TypeError: ``x`` is not floating point. ValueError: its last dimension is not K.
+        TypeError: ``x`` is not floating point. ValueError: its last dimension is not K, or
+        ``int8_backward`` with granularity "group".
     """
-    if not x.is_floating_point():
-        raise TypeError(f"input: expected a floating-point tensor, got {x.dtype}")
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    values = x.values if isinstance(x, Tokens) else x
+    _check_float(values)
+    if values.dim() == 0 or values.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"input: expected shape [..., {weight.shape[1]}] (in_features), got {list(x.shape)}"
+            f"input: expected shape [..., {weight.shape[1]}] (in_features), "
+            f"got {list(values.shape)}"
         )
-    rows = x.reshape(x.shape[:-1].numel(), weight.shape[1])
+    check_int8_backward(int8_backward, granularity)
+    tokens = x if isinstance(x, Tokens) else quantize_tokens(x)
+    if quantized is None:
+        quantized = quantize_weight(weight, granularity, group_size, int8_backward)
+    m = values.shape[:-1].numel()
     y = _TernaryLinear.apply(
-        rows, weight, bias, granularity, group_size, mask, mask_c, output_dtype(x)
+        values.reshape(m, weight.shape[1]),
+        weight,
+        bias,
+        tokens.codes.reshape(m, weight.shape[1]),
+        tokens.scale.reshape(m),
+        *quantized,
+        group_size,
+        mask,
+        mask_c,
+        int8_backward,
+        output_dtype(values),
     )
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return y.reshape(*values.shape[:-1], weight.shape[0])
+
+
+def check_int8_backward(int8_backward: str, granularity: str) -> None:
+    """Raise ValueError for an unknown ``int8_backward``, or one with group-wise scales: those of
+    ``dy @ W_hat`` differ along its sum and within its result, beyond one integer product."""
+    if int8_backward not in (valid := get_args(Int8Backward)):
+        raise ValueError(
+            f"int8_backward: expected one of {', '.join(valid)}, got {int8_backward!r}"
+        )
+    if int8_backward != "none" and granularity == "group":
+        raise ValueError(
+            f"int8_backward: {int8_backward!r} has no group-wise scales; use granularity 'tensor' "
+            "or 'row'"
+        )

@@ -30,9 +30,8 @@ from torch import Tensor, nn
 
 from bitnet.linear import BitLinear
 from bitnet.qat.layers import QATLinear
-from bitnet.quant import spread_groups
+from bitnet.quant import Tokens, quantize_tokens, spread_groups
 from bitnet_kernels import pack_ternary, unpack_ternary
-from bitnet_kernels.reference import absmax_int8
 
 DEAD_ZONE = 0.05
 """Half-width of the dead zone around the threshold, in units of the threshold gamma/2."""
@@ -156,12 +155,12 @@ class _Activations:
         self._kurtosis: list[Tensor] = []
 
     def hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = args[0] if args else kwargs["input"]
+        given: Tensor | Tokens = args[0] if args else kwargs["input"]
+        if isinstance(layer, BitLinear) and layer.rms_norm is not None:
+            given = layer.rms_norm(given)
+        x, codes, _ = given if isinstance(given, Tokens) else quantize_tokens(given)
         if x.numel() == 0:
             return
-        if isinstance(layer, BitLinear) and layer.rms_norm is not None:
-            x = layer.rms_norm(x)
-        codes, _ = absmax_int8(x)
         centred = x.float() - x.float().mean()
         standard = centred / centred.square().mean().sqrt()  # first, so that x^4 cannot overflow
         self.count += x.numel()

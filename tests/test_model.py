@@ -262,6 +262,11 @@ def test_every_depth_and_width_resolves() -> None:
         ({"d_model": 13}, "d_model = 13 is odd"),
         ({"d_model": 256, "n_heads": 4, "n_kv_heads": 3}, "n_kv_heads = 3 does not divide"),
         ({"vocab_size": 0}, "model.vocab_size is not set"),
+        ({"linear": "fp", "int8_backward": "both"}, 'model.int8_backward = "both" needs model.lin'),
+        (
+            {"granularity": "group", "int8_backward": "input"},
+            'model.int8_backward = "input" has no group-wise scales; set model.granularity = "row"',
+        ),
     ],
 )
 def test_shapes_that_cannot_be(options: dict[str, Any], message: str) -> None:
@@ -284,8 +289,28 @@ def test_every_parameter_gets_a_gradient() -> None:
             assert parameter.grad.abs().sum() > 0, name
 
 
-def test_compiles_without_graph_break() -> None:
-    model = small(linear="fp")
+def test_hidden_is_what_the_head_reads() -> None:
+    model = small(tie_embeddings=False)
+    tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(4))
+    hidden = model.hidden(tokens)
+    assert hidden.shape == (2, 9, 24)
+    assert torch.equal(hidden @ model.lm_head.weight.t(), model(tokens))
+    cache = KVCache(model.config, 2, 9)
+    model.hidden(tokens, cache)
+    assert cache.length == 9
+
+
+def test_int8_backward_reaches_every_matrix() -> None:
+    layers = [m for m in small(int8_backward="both").modules() if isinstance(m, BitLinear)]
+    assert {layer.int8_backward for layer in layers} == {"both"}
+    assert len(layers) == 14
+    assert {m.int8_backward for m in small().modules() if isinstance(m, BitLinear)} == {"none"}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("linear", ["fp", "ternary"])
+def test_compiles_without_graph_break(linear: str) -> None:
+    model = small(linear=linear)
     tokens = torch.randint(0, 50, (2, 16))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-6)

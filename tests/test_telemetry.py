@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitnet.linear import BitLinear, replace_linear
+from bitnet.linear import BitLinear, replace_linear, weights_quantized
+from bitnet.model import ModelConfig, Transformer
 from bitnet.qat import Recipe, prepare
+from bitnet.quant import quantize_tokens
 from bitnet.telemetry import Telemetry
 
 
@@ -225,6 +227,30 @@ def test_a_failing_forward_leaves_no_trace() -> None:
         Telemetry(model).read(torch.randn(5, 47))
     assert model.training
     assert not any(module._forward_pre_hooks for module in model)
+
+
+def test_tokens_that_were_quantized_before_read_the_same() -> None:
+    layer, x = BitLinear(40, 8), torch.randn(5, 40)
+
+    class Early(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(input=quantize_tokens(x))
+
+    early = Telemetry(Early()).read(x)["ternary/layers"]["layer"]
+    assert early == Telemetry(layer).read(x)["ternary/layers"][""]
+
+
+def test_a_reading_between_micro_batches_of_one_scope() -> None:
+    """Its activations are those that training sees, and the scope does not notice it."""
+    model = Transformer(ModelConfig(depth=1, vocab_size=20, max_seq_len=8))
+    tokens = torch.randint(0, 20, (2, 8), generator=torch.Generator().manual_seed(0))
+    outside = Telemetry(model).read(tokens)
+    with weights_quantized(model):
+        assert Telemetry(model).read(tokens) == outside
 
 
 def test_non_finite_weights_are_reported_not_hidden() -> None:

@@ -1,0 +1,248 @@
+"""The ternary layer as it is trained, and what a training step need not quantize again.
+
+A BitLinear *is* an nn.Linear whose forward quantizes: its state dict has the same names, so a
+checkpoint moves between the two. Called on its own it quantizes its input and its weight in every
+forward. In a training step much of that finds the same again, and is done once, to the same bits:
+
+    with weights_quantized(model):            # each weight, for all micro-batches
+        x = shared_tokens(x, q, k, v)         # an input, for all layers that take it
+        q(x), k(x), v(x)
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from bitnet.quant import (
+    GradMask,
+    Granularity,
+    Int8Backward,
+    TernaryWeight,
+    Tokens,
+    absmean_ternary,
+    check_int8_backward,
+    quantize_tokens,
+    quantize_weight,
+    ternary_linear_ste,
+)
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm that computes in fp32 and returns the dtype of its input (torch's own mixes
+    dtypes, with a warning, where an autocast layer hands bf16 to an fp32 weight)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float ``[..., features]`` -> the same shape and dtype."""
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        y = nn.functional.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return y.to(x.dtype)
+
+
+class BitLinear(nn.Linear):
+    """A drop-in for ``nn.Linear`` with ternary weights and int8 activations (BitNet b1.58).
+
+    The forward is exact integer arithmetic and one fp32 rescale, the backward straight-through;
+    the maths stands in :mod:`bitnet.quant`.
+
+    Arguments:
+        in_features, out_features, bias, device, dtype: as ``nn.Linear``. Keep the latent weights
+            fp32: at |w| ~ 0.02 bf16 loses updates below 6e-5. For bf16 use autocast.
+        granularity: one weight scale a ``"tensor"`` (b1.58), a ``"row"`` or a ``"group"``.
+        group_size: columns a group, for ``"group"``.
+        norm: normalize the input with a learned RMSNorm first (the placement of Microsoft's
+            "Training Tips"); its weight is ``rms_norm.weight``.
+        norm_eps: of that norm.
+        grad_mask, grad_mask_c, int8_backward: latent weights that receive no gradient; gradients
+            in int8, which is an approximation. See :func:`bitnet.quant.ternary_linear_ste`.
+    Shapes:
+        input ``[..., in_features]`` -> ``[..., out_features]``; empty batches included.
+    Raises:
+        TypeError, ValueError: an input that is not floating point or has another last dimension.
+        A NaN or infinity in a token makes that token's outputs NaN, no other's.
+    """
+
+    rms_norm: RMSNorm | None
+    _held: "_Held | None" = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        granularity: Granularity = "tensor",
+        group_size: int = 128,
+        norm: bool = False,
+        norm_eps: float = 1e-5,
+        grad_mask: GradMask = "none",
+        grad_mask_c: float = 1.0,
+        int8_backward: Int8Backward = "none",
+    ) -> None:
+        check_options(in_features, out_features, granularity, group_size)
+        check_int8_backward(int8_backward, granularity)
+        if grad_mask not in (masks := get_args(GradMask)):
+            raise ValueError(f"grad_mask: expected one of {', '.join(masks)}, got {grad_mask!r}")
+        if not 0 <= grad_mask_c < math.inf:
+            raise ValueError(f"grad_mask_c: expected a finite number >= 0, got {grad_mask_c}")
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.granularity: Granularity = granularity
+        self.group_size = group_size
+        self.grad_mask: GradMask = grad_mask
+        self.grad_mask_c = grad_mask_c
+        self.int8_backward: Int8Backward = int8_backward
+        self.rms_norm = RMSNorm(in_features, norm_eps, device=device, dtype=dtype) if norm else None
+
+    def forward(self, input: Tensor | Tokens) -> Tensor:
+        """float ``[..., in_features]`` -> ``[..., out_features]``, differentiable.
+
+        A layer without a norm inside takes :func:`bitnet.quant.quantize_tokens` of it as well.
+        """
+        if self.rms_norm is not None:
+            if isinstance(input, Tokens):
+                raise TypeError("input: expected a tensor, which the layer's norm is yet to change")
+            input = self.rms_norm(input)
+        return ternary_linear_ste(
+            input,
+            self.weight,
+            self.bias,
+            self.granularity,
+            self.group_size,
+            self.grad_mask,
+            self.grad_mask_c,
+            quantized=self._held_codes(),
+            int8_backward=self.int8_backward,
+        )
+
+    def _held_codes(self) -> TernaryWeight | None:
+        """What :func:`weights_quantized` has found for the weight that this forward uses."""
+        held = self._held
+        if held is None:
+            return None
+        if not torch.compiler.is_compiling():
+            if held.weight is not self.weight:  # torch.func.functional_call has another
+                return None
+            held.check(self.weight)
+        return held.quantized
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy made inside :func:`weights_quantized` leaves it on its own."""
+        return self.__dict__ | {"_held": None}
+
+    @torch.no_grad()
+    def quantize(self) -> tuple[Tensor, Tensor]:
+        """The codes int8 ``[N, K]`` and the scale that the forward uses now."""
+        return absmean_ternary(self.weight, self.granularity, self.group_size)
+
+    def extra_repr(self) -> str:
+        """As ``nn.Linear``'s, with the granularity."""
+        return f"{super().extra_repr()}, granularity={self.granularity}"
+
+
+class _Held(NamedTuple):
+    """Codes of a layer's weight, and how to tell that they are no longer those of its weight."""
+
+    quantized: TernaryWeight
+    layer_name: str
+    weight: Tensor
+    version: int
+
+    @classmethod
+    def of(cls, layer: BitLinear, name: str) -> "_Held":
+        weight = layer.weight
+        options = layer.granularity, layer.group_size, layer.int8_backward
+        return cls(quantize_weight(weight, *options), name, weight, _version(weight))
+
+    def check(self, weight: Tensor) -> None:
+        if weight is not self.weight or _version(weight) != self.version:
+            raise RuntimeError(
+                f"{self.layer_name or 'model'}.weight: changed inside weights_quantized(), whose "
+                "codes it no longer has; leave it before an optimizer's step"
+            )
+
+
+def _version(weight: Tensor) -> int:
+    """Counts the changes in place; tensors of inference mode do not."""
+    return 0 if weight.is_inference() else weight._version
+
+
+@contextmanager
+def weights_quantized(model: nn.Module) -> Iterator[None]:
+    """Quantize the weight of each BitLinear once, now, for all that is computed inside, forwards
+    and backwards, eager or compiled: the micro-batches of a step. The results are the same to the
+    last bit; the codes take a byte a weight.
+
+        with weights_quantized(model):
+            for inputs, targets in micro_batches:
+                loss(model(inputs), targets).backward()
+        optimizer.step()
+
+    It may be nested. Layers whose weight is computed (by a parametrization) go on as without it.
+
+    Raises:
+        RuntimeError: a weight (named) was changed meanwhile: in an eager forward after the change,
+            or at the end. Changes past autograd, through ``weight.data``, are not seen.
+    """
+    entered: list[BitLinear] = []
+    try:
+        for name, layer in model.named_modules():
+            bare = isinstance(layer, BitLinear) and layer._held is None
+            if bare and not computed_parameter(layer):
+                layer._held = _Held.of(layer, name)
+                entered.append(layer)
+        yield
+        for layer in entered:
+            assert layer._held is not None
+            layer._held.check(layer.weight)
+    finally:
+        for layer in entered:
+            layer._held = None
+
+
+def shared_tokens(x: Tensor, *layers: nn.Module) -> Tensor | Tokens:
+    """The input that all of ``layers`` are to be called with: quantized once where each is a
+    BitLinear without a norm inside, else x itself.
+
+    Layers with hooks get x too, so that a hook sees what it would see of an ``nn.Linear``.
+    """
+    plain = all(
+        isinstance(layer, BitLinear) and layer.rms_norm is None and not _is_hooked(layer)
+        for layer in layers
+    )
+    return quantize_tokens(x) if plain else x
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks)
+
+
+def computed_parameter(module: nn.Module) -> str:
+    """Which of ``weight`` and ``bias`` is no parameter of a layer but computed from others in each
+    forward, by a hook or a parametrization (weight_norm, pruning, ...); "" where neither is."""
+    for name in ("weight", "bias"):
+        if is_parametrized(module, name):
+            return name
+        if not isinstance(getattr(module, name, None), nn.Parameter | None):
+            return name
+    return ""
+
+
+def check_options(
+    in_features: int, out_features: int, granularity: Granularity, group_size: int
+) -> None:
+    """Raise ValueError for sizes or a granularity that no ternary layer has."""
+    if in_features < 1 or out_features < 1:
+        raise ValueError(
+            f"in_features, out_features: expected >= 1, got {in_features}, {out_features}"
+        )
+    if granularity not in (valid := get_args(Granularity)):
+        raise ValueError(f"granularity: expected one of {', '.join(valid)}, got {granularity!r}")
+    if group_size < 1:
+        raise ValueError(f"group_size: expected >= 1, got {group_size}")

@@ -1,0 +1,151 @@
+"""The next-token loss without its logits: head and cross-entropy, a chunk of tokens at a time.
+
+    z = h @ W.T      loss = mean(logsumexp(z) - z[target])      dz = (softmax(z) - onehot) / M
+
+All logits of a micro-batch are by far the largest tensor of a small model's step (2,048 tokens and
+a vocabulary of 16,384: 134 MB in fp32), and plain autograd holds three of their size at once. Here
+a chunk's logits become, while they are still in the cache, their part of the loss and of the
+gradients of ``h`` and ``W``, and are let go: the gradients are computed in the *forward*, when
+nobody needs the logits any more, and the backward only multiplies them by the incoming gradient.
+The idea is Liger-Kernel's (arXiv 2410.10989); torch's own ``F.linear_cross_entropy`` exists from
+2.13 only, and in its chunked form does not compile.
+
+The numbers are those of ``F.cross_entropy(F.linear(h, W).float(), targets)`` but for the order of
+sums: products in the autocast dtype, softmax in fp32, the gradient of W summed over chunks in fp32.
+
+M tokens, D width of the hidden states, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from bitnet.model import Transformer
+from bitnet.quant import output_dtype
+
+_CPU_CHUNK, _GPU_CHUNK = (2**22, 128), (2**27, 1024)
+"""Logits in a chunk, and the tokens it has at least. CPU: 16 MiB in fp32 stay in a level-3 cache,
+and glibc's malloc hands such a block out again where it gives 32 MiB back to the system, for page
+faults at the next use. GPU: 512 MiB, large enough that its products fill the device. Fewer tokens
+make a chunk slow, whatever the vocabulary: each adds to the whole gradient of W."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of ``hidden @ weight.T``, of which only a chunk exists at a time.
+
+    Differentiable once, in ``hidden`` and ``weight``; without gradients to compute (no_grad, or
+    neither requires one) only the loss is.
+
+    Arguments:
+        hidden: float ``[M, D]``. weight: float ``[V, D]``. targets: int64 ``[M]`` in 0 .. V - 1.
+    Returns:
+        fp32 ``[]`` (fp64 for fp64), in nats. NaN where a hidden state or the weight holds NaN.
+    Raises:
+        ValueError: shapes that do not fit, or no token at all. On a CPU, torch's own RuntimeError
+        for a target out of range (a GPU reports it as a failed assertion, as for any index).
+    """
+    matrices = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
+    if not matrices or not len(weight):
+        raise ValueError(
+            "hidden, weight: expected [M, D] and [V, D] with V >= 1, got "
+            f"{list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if targets.shape != hidden.shape[:1] or not len(targets):
+        raise ValueError(
+            f"targets: expected one of each of the {len(hidden)} hidden states, and at least one, "
+            f"got {list(targets.shape)}"
+        )
+    dtype = output_dtype(hidden)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
+        return loss
+    return _loss_and_gradients(hidden, weight, targets, dtype, False, False)[0]
+
+
+def next_token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean cross-entropy of a model's next-token predictions, in nats: fp32 ``[]``.
+
+    Without ever holding all logits where the head is a plain matrix; a head with a bias, hooks, a
+    parametrization, quantizers or adapters is called as the module that it is.
+
+    Arguments:
+        inputs_BT, targets_BT: int64 ``[B, T]``, on the model's device.
+    """
+    targets = targets_BT.flatten()
+    if _is_plain(model.lm_head):
+        return linear_cross_entropy(
+            model.hidden(inputs_BT).flatten(0, 1), model.lm_head.weight, targets
+        )
+    return F.cross_entropy(model(inputs_BT).flatten(0, 1).float(), targets)
+
+
+def _is_plain(head: nn.Module) -> bool:
+    """Whether its forward is ``x @ weight.T`` and nothing else; a parametrized module has a class
+    of its own."""
+    hooked = (
+        head._forward_hooks,
+        head._forward_pre_hooks,
+        head._backward_hooks,
+        head._backward_pre_hooks,
+    )
+    return type(head) is nn.Linear and head.bias is None and not any(hooked)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        loss, dh, dw = _loss_and_gradients(hidden, weight, targets, dtype, of_hidden, of_weight)
+        ctx.save_for_backward(dh, dw)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = (
+            None if gradient is None else (gradient * dloss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *scaled, None, None
+
+
+def _loss_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    of_hidden: bool,
+    of_weight: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The mean loss, fp32 ``[]``; its gradients, ``[M, D]`` in ``dtype`` and fp32 ``[V, D]``, as
+    far as they are asked for (fp64 where ``dtype`` is)."""
+    n_tokens, vocab_size = len(hidden), len(weight)
+    n_logits, n_least = _CPU_CHUNK if hidden.device.type == "cpu" else _GPU_CHUNK
+    rows = max(n_least, n_logits // vocab_size)
+    precise = torch.promote_types(dtype, torch.float32)
+    h, w = hidden.to(dtype), weight.to(dtype)
+    dw = torch.zeros_like(weight, dtype=precise) if of_weight else None
+    losses: list[Tensor] = []
+    dh: list[Tensor] = []
+    for h_MD, target_M in zip(h.split(rows), targets.split(rows), strict=True):
+        target_M1 = target_M.unsqueeze(1)
+        z_MV = h_MD @ w.t()
+        p_MV = z_MV.softmax(1, dtype=precise)
+        # logsumexp(z) = max(z) - log(max(p)): one pass of exponentials, and no overflow
+        below_top_M1 = (z_MV.amax(1, keepdim=True) - z_MV.gather(1, target_M1)).to(precise)
+        losses.append(below_top_M1 - p_MV.amax(1, keepdim=True).log())
+        if of_hidden or of_weight:
+            dz_MV = p_MV.scatter_add_(1, target_M1, p_MV.new_full(target_M1.shape, -1)).to(dtype)
+        if of_hidden:
+            dh.append(dz_MV @ w)
+        if dw is not None and dtype == precise:
+            dw.addmm_(dz_MV.t(), h_MD, alpha=1 / n_tokens)
+        elif dw is not None:
+            dw.add_(dz_MV.t() @ h_MD, alpha=1 / n_tokens)
+    return torch.cat(losses).mean(), torch.cat(dh) / n_tokens if of_hidden else None, dw
