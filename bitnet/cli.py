@@ -28,6 +28,7 @@ from bitnet.cli_kernels import inspect_kernels
 from bitnet.cli_ptq import ptq_command
 from bitnet.config import describe, load_config
 from bitnet.data import SplitName, TokenDataset, sequential_windows
+from bitnet.engine.decoder import CacheDtype, HeadDtype
 from bitnet.evaluate import compressor_baselines, evaluate_text, evaluate_windows
 from bitnet.export.folder import CONFIG, load, read_config, save_model, sizes
 from bitnet.export.proof import prove
@@ -253,10 +254,17 @@ def generate_command(
     top_k: Annotated[int, typer.Option(help="Sample among the k most likely. 0: all.")] = 50,
     top_p: Annotated[float, typer.Option(help="Among those of this probability. 1: all.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the sampling.", min=0, max=2**62)] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends a continuation; repeatable.")
+    ] = None,
     device: Device = "auto",
     kernel: Annotated[Kernel, typer.Option(help="Of a packed model's layers.")] = "auto",
+    kv: Annotated[CacheDtype, typer.Option(help="Dtype of the cache of keys and values.")] = "auto",
+    head: Annotated[HeadDtype, typer.Option(help="Dtype of the output head.")] = "auto",
 ) -> None:
     """Continue a text, or several at once, with a trained or a packed model.
+
+    Text goes to stdout, the speed to stderr. Ctrl-C ends the text where it is, with exit code 130.
 
     Example: bitnet generate runs/quickstart/model --prompt "def main" --temperature 0.7
     """
@@ -264,43 +272,57 @@ def generate_command(
         sys.stdout.reconfigure(errors="replace")
     model, tokenizer = load_for_inference(folder, device, kernel)
     prompts = [generation.encode_prompt(tokenizer, text) for text in prompt or [""]]
-    streams = [generation.TextStream(tokenizer, ids) for ids in prompts]
-    live = len(prompts) == 1
+    texts = [""] * len(prompts)
+    begun = False
 
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    begun = False
-
-    def begin() -> None:  # not before the first token: an error stands on a line of its own
+    def begin() -> None:  # not before the first text: an error stands on a line of its own
         nonlocal begun
         if not begun:
             write(tokenizer.decode(prompts[0]))
         begun = True
 
-    def on_token(row: int, token: int) -> None:
-        if live:
+    def on_text(row: int, text: str) -> None:
+        texts[row] += text
+        if len(prompts) == 1:
             begin()
-            write(streams[row].push(token))
+            write(text)
 
-    new = generation.generate(
-        model,
-        prompts,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        eos_id=tokenizer.eos_id,
-        on_token=on_token,
+    engine = generation.sized_engine(
+        model, prompts, max_new_tokens, tokenizer, cache_dtype=kv, head=head, kernel=kernel
     )
-    if live:
+    interrupted = False
+    try:
+        engine.generate(
+            prompts,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            eos_id=tokenizer.eos_id,
+            stop=stop or (),
+            on_text=on_text,
+        )
+    except KeyboardInterrupt:
+        interrupted = True
+    if len(prompts) == 1:
         begin()
-        write(streams[0].finish() + "\n")
-        return
-    for number, (ids, row) in enumerate(zip(prompts, new, strict=True), 1):
-        write(f"--- {number}\n{tokenizer.decode([*ids, *row])}\n")
+        write("\n")
+    else:
+        for number, (ids, text) in enumerate(zip(prompts, texts, strict=True), 1):
+            write(f"--- {number}\n{tokenizer.decode(ids)}{text}\n")
+    stats = engine.stats
+    print(
+        f"{stats.prompt_tokens} prompt and {stats.new_tokens} new tokens; first after "
+        f"{stats.first_token_s:.3f} s, then {stats.tokens_per_second:.1f} tokens/s",
+        file=sys.stderr,
+    )
+    if interrupted:
+        raise typer.Exit(130)  # 128 + SIGINT, as a shell has it
 
 
 @app.command("eval")

@@ -1,5 +1,8 @@
 import math
+import re
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,29 +11,38 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from bitnet.engine.decoder import Decoder
+from bitnet.export.folder import save_model
 from bitnet.generate import TextStream, encode_prompt, generate, next_token_probabilities
 from bitnet.linear import pack
-from bitnet.model import KVCache, ModelConfig, Transformer
+from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 
 EOS = 1
 
 
-class Markov(Transformer):
-    """A model whose next-token logits are a table's row for the last token, and nothing else."""
+def markov(table: Tensor, max_seq_len: int = 16) -> Transformer:
+    """A model whose next-token logits are a table's row for the last token, to fp32's precision:
+    its layers add nothing, the embedding is one-hot, and the head holds the table.
 
-    def __init__(self, table: Tensor, max_seq_len: int = 16) -> None:
-        super().__init__(ModelConfig(d_model=2, vocab_size=len(table), max_seq_len=max_seq_len))
-        self.table = table
-
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        assert not self.training
-        assert not torch.is_grad_enabled()
-        if cache is not None:
-            assert cache.length + tokens.shape[1] <= cache.max_len
-            cache.length += tokens.shape[1]
-        return self.table[tokens]
+    NaN in a row of the table makes all its logits NaN; an infinite row is one of overflows.
+    """
+    n = len(table)
+    width = n + n % 2
+    config = ModelConfig(d_model=width, n_layers=1, vocab_size=n, max_seq_len=max_seq_len,
+                         linear="fp", tie_embeddings=False, norm_eps=1e-9)  # fmt: skip
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            parameter.zero_()
+        finite = table.nan_to_num(nan=0.0, posinf=3e38, neginf=-3e38)
+        scale = torch.where(finite.abs() < 1e38, width**0.5, 1.0)  # of a normalized one-hot vector
+        model.embed_tokens.weight.copy_(torch.eye(n, width))
+        model.embed_tokens.weight[table.isnan().any(1)] = math.nan
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[:, :n] = (finite / scale).t()
+    return model
 
 
 def chain(successor: list[int]) -> Tensor:
@@ -135,7 +147,7 @@ def run(model: Transformer, prompts: list[list[int]], n: int, **options: Any) ->
 
 
 def test_rows_end_at_eos_each_for_itself() -> None:
-    model = Markov(chain([2, 1, 3, 4, 1]))  # 0 -> 2 -> 3 -> 4 -> EOS = 1 -> 1 -> ...
+    model = markov(chain([2, 1, 3, 4, 1]))  # 0 -> 2 -> 3 -> 4 -> EOS = 1 -> 1 -> ...
     new, tokens, stops = run(model, [[4], [0], [0, 3], [2]], 3, eos_id=EOS)
     assert new == [[], [2, 3, 4], [4], [3, 4]]
     assert tokens == [(1, 2), (2, 4), (3, 3), (1, 3), (3, 4), (1, 4)]
@@ -143,21 +155,20 @@ def test_rows_end_at_eos_each_for_itself() -> None:
 
 
 def test_without_an_eos_id_length_alone_ends_a_row() -> None:
-    new, _, stops = run(Markov(chain([2, 1, 3, 4, 1])), [[4], [2]], 3)
+    new, _, stops = run(markov(chain([2, 1, 3, 4, 1])), [[4], [2]], 3)
     assert new == [[1, 1, 1], [3, 4, 1]]
     assert stops == {0: "length", 1: "length"}
 
 
-def test_nothing_is_computed_once_all_rows_have_ended() -> None:
-    model = Markov(chain([1, 1]))
-    calls: list[int] = []
-    model.register_forward_hook(lambda *_: calls.append(1))
-    assert generate(model, [[0], [0, 0]], 10, eos_id=EOS) == [[], []]
-    assert len(calls) == 1
+def test_nothing_is_computed_once_all_rows_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(Decoder, "step", lambda self, batch: steps.append(batch))
+    assert generate(markov(chain([1, 1])), [[0], [0, 0]], 10, eos_id=EOS) == [[], []]
+    assert steps == []
 
 
 def test_the_context_limit_ends_a_row_and_says_so() -> None:
-    model = Markov(chain([0, 0]), max_seq_len=8)
+    model = markov(chain([0, 0]), max_seq_len=8)
     new, _, stops = run(model, [[0] * 7, [0], [0] * 5], 4)
     assert [len(ids) for ids in new] == [1, 4, 3]
     assert stops == {0: "context", 1: "length", 2: "context"}
@@ -172,7 +183,7 @@ def test_a_real_model_fills_its_context() -> None:
 
 
 def test_an_empty_prompt_is_the_start_of_a_document() -> None:
-    model = Markov(chain([0, 3, 0, 2]))
+    model = markov(chain([0, 3, 0, 2]))
     assert generate(model, [[], [3]], 2, eos_id=EOS) == [[3, 2], [2, 0]]
     assert generate(model, [], 2) == []
     assert generate(model, [[0], [1]], 0) == [[], []]
@@ -180,9 +191,9 @@ def test_an_empty_prompt_is_the_start_of_a_document() -> None:
 
 def test_rows_of_the_model_that_are_no_tokens_are_never_chosen() -> None:
     table = torch.tensor([[1.0, 2.0, 3.0, 1e6]] * 4)
-    assert generate(Markov(table), [[0]], 2) == [[3, 3]]
-    assert generate(Markov(table), [[0]], 2, vocab_size=3) == [[2, 2]]
-    sampled = generate(Markov(table), [[0]] * 50, 2, vocab_size=3, temperature=1.0)
+    assert generate(markov(table), [[0]], 2) == [[3, 3]]
+    assert generate(markov(table), [[0]], 2, vocab_size=3) == [[2, 2]]
+    sampled = generate(markov(table), [[0]] * 50, 2, vocab_size=3, temperature=1.0)
     assert {token for ids in sampled for token in ids} == {0, 1, 2}
 
 
@@ -204,11 +215,23 @@ def test_rows_of_the_model_that_are_no_tokens_are_never_chosen() -> None:
         ([[0]], {"top_p": 1.1}, "top_p must be"),
         ([[0]], {"top_p": math.nan}, "top_p must be"),
         ([[0]], {"max_new_tokens": -1}, "max_new_tokens must be"),
+        ([[0]], {"seed": -1}, "seed must be"),
+        ([[0]], {"seed": 2**62 + 1}, "seed must be"),
+        ([[0]], {"vocab_size": -1}, r"vocab_size must be 0 \(all\) to 5"),
+        ([[0]], {"vocab_size": 6}, r"vocab_size must be 0 \(all\) to 5"),
+        ([[0]], {"eos_id": 5}, "eos_id must be 0 to 4"),
+        ([[0]], {"eos_id": -1}, "eos_id must be 0 to 4"),
+        ([[0]], {"stop": "ab"}, "stop must be a list of strings"),
+        ([[0]], {"stop": ["a", ""]}, "stop must be a list of strings, none empty"),
+        ([[0]], {"stop": ["a"]}, "tokenizer; it has none"),
+        ([[0], [1.5]], {}, "prompt 1 must be a list of token ids"),
+        ([[0], "ab"], {}, "prompt 1 must be a list of token ids"),
+        ([0, 1], {}, "prompt 0 must be a list of token ids, got 0"),
     ],
 )
 def test_mistakes_are_named(prompts: list[list[int]], options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        generate(Markov(chain([0] * 5)), prompts, **{"max_new_tokens": 3} | options)
+        generate(markov(chain([0] * 5)), prompts, **{"max_new_tokens": 3} | options)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -217,14 +240,14 @@ def test_logits_that_are_not_finite_are_an_error(bad: float, temperature: float)
     table = chain([0, 1, 2])
     table[2] = bad
     with pytest.raises(UserError, match="logits for token 0 after prompt 1 are NaN or infinite"):
-        generate(Markov(table), [[0], [2]], 3, temperature=temperature)
+        generate(markov(table), [[0], [2]], 3, temperature=temperature)
 
 
 def test_broken_logits_of_a_finished_row_disturb_no_one() -> None:
     table = chain([0, 1, 1])
     table[1] = math.nan  # what follows EOS is never looked at
     for temperature in (0.0, 1e-6):
-        new = generate(Markov(table), [[2], [0]], 3, temperature=temperature, eos_id=EOS)
+        new = generate(markov(table), [[2], [0]], 3, temperature=temperature, eos_id=EOS)
         assert new == [[], [0, 0, 0]]
 
 
@@ -270,8 +293,8 @@ def test_probabilities_at_the_edges() -> None:
 @pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.8}, {"top_k": 4, "top_p": 0.7}])
 def test_samples_follow_the_distribution(options: dict[str, Any]) -> None:
     logits = [0.3, -1.0, 1.2, 0.1, 0.9, -0.2]
-    rows = 6000
-    model = Markov(torch.tensor([logits] * 6))
+    rows = 2000
+    model = markov(torch.tensor([logits] * 6))
     new = generate(model, [[0]] * rows, 2, temperature=0.8, seed=11, **options)
     expected = brute_force(logits, 0.8, **{"top_k": 0, "top_p": 1.0} | options)
     for position in (0, 1):
@@ -280,7 +303,8 @@ def test_samples_follow_the_distribution(options: dict[str, Any]) -> None:
             deviation = math.sqrt(rows * probability * (1 - probability))
             assert abs(counts[token] - rows * probability) <= 4 * deviation
     pairs = Counter((a, b) for a, b in new)  # successive draws are independent
-    assert pairs[2, 4] == pytest.approx(rows * expected[2] * expected[4], rel=0.2)
+    both = expected[2] * expected[4]
+    assert abs(pairs[2, 4] - rows * both) <= 4 * math.sqrt(rows * both * (1 - both))
 
 
 # Text
@@ -384,3 +408,78 @@ def test_stream_of_random_tokens_adds_up_to_their_decoding(tokenizer: Tokenizer)
 def test_a_prompt_starts_as_a_document_does(tokenizer: Tokenizer) -> None:
     assert encode_prompt(tokenizer, "the end") == [tokenizer.eos_id, *tokenizer.encode("the end")]
     assert encode_prompt(tokenizer, "") == [tokenizer.eos_id]
+
+
+# The command
+
+Bitnet = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("generate") / "model"
+    model = Transformer(ModelConfig(depth=1, vocab_size=tokenizer.vocab_size, max_seq_len=64))
+    save_model(path, model, tokenizer)
+    return path
+
+
+@pytest.mark.parametrize("more", [(), ("--prompt", "the")])
+def test_the_command_ends_text_before_a_stop_string(
+    bitnet: Bitnet, folder: Path, tokenizer: Tokenizer, more: tuple[str, ...]
+) -> None:
+    args = ("generate", folder, "--prompt", "def", *more, "--max-new-tokens", "24", "--seed", "3")
+    code, whole, err = bitnet(*args)
+    assert code == 0
+    first = whole.removeprefix("--- 1\n").split("\n--- 2\n")[0].removesuffix("\n")
+    assert first.startswith("def")
+    text = first.removeprefix("def")
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in ("def", *more[1:])]
+    assert re.fullmatch(
+        rf"{sum(map(len, prompts))} prompt and {24 * len(prompts)} new tokens; "
+        r"first after \d+\.\d{3} s, then \d+\.\d tokens/s\n",
+        err,
+    )
+    middle = re.findall("[ -~]", text)[-1]  # of an untrained model's text, a whole character
+    begin = text.index(middle)
+    assert begin > 0
+    code, out, _ = bitnet(*args, "--stop", "not there", "--stop", middle)
+    assert code == 0
+    assert out.startswith(("--- 1\n" if more else "") + "def" + text[:begin] + "\n")
+    assert len(out) < len(whole)
+    assert bitnet(*args, "--stop", "")[0] == 2
+
+
+def test_the_commands_dtypes_reach_the_engine(bitnet: Bitnet, folder: Path) -> None:
+    args = ("generate", folder, "--max-new-tokens", "4", "--temperature", "0")
+    assert bitnet(*args, "--kv", "fp32", "--head", "float")[:2] == bitnet(*args)[:2]
+    assert bitnet(*args, "--kv", "int8", "--head", "int8")[0] == 0
+    code, _, err = bitnet(*args, "--kv", "fp8")
+    assert code == 2
+    assert "int8" in err
+
+
+@pytest.mark.parametrize("prompts", [["def"], ["def", "the"]])
+def test_ctrl_c_keeps_the_text_so_far(
+    bitnet: Bitnet, folder: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["generate", folder, "--max-new-tokens", "20", "--temperature", "0"]
+    args += [word for prompt in prompts for word in ("--prompt", prompt)]
+    whole = bitnet(*args)[1]
+    step, steps = Decoder.step, 0
+
+    def interrupted(self: Decoder, batch: int) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise KeyboardInterrupt
+        step(self, batch)
+
+    monkeypatch.setattr(Decoder, "step", interrupted)
+    code, out, err = bitnet(*args)
+    assert code == 130
+    assert out.endswith("\n")
+    assert f"{6 * len(prompts)} new tokens" in err
+    for part, of in zip(out.split("--- "), whole.split("--- "), strict=True):
+        assert of.startswith(part.removesuffix("\n"))
+    assert len("".join(prompts)) < len(out) < len(whole)

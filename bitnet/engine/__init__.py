@@ -1,0 +1,1 @@
+"""Generation from static memory: a decoder whose step allocates nothing, and the engine on top."""

@@ -1,0 +1,225 @@
+"""A model as static memory and one step, with the kernels and the loop left to others.
+
+    decoder = Decoder(model, max_batch=8, max_len=2048)
+    decoder.prefill(tokens, n_valid)        # prompts; logits and the chosen token of each row
+    decoder.step(batch)                     # as often as wanted: appends, attends, chooses
+
+Everything that a step reads or writes is allocated once: the weights in the form that its products
+read (:mod:`bitnet.engine.plan`), the keys and values, the rows' tokens and lengths, the workspace.
+A greedy step feeds itself: it leaves the chosen tokens where the next one reads its inputs, so the
+host need only read them. Rows fill independently, each from column 0: no padding and no shared
+position, so a row's tokens depend on no other row.
+
+Two ways to run, one a device: a tape of bound torch calls on CPU (:mod:`bitnet.engine.tape`), one
+CUDA graph a batch size on a GPU (:mod:`bitnet.engine.device`).
+
+S rows, T tokens, V vocabulary.
+"""
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bitnet.engine.device import Graphs
+from bitnet.engine.plan import Dense, ModelPlan, quantized_head, tensors_of
+from bitnet.engine.state import State
+from bitnet.engine.tape import Tapes
+from bitnet.linear import Kernel
+from bitnet.model import Transformer
+
+CacheDtype = Literal["auto", "fp32", "bf16", "int8"]
+HeadDtype = Literal["auto", "float", "bf16", "int8"]
+LARGEST_BATCH = 64
+"""Most rows: the largest bucket."""
+
+
+class Decoder:
+    """A model's weights, its keys and values, and one step over them.
+
+    Arguments:
+        model: read as it is now, on its device, fp32, bf16 or fp16; linear layers that are neither
+            packed, ternary nor plain (:mod:`bitnet.engine.plan`) stay modules, are called in the
+            mode they are in, and allocate what they allocate. The rest of the model may be dropped.
+        max_batch: rows, at most 64. max_len: tokens a row holds, at most the model's context.
+        chunk: most tokens a row that one call of :meth:`prefill` takes.
+        cache_dtype: of keys and values. "auto": the model's dtype on CPU, bf16 on CUDA. "int8"
+            keeps a scale a head and token.
+        head: how the output head is kept. "float": as the model has it. "auto": that on CPU, bf16
+            on CUDA. "int8": absmax codes, a scale a row, of weights and of activations.
+        kernel: of packed layers on CUDA.
+    Attributes:
+        device, vocab_size, max_batch, max_len, chunk.
+        buckets: batch sizes that have a graph on CUDA; a CPU runs any.
+        tokens: int64 ``[S]``, the next input of each row; a step writes ``chosen`` there (-1 as 0),
+            and it may be overwritten between steps.
+        lengths: int32 ``[S]``, the tokens whose keys and values each row holds; to be changed by
+            :meth:`set_length` and :meth:`copy_prefix` only.
+        active: int32 ``[S]``, 1 (as at first) where a step advances the row. A row at 0 keeps its
+            length and what it holds; it is computed all the same, unseen.
+        logits: fp32 ``[S, V]``, each row's last.
+        chosen: int64 ``[S]``, their argmax; -1 where their maximum is NaN or infinite.
+    Raises:
+        ValueError: an argument out of range, or a model whose arithmetic a step cannot repeat.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        max_batch: int,
+        max_len: int,
+        *,
+        chunk: int = 256,
+        cache_dtype: CacheDtype = "auto",
+        head: HeadDtype = "auto",
+        kernel: Kernel = "auto",
+    ) -> None:
+        config, weight = model.config, model.embed_tokens.weight
+        if not 1 <= max_batch <= LARGEST_BATCH:
+            raise ValueError(f"max_batch: expected 1 to {LARGEST_BATCH}, got {max_batch}")
+        if not 1 <= max_len <= config.max_seq_len:
+            raise ValueError(
+                f"max_len: expected 1 to the model's context of {config.max_seq_len}, got {max_len}"
+            )
+        if chunk < 1:
+            raise ValueError(f"chunk: expected >= 1, got {chunk}")
+        for name, value, choices in (
+            ("cache_dtype", cache_dtype, CacheDtype),
+            ("head", head, HeadDtype),
+            ("kernel", kernel, Kernel),
+        ):
+            if value not in get_args(choices):
+                expected = ", ".join(get_args(choices))
+                raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"model: expected fp32, bf16 or fp16, got {weight.dtype}")
+
+        self.device, self.vocab_size = weight.device, config.vocab_size
+        self.max_batch, self.max_len, self.chunk = max_batch, max_len, min(chunk, max_len)
+        self.buckets = (*(2**i for i in range(6) if 2**i < max_batch), max_batch)
+        on_cpu = self.device.type == "cpu"
+        plan = ModelPlan.of(model, packed=not on_cpu)
+        if head == "auto" and not on_cpu and isinstance(plan.head, Dense):
+            head = "bf16"
+        if head == "bf16" or head == "int8":
+            plan = replace(plan, head=quantized_head(plan.head, head))
+        cache = {
+            "auto": weight.dtype if on_cpu else torch.bfloat16,
+            "fp32": torch.float32,
+            "bf16": torch.bfloat16,
+            "int8": torch.int8,
+        }[cache_dtype]
+        self._plan = plan
+        self._state = state = State.empty(config, max_batch, max_len, cache, self.device)
+        self.tokens, self.lengths, self.active = state.tokens, state.lengths, state.active
+        self.logits, self.chosen = state.logits, state.chosen
+        self._runner: Tapes | Graphs
+        if on_cpu:
+            self._runner = Tapes(config, plan, state, self.chunk)
+        else:
+            self._runner = Graphs(config, plan, state, self.buckets, kernel)
+
+    @torch.inference_mode()
+    def step(self, batch: int) -> None:
+        """Feed ``tokens[:batch]``: append their keys and values, attend, and write ``logits``,
+        ``chosen`` and the next ``tokens`` of these rows; then ``lengths += active``.
+
+        A row that holds ``max_len`` tokens is full: nothing is appended, its length stays, and its
+        logits mean nothing. On CUDA nothing here waits for the device.
+
+        Raises:
+            ValueError: batch is not 1 to max_batch.
+        """
+        if not 1 <= batch <= self.max_batch:
+            raise ValueError(f"batch: expected 1 to {self.max_batch} (max_batch), got {batch}")
+        self._runner.step(batch)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, n_valid: list[int]) -> None:
+        """Append tokens to rows, whether these are active or not. Waits for the device.
+
+        Arguments:
+            tokens: int64 ``[B, T]``, T <= chunk, for rows 0 .. B - 1, padded on the right.
+            n_valid: how many of a row's tokens count; 0: the row is left as it is. Its logits,
+                chosen and next token are those after its last valid token.
+        Raises:
+            ValueError: a shape that does not fit, a token the model does not have, or a row without
+                room for its tokens.
+        """
+        b, t = tokens.shape
+        if b != len(n_valid) or b > self.max_batch:
+            raise ValueError(
+                f"tokens: expected a row for each of the {len(n_valid)} of n_valid and at most "
+                f"{self.max_batch} (max_batch), got {b}"
+            )
+        if t > self.chunk:
+            raise ValueError(f"tokens: expected at most {self.chunk} (chunk) a row, got {t}")
+        low, high = tokens.aminmax() if tokens.numel() else (0, 0)
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(f"tokens: expected 0 to {self.vocab_size - 1}, got {low} to {high}")
+        for row, (n, length) in enumerate(zip(n_valid, self.lengths[:b].tolist(), strict=True)):
+            if not 0 <= n <= t:
+                raise ValueError(f"n_valid: expected 0 to {t}, got {n} for row {row}")
+            if length + n > self.max_len:
+                raise ValueError(
+                    f"row {row}: {length} + {n} tokens exceed max_len = {self.max_len}"
+                )
+        self._runner.prefill(tokens, n_valid)
+
+    @torch.inference_mode()
+    def copy_prefix(self, source: int, target: int, n: int) -> None:
+        """Make row ``target`` hold the first ``n`` tokens of another row, and only those.
+
+        Raises:
+            ValueError: no such row, or it holds fewer tokens.
+        """
+        self._check_row("source", source, n)
+        self._check_row("target", target, 0)
+        if source == target:
+            raise ValueError(f"target: expected another row than source = {source}")
+        self._state.truncate(target, 0)
+        self._state.copy_prefix(source, target, n)
+
+    @torch.inference_mode()
+    def set_length(self, row: int, n: int) -> None:
+        """Forget what a row holds after its first ``n`` tokens.
+
+        Raises:
+            ValueError: no such row, or it holds fewer tokens.
+        """
+        self._check_row("row", row, n)
+        self._state.truncate(row, n)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of ``weights`` (the layers' matrices and norms), ``head``, ``embedding``, ``cache``
+        (keys, values and their scales) and ``workspace`` (all else; on CUDA without the graphs'
+        pool). Memory that two share counts once: a head tied to the embedding is 0."""
+        plan, state = self._plan, self._state
+        parts = {
+            "embedding": [plan.embedding],
+            "head": tensors_of(plan.head),
+            "weights": [
+                tensor
+                for layer in plan.layers
+                for part in vars(layer).values()
+                for tensor in tensors_of(part)
+            ]
+            + tensors_of(plan.norm),
+            "cache": [state.kv] if state.scale is None else [state.kv, state.scale],
+            "workspace": [*state.others(), *self._runner.workspace()],
+        }
+        seen: set[int] = set()
+        sizes = dict.fromkeys(("weights", "head", "embedding", "cache", "workspace"), 0)
+        for kind, tensors in parts.items():
+            for storage in (tensor.untyped_storage() for tensor in tensors):
+                if storage.data_ptr() not in seen:
+                    sizes[kind] += storage.nbytes()
+                    seen.add(storage.data_ptr())
+        return sizes
+
+    def _check_row(self, name: str, row: int, n: int) -> None:
+        if not 0 <= row < self.max_batch:
+            raise ValueError(f"{name}: expected 0 to {self.max_batch - 1}, got {row}")
+        if not 0 <= n <= (length := int(self.lengths[row])):
+            raise ValueError(f"n: row {row} holds {length} tokens, got {n}")

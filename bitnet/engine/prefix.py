@@ -1,0 +1,104 @@
+"""Which computed tokens can be used again.
+
+A row of the cache holds keys and values of known tokens, and those of a prefix depend on nothing
+after it. So a prompt needs to be computed only from where it departs from what some row holds
+(:func:`place`), and a prefix that several prompts of a call share, a system prompt, only once
+(:func:`share`). The last token of a prompt is always computed: its logits are wanted, and no row
+keeps them.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Copy(NamedTuple):
+    """Copy the first ``n`` tokens of row ``source`` over row ``target``."""
+
+    source: int
+    target: int
+    n: int
+
+
+def place(
+    held: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]
+) -> tuple[list[int], list[int], list[Copy]]:
+    """Give each prompt a row, so that as much as can be stays where it is.
+
+    Pairs of prompt and row are joined greedily, the longest common prefix first. A prompt whose
+    longest prefix lies in another row than its own gets it by a copy. The copies are in an order in
+    which none reads what an earlier one has overwritten: were row t, kept by its prompt p for a
+    prefix of L(p) tokens, to be read by prompt q, then L(q) < L(p), or q would have been given t.
+    So ascending by L, a row is read before it is written.
+
+    Arguments:
+        held: the tokens of each row. prompts: as many as there are rows, or fewer; none empty.
+
+    Returns:
+        The row of each prompt, a permutation of ``range(len(prompts))``; how many tokens of each
+        prompt that row holds already, before the copies; the copies, which give more.
+    """
+    rows = _padded(held)
+    common = [_common(rows, prompt[:-1]) for prompt in prompts]
+    n = len(prompts)
+    pairs = sorted((-common[i][row], i != row, i, row) for i in range(n) for row in range(n))
+    row_of: dict[int, int] = {}
+    taken: set[int] = set()
+    for _, _, i, row in pairs:
+        if i not in row_of and row not in taken:
+            row_of[i] = row
+            taken.add(row)
+    kept = [common[i][row_of[i]] for i in range(n)]
+    copies = [
+        Copy(common[i].index(longest), row_of[i], longest)
+        for i in sorted(range(n), key=lambda i: kept[i])
+        if (longest := max(common[i])) > kept[i]
+    ]
+    return [row_of[i] for i in range(n)], kept, copies
+
+
+def share(prompts: Sequence[Sequence[int]], held: Sequence[int]) -> list[list[Copy]]:
+    """Prefixes that prompts have in common beyond what is there already.
+
+    A prompt takes the longest prefix that an earlier prompt has too, from the first such prompt.
+
+    Arguments:
+        prompts: none empty. held: how many tokens of each are there.
+
+    Returns:
+        Rounds of copies between *prompts*: those of a round need what the rounds before it copied,
+        and their sources computed as far as they are read.
+    """
+    wanted = [prompt[:-1] for prompt in prompts]
+    rows = _padded(wanted)
+    depth = [0] * len(prompts)
+    rounds: list[list[Copy]] = []
+    for target in range(len(prompts)):
+        common = _common(rows[:target], wanted[target])
+        longest = max(common, default=0)
+        if longest <= held[target]:
+            continue
+        source = common.index(longest)
+        depth[target] = depth[source] + 1
+        rounds += [[] for _ in range(depth[target] - len(rounds))]
+        rounds[depth[target] - 1].append(Copy(source, target, longest))
+    return rounds
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """Rows of tokens as one int64 array, filled up with -1, which is no token."""
+    padded = np.full((len(rows), max(map(len, rows), default=0)), -1, dtype=np.int64)
+    for number, row in enumerate(rows):
+        padded[number, : len(row)] = row
+    return padded
+
+
+def _common(rows: np.ndarray, tokens: Sequence[int]) -> list[int]:
+    """Length of the common prefix of each padded row with some tokens."""
+    n = min(len(tokens), rows.shape[1])
+    same = np.ones((len(rows), n + 1), dtype=bool)
+    same[:, :n] = rows[:, :n] == np.array(tokens[:n], dtype=np.int64)
+    same[:, n] = False
+    lengths: list[int] = same.argmin(1).tolist()
+    return lengths

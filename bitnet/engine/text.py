@@ -1,0 +1,91 @@
+"""Tokens to text as they come, and where a stop string ends it.
+
+Text and tokens have different borders. A character may take several tokens (byte fallback), a stop
+string may span tokens and may begin inside one. So both are handed out only once they are certain:
+text that may be the beginning of a stop string is held back until it is one or cannot become one,
+and a token is *settled* once all of its text has been handed out.
+"""
+
+from collections.abc import Sequence
+
+from bitnet.tokenizer import Tokenizer
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text as a prompt: the end-of-document token, which stands before every document in
+    training, then the text's tokens (none for "")."""
+    return [tokenizer.eos_id, *tokenizer.encode(text)]
+
+
+class TextStream:
+    """The text of a prompt's continuation, piece by piece.
+
+    Without a stop string, what the calls return adds up to ``tokenizer.decode(prompt + tokens)``
+    after the prompt. With one, it ends exactly before the first stop string to be complete (before
+    the one that begins first, where a token completes several). A stop string counts where all of
+    it lies in the new text: one that begins in the prompt does not.
+
+    Arguments:
+        prompt: decides whether the first new token begins with its space.
+        stop: the stop strings, none empty.
+    Attributes:
+        stopped: a stop string is complete; no more tokens may be pushed.
+        settled: how many of the new tokens are certain to stay: those whose text has been handed
+            out whole. Once ``stopped``, these are the tokens that lie wholly before the stop
+            string; one in which it begins is not among them, though the text before it is returned.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), stop: Sequence[str] = ()
+    ) -> None:
+        self.stopped = False
+        self.settled = 0
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._ids = list(prompt)
+        self._ends: list[int] = []  # length of the decoded text after each new token
+        self._printed = len(_whole(tokenizer.decode(self._ids)))
+
+    def push(self, token: int) -> str:
+        """Take one token; return the text that is certain now, which may be empty."""
+        assert not self.stopped
+        self._ids.append(token)
+        decoded = self._tokenizer.decode(self._ids)
+        self._ends.append(len(decoded))
+        new = self._certain(_whole(decoded)[self._printed :])
+        self._printed += len(new)
+        ends = self._ends if self._stop else []
+        self.settled = next(
+            (n for n in range(len(ends), self.settled, -1) if ends[n - 1] <= self._printed),
+            self.settled if self._stop else len(self._ends),
+        )
+        return new
+
+    def finish(self) -> str:
+        """The rest, of which no stop string came: text held back, and bytes that never became a
+        character, as U+FFFD. Nothing if ``stopped``."""
+        if self.stopped:
+            return ""
+        self.settled = len(self._ends)
+        new = self._tokenizer.decode(self._ids)[self._printed :]
+        self._printed += len(new)
+        return new
+
+    def _certain(self, new: str) -> str:
+        """What of the text not yet handed out is no part of a stop string, nor may become one."""
+        if found := [start for stop in self._stop if (start := new.find(stop)) >= 0]:
+            self.stopped = True
+            return new[: min(found)]
+        held = max(
+            (n for stop in self._stop for n in range(1, len(stop)) if new.endswith(stop[:n])),
+            default=0,
+        )
+        return new[: len(new) - held]
+
+
+def _whole(text: str) -> str:
+    """Without the characters at the end that another token may still change: an unfinished UTF-8
+    character has at most three bytes, and each decodes to one U+FFFD."""
+    for _ in range(3):
+        text = text.removesuffix("\N{REPLACEMENT CHARACTER}")
+    return text
