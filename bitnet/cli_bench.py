@@ -22,6 +22,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from bitnet.bench import decode_table
+from bitnet.cli_bench_decode import decode_command
+from bitnet.cli_bench_train import Device, Threads, train_command
 from bitnet.schema import UserError
 from bitnet_kernels.bench import estimate as estimating
 from bitnet_kernels.bench import machine, report, rows
@@ -45,6 +48,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+app.command("train")(train_command)
+app.command("decode")(decode_command)
 RESULTS = Path("docs/results")
 MAX_TOKENS = 1 << 20
 ESTIMATES = "kernels_estimate.csv"
@@ -83,10 +88,8 @@ def kernels_command(
     out: Annotated[
         str, typer.Option(help="CSV file. Default: docs/results/kernels_<device>.csv.")
     ] = "",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N. auto: a GPU if any.")] = "auto",
-    threads: Annotated[
-        int, typer.Option(help="Of the CPU. 0: torch's choice.", min=0, max=1024)
-    ] = 0,
+    device: Device = "auto",
+    threads: Threads = 0,
     replays: Annotated[int, typer.Option(help="Timed replays of each.", min=20, max=10_000)] = 20,
     energy: Annotated[bool, typer.Option(help="Half a second of each on a GPU, cold.")] = True,
     estimate: Annotated[
@@ -348,7 +351,8 @@ def report_command(
     ] = False,
     root: Annotated[str, typer.Option(help="The checkout.")] = ".",
 ) -> None:
-    """Draw the tables of README.md and kernels/README.md, and plots, from docs/results/*.csv.
+    """Draw the tables of README.md, kernels/README.md and docs/decoding.md, and plots, from
+    docs/results/*.csv.
 
     Tables stand between marked lines and are replaced there. Plots need pip install -e ".[plots]".
     """
@@ -389,6 +393,10 @@ def _tables(root: Path, figures: list[rows.Row], images: set[str], check: bool) 
     if twins.exists():
         draw = runpy.run_path(str(twins), run_name="compare_twins")["table"]
         regions.append(("README.md", ("<!-- twins -->", "<!-- /twins -->"), draw))
+    if (root / "docs/decoding.md").exists():
+        of_decode = ("<!-- decode:begin -->", "<!-- decode:end -->")
+        decoded = decode_table.load(root / RESULTS)
+        regions.append(("docs/decoding.md", of_decode, lambda: decode_table.table(decoded)))
     stale = []
     for name, (begin, end), body in regions:
         text = (root / name).read_text(encoding="utf-8")

@@ -114,3 +114,16 @@ def peak_memory(device: torch.device) -> int:
             return int(found[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak_memory(device: torch.device) -> bool:
+    """Let :func:`peak_memory` count anew, from what is held now; False where the system cannot,
+    and the peak stays that of the whole process (a CPU without Linux's clear_refs)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # 5: VmHWM alone; proc(5)
+    except OSError:
+        return False
+    return True

@@ -159,6 +159,29 @@ def test_the_dial_sets_the_token_budget() -> None:
     assert longer.train.tokens == 7 * longer.train.batch_tokens
 
 
+@pytest.mark.parametrize(
+    ("seq_len", "gpu", "cpu"),
+    [(512, 16, 4), (1024, 8, 2), (256, 32, 8), (4096, 2, 1), (384, 21, 1)],
+)
+def test_a_cpu_takes_smaller_micro_batches_of_the_same_batch(
+    seq_len: int, gpu: int, cpu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    common = ["model.depth=4", f"data.seq_len={seq_len}"]
+    large, small, auto = (
+        load_config([], [*common, f"train.device={device}"]).resolve()
+        for device in ("cuda:1", "cpu", "auto")
+    )
+    assert [c.train.micro_batch for c in (large, small, auto)] == [gpu, cpu, cpu]
+    assert large.train.batch_tokens == small.train.batch_tokens == auto.train.batch_tokens
+    assert small.batch_sequences % cpu == 0
+    assert small.resolve() == small
+    asked = load_config([], [*common, "train.device=cpu", "train.micro_batch=2"]).resolve()
+    assert asked.train.micro_batch == 2
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert load_config([], common).resolve().train.micro_batch == gpu
+
+
 def test_model_bytes_are_those_of_a_packed_model() -> None:
     from bitnet.linear import pack
     from bitnet.model import ModelConfig, Transformer

@@ -31,6 +31,14 @@ def test_the_guide_shows_the_tables_of_the_csvs(study: str) -> None:
     assert shown == table
 
 
+@pytest.mark.parametrize("study", ["training", "int8_backward"])
+def test_the_page_on_training_shows_the_tables_of_the_csvs(study: str) -> None:
+    table = runpy.run_path(str(DOCS / "results" / f"{study}.py"), run_name=study)["table"]()
+    page = (DOCS / "training.md").read_text(encoding="utf-8")
+    shown = page.partition(f"<!-- {study}:begin -->\n")[2].partition(f"\n<!-- {study}:end -->")[0]
+    assert shown == table != ""
+
+
 def test_the_readme_lists_every_file() -> None:
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     for path in (DOCS.parent / "bitnet").rglob("*.py"):

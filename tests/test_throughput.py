@@ -3,13 +3,21 @@
 import contextlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from bitnet import throughput
 from bitnet.schema import UserError
-from bitnet.throughput import Throughput, datasheet_peak, mfu, peak_flops, peak_memory
+from bitnet.throughput import (
+    Throughput,
+    datasheet_peak,
+    mfu,
+    peak_flops,
+    peak_memory,
+    reset_peak_memory,
+)
 
 
 class Clock:
@@ -118,3 +126,26 @@ def test_peak_memory_is_the_most_of_this_process() -> None:
     expected = pytest.approx(2 * before + (32 << 20), rel=0.2)
     assert during == expected
     assert after == expected
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs clear_refs, which only Linux has")
+def test_a_peak_can_be_forgotten() -> None:
+    cpu, size = torch.device("cpu"), 1 << 28
+    block = torch.ones(size, dtype=torch.uint8)  # touched, in a mapping of its own
+    high = peak_memory(cpu)
+    del block
+    assert peak_memory(cpu) == pytest.approx(high, rel=0.01)  # threads count in batches
+    assert reset_peak_memory(cpu)
+    low = peak_memory(cpu)
+    assert high - low == pytest.approx(size, rel=0.2)
+    block = torch.ones(size // 2, dtype=torch.uint8)
+    assert peak_memory(cpu) - low == pytest.approx(size // 2, rel=0.2)
+    del block
+
+
+def test_a_system_that_keeps_the_peak_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, data: str) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert not reset_peak_memory(torch.device("cpu"))

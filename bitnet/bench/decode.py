@@ -1,0 +1,201 @@
+"""How fast a packed model generates: against its full-precision twin, and transformers.
+
+    bitnet bench decode --size 110m --batch 1
+
+Every contender (bitnet/bench/decode_worker.py) lives in a process of its own
+(bitnet/bench/worker.py). All of one model are alive together and generate in turn from the same
+random prompts, in one order and then in the other: a machine that slows down slows neighbours
+alike, so the ratios *within* a round hold where times alone would not.
+
+A turn is a whole generation, timed where the tokens arrive, as a user would. Time to first token is
+the prompt's; decoding is all that comes after it, the cost of its attention growing on the way.
+Greedy, no end token, so that every turn does the same work.
+
+A file has one row a contender and case, written when the case is done. Rows that the same sources
+and versions have measured are not measured again, so an interrupted run goes on where it was.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from bitnet.bench.decode_table import Outcome
+from bitnet.bench.decode_worker import CONTENDERS, STATIC, Case, Job, Turn, unfit_for_transformers
+from bitnet.bench.worker import Worker
+from bitnet.model import ModelConfig
+
+_OURS, _LLAMA = {"vocab_size": 32_768}, {"vocab_size": 128_256}
+SIZES: dict[str, dict[str, Any]] = {
+    "60m": {"depth": 10, **_OURS},
+    "110m": {
+        "d_model": 768,
+        "n_layers": 12,
+        "n_heads": 12,
+        "n_kv_heads": 12,
+        "d_ff": 2048,
+        "vocab_size": 32_000,
+    },
+    "350m": {"depth": 20, **_OURS},
+    "700m": {"depth": 24, **_OURS},
+    "2b": {
+        "d_model": 2560,
+        "n_layers": 30,
+        "n_heads": 20,
+        "n_kv_heads": 5,
+        "d_ff": 6912,
+        **_LLAMA,
+    },
+    "8b": {
+        "d_model": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "n_kv_heads": 8,
+        "d_ff": 14_336,
+        "tie_embeddings": False,
+        **_LLAMA,
+    },
+}
+"""Shapes: those of configs/, of BERT-base, of BitNet 2B4T (arXiv 2504.12285) and of Llama 3 8B
+(arXiv 2407.21783); all with BitNet's norms and activation."""
+ENERGY_SECONDS = 2.0
+"""Of decoding, over which the joules of a token are counted."""
+_PROCESS = {"cpu": 2**29, "cuda": 3 * 2**29}
+"""Bytes that a process takes beside its model: libraries, workspaces, a GPU's context. transformers
+and its compiler take as much again on a CPU."""
+
+
+def usual(device: torch.device) -> tuple[str, ...]:
+    """Contenders that take part unless others are named, those that cannot included. fp32 is no
+    contender on a GPU; transformers' static cache is for what it compiles there."""
+    out = "fp32" if device.type == "cuda" else STATIC
+    return tuple(name for name in CONTENDERS if not name.endswith(out))
+
+
+def refusals(names: Sequence[str], device: torch.device, config: ModelConfig) -> dict[str, str]:
+    """Contender -> why it cannot take part here."""
+    found = {}
+    for name in names:
+        if name in ("ours-addsub", "ours-dot"):
+            if device.type != "cuda":
+                found[name] = "a CPU has no such kernel; its int8 product is ours-auto"
+            elif find_spec("triton") is None:
+                found[name] = "Triton is not installed"
+        if name.startswith("transformers"):
+            missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
+            if missing:
+                found[name] = f'{missing[0]} is not installed (pip install "bitnet-train[hf]")'
+            elif unfit := unfit_for_transformers(config):
+                found[name] = unfit
+    return found
+
+
+def held_bytes(job: Job, config: ModelConfig, cases: Sequence[Case]) -> int:
+    """About what a contender holds at its largest case, in bytes."""
+    sizes, width = config.num_parameters(), job.dtype.itemsize
+    each: float = width
+    if job.family == "ours":
+        on_gpu = job.device.startswith("cuda")
+        each = 0.25 * (3 if job.kernel == "addsub" else 2) if on_gpu else 1.25
+    cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * width
+    columns = max(case.batch * (case.prompt + case.new) for case in cases)
+    weights = sizes["matrices"] * each + (sizes["total"] - sizes["matrices"]) * width
+    beside = _PROCESS["cuda" if job.device.startswith("cuda") else "cpu"]
+    if job.family == "transformers" and job.device == "cpu":
+        beside *= 2
+    return int(weights + columns * cache) + beside
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Of the device now; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def fitting(jobs: Sequence[Job], sizes: Sequence[int], free: int | None) -> list[Job]:
+    """Those, by importance, that fit into memory together; making a model takes it twice, one at a
+    time."""
+    kept: list[Job] = []
+    total = largest = 0
+    for job, size in sorted(
+        zip(jobs, sizes, strict=True), key=lambda pair: CONTENDERS.index(pair[0].contender)
+    ):
+        if free is None or total + size + max(largest, size) <= 0.95 * free:
+            kept.append(job)
+            total, largest = total + size, max(largest, size)
+    return kept
+
+
+class Race:
+    """The processes of one model, alive until the end of the ``with`` block."""
+
+    def __init__(self, jobs: Sequence[Job], tick: Callable[[str], None]) -> None:
+        self._jobs, self._tick = jobs, tick
+        self._stack = ExitStack()
+        self._workers: dict[str, Worker] = {}
+
+    def __enter__(self) -> "Race":
+        folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="bench-decode-")))
+        try:
+            for job in self._jobs:
+                module, argument = "bitnet.bench.decode_worker", json.dumps(asdict(job))
+                worker = Worker(job.contender, module, [argument], folder, "--contender")
+                self._stack.callback(worker.close)
+                self._workers[job.contender] = worker
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def run(self, case: Case, rounds: int) -> dict[str, Outcome]:
+        """A case: every contender made ready, then ``rounds`` rounds.
+
+        Raises:
+            WorkerDied: names the contender.
+            Inexact: two kernels of ours chose different tokens.
+        """
+        memory = {}
+        for name, worker in self._workers.items():
+            self._tick(f"{name}: getting ready")
+            memory[name] = worker.ask("prepare", *case)
+        turns: dict[str, list[Turn]] = {name: [] for name in self._workers}
+        for i in range(rounds):
+            for name in list(self._workers)[:: -1 if i % 2 else 1]:
+                self._tick(name)
+                turns[name].append(Turn(*self._workers[name].ask("turn", i + 1)))
+            _check_tokens({name: mine[i] for name, mine in turns.items()})
+        peaks = {name: worker.ask("peak") for name, worker in self._workers.items()}
+        joules = {}
+        for name, worker in self._workers.items():
+            joules[name] = worker.ask("joules", ENERGY_SECONDS)
+        return {
+            name: Outcome(turns[name], memory[name], peaks[name], joules[name])
+            for name in self._workers
+        }
+
+
+class Inexact(RuntimeError):
+    """Kernels that compute the same integers gave different tokens."""
+
+
+def _check_tokens(turns: Mapping[str, Turn]) -> None:
+    ours = {name: turn.tokens for name, turn in turns.items() if name.startswith("ours")}
+    first = next(iter(ours), "")
+    for name, tokens in ours.items():
+        if tokens != ours[first]:
+            raise Inexact(f"{name} and {first} chose different tokens from the same prompts")

@@ -1,0 +1,286 @@
+"""The figures of ``bitnet bench decode``: a row a contender and case, in a CSV file and in tables.
+
+Ratios are made here, round by round (bitnet/bench/decode.py says why), to the *fastest* of the
+twin's dtypes and of transformers' settings: the strongest opponent that was measured.
+"""
+
+import hashlib
+import shlex
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bitnet.bench.decode_worker import Case, Job, Turn
+from bitnet.bench.rows import Figures, read, text
+from bitnet.model import ModelConfig
+from bitnet.summary import human
+from bitnet_kernels.bench import machine
+from bitnet_kernels.bench.machine import Machine
+from bitnet_kernels.bench.timing import quantile
+
+PATTERN = "decode_*.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One contender at one case. None: not known. Quartiles are over the rounds."""
+
+    device: str
+    """The GPU or CPU by name."""
+    threads: int | None
+    """Of a CPU."""
+    model: str
+    """A size of :data:`SIZES`, or a folder's name."""
+    weights: str
+    """"random", or "trained" where they are a folder's; a twin's are always random."""
+    parameters: int
+    contender: str
+    dtype: str
+    batch: int
+    prompt: int
+    new: int
+    """Tokens a row, each."""
+    seed: int
+    rounds: int
+    first_ms: float
+    """Time until every row has its first token, median."""
+    first_ms_p25: float
+    first_ms_p75: float
+    tokens_s: float
+    """Decoded tokens a second of all rows together, the first ones left out, median."""
+    tokens_s_p25: float
+    tokens_s_p75: float
+    over_twin: float | None
+    """Median of the ratios, round by round, of ``tokens_s`` to the twin's that is the faster by its
+    median; and their quartiles."""
+    over_twin_p25: float | None
+    over_twin_p75: float | None
+    over_transformers: float | None
+    """The same to the fastest of transformers' contenders."""
+    over_transformers_p25: float | None
+    over_transformers_p75: float | None
+    first_over_twin: float | None
+    """The same of the time to the first token: above 1 is faster."""
+    first_over_transformers: float | None
+    agreement: float | None
+    """Mean share of a row's tokens before the first that differs from ours-auto's. Contenders of
+    the same weights agree until rounding turns a close choice; a twin's weights are others."""
+    peak_bytes: int | None
+    """Of the generations: what tensors held on a GPU, what the process held (CPU)."""
+    weight_bytes: int
+    """Matrices of the layers, and norms."""
+    head_bytes: int
+    """Head and embedding."""
+    cache_bytes: int
+    """Allocated between generations."""
+    joules_token: float | None
+    """Of the whole board, while decoding."""
+    torch: str
+    triton: str
+    transformers: str
+    driver: str
+    commit: str
+    code: str
+    """Of the sources: rows of others are not taken for done."""
+    date: str
+    command: str
+
+
+COLUMNS = tuple(field.name for field in fields(Row))
+KEY = ("device", "threads", "model", "weights", "contender", "batch", "prompt")
+"""What a row is about: a file has one row for each."""
+VERSION = ("new", "seed", "rounds", "torch", "triton", "transformers", "driver", "code")
+"""With which code and settings: a row of another version is measured again."""
+
+
+class Subject(NamedTuple):
+    """A model to generate from."""
+
+    name: str
+    config: ModelConfig
+    """Resolved; of the ternary model."""
+    folder: str
+    """"": random weights."""
+
+
+class Outcome(NamedTuple):
+    """What a contender did in a case."""
+
+    turns: list[Turn]
+    memory: dict[str, int]
+    peak_bytes: int | None
+    joules_token: float | None
+
+
+def code_hash(device: str) -> str:
+    """Of this package's sources and the kernels': 12 hex digits."""
+    digest = hashlib.sha256(machine.code_hash(device).encode())
+    package = Path(__file__).parents[1]
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def common_columns(here: Machine, rounds: int) -> dict[str, Any]:
+    """What all rows of a run share."""
+    return {
+        "device": here.name,
+        "threads": here.threads,
+        "rounds": rounds,
+        "torch": torch.__version__,
+        "triton": machine.package_version("triton"),
+        "transformers": machine.package_version("transformers"),
+        "driver": here.driver,
+        "commit": machine.commit(),
+        "code": code_hash(here.name),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": shlex.join(["bitnet", *sys.argv[1:]]),
+    }
+
+
+def figures(
+    subject: Subject,
+    case: Case,
+    jobs: Sequence[Job],
+    outcomes: Mapping[str, Outcome],
+    common: Mapping[str, Any],
+) -> list[Figures]:
+    """A case's rows."""
+    first = {name: [turn.first_s for turn in one.turns] for name, one in outcomes.items()}
+    count = case.batch * (case.new - 1)
+    speed = {name: [count / turn.rest_s for turn in one.turns] for name, one in outcomes.items()}
+    medians = {name: statistics.median(values) for name, values in speed.items()}
+    bases = {}
+    for family in ("twin", "transformers"):
+        members = [name for name in medians if name.startswith(family)]
+        bases[family] = max(members, key=medians.__getitem__, default="")
+    rows = []
+    for job in jobs:
+        name, one = job.contender, outcomes[job.contender]
+        columns: dict[str, Any] = {}
+        for family, base in bases.items():
+            over: list[float | None] = [None] * 4
+            if base:
+                ratios = [a / b for a, b in zip(speed[name], speed[base], strict=True)]
+                waits = [b / a for a, b in zip(first[name], first[base], strict=True)]
+                over = [*(quantile(ratios, q) for q in (0.5, 0.25, 0.75)), statistics.median(waits)]
+            for suffix, value in zip(("", "_p25", "_p75"), over[:3], strict=True):
+                columns[f"over_{family}{suffix}"] = value
+            columns[f"first_over_{family}"] = over[3]
+        for suffix, q in (("", 0.5), ("_p25", 0.25), ("_p75", 0.75)):
+            columns[f"first_ms{suffix}"] = 1e3 * quantile(first[name], q)
+            columns[f"tokens_s{suffix}"] = quantile(speed[name], q)
+        row = Row(
+            **common,
+            **columns,
+            **_subject_columns(subject, case, job),
+            parameters=subject.config.num_parameters()["total"],
+            dtype=str(job.dtype).removeprefix("torch."),
+            agreement=_agreement(outcomes, name),
+            peak_bytes=one.peak_bytes,
+            weight_bytes=one.memory["weights"],
+            head_bytes=one.memory["head"] + one.memory["embedding"],
+            cache_bytes=one.memory["cache"],
+            joules_token=one.joules_token,
+        )
+        rows.append({column: text(value) for column, value in asdict(row).items()})
+    return rows
+
+
+def _subject_columns(subject: Subject, case: Case, job: Job) -> dict[str, Any]:
+    trained = bool(subject.folder) and job.family != "twin"
+    return {
+        "model": subject.name,
+        "weights": "trained" if trained else "random",
+        "contender": job.contender,
+        "batch": case.batch,
+        "prompt": case.prompt,
+        "new": case.new,
+        "seed": job.seed,
+    }
+
+
+def done(
+    subject: Subject,
+    case: Case,
+    jobs: Sequence[Job],
+    common: Mapping[str, Any],
+    kept: Sequence[Figures],
+) -> bool:
+    """Whether every contender has a row of this version."""
+    columns = (*KEY, *VERSION)
+    found = {tuple(row[column] for column in columns) for row in kept}
+    asked = [{**common, **_subject_columns(subject, case, job)} for job in jobs]
+    return all(tuple(text(one[column]) for column in columns) in found for one in asked)
+
+
+def _agreement(outcomes: Mapping[str, Outcome], name: str) -> float | None:
+    if "ours-auto" not in outcomes or name.startswith("twin"):
+        return None
+    shares = []
+    for mine, ours in zip(outcomes[name].turns, outcomes["ours-auto"].turns, strict=True):
+        for row, other in zip(mine.tokens, ours.tokens, strict=True):
+            same = [a == b for a, b in zip(row, other, strict=True)]
+            shares.append([*same, False].index(False) / len(same))
+    return statistics.mean(shares)
+
+
+def load(folder: Path) -> list[Figures]:
+    """The rows of all files of a folder. UserError where one of them is damaged."""
+    return [row for path in sorted(folder.glob(PATTERN)) for row in read(path, COLUMNS)]
+
+
+def table(rows: Sequence[Figures]) -> str:
+    """Markdown: for each machine a line that says where and with what, and a table."""
+    machines: dict[tuple[str, str], list[Figures]] = {}
+    for row in rows:
+        machines.setdefault((row["device"], row["threads"]), []).append(row)
+    return "\n\n".join(_section(group) for group in machines.values()) or "No figures yet."
+
+
+def _section(rows: Sequence[Figures]) -> str:
+    def distinct(column: str) -> str:
+        return ", ".join(dict.fromkeys(row[column] for row in rows))
+
+    threads = f", {distinct('threads')} threads" if rows[0]["threads"] else ""
+    lines = [
+        f"**{rows[0]['device']}**{threads}: torch {distinct('torch')}, transformers "
+        f"{distinct('transformers')}; {distinct('new')} new tokens a row, {distinct('rounds')} "
+        f"rounds; commit {distinct('commit')}, {distinct('date')}",
+        "",
+        "| model | batch | prompt | contender | first token, ms | tokens/s (quartiles) "
+        "| over the twin | over transformers | agrees | J/token | layers | peak memory |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cells(row: Figures) -> list[str]:
+    def ratio(family: str) -> str:
+        if not row[f"over_{family}"]:
+            return ""
+        value, low, high = (float(row[f"over_{family}{part}"]) for part in ("", "_p25", "_p75"))
+        return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+    speed, low, high = (float(row[f"tokens_s{part}"]) for part in ("", "_p25", "_p75"))
+    return [
+        row["model"],
+        row["batch"],
+        row["prompt"],
+        row["contender"],
+        f"{float(row['first_ms']):,.0f}",
+        f"{speed:,.1f} ({low:,.1f} to {high:,.1f})",
+        ratio("twin"),
+        ratio("transformers"),
+        f"{float(row['agreement']):.0%}" if row["agreement"] else "",
+        f"{float(row['joules_token']):.3g}" if row["joules_token"] else "",
+        human(int(row["weight_bytes"]), "B"),
+        human(int(row["peak_bytes"]), "B") if row["peak_bytes"] else "",
+    ]

@@ -1,0 +1,425 @@
+"""One contender of ``bitnet bench decode``: a model, and a process that generates when told to.
+
+    ours-auto, ours-dot, ours-addsub     packed ternary layers in bitnet's Engine, by kernel
+    twin-fp32, twin-bf16                 nn.Linear layers of the same shape in the same Engine
+    transformers-fp32, -bf16             generate() of BitNetForCausalLM on the ternary weights
+    transformers-bf16-static             the same with its static cache
+
+Random weights are drawn from a seed on the device, matrix by matrix: ternary ones as packed codes
+and a scale, others as normal numbers that are cast to their dtype at once, so that fp32 weights of
+the whole model never exist. All ternary contenders have the same weights. transformers holds them
+as it does when it loads such a checkpoint (``linear_class="autobitlinear"``, offline): codes in the
+model's dtype and a scale, for a dense product with activations quantized and dequantized before.
+
+A process is started with its :class:`Job` as JSON, and told what to do by bitnet/bench/decode.py
+through bitnet/bench/worker.py.
+"""
+
+import dataclasses
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bitnet.bench.worker import serve
+from bitnet.engine.engine import Engine
+from bitnet.export.folder import load_model
+from bitnet.linear import BitLinear, Kernel, RMSNorm, TernaryLinear, pack, replace_modules
+from bitnet.model import ModelConfig, Transformer, as_transformer
+from bitnet.schema import UserError
+from bitnet.throughput import peak_memory, reset_peak_memory
+from bitnet_kernels.bench.machine import Meter, find_meter
+
+CONTENDERS = (
+    "ours-auto",
+    "ours-dot",
+    "ours-addsub",
+    "twin-bf16",
+    "transformers-bf16",
+    "transformers-bf16-static",
+    "twin-fp32",
+    "transformers-fp32",
+)
+"""By importance: where memory is short, the last are left out."""
+STATIC = "-static"
+
+
+class Case(NamedTuple):
+    """What is generated: ``batch`` prompts of ``prompt`` random tokens, each continued greedily by
+    ``new`` tokens, two or more."""
+
+    batch: int
+    prompt: int
+    new: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process is: a contender over a model."""
+
+    contender: str
+    config: dict[str, Any]
+    """Of the ternary model, resolved: :class:`bitnet.model.ModelConfig`'s fields."""
+    folder: str
+    """The model's, or "" for random weights of this config."""
+    seed: int
+    device: str
+    threads: int
+    """Of the CPU; 0: torch's choice."""
+
+    @property
+    def family(self) -> str:
+        """ "ours", "twin" or "transformers"."""
+        return self.contender.partition("-")[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of embedding, head, norms and activations (and of all that is not ternary)."""
+        if self.family == "ours":
+            return torch.bfloat16 if self.device.startswith("cuda") else torch.float32
+        return torch.bfloat16 if "-bf16" in self.contender else torch.float32
+
+    @property
+    def kernel(self) -> Kernel:
+        """Of packed layers; an int8 product on a CPU, whatever its name."""
+        kernels: dict[str, Kernel] = {"ours-dot": "dot", "ours-addsub": "addsub"}
+        return kernels.get(self.contender, "auto")
+
+    def model(self, max_seq_len: int) -> Transformer:
+        """The model that is generated from; transformers' is made from it."""
+        config = dataclasses.replace(ModelConfig(**self.config), max_seq_len=max_seq_len)
+        if self.family == "twin":
+            config = dataclasses.replace(config, linear="fp")
+        device = torch.device(self.device)
+        if self.folder and self.family != "twin":
+            return packed_model(self.folder, device, self.kernel).to(self.dtype)
+        return random_model(config, self.seed, device, self.dtype, self.kernel)
+
+
+def packed_model(folder: str, device: torch.device, kernel: Kernel) -> Transformer:
+    """A ternary model of a folder, packed. UserError where its layers are not ternary."""
+    model = as_transformer(pack(load_model(folder, device, kernel), kernel)).eval()
+    names = model.config.matrices()
+    for name, module in model.layers.named_modules():
+        if name.partition(".")[2] in names and not isinstance(module, TernaryLinear):
+            raise UserError(f"--model: {folder}: its {name} is not ternary; name a ternary model")
+    return model
+
+
+def random_model(
+    config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype, kernel: Kernel
+) -> Transformer:
+    """A model of random weights in the form that generation reads; of a config with separate norms.
+
+    Ternary codes are -1, 0 and +1 alike often, with a scale that keeps the variance of what goes
+    in; other matrices are normal with the initial deviation of training, norms are 1.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(like: Tensor) -> nn.Parameter:
+        drawn = torch.randn(like.shape, generator=generator, device=device)  # in any dtype the same
+        return nn.Parameter(drawn.mul_(0.02).to(dtype), requires_grad=False)
+
+    def fill(name: str, module: nn.Module) -> nn.Module | None:
+        if isinstance(module, BitLinear):
+            shape = (module.out_features, module.in_features)
+            codes = torch.randint(
+                -1, 2, shape, generator=generator, device=device, dtype=torch.int8
+            )
+            scale = torch.tensor((1.5 / shape[1]) ** 0.5, device=device)  # codes' variance is 2/3
+            return TernaryLinear.from_codes(codes, scale, kernel=kernel)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight = normal(module.weight)
+        elif isinstance(module, RMSNorm):
+            ones = torch.ones(module.weight.shape, device=device, dtype=dtype)
+            module.weight = nn.Parameter(ones, requires_grad=False)
+        return None
+
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = as_transformer(replace_modules(model, fill))
+    if config.tie_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.eval()
+
+
+def unfit_for_transformers(config: ModelConfig) -> str:
+    """Why transformers' BitNet class cannot hold such a model; "" where it can."""
+    wanted = {"norm_placement": "sub_norm", "granularity": "tensor", "qk_norm": False}
+    for key, value in wanted.items():
+        if (found := getattr(config, key)) != value:
+            return f"its BitNet class has no model.{key} = {found!r}"
+    return ""
+
+
+def as_transformers(model: Transformer, dtype: torch.dtype) -> Any:
+    """``BitNetForCausalLM`` with the weights of a packed model, as loading an offline
+    ``autobitlinear`` checkpoint makes it; on the model's device."""
+    from transformers import BitNetConfig, BitNetForCausalLM
+    from transformers.integrations.bitnet import replace_with_bitnet_linear
+    from transformers.models.bitnet.modeling_bitnet import BitNetRotaryEmbedding
+    from transformers.utils.quantization_config import BitNetQuantConfig
+
+    config = model.config
+    settings: dict[str, Any] = {
+        "hidden_size": config.d_model,
+        "intermediate_size": config.d_ff,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "hidden_act": config.activation,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "dtype": dtype,
+        "attn_implementation": "sdpa",
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    }
+    theirs = BitNetConfig(**settings)
+    quantized = BitNetQuantConfig(linear_class="autobitlinear", quantization_mode="offline")
+    with torch.device("meta"):
+        made: Any = BitNetForCausalLM(theirs)
+        made = replace_with_bitnet_linear(made, ["lm_head"], quantized)
+    tensors: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        place = name if name == "lm_head" else f"model.{name}"
+        if isinstance(module, TernaryLinear):
+            tensors[f"{place}.weight"] = module.codes().to(dtype)
+            tensors[f"{place}.weight_scale"] = module.scale.to(dtype).reshape(1)
+        elif isinstance(module, nn.Linear | nn.Embedding | RMSNorm):
+            tensors[f"{place}.weight"] = module.weight.detach().to(dtype)
+    made.load_state_dict(tensors, assign=True)
+    made.tie_weights()
+    with torch.device(model.embed_tokens.weight.device):  # its frequencies are no state
+        made.model.rotary_emb = BitNetRotaryEmbedding(theirs)
+    return made.eval().requires_grad_(False)
+
+
+class Turn(NamedTuple):
+    """One generation."""
+
+    first_s: float
+    """Seconds until every row has its first token."""
+    rest_s: float
+    """Seconds from there to the last token: batch * (new - 1) tokens."""
+    rest_joules: float | None
+    """Of the whole board, over the same time; None where nothing measures it."""
+    tokens: list[list[int]]
+
+
+class Clock:
+    """Reads time and the board's energy counter as tokens come."""
+
+    def __init__(self, meter: Meter | None) -> None:
+        self._meter, self.start = meter, time.perf_counter()
+        self.first = self.last = (0.0, 0.0)
+
+    def read(self) -> tuple[float, float]:
+        """Seconds, joules."""
+        joules = self._meter.millijoules() / 1e3 if self._meter else 0.0
+        return time.perf_counter(), joules
+
+    def turn(self, tokens: list[list[int]]) -> Turn:
+        """What it comes to."""
+        joules = self.last[1] - self.first[1] if self._meter else None
+        return Turn(self.first[0] - self.start, self.last[0] - self.first[0], joules, tokens)
+
+
+class Runner(Protocol):
+    """A contender with a model, ready to generate."""
+
+    def generate(self, prompts: list[list[int]], new: int) -> Turn:
+        """Continue each prompt greedily by ``new`` tokens."""
+        ...
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held in ``weights``, ``head``, ``embedding``, ``cache``; 0 where there are none
+        between two generations."""
+        ...
+
+
+class EngineRunner:
+    """Our engine; its cache is sized to the case."""
+
+    def __init__(self, job: Job, case: Case, meter: Meter | None) -> None:
+        model = job.model(case.prompt + case.new)
+        self.engine = Engine(
+            model, max_batch=case.batch, max_len=case.prompt + case.new, kernel=job.kernel
+        )
+        self._meter = meter
+
+    def generate(self, prompts: list[list[int]], new: int) -> Turn:
+        """Through ``Engine.generate``; a row's tokens are stamped as the engine hands them out."""
+        clock, count = Clock(self._meter), 0
+
+        def on_token(row: int, token: int) -> None:
+            nonlocal count
+            count += 1
+            if count == len(prompts):
+                clock.first = clock.read()
+            elif count == len(prompts) * new:
+                clock.last = clock.read()
+
+        return clock.turn(self.engine.generate(prompts, new, on_token=on_token))
+
+    def memory(self) -> dict[str, int]:
+        """As the decoder counts it."""
+        return self.engine.decoder.memory()
+
+
+class TransformersRunner:
+    """transformers' ``generate``: greedy, no end token; a cache that grows unless asked for the
+    static one, SDPA attention. What it compiles by itself is compiled before anything is timed."""
+
+    def __init__(self, job: Job, case: Case, meter: Meter | None) -> None:
+        from transformers import GenerationConfig
+
+        self.model = as_transformers(job.model(case.prompt + case.new), job.dtype)
+        self.settings: Any = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=case.new,
+            min_new_tokens=case.new,
+            cache_implementation="static" if job.contender.endswith(STATIC) else None,
+        )
+        self._meter = meter
+
+    def generate(self, prompts: list[list[int]], new: int) -> Turn:
+        """A streamer stamps the tokens."""
+        clock, steps = Clock(self._meter), 0
+
+        class Stamps:
+            def put(self, value: Tensor) -> None:
+                nonlocal steps  # 0: the prompt itself
+                if steps == 1:
+                    clock.first = clock.read()
+                elif steps == new:
+                    clock.last = clock.read()
+                steps += 1
+
+            def end(self) -> None:
+                pass
+
+        ids = torch.tensor(prompts, device=self.model.device)
+        whole = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=self.settings,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            streamer=Stamps(),
+        )
+        return clock.turn(whole[:, ids.shape[1] :].tolist())
+
+    def memory(self) -> dict[str, int]:
+        """The cache lives as long as a generation."""
+        return transformers_memory(self.model)
+
+
+def transformers_memory(model: Any) -> dict[str, int]:
+    """Bytes of a transformers model's tensors by kind; a tied head counts as embedding."""
+    embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
+    state = model.state_dict(keep_vars=True).values()
+    total = sum({tensor.data_ptr(): tensor.nbytes for tensor in state}.values())
+    own_head = 0 if head.data_ptr() == embedding.data_ptr() else head.nbytes
+    weights = total - embedding.nbytes - own_head
+    return {"weights": weights, "head": own_head, "embedding": embedding.nbytes, "cache": 0}
+
+
+def make_runner(job: Job, case: Case, meter: Meter | None) -> Runner:
+    """A contender with its model, for this case."""
+    return (TransformersRunner if job.family == "transformers" else EngineRunner)(job, case, meter)
+
+
+def prompts_of(case: Case, vocab_size: int, seed: int) -> list[list[int]]:
+    """Random tokens, the same for every contender."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(vocab_size, (case.batch, case.prompt), generator=draw).tolist()
+
+
+class Session:
+    """What a process remembers between two requests."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.device = job, torch.device(job.device)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # streams and graphs are of the current one
+        self.meter, _ = find_meter(self.device)
+        if self.meter is not None and not _counts(self.meter):
+            self.meter = None
+        self.runner: Runner | None = None
+        self.case, self.is_reset = Case(1, 1, 2), False
+
+    def prepare(self, case: Case) -> dict[str, int]:
+        """Make the model for a case, generate once with all that is compiled and captured on the
+        way, and count peak memory anew. Returns the bytes that the model holds."""
+        self.runner = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.case, self.runner = case, make_runner(self.job, case, self.meter)
+        gc.collect()  # the model that an engine was made from
+        self.turn(0, min(case.new, 4))
+        self.is_reset = reset_peak_memory(self.device)
+        return self.runner.memory()
+
+    def turn(self, number: int, new: int) -> Turn:
+        """Generate from prompts that no turn of another number has: an engine remembers."""
+        assert self.runner is not None
+        seed = self.job.seed * 1_000_003 + number
+        prompts = prompts_of(self.case, self.job.config["vocab_size"], seed)
+        return self.runner.generate(prompts, new)
+
+    def joules(self, seconds: float) -> float | None:
+        """Joules a token while decoding, over generations whose decoding lasts that long in all:
+        the board's counter moves in steps of some tens of milliseconds."""
+        spent = energy = 0.0
+        tokens = turns = 0
+        while spent < seconds:
+            turns += 1
+            turn = self.turn(10_000 + turns, self.case.new)
+            if turn.rest_joules is None:
+                return None
+            spent, energy = spent + turn.rest_s, energy + turn.rest_joules
+            tokens += self.case.batch * (self.case.new - 1)
+        return energy / tokens
+
+    def peak(self) -> int | None:
+        """Bytes since :meth:`prepare`; None where the system cannot count anew."""
+        return peak_memory(self.device) if self.is_reset else None
+
+
+def _counts(meter: Meter) -> bool:
+    try:
+        meter.millijoules()
+    except Exception:  # a GPU without a counter: NVMLError, of a package that may be absent
+        return False
+    return True
+
+
+def main(job: Job) -> None:
+    """A worker, until its parent closes it."""
+
+    def make() -> dict[str, Callable[..., Any]]:
+        if job.threads:
+            torch.set_num_threads(job.threads)
+        session = Session(job)
+        return {
+            "prepare": lambda *case: session.prepare(Case(*case)),
+            "turn": lambda number: session.turn(number, session.case.new),
+            "joules": session.joules,
+            "peak": session.peak,
+        }
+
+    serve(make)
+
+
+if __name__ == "__main__":
+    main(Job(**json.loads(sys.argv[1])))

@@ -1,0 +1,315 @@
+"""How fast a training step is: variants of one model, measured in turns.
+
+    bitnet bench train --size 15m --tokens 2048 --micro-batches 2
+
+A *variant* is a way to compute the layers' matrices, eager or compiled:
+
+    fp          nn.Linear: the full-precision twin, which the others are compared with
+    naive       BitLinear the usual way: fake quantization in floats, x + (q(x) - x).detach()
+    ours        BitLinear of this package
+    ours-int8   the same with model.int8_backward = "both", an approximation
+    torchao     torchao's bitnet_training, where that package is installed
+
+All start from the same weights, and see the same random tokens in every step. A step is that of
+train.py, function by function: micro-batches, clipping, update.
+
+Each variant lives in a process of its own (bitnet/bench/worker.py). All are alive together and are
+told in turn to run a step, in one order and then in the other: a machine that slows down slows
+neighbours alike, so the *paired* ratios of one round hold where times alone would not. On a GPU a
+worker gives its cached memory back after its turn, so that all fit, and begins the next turn with a
+micro-batch that is not timed.
+"""
+
+import dataclasses
+import importlib
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet.bench.worker import Worker, serve
+from bitnet.config import Config, load_config, to_toml
+from bitnet.linear import replace_modules, weights_quantized
+from bitnet.loss import next_token_loss
+from bitnet.model import Transformer
+from bitnet.optim import build_optimizer, clip_gradients, learning_rate_factor, weight_decay_at
+from bitnet.schema import UserError
+from bitnet.throughput import peak_memory, reset_peak_memory
+from bitnet_kernels.bench.machine import find_meter
+from bitnet_kernels.bench.shapes import choose
+
+FAMILIES = ("fp", "naive", "ours", "ours-int8", "torchao")
+COMPILED = "-compiled"
+VARIANTS = tuple(family + mode for mode in ("", COMPILED) for family in FAMILIES)
+USUAL = ("fp", "naive", "ours", *(family + COMPILED for family in FAMILIES))
+"""Those that are measured unless others are named."""
+
+_TEXT = ["data.vocab_size=32768", "data.seq_len=1024", "train.batch_tokens=65536"]
+SIZES = {
+    "15m": ["model.depth=6", "data.vocab_size=16384", "data.seq_len=512"],
+    "60m": ["model.depth=10", *_TEXT],
+    "350m": ["model.depth=20", *_TEXT],
+    "1b": ["model.depth=32", "model.n_layers=8", *_TEXT],
+}
+"""Models without a config file: those of configs/, the larger ones with 8 micro-batches a step, and
+layers as wide as a model of 1.5B has them (2,048; 8 of its 32, so that every variant's optimizer
+fits on one GPU beside the others')."""
+
+MIN_SECONDS_FOR_ENERGY = 0.2
+"""The board's energy counter moves in steps of some tens of milliseconds."""
+
+
+def family_of(variant: str) -> str:
+    """``"ours-compiled"`` -> ``"ours"``."""
+    return variant.removesuffix(COMPILED)
+
+
+def choose_variants(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The variants that can be measured here, and a line for each that cannot.
+
+    Arguments:
+        names: as given; none: :data:`USUAL`.
+    Raises:
+        UserError: a name that no variant has; all that are named cannot be measured.
+    """
+    try:
+        chosen = [choose("--variant", name, VARIANTS) for name in dict.fromkeys(names or USUAL)]
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    absent: list[str] = []
+    if find_spec("torchao") is None:
+        absent = [name for name in chosen if family_of(name) == "torchao"]
+        chosen = [name for name in chosen if name not in absent]
+    why = "torchao is not installed (pip install torchao)"
+    if not chosen:
+        raise UserError(f"--variant: {why}")
+    return chosen, [f"{name} is not measured: {why}" for name in absent]
+
+
+def variant_config(paths: Sequence[Path], overrides: Sequence[str], variant: str) -> Config:
+    """The resolved config of a variant.
+
+    Raises:
+        UserError: the config asks for what is not timed, or for what the variant cannot do.
+    """
+    family = family_of(variant)
+    own = [
+        f"model.linear={'fp' if family == 'fp' else 'ternary'}",
+        f"model.int8_backward={'both' if family == 'ours-int8' else 'none'}",
+    ]
+    config = load_config(paths, [*overrides, *own]).resolve()
+    extra = {
+        "quant.weights": config.quant.enabled,
+        "distill.teacher": bool(config.distill.teacher),
+        "adapter.kind": config.adapter.kind != "none",
+        "train.init_from": bool(config.train.init_from),
+    }
+    for key, used in extra.items():
+        if used:
+            raise UserError(f"{key} is set: a step from scratch is timed, without [quant] and such")
+    model = config.model
+    plain = (model.granularity, model.grad_mask) == ("tensor", "none")
+    if family in ("naive", "torchao") and (not plain or model.norm_placement == "in_linear"):
+        raise UserError(
+            f"{variant} knows only model.granularity = tensor, model.grad_mask = none and norms "
+            "outside the layer; name other variants with --variant"
+        )
+    return config
+
+
+class NaiveBitLinear(nn.Linear):
+    """BitLinear as papers print it (BitNet b1.58 Training Tips, figure 3): floats that happen to be
+    quantized, in nn.Linear's own product; without a bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float ``[..., in_features]`` -> ``[..., out_features]``."""
+        x, w = input, self.weight
+        s_x = 127.0 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+        x_hat = (x * s_x).round().clamp(-128, 127) / s_x
+        s_w = 1.0 / w.abs().mean().clamp(min=1e-5)
+        w_hat = (w * s_w).round().clamp(-1, 1) / s_w
+        return F.linear(x + (x_hat - x).detach(), w + (w_hat - w).detach())
+
+
+def build(config: Config, variant: str) -> Transformer:
+    """The variant's model; initial weights are those of the config's seed, whatever the variant."""
+    torch.manual_seed(config.run.seed)
+    family = family_of(variant)
+    if family not in ("naive", "torchao"):
+        return Transformer(config.model)
+    model = Transformer(dataclasses.replace(config.model, linear="fp"))
+    if family == "naive":
+        replace_modules(model.layers, _naive)
+    else:
+        quantize = importlib.import_module("torchao.quantization").quantize_
+        recipe = importlib.import_module("torchao.prototype.quantized_training").bitnet_training
+        quantize(model.layers, recipe())
+    return model
+
+
+def _naive(name: str, module: nn.Module) -> nn.Module | None:
+    if not isinstance(module, nn.Linear):
+        return None
+    naive = NaiveBitLinear(module.in_features, module.out_features, bias=False, device="meta")
+    naive.weight = module.weight
+    return naive
+
+
+class Reply(NamedTuple):
+    """What a worker says of its turn."""
+
+    seconds: float
+    """Of the step."""
+    turn_seconds: float
+    """With what goes before it on a GPU; of the first turn, with the compilation."""
+    loss: float
+    """Mean over the step's tokens, in nats, before the update."""
+    peak_bytes: int | None
+    """Of the step; None where the system cannot say (:func:`reset_peak_memory`)."""
+    joules: float | None
+    """Of the whole board, for the step."""
+
+
+class Stepper:
+    """Runs one optimizer step of train.py after another, on the same random tokens."""
+
+    def __init__(self, config: Config, variant: str) -> None:
+        self.config, train = config, config.train
+        self.device = torch.device(train.device)
+        self.autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=train.dtype == "bf16"
+        )
+        self.model = build(config, variant).to(self.device).train()
+        self.optimizers = build_optimizer(self.model, config.optim)
+        self.loss: Callable[[Transformer, Tensor, Tensor], Tensor] = next_token_loss
+        if variant.endswith(COMPILED):
+            self.loss = torch.compile(next_token_loss, fullgraph=True)
+        draw = torch.Generator().manual_seed(config.run.seed)
+        shape = (config.batch_sequences, config.data.seq_len + 1)
+        tokens = torch.randint(config.model.vocab_size, shape, generator=draw).to(self.device)
+        self.inputs = tokens[:, :-1].split(train.micro_batch)
+        self.targets = tokens[:, 1:].split(train.micro_batch)
+        self.meter, _ = find_meter(self.device)
+        self.steps = 0
+
+    def turn(self) -> Reply:
+        """One step, timed."""
+        begun = time.perf_counter()
+        if self.device.type == "cuda":
+            self._gradients(self.inputs[:1], self.targets[:1])
+            self.optimizers.zero_grad()
+            torch.cuda.synchronize(self.device)
+        is_reset = reset_peak_memory(self.device)
+        energy = self._millijoules()
+        start = time.perf_counter()
+        loss = self.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.perf_counter() - start
+        joules = None
+        if energy is not None and seconds >= MIN_SECONDS_FOR_ENERGY:
+            joules = ((self._millijoules() or 0.0) - energy) / 1e3
+        peak = peak_memory(self.device) if is_reset else None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return Reply(seconds, time.perf_counter() - begun, loss, peak, joules)
+
+    def step(self) -> float:
+        """The loss before the update."""
+        config, total_steps = self.config, self.config.train.steps
+        loss = self._gradients(self.inputs, self.targets)
+        float(clip_gradients(self.model.parameters(), config.optim.grad_clip))
+        train_loss = float(loss)
+        self.optimizers.set_schedule(
+            learning_rate_factor(self.steps, total_steps, config.optim),
+            weight_decay_at(self.steps, total_steps, config.optim),
+        )
+        self.optimizers.step()
+        self.optimizers.zero_grad()
+        self.steps += 1
+        return train_loss
+
+    def _gradients(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        total = torch.zeros((), device=self.device)
+        with weights_quantized(self.model):
+            for inputs_BT, targets_BT in zip(inputs, targets, strict=True):
+                with self.autocast:
+                    loss = self.loss(self.model, inputs_BT, targets_BT)
+                total += loss.detach() / len(inputs)
+                (loss / len(inputs)).backward()
+        return total
+
+    def _millijoules(self) -> float | None:
+        try:
+            return None if self.meter is None else self.meter.millijoules()
+        except Exception:  # a GPU without a counter: NVMLError, of a package that may be absent
+            return None
+
+
+def _start(variant: str, config: Config, folder: Path) -> Worker:
+    """A variant's process; its compiler's cache begins empty, so that its time can be told."""
+    path = folder / f"{variant}.toml"
+    path.write_text(to_toml(config), encoding="utf-8")
+    return Worker(
+        variant,
+        "bitnet.bench.train",
+        [variant, str(path)],
+        folder,
+        "--variant or --tokens",
+        {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"{variant}-cache")},
+    )
+
+
+def race(
+    configs: Mapping[str, Config], rounds: int, warmup: int, tick: Callable[[str], None]
+) -> dict[str, list[Reply]]:
+    """All variants' turns, ``warmup`` and then ``rounds`` of each.
+
+    Arguments:
+        configs: variant -> its resolved config.
+        tick: told the variant before each turn.
+    Raises:
+        WorkerDied: names the variant. Whatever is raised, no process is left behind.
+    """
+    replies: dict[str, list[Reply]] = {name: [] for name in configs}
+    workers: dict[str, Worker] = {}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="bench-train-")))
+
+        def turn(name: str) -> None:
+            tick(name)
+            replies[name].append(Reply(*workers[name].ask("turn")))
+
+        for name, config in configs.items():
+            workers[name] = _start(name, config, folder)
+            stack.callback(workers[name].close)
+            for _ in range(warmup):
+                turn(name)
+        for i in range(rounds):
+            for name in list(configs)[:: -1 if i % 2 else 1]:
+                turn(name)
+    return replies
+
+
+def main(variant: str, path: str) -> None:
+    """A worker: it runs a variant of a resolved config, a step whenever it is asked."""
+
+    def make() -> dict[str, Callable[..., Any]]:
+        config = load_config([path]).resolve()
+        if config.train.threads:
+            torch.set_num_threads(config.train.threads)
+        return {"turn": Stepper(config, variant).turn}
+
+    serve(make)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
