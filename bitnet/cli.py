@@ -271,6 +271,8 @@ def generate_command(
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding prints "?"
         sys.stdout.reconfigure(errors="replace")
     model, tokenizer = load_for_inference(folder, device, kernel)
+    if model.embed_tokens.weight.is_cuda and not read_config(folder).quant.enabled:
+        model = packed_bf16(model, kernel)
     prompts = [generation.encode_prompt(tokenizer, text) for text in prompt or [""]]
     texts = [""] * len(prompts)
     begun = False
@@ -375,6 +377,12 @@ def load_for_inference(folder: Path, device: str, kernel: Kernel) -> tuple[Trans
         return load(folder, target, kernel)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def packed_bf16(model: Transformer, kernel: Kernel) -> Transformer:
+    """What a GPU generates with: in bf16, as its kernels are made for. Ternary layers are packed
+    before, so that their codes and scales are those of the fp32 weights."""
+    return as_transformer(pack(model, kernel)).to(torch.bfloat16)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from bitnet.engine.decoder import CacheDtype, HeadDtype
 from bitnet.engine.engine import Engine
-from bitnet.engine.request import StopReason
+from bitnet.engine.request import StopReason, integer, sequence
 from bitnet.engine.sampling import next_token_probabilities
 from bitnet.engine.text import TextStream, encode_prompt
 from bitnet.linear import Kernel
@@ -39,12 +39,13 @@ def sized_engine(
     kernel: Kernel = "auto",
 ) -> Engine:
     """An engine with just the rows and columns that a call needs; arguments as :class:`Engine`."""
-    longest = max((len(prompt) for prompt in prompts if isinstance(prompt, Sequence)), default=0)
+    max_new_tokens = integer("max_new_tokens", max_new_tokens)
+    sizes = [len(prompt) for prompt in sequence(prompts) if isinstance(prompt, Sequence)]
     return Engine(
         model,
         tokenizer,
         max_batch=max(1, min(len(prompts), MAX_BATCH)),
-        max_len=min(model.config.max_seq_len, max(1, longest) + max(1, max_new_tokens)),
+        max_len=min(model.config.max_seq_len, max([1, *sizes]) + max(1, max_new_tokens)),
         cache_dtype=cache_dtype,
         head=head,
         kernel=kernel,

@@ -9,7 +9,8 @@ import torch
 
 from bitnet import cli
 from bitnet.export.folder import load, save_model
-from bitnet.linear import TernaryLinear
+from bitnet.generate import encode_prompt, generate
+from bitnet.linear import BitLinear, TernaryLinear
 from bitnet.model import ModelConfig, Transformer
 from bitnet.tokenizer import train_tokenizer
 
@@ -172,3 +173,36 @@ def test_every_help_has_a_text(bitnet: Bitnet) -> None:
         code, text, _ = bitnet(command, "--help")
         assert code == 0
         assert len(text.splitlines()) > 8
+
+
+def test_a_gpu_generates_in_bf16_with_the_codes_of_the_fp32_weights(folders: Path) -> None:
+    """The cast itself, which works on any device."""
+    model, _ = load(folders / "model")
+    expected = load(folders / "model")[0].layers[0].self_attn.q_proj
+    assert isinstance(expected, BitLinear)
+    codes, scale = expected.quantize()
+    cast = cli.packed_bf16(model, "auto")
+    layer = cast.layers[0].self_attn.q_proj
+    assert isinstance(layer, TernaryLinear)
+    assert torch.equal(layer.codes(), codes)
+    assert layer.scale.dtype == torch.float32
+    assert torch.equal(layer.scale, scale)
+    floats = {p.dtype for name, p in cast.named_parameters() if not name.endswith("scale")}
+    assert floats == {torch.bfloat16}
+    assert {p.dtype for p in cli.packed_bf16(load(folders / "fp")[0], "auto").parameters()} == {
+        torch.bfloat16
+    }
+
+
+def test_generation_prints_a_replacement_character_once(bitnet: Bitnet, folders: Path) -> None:
+    prompt = "def f1\N{REPLACEMENT CHARACTER}"
+    args = ("generate", folders / "model", "--prompt", prompt, "--max-new-tokens", "0")
+    assert bitnet(*args)[:2] == (0, prompt + "\n")
+    _, out, _ = bitnet(*args[:-1], "8", "--temperature", "0")
+    assert out.startswith(prompt)
+    _, again, _ = bitnet(*args[:-1], "8", "--temperature", "0", "--prompt", "x")
+    assert again.startswith(f"--- 1\n{out}--- 2\n")
+    model, tokenizer = load(folders / "model")
+    ids = encode_prompt(tokenizer, prompt)
+    (new,) = generate(model, [ids], 8, eos_id=tokenizer.eos_id)
+    assert out == tokenizer.decode([*ids, *new]) + "\n"

@@ -1,5 +1,9 @@
 """The decoder against the plain model, run on the whole sequence for each token, with no cache."""
 
+import copy
+import gc
+import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.device import Graphs
-from bitnet.engine.plan import ModelPlan
+from bitnet.engine.plan import ModelPlan, Modules, quantized_head
 from bitnet.engine.state import State
-from bitnet.linear import BitLinear, pack
+from bitnet.linear import BitLinear, TernaryLinear, pack, weights_quantized
 from bitnet.model import ModelConfig, Transformer, as_transformer
+from bitnet_kernels import bit_planes
 
 VOCAB, CONTEXT = 61, 150
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -160,8 +165,125 @@ def test_the_model_may_be_dropped() -> None:
     for module in model.layers.modules():
         for buffer in module.buffers(recurse=False):
             buffer.zero_()
-    del model
+    del model, module, buffer
     assert greedy(decoder, [prompt], 10)[0] == [expected]
+
+
+@pytest.mark.parametrize("variant", ["in_linear", "group"])
+def test_modules_hold_their_own_codes(variant: str) -> None:
+    """Whatever codes weights_quantized() holds for a while: a captured step may not read them."""
+    model = small_model(**VARIANTS[variant])
+    decoder = Decoder(model, 1, 8)
+    assert len(decoder.modules) == 2 * 7
+    assert all(type(module) is TernaryLinear for module in decoder.modules)
+    assert Decoder(small_model(), 1, 8).modules == ()
+    adapter = torch.nn.Sequential(model.layers[0].mlp.down_proj)
+    model.layers[0].mlp.down_proj = adapter  # type: ignore[assignment]
+    assert adapter in Decoder(model, 1, 8).modules
+    plan, state = (
+        ModelPlan.of(model, packed=True),
+        State.empty(model.config, 1, 8, torch.float32, torch.device("cpu")),
+    )
+    graphs = Graphs(model.config, plan, state, (1,), "auto")
+    with weights_quantized(model):
+        assert graphs.held() == [adapter[0]._held]
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "norm", "layers.0.mlp.up_proj"])
+@pytest.mark.parametrize("linear", ["ternary", "fp"])
+def test_a_model_that_changed_is_told(linear: str, name: str) -> None:
+    model = small_model(linear=linear)
+    decoder = Decoder(model, 1, 8)
+    decoder.step(1)
+    decoder.check_weights()
+    with torch.no_grad():
+        model.get_submodule(name).weight.mul_(1.5)  # type: ignore[operator, union-attr]
+    with pytest.raises(ValueError, match="model: its weights changed since they were read"):
+        decoder.check_weights()
+    with pytest.raises(ValueError, match="make a new engine"):
+        decoder.prefill(torch.tensor([[1]]), [1])
+    Decoder(model, 1, 8).prefill(torch.tensor([[1]]), [1])
+
+
+def test_one_token_a_row_is_a_step() -> None:
+    """To the last bit, and whatever rows are active."""
+    prompts = make_prompts([3, 9, 5])
+    stepped, filled = (Decoder(packed_model(), 3, CONTEXT) for _ in range(2))
+    for decoder in (stepped, filled):
+        prefill(decoder, prompts, 16)
+    tokens = torch.tensor([[4], [5], [6]])
+    filled.active[1] = 0
+    filled.prefill(tokens, [1, 1, 1])
+    stepped.tokens.copy_(tokens[:, 0])
+    stepped.step(3)
+    assert torch.equal(filled.logits, stepped.logits)
+    assert torch.equal(filled._state.kv, stepped._state.kv)
+    assert filled.lengths.tolist() == [4, 10, 6]
+    assert filled.active.tolist() == [1, 0, 1]
+
+
+def test_a_prefill_reads_its_matrices_once_for_several_rows() -> None:
+    """As long as its tokens fit the chunk; a row with none of them parts two runs."""
+    decoder = Decoder(packed_model(), 6, CONTEXT, chunk=16)
+    runs: list[list[int]] = []
+    tapes: Any = decoder._runner
+    chunk = tapes._chunk
+
+    def recorded(tokens: Tensor, pieces: Any) -> Any:
+        runs.append([piece.row for piece in pieces])
+        return chunk(tokens, pieces)
+
+    tapes._chunk = recorded
+    tokens = torch.randint(VOCAB, (6, 8), generator=torch.Generator().manual_seed(0))
+    counts = [8, 3, 5, 2, 0, 8]
+    decoder.prefill(tokens, counts)
+    assert runs == [[0, 1, 2], [3], [5]]
+    for row, n in enumerate(counts):
+        if n:
+            expected = by_hand(packed_model(), tokens[row, :n].tolist(), 1)[1][0]
+            torch.testing.assert_close(decoder.logits[row], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+def test_a_token_next_to_nothing(size: float) -> None:
+    """Its scale is the least there is, not that of its largest value: coarse codes, or zeros."""
+    model = packed_model(norm_placement="pre_norm")
+    with torch.no_grad():
+        model.embed_tokens.weight[3] *= size
+        expected = model(torch.tensor([[3]]))[0, -1]
+    decoder = Decoder(model, 1, 8)
+    decoder.tokens.fill_(3)
+    decoder.step(1)
+    assert expected.isfinite().all()
+    assert torch.equal(decoder.logits[0], expected)
+
+
+@pytest.mark.parametrize("linear", ["ternary", "fp"])
+def test_hooks_of_a_layer_are_called(linear: str) -> None:
+    model = small_model(linear=linear)
+    model.layers[1].mlp.up_proj.register_forward_hook(lambda _, __, y: y * 3)
+    with torch.no_grad():
+        expected = model(torch.tensor([[5]]))[0, -1]
+    decoder = Decoder(model, 1, 8)
+    decoder.tokens.fill_(5)
+    decoder.step(1)
+    assert isinstance(decoder._plan.layers[1].gate_up, Modules)
+    assert torch.equal(decoder.logits[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_and_mode_do_not_matter(dtype: torch.dtype) -> None:
+    model, (prompt,) = packed_model(), make_prompts([9])
+    expected = greedy(Decoder(model, 1, CONTEXT), [prompt], 5)[1]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.inference_mode(), torch.device("meta"):
+            decoder = Decoder(model, 1, CONTEXT)
+        assert torch.equal(greedy(decoder, [prompt], 5)[1], expected)
+    finally:
+        torch.set_default_dtype(before)
+    decoder.active[0] = 0  # outside of inference mode
 
 
 # What a step costs
@@ -186,6 +308,18 @@ def test_a_step_allocates_nothing(variant: str, options: Any) -> None:
             assert allocations(decoder.step, batch) == 0
 
 
+def test_steps_between_two_tapes_allocate_nothing() -> None:
+    decoder = Decoder(small_model(), 2, CONTEXT)
+    prefill(decoder, make_prompts([63, 7]), 63)
+    for length in range(63, 131):
+        if length in (65, 66, 127, 129):
+            assert allocations(decoder.step, 2) == 0
+        else:
+            decoder.step(2)
+    assert decoder.lengths.tolist() == [131, 75]
+    assert len(decoder._runner._steps) == 1  # type: ignore[union-attr]
+
+
 def test_allocations_would_be_seen() -> None:
     decoder = Decoder(small_model(**VARIANTS["group"]), 8, CONTEXT)  # modules allocate
     decoder.step(1)
@@ -203,11 +337,37 @@ def test_memory_by_kind() -> None:
     assert sizes["weights"] == layers * (matrices + 4 * rows) + norms
     assert sizes["head"] == sizes["embedding"] == 4 * VOCAB * d
     assert sizes["cache"] == layers * 2 * 3 * columns * (kv + 2 * 4)
-    assert sizes["workspace"] > 4 * 3 * VOCAB
     tied = Decoder(small_model(tie_embeddings=True), 1, CONTEXT).memory()
     assert (tied["head"], tied["embedding"]) == (0, 4 * VOCAB * d)
     sizes = Decoder(model, 1, CONTEXT, head="int8").memory()
     assert sizes["head"] == VOCAB * (d + 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_dtype": "int8"}, {"head": "bf16"}], ids=str)
+@pytest.mark.parametrize("variant", ["ternary", "dense", "row"])
+def test_memory_is_all_that_a_decoder_keeps(variant: str, options: Any) -> None:
+    """Against the tensors that the garbage collector finds; the model's own are counted too."""
+    model = small_model(**VARIANTS[variant])
+
+    def storages() -> dict[int, int]:
+        gc.collect()
+        found = [one for one in gc.get_objects() if type(one) is Tensor]
+        parts = [tensor.untyped_storage() for tensor in found]
+        return {part.data_ptr(): part.nbytes() for part in parts if part.nbytes()}
+
+    before = storages()
+    decoder = Decoder(model, 3, CONTEXT, **options)
+    prefill(decoder, make_prompts([62, 5, 9]), 70)
+    for batch in (1, 3, 3, 3):
+        decoder.step(batch)
+    shared = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
+    kept = sum(n for pointer, n in storages().items() if pointer not in shared | before.keys())
+    aliased = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for t in decoder._plan.tensors()
+    }
+    kept += sum(n for pointer, n in aliased.items() if pointer in shared)
+    assert sum(decoder.memory().values()) == kept
 
 
 # Cache and head in fewer bits
@@ -341,6 +501,52 @@ def test_shared_prefixes_and_truncation() -> None:
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp32", "bf16", "int8"])
+def test_what_an_ended_row_wrote_is_forgotten_too(cache_dtype: Any) -> None:
+    """An inactive row writes a column beyond its length, of NaN here."""
+    model = packed_model()
+    with torch.no_grad():
+        model.embed_tokens.weight[7] = torch.nan
+    decoder = Decoder(model, 1, CONTEXT, cache_dtype=cache_dtype)
+    decoder.prefill(torch.tensor([[1, 2, 3, 4, 5]]), [5])
+    decoder.active[0] = 0
+    decoder.tokens[0] = 7
+    decoder.step(1)
+    assert int(decoder.chosen[0]) == -1
+    decoder.set_length(0, 2)
+    decoder.active[0] = 1
+    decoder.tokens[0] = 3
+    decoder.step(1)
+    assert decoder.logits.isfinite().all()
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("cache_dtype", ["fp32", "int8"])
+def test_a_prefill_that_was_broken_off_leaves_nothing(cache_dtype: Any, truncated: bool) -> None:
+    model = packed_model()
+    with torch.no_grad():
+        model.embed_tokens.weight[7] = torch.nan
+    decoder, sound = (Decoder(model, 2, CONTEXT, cache_dtype=cache_dtype) for _ in range(2))
+    for one in (decoder, sound):
+        one.prefill(torch.tensor([[1, 2, 3], [4, 5, 6]]), [3, 3])
+    tapes: Any = decoder._runner
+    head = tapes._head
+    tapes._head = lambda calls, *_: calls.add(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        decoder.prefill(torch.tensor([[7, 7, 7, 7], [7, 7, 7, 7]]), [4, 3])
+    tapes._head = head
+    left = decoder._state.kv if decoder._state.scale is None else decoder._state.scale
+    assert left[0, :, 0, :, 3:7].isnan().all()
+    for one in (decoder, sound):
+        if truncated:
+            one.set_length(0, 2)
+        one.tokens.fill_(5)
+        one.step(2)
+        assert one.logits.isfinite().all()
+    assert torch.equal(decoder.logits, sound.logits)
+    assert torch.equal(decoder._state.kv[..., :60, :], sound._state.kv[..., :60, :])
+
+
+@pytest.mark.parametrize("cache_dtype", ["fp32", "bf16", "int8"])
 def test_a_damaged_row_is_told_and_harms_no_other_nor_the_next(cache_dtype: Any) -> None:
     model = packed_model()
     with torch.no_grad():
@@ -406,6 +612,53 @@ def test_the_gpu_body_gives_the_same(variant: str, cache: torch.dtype) -> None:
     assert sorted(errors)[len(errors) // 2] < 1e-2
 
 
+def graphs_of(model: Transformer, max_len: int, head: str = "float") -> tuple[Graphs, State]:
+    """Uncaptured, of two rows."""
+    plan = ModelPlan.of(model, packed=True)
+    if head == "int8":
+        plan = replace(plan, head=quantized_head(plan.head, "int8"))
+    state = State.empty(model.config, 2, max_len, torch.float32, torch.device("cpu"))
+    return Graphs(model.config, plan, state, (2,), "auto"), state
+
+
+@torch.inference_mode()
+def test_the_gpu_body_tells_a_damaged_row_and_stops_a_full_one() -> None:
+    model = packed_model()
+    model.embed_tokens.weight[7] = torch.nan
+    graphs, state = graphs_of(model, 4)
+    graphs.prefill(torch.tensor([[1, 7], [2, 3]]), [2, 2])
+    assert state.chosen.tolist() == [-1, int(state.logits[1].argmax())]
+    assert state.tokens.tolist()[0] == 0
+    graphs.batch.fill_(2)
+    for _ in range(3):
+        graphs.step_body(2)
+    assert state.lengths.tolist() == [4, 4]
+    held = state.kv[:, :, 1, :, :4].clone()
+    graphs.step_body(2)
+    assert torch.equal(state.kv[:, :, 1, :, :4], held)
+
+
+@torch.inference_mode()
+def test_the_gpu_body_with_a_head_of_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes of 8 bits change the logits by less than a hundredth of their norm or so."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)  # this product is exact
+    model, logits = packed_model(), {}
+    for head in ("float", "int8"):
+        graphs, state = graphs_of(model, 8, head)
+        graphs.prefill(torch.tensor([[1, 2], [3, 4]]), [2, 2])
+        logits[head] = state.logits
+    error = (logits["int8"] - logits["float"]).norm() / logits["float"].norm()
+    assert 0 < error < 0.03
+
+
+def test_the_gpu_body_with_bit_planes() -> None:
+    model = packed_model()
+    plan = ModelPlan.of(model, packed=True, planes=True)
+    qkv: Any = plan.layers[0].qkv
+    assert torch.equal(qkv.planes, bit_planes(qkv.weight))
+    assert ModelPlan.of(model, packed=True).layers[0].qkv.planes is None  # type: ignore[union-attr]
+
+
 # Errors
 
 
@@ -416,6 +669,9 @@ def test_the_gpu_body_gives_the_same(variant: str, cache: torch.dtype) -> None:
         ({"max_batch": 65}, "max_batch: expected 1 to 64, got 65"),
         ({"max_len": CONTEXT + 1}, "max_len: expected 1 to the model's context of 150, got 151"),
         ({"chunk": 0}, "chunk: expected >= 1"),
+        ({"chunk": 1.5}, "chunk: expected an int, got 1.5"),
+        ({"max_batch": True}, "max_batch: expected an int, got True"),
+        ({"max_len": 8.0}, "max_len: expected an int, got 8.0"),
         ({"cache_dtype": "fp8"}, "cache_dtype: expected one of auto, fp32, bf16, int8, got 'fp8'"),
         ({"head": "fp8"}, "head: expected one of"),
         ({"kernel": "fast"}, "kernel: expected one of"),
@@ -446,6 +702,46 @@ def test_models_that_a_step_cannot_repeat() -> None:
         Decoder(model, 1, 8, head="bf16")
 
 
+def test_embeddings_and_models_that_a_step_cannot_repeat() -> None:
+    hooked, bounded, wrapped, computed = (small_model() for _ in range(4))
+    hooked.embed_tokens.register_forward_hook(lambda _, __, y: y.flip(-1))
+    bounded.embed_tokens.max_norm = 0.01
+    wrapped.embed_tokens = torch.nn.Sequential(wrapped.embed_tokens)  # type: ignore[assignment]
+    torch.nn.utils.parametrizations.weight_norm(computed.embed_tokens)
+    for model in (hooked, bounded, wrapped, computed):
+        with pytest.raises(ValueError, match="embed_tokens: expected a plain"):
+            Decoder(model, 1, 8)
+
+    class Other(Transformer):
+        def hidden(self, tokens: Tensor, cache: Any = None) -> Tensor:
+            return super().hidden(tokens, cache).flip(-1)
+
+    with pytest.raises(ValueError, match="model: expected a Transformer with its own forward and"):
+        Decoder(Other(ModelConfig(vocab_size=5, max_seq_len=8)), 1, 8)
+    with torch.device("meta"):
+        meta = Transformer(ModelConfig(vocab_size=5, max_seq_len=8))
+    with pytest.raises(ValueError, match="model: expected it on cpu or cuda, got meta"):
+        Decoder(meta, 1, 8)
+    for name in ("lm_head", "layers.1.mlp.up_proj"):
+        model = small_model(linear="fp")
+        model.get_submodule(name).bfloat16()
+        with pytest.raises(ValueError, match=f"{name}: expected torch.float32, the dtype of embed"):
+            Decoder(model, 1, 8)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda _, __, y: None)
+    try:
+        with pytest.raises(ValueError, match="model: torch has hooks registered for all modules"):
+            Decoder(small_model(), 1, 8)
+    finally:
+        handle.remove()
+
+
+def test_a_decoder_is_not_copied() -> None:
+    decoder = Decoder(small_model(), 1, 8)
+    for function in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a Decoder cannot be copied or pickled"):
+            function(decoder)
+
+
 def test_wrong_calls() -> None:
     decoder = Decoder(small_model(), 2, 8, chunk=4)
     for batch in (0, 3):
@@ -466,4 +762,7 @@ def test_wrong_calls() -> None:
     for token in (-1, VOCAB):
         with pytest.raises(ValueError, match=f"tokens: expected 0 to {VOCAB - 1}"):
             decoder.prefill(torch.tensor([[token]]), [1])
+    for tokens in (torch.zeros(1, 2), torch.zeros(2, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"tokens: expected int64 \[B, T\], got torch"):
+            decoder.prefill(tokens, [1])
     assert decoder.lengths.tolist() == [0, 0]

@@ -16,21 +16,23 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitnet.engine import engine as engine_module
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.engine import Engine
-from bitnet.engine.prefix import place, share
+from bitnet.engine.prefix import keep, place, share
 from bitnet.engine.sampling import choose, draw, next_token_probabilities, uniforms
 from bitnet.engine.text import TextStream, encode_prompt
 from bitnet.generate import generate
-from bitnet.linear import pack
+from bitnet.linear import BitLinear, pack
 from bitnet.model import ModelConfig, Transformer, as_transformer
 from bitnet.qat.adapters import AdapterConfig, add_adapters
 from bitnet.qat.prepare import prepare
 from bitnet.qat.recipe import Recipe
 from bitnet.schema import UserError
 from bitnet.tokenizer import Tokenizer, train_tokenizer
+from bitnet.tokenizer_json import JsonTokenizer
 
 VOCAB, CONTEXT = 61, 48
 
@@ -223,6 +225,73 @@ def test_broken_logits_do_not_poison_the_rows() -> None:
     assert engine.generate(prompts, 6) == [by_hand(model, prompt, 6) for prompt in prompts]
 
 
+def test_weights_are_quantized_once_and_never_by_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, quantize, calls = model_of("ternary"), BitLinear.quantize, 0
+
+    def counted(self: BitLinear) -> Any:
+        nonlocal calls
+        calls += 1
+        return quantize(self)
+
+    monkeypatch.setattr(BitLinear, "quantize", counted)
+    engine = Engine(model)
+    n_layers = sum(isinstance(module, BitLinear) for module in model.modules())
+    assert calls == n_layers == 14
+    assert len(list(engine.stream([1, 2], 5))) == 5
+    engine.generate([[1, 2], [3]], 5)
+    assert calls == n_layers
+
+
+def test_callbacks_run_in_the_callers_modes() -> None:
+    model = model_of("qat").train()
+    engine = Engine(model, max_batch=2)
+    modes: set[tuple[bool, bool]] = set()
+
+    def look(row: int, token: int) -> None:
+        modes.update((part.training, torch.is_grad_enabled()) for part in model.modules())
+
+    assert engine.generate([[5, 6]], 4, on_token=look) == [by_hand(model, [5, 6], 4)]
+    assert modes == {(True, True)}
+
+
+@pytest.mark.parametrize("kind", ["packed", "fp"])
+def test_an_engine_does_not_keep_the_model(kind: str) -> None:
+    model = model_of(kind)
+    expected = by_hand(model, [5, 6], 4)
+    engine = Engine(model, max_batch=2)
+    attention = model.layers[0].self_attn
+    fused = attention.q_proj.packed if kind == "packed" else attention.q_proj.weight  # type: ignore[attr-defined]
+    gone = [weakref.ref(one) for one in (model, model.layers[1], attention, fused)]
+    del model, attention, fused
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 4
+    assert engine.generate([[5, 6]], 4) == [expected]
+
+
+def test_an_engine_refuses_a_model_that_changed() -> None:
+    model = model_of("fp")
+    engine = Engine(model)
+    stream = engine.stream([1, 2], 3)
+    with torch.no_grad():
+        model.norm.weight.mul_(2)
+    for call in (lambda: engine.generate([[1, 2]], 3), lambda: next(stream)):
+        with pytest.raises(UserError, match="weights changed"):
+            call()
+    assert Engine(model).generate([[1, 2]], 3) == [by_hand(model, [1, 2], 3)]
+
+
+def test_an_engine_refuses_a_model_that_a_fused_optimizer_changed() -> None:
+    """Such a step does not raise torch's count of changes (torch 2.13)."""
+    model = model_of("fp")
+    engine = Engine(model)
+    tokens = torch.tensor([[1, 2, 3]])
+    model(tokens).sum().backward()
+    assert engine.generate([[1, 2]], 3)
+    torch.optim.AdamW(model.parameters(), fused=True).step()
+    with pytest.raises(UserError, match="weights changed"):
+        engine.generate([[1, 2]], 3)
+
+
 # The bookkeeping
 
 
@@ -245,6 +314,7 @@ class Columns:
         self.chosen = torch.zeros(max_batch, dtype=torch.int64)
         self.logits = torch.full((max_batch, VOCAB), -math.inf)
         self.steps = 0
+        self.modules: tuple[torch.nn.Module, ...] = ()
 
     def _answer(self, row: int, length: int) -> None:
         token = type(self).following(tuple(self.rows[row][:length]))
@@ -282,6 +352,8 @@ class Columns:
             self.lengths[row] += n
             if n:
                 self._answer(row, begin + n)
+
+    def check_weights(self) -> None: ...
 
     def copy_prefix(self, source: int, target: int, n: int) -> None:
         assert source != target
@@ -370,6 +442,44 @@ def test_the_same_prompt_many_times_is_computed_once(columns: type[Columns]) -> 
     engine = Engine(config_only(), max_batch=8, chunk=16)
     assert engine.generate([list(range(17))] * 19, 2) == [by_hash(list(range(17)), 2)] * 19
     assert columns.prefilled == [(16,), (1,) * 8, (1,) * 8, (1,) * 3]
+
+
+@pytest.mark.parametrize("stop_after", [9, 2])
+def test_conversations_that_take_turns_are_remembered(
+    columns: type[Columns], stop_after: int
+) -> None:
+    """Each turn of three conversations, one prompt a call, computes only what is new in it; also
+    where the caller goes on from fewer tokens than were generated."""
+    engine = Engine(config_only(), max_batch=8)
+    talks = [[n] * 6 for n in range(3)]
+    for turn in range(4):
+        for number, talk in enumerate(talks):
+            new = by_hash(talk, 3)
+            assert engine.generate([talk], 3) == [new]
+            if turn:
+                # the last token of a turn was never fed
+                assert engine.stats.reused_tokens == len(talk) - 2 - (stop_after == 9)
+            talks[number] = [*talk, *new[:stop_after], 50 + turn, 7][: CONTEXT - 4]
+
+
+def test_a_full_cache_forgets_the_least_recently_used(columns: type[Columns]) -> None:
+    engine = Engine(config_only(), max_batch=3)
+    for first in (1, 2, 3, 1, 4):  # 2 makes room for 4
+        engine.generate([[first] * 9], 1)
+    for first, reused in ((4, 8), (1, 8), (2, 0)):
+        engine.generate([[first] * 9], 1)
+        assert engine.stats.reused_tokens == reused
+
+
+def test_keep() -> None:
+    held = [[1, 2, 3], [4, 5], [1, 2], [], [6]]
+    assert keep(held, [5, 5, 4, 0, 3], [1], [2, 3, 4]) == [(1, 3, 2)]
+    # over its own beginning, or over nothing, else over the oldest
+    assert keep(held, [5, 5, 4, 0, 3], [0], [2, 4]) == [(0, 2, 3)]
+    assert keep(held, [5, 5, 4, 0, 3], [1], [2, 4]) == [(1, 4, 2)]
+    assert keep(held, [2, 5, 4, 0, 3], [0, 1], [4]) == [(1, 4, 2)]  # the later one of two
+    assert keep(held, [5, 2, 4, 0, 3], [1], [2, 4]) == []  # not over what was used since
+    assert keep(held, [5, 5, 4, 0, 3], [0], []) == []
 
 
 def test_a_call_begun_within_another_ends_that_one(columns: type[Columns]) -> None:
@@ -489,6 +599,25 @@ def test_draws_follow_the_distribution(options: dict[str, Any]) -> None:
     assert chi_square < df + 5 * math.sqrt(2 * df)
 
 
+def test_top_p_among_the_top_k_sorts_no_vocabulary() -> None:
+    sorted_widths = []
+
+    class Sorts(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "sort" in func.__name__:
+                sorted_widths.append(args[0].shape[-1])
+            return func(*args, **kwargs or {})
+
+    logits = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    with Sorts():
+        cut = next_token_probabilities(logits, 0.8, 50, 0.9)
+        next_token_probabilities(logits, 0.8, 0, 0.9)
+    assert sorted_widths == [1000]  # of the second call alone
+    assert (cut > 0).sum(-1).max() <= 50
+
+
 def test_draw_inverts_the_distribution() -> None:
     quarters = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0])  # sums exact in binary
     numbers = [0.0, 0.2499999, 0.25, 0.7499999, 0.75, 1 - 2**-50]
@@ -524,6 +653,23 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     text = "def main() -> None:\n    return  # the end of the thing.\n\n" * 50
     path = tmp_path_factory.mktemp("engine") / "tokenizer.model"
     return train_tokenizer([text], 300, path, 1)
+
+
+@pytest.fixture(scope="module")
+def json_tokenizer() -> Tokenizer:
+    """Byte-level BPE; a few merges cross the borders of characters."""
+    models = pytest.importorskip("tokenizers")
+    backend = models.Tokenizer(models.models.BPE())
+    backend.pre_tokenizer = models.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = models.decoders.ByteLevel()
+    trainer = models.trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=models.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([CONTINUED] * 20, trainer)
+    return JsonTokenizer("made", backend.to_str().encode())
 
 
 def cut_by_bytes(
@@ -575,6 +721,91 @@ def test_only_what_may_begin_a_stop_string_is_held_back(tokenizer: Tokenizer) ->
     assert pushed == [("", 0), ("bx", 2), ("", 2), ("", 2), ("", 2), ("abax", 6)]
     assert [stream.push(byte[char]) for char in "abc"] == ["", "", "a"]
     assert (stream.stopped, stream.settled, stream.finish()) == (True, 7, "")
+
+
+def test_text_is_decoded_from_a_border_not_from_the_start(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tokenizer.encode(CONTINUED * 40)
+    streams = [TextStream(tokenizer, [tokenizer.eos_id], stop) for stop in ((), ("zz", "  # t"))]
+    decode, most = Tokenizer.decode, 0
+
+    def counted(self: Tokenizer, tokens: list[int]) -> str:
+        nonlocal most
+        most = max(most, len(tokens))
+        return decode(self, tokens)
+
+    monkeypatch.setattr(Tokenizer, "decode", counted)
+    for token in ids[:1000]:
+        streams[0].push(token)
+    for token in ids:
+        streams[1].push(token)
+        if streams[1].stopped:
+            break
+    assert most < 40
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_stream_of_any_tokens_equals_their_full_decoding(
+    tokenizer: Tokenizer, json_tokenizer: Tokenizer, seed: int
+) -> None:
+    """After each token, against everything decoded anew: random tokens, bytes that are characters
+    or none, control tokens, spaces."""
+    rng = random.Random(seed)
+    one = tokenizer if seed % 3 else json_tokenizer
+    texts = [
+        "naïve 😀",
+        "  \n\n the",
+        "日本語 テスト\u200d",
+        "\N{REPLACEMENT CHARACTER}",
+        "def main",
+    ]
+
+    def draw_ids() -> list[int]:
+        ids = [rng.randrange(one.vocab_size) for _ in range(rng.randint(0, 6))]
+        encoded = one.encode(rng.choice(texts))
+        return [*ids, *(token for token in encoded if rng.random() < 0.95)]
+
+    prompt = [[], [one.eos_id], draw_ids(), encode_prompt(one, rng.choice(texts))][seed % 4]
+    if seed % 4 == 2:  # may have ended in bytes that are no character
+        prompt = [*prompt, *one.encode("x")]
+    start = one.decode(prompt)
+    stream, printed, expected, ids = TextStream(one, prompt), "", "", list(prompt)
+    for _ in range(40):
+        for token in draw_ids():
+            ids.append(token)
+            printed += stream.push(token)
+            whole = one.decode(ids)
+            for _ in range(3):
+                whole = whole.removesuffix("\N{REPLACEMENT CHARACTER}")
+            # bytes that become a U+FFFD of the text itself are held back a second time
+            expected += whole[len(start) + len(expected) :]
+            assert printed == expected
+    assert printed + stream.finish() == one.decode(ids)[len(start) :]
+    assert stream.finish() == ""
+
+
+@pytest.mark.parametrize(
+    "tail", ["\N{REPLACEMENT CHARACTER}", "x" + "\N{REPLACEMENT CHARACTER}" * 5]
+)
+def test_a_prompt_that_ends_in_a_replacement_character_is_not_said_again(
+    tokenizer: Tokenizer, tail: str
+) -> None:
+    prompt = encode_prompt(tokenizer, "bad " + tail)
+    stream = TextStream(tokenizer, prompt, ["zz"])
+    ids = tokenizer.encode("def 😀 end")
+    printed = "".join(stream.push(token) for token in ids) + stream.finish()
+    assert printed == tokenizer.decode([*prompt, *ids]).removeprefix("bad " + tail) == " def 😀 end"
+
+
+def test_a_prompt_that_ends_inside_a_character(tokenizer: Tokenizer) -> None:
+    emoji = tokenizer.encode("😀")[-4:]
+    prompt = [*tokenizer.encode("ab"), *emoji[:2]]
+    stream = TextStream(tokenizer, prompt)
+    assert [stream.push(token) for token in emoji[2:]] == ["", "😀"]
+    broken = TextStream(tokenizer, prompt)
+    x = tokenizer.encode("ax")[-1]
+    assert broken.push(x) + broken.finish() == tokenizer.decode([*prompt, x]).removeprefix("ab")
 
 
 def scripted(ids: list[int]) -> Callable[[tuple[int, ...]], int]:
@@ -644,3 +875,15 @@ def test_text_held_back_is_handed_out_when_a_row_ends(
         )
         assert new == [ids[:-1]]
     assert heard == [(0, "the thi"), (0, "eos"), (0, "the thi"), (0, "length")]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, iter])
+def test_stop_strings_may_come_from_an_iterator(
+    columns: type[Columns], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, kind: Any
+) -> None:
+    ids = tokenizer.encode("the end of the thing")
+    monkeypatch.setattr(engine_module, "Decoder", Wide)
+    monkeypatch.setattr(Columns, "following", staticmethod(scripted(ids)))
+    model = Transformer(ModelConfig(d_model=2, n_layers=1, vocab_size=300, max_seq_len=64))
+    new = Engine(model, tokenizer).generate([[1], [1]], len(ids), stop=kind([" of"]))
+    assert [tokenizer.decode(row) for row in new] == ["the end"] * 2

@@ -227,6 +227,22 @@ def test_rows_of_the_model_that_are_no_tokens_are_never_chosen() -> None:
         ([[0], [1.5]], {}, "prompt 1 must be a list of token ids"),
         ([[0], "ab"], {}, "prompt 1 must be a list of token ids"),
         ([0, 1], {}, "prompt 0 must be a list of token ids, got 0"),
+        (None, {}, "prompts must be a list of lists"),
+        ("ab", {}, "prompts must be a list of lists"),
+        ([[0]], {"stop": None}, "stop must be a list of strings"),
+        ([[0]], {"stop": 5}, "stop must be a list of strings"),
+        ([[0]], {"stop": b"a"}, "stop must be a list of strings"),
+        ([[0]], {"temperature": "a"}, "temperature must be a number, got 'a'"),
+        ([[0]], {"temperature": True}, "temperature must be a number, got True"),
+        ([[0]], {"top_p": None}, "top_p must be a number, got None"),
+        ([[0]], {"top_k": 2.5}, "top_k must be an integer, got 2.5"),
+        ([[0]], {"top_k": True}, "top_k must be an integer, got True"),
+        ([[0]], {"vocab_size": 2.5}, "vocab_size must be an integer"),
+        ([[0]], {"seed": 1.5}, "seed must be an integer"),
+        ([[0]], {"max_new_tokens": 2.5}, "max_new_tokens must be an integer"),
+        ([[0]], {"max_new_tokens": True}, "max_new_tokens must be an integer"),
+        ([[0]], {"eos_id": 1.5}, "eos_id must be an integer"),
+        ([[0]], {"eos_id": False}, "eos_id must be an integer"),
     ],
 )
 def test_mistakes_are_named(prompts: list[list[int]], options: Any, message: str) -> None:
@@ -483,3 +499,7 @@ def test_ctrl_c_keeps_the_text_so_far(
     for part, of in zip(out.split("--- "), whole.split("--- "), strict=True):
         assert of.startswith(part.removesuffix("\n"))
     assert len("".join(prompts)) < len(out) < len(whole)
+    # what may have become a stop string is printed all the same
+    text = whole.removeprefix("--- 1\n").split("\n--- 2\n")[0].removeprefix("def")
+    steps = 0
+    assert bitnet(*args, "--stop", text[: len(text) - 2] + "never")[:2] == (130, out)

@@ -137,18 +137,42 @@ def test_launches_hang_on_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("head_dim", [2, 16, 50, 64, 80, 128, 256])
 @pytest.mark.parametrize("wide", [False, True])
-def test_tiles(head_dim: int, wide: bool) -> None:
+@pytest.mark.parametrize("chunk", [False, True])
+def test_tiles(head_dim: int, wide: bool, chunk: bool) -> None:
     for queries in (1, 4, 16, 17, 64, 1024):
         for programs in (1, 8, 40, 1000):
             for n_columns in (1, 64, 2048, 131072):
-                tile = gpu_attention.tile_of(queries, programs, head_dim, n_columns, wide, 132)
+                tile = gpu_attention.tile_of(
+                    queries, programs, head_dim, n_columns, wide, 132, chunk
+                )
                 assert 16 <= tile.block_m <= 64
                 assert 16 <= tile.block_n <= 64
                 assert 1 <= tile.splits <= gpu_attention.MAX_SPLITS
                 assert (tile.splits - 1) * tile.block_n < n_columns
                 if programs >= 2 * 132:  # enough to fill the GPU
                     assert tile.splits == 1
-    assert gpu_attention.tile_of(4, 8, 128, 4096, False, 132).splits == 33  # 8 * 33 = 2 * 132
+    # 8 * 32 programs: nearly two on each of 132 multiprocessors.
+    assert gpu_attention.tile_of(4, 8, 128, 4096, False, 132, False).splits == 32
+
+
+def test_prompts_of_any_length_share_few_forms() -> None:
+    """Each tile is compiled, and so is each value that Triton specializes a size on."""
+    steps, chunks = (
+        {
+            gpu_attention.tile_of(tokens * 4, rows * 8, 128, 2048, False, 132, tokens > 1)
+            for rows in (1, 2, 3, 8, 20, 64)
+            for tokens in lengths
+        }
+        for lengths in ([1], range(2, 257))
+    )
+    assert 1 < len(steps) <= 8
+    assert 1 < len(chunks) <= 8
+    script = """
+from bitnet_kernels.gpu.decode_attention import attention_kernel, combine_kernel
+for kernel in attention_kernel, combine_kernel:
+    print(*(parameter.name for parameter in kernel.params if parameter.do_not_specialize))
+"""
+    assert run("-c", script).splitlines() == ["T QUERIES", "HEADS"]
 
 
 # --- the definitions ------------------------------------------------------------------------------

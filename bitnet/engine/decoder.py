@@ -17,13 +17,13 @@ S rows, T tokens, V vocabulary.
 """
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Literal, NoReturn, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
 
 from bitnet.engine.device import Graphs
-from bitnet.engine.plan import Dense, ModelPlan, quantized_head, tensors_of
+from bitnet.engine.plan import Dense, ModelPlan, Versions, embedding_of, quantized_head, tensors_of
 from bitnet.engine.state import State
 from bitnet.engine.tape import Tapes
 from bitnet.linear import Kernel
@@ -42,6 +42,7 @@ class Decoder:
         model: read as it is now, on its device, fp32, bf16 or fp16; linear layers that are neither
             packed, ternary nor plain (:mod:`bitnet.engine.plan`) stay modules, are called in the
             mode they are in, and allocate what they allocate. The rest of the model may be dropped.
+            Once it has been changed, the decoder is of no more use: :meth:`check_weights`.
         max_batch: rows, at most 64. max_len: tokens a row holds, at most the model's context.
         chunk: most tokens a row that one call of :meth:`prefill` takes.
         cache_dtype: of keys and values. "auto": the model's dtype on CPU, bf16 on CUDA. "int8"
@@ -51,6 +52,7 @@ class Decoder:
         kernel: of packed layers on CUDA.
     Attributes:
         device, vocab_size, max_batch, max_len, chunk.
+        modules: what is called as it is, in the mode it is in; none mostly.
         buckets: batch sizes that have a graph on CUDA; a CPU runs any.
         tokens: int64 ``[S]``, the next input of each row; a step writes ``chosen`` there (-1 as 0),
             and it may be overwritten between steps.
@@ -75,7 +77,10 @@ class Decoder:
         head: HeadDtype = "auto",
         kernel: Kernel = "auto",
     ) -> None:
-        config, weight = model.config, model.embed_tokens.weight
+        config, weight = model.config, embedding_of(model)
+        for name, number in (("max_batch", max_batch), ("max_len", max_len), ("chunk", chunk)):
+            if type(number) is not int:
+                raise ValueError(f"{name}: expected an int, got {number!r}")
         if not 1 <= max_batch <= LARGEST_BATCH:
             raise ValueError(f"max_batch: expected 1 to {LARGEST_BATCH}, got {max_batch}")
         if not 1 <= max_len <= config.max_seq_len:
@@ -94,24 +99,35 @@ class Decoder:
                 raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
         if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"model: expected fp32, bf16 or fp16, got {weight.dtype}")
+        if weight.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"model: expected it on cpu or cuda, got {weight.device}")
 
         self.device, self.vocab_size = weight.device, config.vocab_size
         self.max_batch, self.max_len, self.chunk = max_batch, max_len, min(chunk, max_len)
         self.buckets = (*(2**i for i in range(6) if 2**i < max_batch), max_batch)
-        on_cpu = self.device.type == "cpu"
-        plan = ModelPlan.of(model, packed=not on_cpu)
+        # What is kept may be changed in and outside of inference mode, whichever this is.
+        with torch.inference_mode(False), torch.no_grad(), self.device:
+            self._build(model, cache_dtype, head, kernel)
+
+    def _build(
+        self, model: Transformer, cache_dtype: CacheDtype, head: HeadDtype, kernel: Kernel
+    ) -> None:
+        config, on_cpu = model.config, self.device.type == "cpu"
+        plan = ModelPlan.of(model, packed=not on_cpu, planes=kernel == "addsub" and not on_cpu)
         if head == "auto" and not on_cpu and isinstance(plan.head, Dense):
             head = "bf16"
         if head == "bf16" or head == "int8":
             plan = replace(plan, head=quantized_head(plan.head, head))
         cache = {
-            "auto": weight.dtype if on_cpu else torch.bfloat16,
+            "auto": plan.embedding.dtype if on_cpu else torch.bfloat16,
             "fp32": torch.float32,
             "bf16": torch.bfloat16,
             "int8": torch.int8,
         }[cache_dtype]
         self._plan = plan
-        self._state = state = State.empty(config, max_batch, max_len, cache, self.device)
+        self.modules = plan.modules()
+        self._versions = Versions(model, plan)
+        self._state = state = State.empty(config, self.max_batch, self.max_len, cache, self.device)
         self.tokens, self.lengths, self.active = state.tokens, state.lengths, state.active
         self.logits, self.chosen = state.logits, state.chosen
         self._runner: Tapes | Graphs
@@ -135,6 +151,19 @@ class Decoder:
             raise ValueError(f"batch: expected 1 to {self.max_batch} (max_batch), got {batch}")
         self._runner.step(batch)
 
+    def check_weights(self) -> None:
+        """Tell whether the model is still the one that was read, which :meth:`prefill` asks too.
+
+        Raises:
+            ValueError: a weight was changed in place since (of changes through ``weight.data`` only
+                those of vectors, such as norms, are seen).
+        """
+        if self._versions.changed():
+            raise ValueError(
+                "model: its weights changed since they were read, and only some of them are "
+                "copies; make a new engine"
+            )
+
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, n_valid: list[int]) -> None:
         """Append tokens to rows, whether these are active or not. Waits for the device.
@@ -144,9 +173,14 @@ class Decoder:
             n_valid: how many of a row's tokens count; 0: the row is left as it is. Its logits,
                 chosen and next token are those after its last valid token.
         Raises:
-            ValueError: a shape that does not fit, a token the model does not have, or a row without
-                room for its tokens.
+            ValueError: a shape or dtype that does not fit, a token the model does not have, a row
+                without room for its tokens, or weights that changed (:meth:`check_weights`).
         """
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"tokens: expected int64 [B, T], got {tokens.dtype} {list(tokens.shape)}"
+            )
+        self.check_weights()
         b, t = tokens.shape
         if b != len(n_valid) or b > self.max_batch:
             raise ValueError(
@@ -159,7 +193,7 @@ class Decoder:
         if low < 0 or high >= self.vocab_size:
             raise ValueError(f"tokens: expected 0 to {self.vocab_size - 1}, got {low} to {high}")
         for row, (n, length) in enumerate(zip(n_valid, self.lengths[:b].tolist(), strict=True)):
-            if not 0 <= n <= t:
+            if type(n) is not int or not 0 <= n <= t:
                 raise ValueError(f"n_valid: expected 0 to {t}, got {n} for row {row}")
             if length + n > self.max_len:
                 raise ValueError(
@@ -199,13 +233,7 @@ class Decoder:
         parts = {
             "embedding": [plan.embedding],
             "head": tensors_of(plan.head),
-            "weights": [
-                tensor
-                for layer in plan.layers
-                for part in vars(layer).values()
-                for tensor in tensors_of(part)
-            ]
-            + tensors_of(plan.norm),
+            "weights": plan.tensors(),  # in which the two above are not counted again
             "cache": [state.kv] if state.scale is None else [state.kv, state.scale],
             "workspace": [*state.others(), *self._runner.workspace()],
         }
@@ -217,6 +245,11 @@ class Decoder:
                     sizes[kind] += storage.nbytes()
                     seen.add(storage.data_ptr())
         return sizes
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "a Decoder cannot be copied or pickled: its steps are bound to its memory; make another"
+        )
 
     def _check_row(self, name: str, row: int, n: int) -> None:
         if not 0 <= row < self.max_batch:

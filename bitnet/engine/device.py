@@ -4,6 +4,7 @@
 Nothing in it waits for the device or hangs on a length, so a CUDA graph replays it as one launch;
 what it allocates comes from the graph's own pool, at fixed addresses. A batch runs in the next
 larger of a few sizes (*buckets*). A prefill is the same function on T tokens a row, not captured.
+The graphs share a pool, in which none leaves anything for after its replay.
 
 Each operator runs on any device, so the function does too: that is how it is tested without a GPU.
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from bitnet.engine.plan import Dense, Int8, LayerPlan, Matrix, ModelPlan, Modules, Norm, Ternary
 from bitnet.engine.state import State
-from bitnet.linear import Kernel
+from bitnet.linear import BitLinear, Kernel
 from bitnet.model import ModelConfig
 from bitnet_kernels import (
     add_rmsnorm_quant,
@@ -54,20 +55,23 @@ class Graphs:
         self.batch = torch.zeros((), dtype=torch.int32, device=state.tokens.device)
         self._rows = torch.arange(state.tokens.shape[0], device=state.tokens.device)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._captured: list[object] = []
 
     def step(self, batch: int) -> None:
         """One token of each of the first ``batch`` rows."""
         bucket = next(size for size in self.buckets if size >= batch)
-        if bucket not in self._graphs:
-            self._graphs[bucket] = self._capture(bucket)
-        self.batch.fill_(batch)
-        self._graphs[bucket].replay()
+        with torch.cuda.device_of(self.batch):
+            if bucket not in self._graphs:
+                self._graphs[bucket] = self._capture(bucket)
+            self.batch.fill_(batch)
+            self._graphs[bucket].replay()
 
     def prefill(self, tokens: Tensor, n_valid: list[int]) -> None:
         """The first ``n_valid[row]`` of int64 ``[B, T]`` appended to each row."""
         device = self.batch.device
-        counts = torch.tensor(n_valid, dtype=torch.int32, device=device)
-        self._advance(tokens.to(device), counts, counts > 0)
+        with torch.cuda.device_of(self.batch):
+            counts = torch.tensor(n_valid, dtype=torch.int32, device=device)
+            self._advance(tokens.to(device), counts, counts > 0)
 
     def workspace(self) -> list[Tensor]:
         """Buffers that are neither the plan's nor the state's."""
@@ -75,6 +79,7 @@ class Graphs:
 
     def _capture(self, bucket: int) -> torch.cuda.CUDAGraph:
         """Warm up with no rows, which changes nothing, as the kernels compile and tune then."""
+        self._captured += self.held()
         self.batch.fill_(0)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -83,9 +88,17 @@ class Graphs:
                 self.step_body(bucket)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self.step_body(bucket)
         return graph
+
+    def held(self) -> list[object]:
+        """What a capture reads and the plan does not own: codes that ``weights_quantized`` holds,
+        for a while, for layers inside of other modules."""
+        layers = (layer for module in self.plan.modules() for layer in module.modules())
+        codes = (layer._held for layer in layers if isinstance(layer, BitLinear))
+        return [one for one in codes if one is not None]
 
     def step_body(self, bucket: int) -> None:
         """What a graph holds: a step of the first ``bucket`` rows, of which those from
@@ -170,7 +183,12 @@ class Graphs:
         if isinstance(matrix, Ternary):
             assert isinstance(read, tuple)
             return quantized_linear(
-                *read, matrix.weight, matrix.scale, kernel=self.kernel, out_dtype=dtype
+                *read,
+                matrix.weight,
+                matrix.scale,
+                kernel=self.kernel,
+                planes=matrix.planes,
+                out_dtype=dtype,
             )
         assert isinstance(read, Tensor)
         if isinstance(matrix, Modules):

@@ -15,6 +15,7 @@ The host waits for the device once a step, for the chosen tokens.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
@@ -24,9 +25,8 @@ from torch import Tensor
 
 from bitnet.engine import sampling
 from bitnet.engine.decoder import CacheDtype, Decoder, HeadDtype
-from bitnet.engine.prefix import place, share
-from bitnet.engine.request import Options, Row, StopReason, make_rows
-from bitnet.evaluate import evaluation_mode
+from bitnet.engine.prefix import keep, place, share
+from bitnet.engine.request import Options, Row, StopReason, integer, make_rows
 from bitnet.linear import Kernel
 from bitnet.model import Transformer
 from bitnet.schema import UserError
@@ -70,8 +70,10 @@ class Engine:
     Not for two threads at a time.
 
     Arguments:
-        model: on its device. Its weights are taken as they are now: after training it further,
-            make a new engine. Put in eval mode while a call computes.
+        model: on its device. Its weights are read as they are now, and some stay the model's own
+            tensors: after training it further, make a new engine. Of the model itself nothing is
+            kept but the layers that the decoder calls as they are (``decoder.modules``, none
+            mostly), which are in eval mode while a call computes.
         tokenizer: for stop strings and ``on_text``.
         max_batch: rows, 1 to 64; more prompts run in waves of so many.
         max_len: positions of a row, prompt and new tokens together; 0 = the model's context.
@@ -96,6 +98,8 @@ class Engine:
         kernel: Kernel = "auto",
     ) -> None:
         context = model.config.max_seq_len
+        arguments = {"max_batch": max_batch, "max_len": max_len, "chunk": chunk}
+        max_batch, max_len, chunk = (integer(name, n) for name, n in arguments.items())
         if max_batch < 1:
             raise UserError(f"max_batch must be 1 or more, got {max_batch}")
         if not 0 <= max_len <= context:
@@ -107,23 +111,23 @@ class Engine:
             raise UserError(f"chunk must be 1 or more, got {chunk}")
         self.max_len = max_len or context
         self.stats = Stats()
-        self._model, self._tokenizer = model, tokenizer
+        self._config, self._tokenizer = model.config, tokenizer
         try:
-            with evaluation_mode(model):
-                self.decoder = Decoder(
-                    model,
-                    max_batch,
-                    self.max_len,
-                    chunk=min(chunk, self.max_len),
-                    cache_dtype=cache_dtype,
-                    head=head,
-                    kernel=kernel,
-                )
+            self.decoder = Decoder(
+                model,
+                max_batch,
+                self.max_len,
+                chunk=min(chunk, self.max_len),
+                cache_dtype=cache_dtype,
+                head=head,
+                kernel=kernel,
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
         # The tokens whose keys and values each row of the decoder holds. Cut before the row is
         # written and extended after: an exception between leaves less here than is there.
         self._held: list[list[int]] = [[] for _ in range(max_batch)]
+        self._used = [0] * max_batch  # the call that last used what each row holds
         self._call = 0
 
     def generate(
@@ -163,7 +167,7 @@ class Engine:
                 where there are stop strings, as soon as no stop string can take it back.
             on_text: called with (row, text), the text never empty, as text becomes certain. The
                 pieces add up to the row's text after its prompt, which ends exactly before a stop
-                string, even inside a token.
+                string, even inside a token. Ctrl-C hands out what is held back, then is raised.
             on_stop: called with (row, reason) when a row ends, after its last token and text.
 
         Returns:
@@ -172,19 +176,26 @@ class Engine:
         Raises:
             UserError: an argument out of range, a token id that the model does not have, a prompt
                 that leaves no room in the context, stop strings or ``on_text`` without a
-                tokenizer, or logits that are not finite.
+                tokenizer, logits that are not finite, or weights that the model was given since
+                the engine was made.
         """
         options = Options(max_new_tokens, temperature, top_k, top_p, seed, eos_id, vocab_size, stop)
         rows = self._rows(prompts, options, as_text=on_text is not None)
-        with evaluation_mode(self._model):
-            for row, tokens, text, reason in self._run(rows, options):
+        try:
+            for index, tokens, text, reason in self._events(rows, options):
                 if on_token is not None:
                     for token in tokens:
-                        on_token(row, token)
+                        on_token(index, token)
                 if on_text is not None and text:
-                    on_text(row, text)
+                    on_text(index, text)
                 if on_stop is not None and reason is not None:
-                    on_stop(row, reason)
+                    on_stop(index, reason)
+        except KeyboardInterrupt:  # what was held back became no stop string
+            for row in rows:
+                rest = row.text.finish() if row.text is not None else ""
+                if on_text is not None and rest:
+                    on_text(row.index, rest)
+            raise
         return [row.new[: row.delivered] for row in rows]
 
     def stream(
@@ -210,21 +221,38 @@ class Engine:
                 engine has begun another call meanwhile.
         """
         options = Options(max_new_tokens, temperature, top_k, top_p, seed, eos_id, vocab_size, stop)
-        return self._tokens(self._rows([prompt], options), options)
+        rows = self._rows([prompt], options)
+        return (token for event in self._events(rows, options) for token in event.tokens)
 
-    def _tokens(self, rows: list[Row], options: Options) -> Iterator[int]:
+    def _events(self, rows: list[Row], options: Options) -> Iterator[_Event]:
+        """The call, one event after the other; the caller has them in its own modes."""
         events = self._run(rows, options)
         while True:
-            with evaluation_mode(self._model):  # not while the caller has the token
+            with self._evaluating():
                 event = next(events, None)
             if event is None:
                 return
-            yield from event.tokens
+            yield event
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """No gradients, and eval mode of the layers that are called as they are; afterwards each
+        module's own mode is back. Weights are the decoder's: nothing is quantized here."""
+        layers = self.decoder.modules
+        modes = [(part, part.training) for layer in layers for part in layer.modules()]
+        for layer in layers:
+            layer.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for part, mode in modes:
+                part.training = mode
 
     def _rows(
         self, prompts: Sequence[Sequence[int]], options: Options, as_text: bool = False
     ) -> list[Row]:
-        config = self._model.config
+        config = self._config
         return make_rows(
             prompts,
             options,
@@ -244,6 +272,7 @@ class Engine:
         call, begin = self._call, time.perf_counter()
         for first in range(0, len(rows), self.decoder.max_batch):
             self._check_call(call)
+            self._check_weights()
             wave = rows[first : first + self.decoder.max_batch]
             self._load(wave)
             yield from self._wave(call, begin, options, wave)
@@ -309,6 +338,12 @@ class Engine:
         if call != self._call:
             raise UserError("this call was broken off: its engine has begun another one since")
 
+    def _check_weights(self) -> None:
+        try:
+            self.decoder.check_weights()
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
     def _load(self, rows: list[Row]) -> None:
         """Put each prompt into a row of the decoder, computing what is nowhere yet."""
         prompts = [row.prompt for row in rows]
@@ -316,19 +351,21 @@ class Engine:
         for row, slot in zip(rows, slots, strict=True):
             row.slot = slot
         prompt_in = dict(zip(slots, prompts, strict=True))
-
-        def copy(source: int, target: int, n: int) -> None:
-            self._held[target] = []
-            self.decoder.copy_prefix(source, target, n)
-            self._held[target] = prompt_in[target][:n]
-
+        lost = [slot for slot, n in zip(slots, kept, strict=True) if n < len(self._held[slot])]
+        read = {source for source, _, _ in copies}
+        spare = set(range(len(rows), self.decoder.max_batch)) - read
+        for source, target, n in keep(self._held, self._used, lost, spare):
+            self._copy(source, target, n)
+            self._used[target] = self._used[source]
         for source, target, n in copies:
-            copy(source, target, n)
+            self._copy(source, target, n)
         copied = {target for _, target, _ in copies}
         for slot, n in zip(slots, kept, strict=True):
             if slot not in copied:
                 del self._held[slot][n:]
                 self.decoder.set_length(slot, n)
+        for slot in read.union(slots):
+            self._used[slot] = self._call
         held = [len(self._held[slot]) for slot in slots]
         self.stats.reused_tokens += sum(held)
         for shared in share(prompts, held):
@@ -338,8 +375,14 @@ class Engine:
             self._extend({slots[i]: prompts[i][:n] for i, n in enumerate(needed) if n})
             for source, target, n in shared:
                 self.stats.reused_tokens += n - len(self._held[slots[target]])
-                copy(slots[source], slots[target], n)
+                self._copy(slots[source], slots[target], n)
         self._extend(prompt_in)
+
+    def _copy(self, source: int, target: int, n: int) -> None:
+        """The first ``n`` tokens of a row over another row of the decoder."""
+        self._held[target] = []
+        self.decoder.copy_prefix(source, target, n)
+        self._held[target] = self._held[source][:n]
 
     def _extend(self, targets: dict[int, list[int]]) -> None:
         """Make rows of the decoder hold these tokens, which begin with those they hold.

@@ -5,7 +5,8 @@
               thirteen times as fast as an fp32 product of the size; on CUDA they stay packed.
     Dense     nn.Linear, the full-precision twin: one weight.
     Modules   whatever else stands there (scales by group, a norm inside, a bias, layers of QAT,
-              adapters): called as it is, one by one, allocating what it allocates.
+              adapters): called as it is, one by one, allocating what it allocates. A BitLinear
+              among them is packed first, so that no call quantizes its weight again.
 
 Fused projections (q, k and v; gate and up) keep one scale an original projection, as quantization
 demands: a fused matrix carries a scale a row. Nothing is estimated again from what was fused.
@@ -13,16 +14,19 @@ demands: a fused matrix carries a scale a row. Nothing is estimated again from w
 N out_features, K in_features.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import is_parametrized
 
 from bitnet.linear import BitLinear, RMSNorm, TernaryLinear, computed_parameter
 from bitnet.model import MLP, Attention, Block, Transformer
-from bitnet_kernels import pack_ternary
+from bitnet_kernels import bit_planes, pack_ternary
 from bitnet_kernels.reference import absmax_int8
 
 
@@ -35,10 +39,12 @@ class Norm(NamedTuple):
 
 class Ternary(NamedTuple):
     """Ternary rows: ``weight`` int8 codes ``[N, K]`` on CPU, uint8 packed ``[N, ceil(K/64)*16]``
-    on CUDA; ``scale`` fp32 ``[N]``."""
+    on CUDA; ``scale`` fp32 ``[N]``; ``planes`` the packed codes as bit planes, for the kernel that
+    reads these."""
 
     weight: Tensor
     scale: Tensor
+    planes: Tensor | None = None
 
 
 class Dense(NamedTuple):
@@ -62,6 +68,7 @@ class Int8(NamedTuple):
 
 Matrix = Ternary | Dense | Int8 | Modules
 _M = TypeVar("_M", bound=nn.Module)
+_GLOBAL_HOOKS: Callable[[], bool] = torch_module._has_any_global_hook
 
 
 @dataclass(frozen=True)
@@ -94,17 +101,35 @@ class ModelPlan:
 
     @staticmethod
     @torch.no_grad()
-    def of(model: Transformer, packed: bool) -> "ModelPlan":
+    def of(model: Transformer, packed: bool, planes: bool = False) -> "ModelPlan":
         """Read a model as it is now.
 
         Arguments:
-            model: a Transformer whose layers, attention and MLP are the classes of
-                :mod:`bitnet.model`; the linear modules inside may be any.
+            model: a Transformer whose embedding, layers, attention and MLP are the classes of
+                torch and :mod:`bitnet.model`; the linear modules inside may be any.
             packed: keep ternary weights packed (CUDA) or as int8 codes (CPU).
+            planes: keep packed weights as bit planes as well.
         Raises:
-            ValueError: a module in place of one whose arithmetic is fixed (named).
+            ValueError: a module in place of one whose arithmetic is fixed (named), or of another
+                dtype than the embedding.
         """
+        if _GLOBAL_HOOKS():
+            raise ValueError(
+                "model: torch has hooks registered for all modules, which a step would not call"
+            )
         _require("model", model, Transformer)
+        embedding = embedding_of(model)
+
+        def fuse(name: str, parent: nn.Module, *children: str) -> Matrix:
+            modules = [getattr(parent, child) for child in children]
+            for child, module in zip(children, modules, strict=True):
+                if type(module) is nn.Linear and module.weight.dtype != embedding.dtype:
+                    raise ValueError(
+                        f"{name}{child}: expected {embedding.dtype}, the dtype of "
+                        f"embed_tokens, got {module.weight.dtype}"
+                    )
+            return _fuse(modules, packed, planes)
+
         layers = []
         for i, block in enumerate(model.layers):
             name = f"layers.{i}"
@@ -114,24 +139,94 @@ class ModelPlan:
             layers.append(
                 LayerPlan(
                     input_norm=_norm(f"{name}.input_layernorm", block.input_layernorm),
-                    qkv=_fuse([attention.q_proj, attention.k_proj, attention.v_proj], packed),
+                    qkv=fuse(f"{name}.self_attn.", attention, "q_proj", "k_proj", "v_proj"),
                     q_norm=_norm(f"{name}.self_attn.q_norm", attention.q_norm),
                     k_norm=_norm(f"{name}.self_attn.k_norm", attention.k_norm),
                     attn_norm=_norm(f"{name}.self_attn.attn_sub_norm", attention.attn_sub_norm),
-                    o=_fuse([attention.o_proj], packed),
+                    o=fuse(f"{name}.self_attn.", attention, "o_proj"),
                     mlp_norm=_norm(
                         f"{name}.post_attention_layernorm", block.post_attention_layernorm
                     ),
-                    gate_up=_fuse([mlp.gate_proj, mlp.up_proj], packed),
+                    gate_up=fuse(f"{name}.mlp.", mlp, "gate_proj", "up_proj"),
                     ffn_norm=_norm(f"{name}.mlp.ffn_sub_norm", mlp.ffn_sub_norm),
-                    down=_fuse([mlp.down_proj], packed),
+                    down=fuse(f"{name}.mlp.", mlp, "down_proj"),
                 )
             )
         norm = _norm("norm", model.norm)
         if norm is None:
             raise ValueError("norm: expected an RMSNorm, got Identity")
-        embedding = model.embed_tokens.weight.detach()
-        return ModelPlan(embedding, tuple(layers), norm, _fuse([model.lm_head], packed))
+        head = fuse("", model, "lm_head")
+        return ModelPlan(embedding, tuple(layers), norm, head)
+
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Those that are called as they are."""
+        matrices = [m for layer in self.layers for m in vars(layer).values()] + [self.head]
+        return tuple(one for m in matrices if isinstance(m, Modules) for one in m.modules)
+
+    def tensors(self) -> list[Tensor]:
+        """All that a step reads."""
+        parts = [part for layer in self.layers for part in vars(layer).values()]
+        parts += [self.norm, self.head]
+        return [self.embedding, *(tensor for part in parts for tensor in tensors_of(part))]
+
+
+class Versions:
+    """What tells whether a model has changed since it was read: torch counts the changes in place
+    of each tensor, but for those past autograd (``weight.data``), of tensors made in inference
+    mode, and by fused optimizers. A step of these shows in the vectors, of which copies are kept.
+
+    A plan holds some of a model's weights and copies of others, so that after a change it is
+    neither the old model nor the new. The weights that were copied are watched by weak references:
+    they may be dropped.
+    """
+
+    def __init__(self, model: nn.Module, plan: ModelPlan) -> None:
+        # A module's buffers may be what it counts in every call.
+        free = {id(buffer) for module in plan.modules() for buffer in module.buffers()}
+        packed = [module for module in model.modules() if isinstance(module, TernaryLinear)]
+        weights = [*model.parameters(), *(t for module in packed for t in module.buffers())]
+        self._held = [
+            (tensor, tensor._version)
+            for tensor in plan.tensors()
+            if id(tensor) not in free and not tensor.is_inference()
+        ]
+        self._copied = [(weakref.ref(t), t._version) for t in weights if not t.is_inference()]
+        self._vectors = [
+            (weakref.ref(p), p.detach().clone()) for p in model.parameters() if p.dim() == 1
+        ]
+
+    def changed(self) -> bool:
+        """Whether any has changed."""
+        alive = [
+            (tensor, version) for ref, version in self._copied if (tensor := ref()) is not None
+        ]
+        if any(tensor._version != version for tensor, version in self._held + alive):
+            return True
+        return any(
+            (vector := ref()) is not None  # bits: a NaN that is there differs from itself
+            and not torch.equal(vector.detach().view(torch.uint8), before.view(torch.uint8))
+            for ref, before in self._vectors
+        )
+
+
+def embedding_of(model: Transformer) -> Tensor:
+    """The embedding's own weight ``[V, D]``.
+
+    Raises:
+        ValueError: it is no plain nn.Embedding.
+    """
+    embedding = model.embed_tokens
+    if (
+        type(embedding) is not nn.Embedding
+        or _hooked(embedding)
+        or is_parametrized(embedding, "weight")
+        or embedding.max_norm is not None
+    ):
+        raise ValueError(
+            "embed_tokens: expected a plain nn.Embedding without hooks, parametrization and "
+            f"max_norm, got {type(embedding).__name__}"
+        )
+    return embedding.weight.detach()
 
 
 def tensors_of(matrix: Matrix | Norm | None) -> list[Tensor]:
@@ -143,10 +238,14 @@ def tensors_of(matrix: Matrix | Norm | None) -> list[Tensor]:
 
 def _require(name: str, module: nn.Module, kind: type[_M]) -> _M:
     """The module, if its forward is that of ``kind`` and nothing is hooked to it."""
-    if not isinstance(module, kind) or type(module).forward is not kind.forward or _hooked(module):
+    same = isinstance(module, kind) and all(
+        getattr(type(module), name, None) is getattr(kind, name, None) and name not in vars(module)
+        for name in ("forward", "hidden")
+    )
+    if not isinstance(module, kind) or not same or _hooked(module):
         raise ValueError(
-            f"{name}: expected a {kind.__name__} with its own forward and no hooks, whose "
-            f"arithmetic a step repeats; got {type(module).__name__}"
+            f"{name}: expected a {kind.__name__} with its own forward and hidden and no hooks, "
+            f"whose arithmetic a step repeats; got {type(module).__name__}"
         )
     return module
 
@@ -169,21 +268,38 @@ def _norm(name: str, module: nn.Module | None) -> Norm | None:
     return Norm(module.weight.detach().float(), eps)
 
 
-def _fuse(modules: Sequence[nn.Module], packed: bool) -> Matrix:
+def _fuse(modules: Sequence[nn.Module], packed: bool, planes: bool) -> Matrix:
     """The matrix of layers that read the same input."""
     if not any(_hooked(module) or getattr(module, "bias", None) is not None for module in modules):
         ternary = [part for module in modules if (part := _ternary(module, packed)) is not None]
         if len(ternary) == len(modules):
             weights, scales = zip(*ternary, strict=True)
-            return Ternary(_stack(weights), _stack(scales))
+            weight = _stack(weights)
+            return Ternary(weight, _stack(scales), bit_planes(weight) if planes else None)
         dense = [module.weight.detach() for module in modules if type(module) is nn.Linear]
         if len(dense) == len(modules):
             return Dense(_stack(dense))
-    return Modules(tuple(modules))
+    return Modules(tuple(_constant(module) for module in modules))
 
 
-def _ternary(module: nn.Module, packed: bool) -> Ternary | None:
-    """The layer as codes and a scale a row, where it has this form."""
+def _constant(module: nn.Module) -> nn.Module:
+    """A BitLinear with its codes as they are now, to the same bits; any other module itself.
+
+    Left as it is, it would quantize its weight in every call, or take codes that
+    ``weights_quantized`` holds for a while: a CUDA graph would go on reading those.
+    """
+    if type(module) is not BitLinear or _hooked(module):
+        return module
+    codes, scale = module.quantize()
+    layer = TernaryLinear.from_codes(
+        codes, scale, module.bias, granularity=module.granularity, group_size=module.group_size
+    )
+    layer.rms_norm = module.rms_norm
+    return layer.eval()
+
+
+def _ternary(module: nn.Module, packed: bool) -> tuple[Tensor, Tensor] | None:
+    """Codes and a scale a row, of a layer that has this form."""
     if type(module) not in (BitLinear, TernaryLinear):
         return None
     assert isinstance(module, BitLinear | TernaryLinear)
@@ -195,7 +311,7 @@ def _ternary(module: nn.Module, packed: bool) -> Ternary | None:
         weight = pack_ternary(codes) if packed else codes
     else:
         weight, scale = (module.packed if packed else module.codes()), module.scale
-    return Ternary(weight, scale.expand(module.out_features))
+    return weight, scale.expand(module.out_features)
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:

@@ -3,11 +3,12 @@
 A row of the cache holds keys and values of known tokens, and those of a prefix depend on nothing
 after it. So a prompt needs to be computed only from where it departs from what some row holds
 (:func:`place`), and a prefix that several prompts of a call share, a system prompt, only once
-(:func:`share`). The last token of a prompt is always computed: its logits are wanted, and no row
-keeps them.
+(:func:`share`). A call needs the first rows, so what it does not use of them is first moved to
+others (:func:`keep`). The last token of a prompt is always computed: its logits are wanted, and no
+row keeps them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,10 +28,9 @@ def place(
     """Give each prompt a row, so that as much as can be stays where it is.
 
     Pairs of prompt and row are joined greedily, the longest common prefix first. A prompt whose
-    longest prefix lies in another row than its own gets it by a copy. The copies are in an order in
-    which none reads what an earlier one has overwritten: were row t, kept by its prompt p for a
-    prefix of L(p) tokens, to be read by prompt q, then L(q) < L(p), or q would have been given t.
-    So ascending by L, a row is read before it is written.
+    longest prefix lies in another row than its own gets it by a copy. The copies may be made in any
+    order: the prompt that was given a row has at least as long a prefix in common with it as one
+    that reads it, so what it writes there begins with what is read.
 
     Arguments:
         held: the tokens of each row. prompts: as many as there are rows, or fewer; none empty.
@@ -52,10 +52,34 @@ def place(
     kept = [common[i][row_of[i]] for i in range(n)]
     copies = [
         Copy(common[i].index(longest), row_of[i], longest)
-        for i in sorted(range(n), key=lambda i: kept[i])
+        for i in range(n)
         if (longest := max(common[i])) > kept[i]
     ]
     return [row_of[i] for i in range(n)], kept, copies
+
+
+def keep(
+    held: Sequence[Sequence[int]], used: Sequence[int], lost: Iterable[int], spare: Iterable[int]
+) -> list[Copy]:
+    """Where to keep what rows hold that are about to be written over.
+
+    Best over a row that holds a prefix of it, or nothing; else over the one least recently used,
+    unless that was used later than the row itself.
+
+    Arguments:
+        held: the tokens of each row. used: when each was last used, any ascending number.
+        lost: rows about to be written over. spare: rows that may be written over instead.
+    """
+    copies = []
+    free = sorted(spare, key=lambda row: used[row])
+    for row in sorted(lost, key=lambda row: -used[row]):
+        tokens = held[row]
+        prefixes = [other for other in free if tokens[: len(held[other])] == held[other]]
+        older = [other for other in free if used[other] <= used[row]]
+        if target := (prefixes or older)[:1]:
+            free.remove(target[0])
+            copies.append(Copy(row, target[0], len(tokens)))
+    return copies
 
 
 def share(prompts: Sequence[Sequence[int]], held: Sequence[int]) -> list[list[Copy]]:

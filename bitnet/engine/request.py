@@ -1,9 +1,10 @@
 """What a call to the engine asks for, checked: its options, and a row for each prompt."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from numbers import Real
+from typing import Any, Literal
 
 from bitnet.engine.text import TextStream
 from bitnet.schema import UserError
@@ -18,8 +19,10 @@ full."""
 class Options:
     """A call's options; :meth:`bitnet.engine.engine.Engine.generate` says what they mean.
 
+    ``stop`` may be given as any iterable, and is a tuple afterwards.
+
     Raises:
-        UserError: one out of range.
+        UserError: one of another type, or out of range.
     """
 
     max_new_tokens: int
@@ -32,6 +35,13 @@ class Options:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed", "vocab_size"):
+            integer(name, getattr(self, name))
+        if self.eos_id is not None:
+            integer("eos_id", self.eos_id)
+        for name in ("temperature", "top_p"):
+            if not isinstance(value := getattr(self, name), Real) or isinstance(value, bool):
+                raise UserError(f"{name} must be a number, got {value!r}")
         if self.max_new_tokens < 0:
             raise UserError(f"max_new_tokens must be 0 or more, got {self.max_new_tokens}")
         if not 0 <= self.temperature < float("inf"):
@@ -43,8 +53,11 @@ class Options:
         if not 0 <= self.seed <= 2**62:
             raise UserError(f"seed must be 0 to 2^62, got {self.seed}")
         stop = self.stop
-        if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
+        if not isinstance(stop, str) and isinstance(stop, Iterable):
+            stop = tuple(stop)  # an iterator can be read but once
+        if not isinstance(stop, tuple) or not all(isinstance(one, str) and one for one in stop):
             raise UserError(f"stop must be a list of strings, none empty, got {stop!r}")
+        object.__setattr__(self, "stop", stop)
 
 
 @dataclass
@@ -126,7 +139,7 @@ def make_rows(
     if as_text and tokenizer is None:
         raise UserError("stop strings and on_text need the engine's tokenizer; it has none")
     rows = []
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(sequence(prompts)):
         ids = _token_ids(index, prompt, options.eos_id)
         if min(ids) < 0 or max(ids) >= n_ids:
             raise UserError(
@@ -142,6 +155,23 @@ def make_rows(
         text = TextStream(tokenizer, ids, options.stop) if tokenizer and as_text else None
         rows.append(Row(index, ids, room, text))
     return rows
+
+
+def integer(name: str, value: Any) -> int:
+    """An argument that must be an integer (a bool is none); raises UserError, with its name."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise UserError(f"{name} must be an integer, got {value!r}") from None
+
+
+def sequence(prompts: Any) -> Sequence[Any]:
+    """Prompts, which must be a list, whatever is in it; raises UserError."""
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str):
+        raise UserError(f"prompts must be a list of lists of token ids, got {prompts!r}")
+    return prompts
 
 
 def _token_ids(row: int, prompt: Sequence[int], eos_id: int | None) -> list[int]:

@@ -28,11 +28,10 @@ def next_token_probabilities(
     # A temperature below fp32's range would divide by 0.
     scaled = (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     vocab_size = scaled.shape[-1]
-    if top_p < 1:
-        ranked, ids = scaled.sort(-1, descending=True)
-        ranked, ids = ranked[:, : top_k or None], ids[:, : top_k or None]
-    elif 0 < top_k < vocab_size:
+    if 0 < top_k < vocab_size:  # before top_p: to sort a whole vocabulary takes long
         ranked, ids = scaled.topk(top_k, -1)
+    elif top_p < 1:
+        ranked, ids = scaled.sort(-1, descending=True)
     else:
         return scaled.softmax(-1)
     probabilities = ranked.softmax(-1)

@@ -1,17 +1,17 @@
 """A step on a CPU: a list of torch calls, bound once to static tensors.
 
 At one token a row, what a layer costs besides its matrices is the overhead of a hundred small
-operations. So a step is written down once for each batch size (and each 64 columns of context) as
-a *tape*: torch functions with their inputs and their ``out=``, views already taken. Running it
-allocates nothing, decides nothing and looks nothing up.
+operations. So a step is written down once for each batch size as a *tape*: torch functions with
+their inputs and their ``out=``, views already taken. Running it allocates nothing, decides nothing
+and looks nothing up. Every 64 columns of context a new one is written, in place of the last.
 
 The arithmetic is the module path's, operator by operator, roundings to the model's dtype included:
 RMSNorm as ``nn.RMSNorm`` composes it, absmax int8, the exact int32 product and its rescale in the
 same order. Attention alone differs from it, in the order of its sums; it is computed in fp32
 whatever the dtypes of model and cache are.
 
-A prefill is the same tape for the T tokens of one row, written for the occasion: a row's logits
-depend on no other row, and need no padding.
+A prefill is such a tape too, written for the occasion: the tokens of all rows lie one after another
+without padding, and only attention goes row by row. One token a row is a step.
 
 M tokens, D d_model, H query heads, G key-value heads, R = H / G, E head_dim, F d_ff, B rows,
 C columns read, K in_features, N out_features.
@@ -19,13 +19,13 @@ C columns read, K in_features, N out_features.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bitnet.engine.plan import Dense, Int8, LayerPlan, Matrix, ModelPlan, Modules, Norm, Ternary
-from bitnet.engine.state import COLUMN_STEP, State
+from bitnet.engine.plan import Dense, LayerPlan, Matrix, ModelPlan, Modules, Norm
+from bitnet.engine.state import COLUMN_STEP, State, Workspace
 from bitnet.model import ModelConfig
 from bitnet_kernels.reference import EPS
 
@@ -47,17 +47,15 @@ class _Calls:
             call()
 
 
-class _Scratch:
-    """One flat buffer, of which each use takes the front, contiguous, in the shape it needs."""
+class _Piece(NamedTuple):
+    """Tokens of a row in a prefill: its columns ``start`` to ``start + n``."""
 
-    def __init__(self, numel: int, dtype: torch.dtype = torch.float32) -> None:
-        self.buffer = torch.zeros(numel, dtype=dtype)
-
-    def __call__(self, *shape: int) -> Tensor:
-        return self.buffer[: torch.Size(shape).numel()].view(shape)
+    row: int
+    start: int
+    n: int
 
 
-class Tapes:
+class Tapes(Workspace):
     """The steps and prefills of a model on CPU.
 
     Arguments:
@@ -66,74 +64,60 @@ class Tapes:
     """
 
     def __init__(self, config: ModelConfig, plan: ModelPlan, state: State, chunk: int) -> None:
+        super().__init__(config, plan, state, chunk)
         self.config, self.plan, self.state = config, plan, state
-        self.dtype = dtype = plan.embedding.dtype
-        rows, columns = state.tokens.shape[0], state.kv.shape[4]
-        h, g, e = config.n_heads, config.n_kv_heads, config.head_dim
-        m, d, f, v = max(rows, chunk), config.d_model, config.d_ff, config.vocab_size
-        inner, outer = max(d, f), m * max((h + 2 * g) * e, 2 * f)
-        head = rows * v
-        quantized_head = isinstance(plan.head, Ternary | Int8)
-        self.x = _Scratch(m * d, dtype)  # the residual stream
-        self.y = _Scratch(m * inner, dtype)  # what a matrix reads
-        self.z = _Scratch(outer, dtype)  # what a matrix gives
-        self.hidden = _Scratch(m * inner, dtype)  # inside a block
-        self.wide = _Scratch(m * max(inner, (h + 2 * g) * e))  # fp32 of what is normed
-        self.square = _Scratch(m * max(inner, 2 * g * e))
-        self.moment = _Scratch(m * (h + 2 * g))
-        self.step_size = _Scratch(m * (h + 2 * g))
-        self.codes = _Scratch(m * max(inner, 2 * g * e), torch.int8)
-        self.acc = _Scratch(max(outer, head if quantized_head else 0), torch.int32)
-        self.scaled = _Scratch(max(outer, head if quantized_head else 0))
-        self.rotated = _Scratch(m * (h + 2 * g) * e)
-        self.queries = _Scratch(m * d)
-        self.scores = _Scratch(h * max(rows, chunk) * columns)
-        self.attended = _Scratch(m * d)
-        self.narrow = _Scratch(0 if dtype == torch.float32 else m * (h + 2 * g) * e, dtype)
-        other = state.kv.dtype != torch.float32
-        self.stored = _Scratch(m * 2 * g * e if other else 0, state.kv.dtype)
-        self.widened = _Scratch(2 * g * columns * e if other else 0)
-        cast = isinstance(plan.head, Dense) and plan.head.weight.dtype != dtype
-        low_head = isinstance(plan.head, Dense) and plan.head.weight.dtype != torch.float32
-        head_dtype = plan.head.weight.dtype if isinstance(plan.head, Dense) else dtype
-        self.head_in = _Scratch(rows * d if cast else 0, head_dtype)
-        self.head_out = _Scratch(head if low_head else 0, head_dtype)
-        self.columns = torch.zeros(rows, dtype=torch.int64)
-        self.cos, self.sin = torch.zeros(rows, e), torch.zeros(rows, e)
-        self.mask = _Scratch(rows * g * columns)
-        self.beyond = torch.zeros(rows, columns, dtype=torch.bool)
-        self.all_columns = torch.arange(columns)
-        self.signed_sin = state.sin.clone()
-        self.signed_sin[:, : e // 2].neg_()
-        self.causal = torch.full((chunk, chunk), -torch.inf).triu(1)
-        self.peak, self.finite = torch.zeros(rows), torch.zeros(rows, dtype=torch.bool)
-        self._constants = {x: torch.tensor(x) for x in (0.0, -torch.inf, 127.0)}
-        self._none = torch.tensor(-1)
-        self._steps: dict[tuple[int, int], _Calls] = {}
+        self._steps: dict[int, tuple[int, _Calls]] = {}
 
     # What runs
 
     def step(self, batch: int) -> None:
         """One token of each of the first ``batch`` rows."""
+        self.state.clean()
         longest = min(max(self.state.lengths[:batch].tolist()), self.state.max_len)
         columns = COLUMN_STEP * (longest // COLUMN_STEP + 1)
-        if (batch, columns) not in self._steps:
-            self._steps[batch, columns] = self._step(batch, columns)
-        self._steps[batch, columns].run()
+        written, calls = self._steps.get(batch, (0, None))
+        if calls is None or written != columns:
+            _, calls = self._steps[batch] = columns, self._step(batch, columns)
+        calls.run()
 
     def prefill(self, tokens: Tensor, n_valid: list[int]) -> None:
-        """The first ``n_valid[row]`` of int64 ``[B, T]`` appended to each row, row by row."""
-        for row, n in enumerate(n_valid):
+        """The first ``n_valid[row]`` of int64 ``[B, T]`` appended to each row."""
+        state = self.state
+        state.clean()
+        if set(n_valid) == {1}:
+            self._feed(tokens[:, 0])
+            return
+        run: list[_Piece] = []
+        for row, (n, start) in enumerate(
+            zip(n_valid, state.lengths[: len(n_valid)].tolist(), strict=True)
+        ):
+            # A run is of neighbours, whose logits are one piece of memory, and fits the buffers.
+            if run and (not n or sum(piece.n for piece in run) + n > self.most):
+                self._append(tokens, run)
+                run = []
             if n:
-                start = int(self.state.lengths[row])
-                self._chunk(row, start, tokens[row, :n]).run()
-                self.state.lengths[row] = start + n
+                run.append(_Piece(row, start, n))
+        if run:
+            self._append(tokens, run)
 
-    def workspace(self) -> list[Tensor]:
-        """All buffers that are not the plan's or the state's."""
-        values = vars(self).values()
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        return tensors + [value.buffer for value in values if isinstance(value, _Scratch)]
+    def _feed(self, tokens: Tensor) -> None:
+        """One token each to the first rows, active or not."""
+        state, b = self.state, tokens.shape[0]
+        active = state.active[:b].clone()
+        state.tokens[:b] = tokens
+        state.active[:b] = 1
+        try:
+            self.step(b)
+        finally:
+            state.active[:b] = active
+
+    def _append(self, tokens: Tensor, pieces: list[_Piece]) -> None:
+        state = self.state
+        state.unfinished.update((row, start + n) for row, start, n in pieces)
+        self._chunk(torch.cat([tokens[row, :n] for row, _, n in pieces]), pieces).run()
+        for row, start, n in pieces:
+            state.lengths[row] = start + n
+        state.unfinished.clear()
 
     # What is written down
 
@@ -143,12 +127,12 @@ class Tapes:
         at = self.columns[:b]
         calls.add(at.copy_, state.lengths[:b])
         calls.add(at.clamp_max_, state.max_len)
-        cos, sin = self.cos[:b], self.sin[:b]
+        cos, sin = self.cos(b, e), self.sin(b, e)
         calls.add(torch.index_select, state.cos, 0, at, out=cos)
         calls.add(torch.index_select, self.signed_sin, 0, at, out=sin)
         mask, beyond = self.mask(b, g, 1, c), self.beyond[:b, :c]
         calls.add(torch.gt, self.all_columns[:c], at.view(b, 1), out=beyond)
-        none, all_ = self._constants[-torch.inf], self._constants[0.0]
+        none, all_ = self.constant(-torch.inf), self.constant(0.0)
         calls.add(torch.where, beyond.view(b, 1, 1, c).expand(b, g, 1, c), none, all_, out=mask)
         index = at.view(1, b, 1, 1, 1).expand(2, b, g, 1, e)
 
@@ -184,36 +168,55 @@ class Tapes:
         calls.add(state.lengths[:b].clamp_max_, state.max_len)
         return calls
 
-    def _chunk(self, row: int, start: int, tokens: Tensor) -> _Calls:
+    def _chunk(self, tokens: Tensor, pieces: list[_Piece]) -> _Calls:
+        """``tokens`` ``[M]``: those of neighbouring rows, one after another."""
         config, state, calls = self.config, self.state, _Calls()
-        g, h, e = config.n_kv_heads, config.n_heads, config.head_dim
-        t = tokens.shape[0]
-        end = start + t
+        h, e = config.n_heads, config.head_dim
+        m, counts = tokens.shape[0], [piece.n for piece in pieces]
 
         def attention(calls: _Calls, layer: int, rotated: Tensor) -> Tensor:
-            new = rotated[:, -2 * g :].view(t, 2, g, 1, e).transpose(0, 1)
-            new, new_scale = self._to_cache(calls, new)
-            new = new.squeeze(3).transpose(1, 2)  # [2, G, T, E]
-            calls.add(state.kv[layer, :, row, :, start:end].copy_, new)
-            if state.scale is not None and new_scale is not None:
-                new_scale = new_scale.squeeze(3).transpose(1, 2)
-                calls.add(state.scale[layer, :, row, :, start:end].copy_, new_scale)
-            if state.kv.dtype == torch.float32:
-                k, v = state.kv[layer, :, row, :, :end].unbind()
-            else:
-                k, v = self._from_cache(calls, layer, row, end)
-            q, attended = self.queries(h, t, e), self.attended(h, t, e)
-            calls.add(q.copy_, rotated[:, :h].transpose(0, 1))
-            grouped = (g, h // g * t, e)
-            self._attend(calls, q.view(grouped), k, v, t, attended.view(grouped))
-            together = self.queries(t, h, e)  # the queries are done with
-            calls.add(together.copy_, attended.transpose(0, 1))
-            return self._narrowed(calls, together.view(t, -1))
+            together = self.attended(m, h, e)
+            for piece, of_row, out in zip(
+                pieces, rotated.split(counts), together.split(counts), strict=True
+            ):
+                self._attend_row(calls, layer, piece, of_row, out)
+            return self._narrowed(calls, together.view(m, -1))
 
         x = self._embedded(calls, tokens)
-        self._layers(calls, x, state.cos[start:end], self.signed_sin[start:end], attention)
-        self._head(calls, x[-1:], slice(row, row + 1))
+        at = torch.cat([torch.arange(start, start + n, device="cpu") for _, start, n in pieces])
+        cos, sin = self.cos(m, e), self.sin(m, e)
+        calls.add(torch.index_select, state.cos, 0, at, out=cos)
+        calls.add(torch.index_select, self.signed_sin, 0, at, out=sin)
+        self._layers(calls, x, cos, sin, attention)
+        last = self.hidden(len(pieces), config.d_model)
+        ends = torch.tensor(counts, device="cpu").cumsum(0) - 1
+        calls.add(torch.index_select, x, 0, ends, out=last)
+        self._head(calls, last, slice(pieces[0].row, pieces[-1].row + 1))
         return calls
+
+    def _attend_row(
+        self, calls: _Calls, layer: int, piece: _Piece, rotated: Tensor, out: Tensor
+    ) -> None:
+        """A piece's ``[T, H + 2G, E]`` to ``[T, H, E]``."""
+        state, (row, start, t) = self.state, piece
+        g, h, e = self.config.n_kv_heads, self.config.n_heads, self.config.head_dim
+        end = start + t
+        new = rotated[:, -2 * g :].view(t, 2, g, 1, e).transpose(0, 1)
+        new, new_scale = self._to_cache(calls, new)
+        new = new.squeeze(3).transpose(1, 2)  # [2, G, T, E]
+        calls.add(state.kv[layer, :, row, :, start:end].copy_, new)
+        if state.scale is not None and new_scale is not None:
+            new_scale = new_scale.squeeze(3).transpose(1, 2)
+            calls.add(state.scale[layer, :, row, :, start:end].copy_, new_scale)
+        if state.kv.dtype == torch.float32:
+            k, v = state.kv[layer, :, row, :, :end].unbind()
+        else:
+            k, v = self._from_cache(calls, layer, row, end)
+        q, attended = self.queries(h, t, e), self.by_head(h, t, e)
+        calls.add(q.copy_, rotated[:, :h].transpose(0, 1))
+        grouped = (g, h // g * t, e)
+        self._attend(calls, q.view(grouped), k, v, t, attended.view(grouped))
+        calls.add(out.copy_, attended.transpose(0, 1))
 
     def _embedded(self, calls: _Calls, tokens: Tensor) -> Tensor:
         x = self.x(tokens.shape[0], self.config.d_model)
@@ -272,11 +275,11 @@ class Tapes:
         else:
             self._product(calls, head, y, logits)
         calls.add(torch.argmax, logits, -1, out=chosen)
-        peak, finite = self.peak[:b], self.finite[:b]
+        peak, finite = self.peak(b), self.finite[:b]
         calls.add(torch.amax, logits, -1, out=peak)
         calls.add(torch.sub, peak, peak, out=peak)  # NaN where it was not finite
         calls.add(torch.eq, peak, peak, out=finite)
-        calls.add(torch.where, finite, chosen, self._none, out=chosen)
+        calls.add(torch.where, finite, chosen, self.none, out=chosen)
         calls.add(torch.clamp_min, chosen, 0, out=state.tokens[rows])
 
     # The parts of a layer
@@ -286,8 +289,8 @@ class Tapes:
         square, moment = self.square(*x.shape), self.moment(*x.shape[:-1], 1)
         calls.add(torch.mul, x, x, out=square)
         calls.add(torch.sum, square, -1, True, out=moment)
-        calls.add(moment.div_, torch.tensor(float(x.shape[-1])))
-        calls.add(moment.add_, torch.tensor(norm.eps))
+        calls.add(moment.div_, self.constant(float(x.shape[-1])))
+        calls.add(moment.add_, self.constant(norm.eps))
         calls.add(moment.rsqrt_)
         calls.add(torch.mul, x, moment, out=out)
         calls.add(out.mul_, norm.weight)
@@ -315,7 +318,7 @@ class Tapes:
         calls.add(torch.abs, x, out=square)
         calls.add(torch.amax, square, -1, True, out=scale)
         calls.add(scale.clamp_min_, EPS)
-        calls.add(scale.div_, self._constants[127.0])
+        calls.add(scale.div_, self.constant(127.0))
         calls.add(torch.div, x, scale, out=square)
         calls.add(square.round_)
         calls.add((codes := self.codes(*x.shape)).copy_, square)

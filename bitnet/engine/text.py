@@ -10,6 +10,11 @@ from collections.abc import Sequence
 
 from bitnet.tokenizer import Tokenizer
 
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"
+_ANCHOR = "a"
+_WINDOW = 16
+"""Tokens that are decoded again with each new one, at most; more where they end in no character."""
+
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """A text as a prompt: the end-of-document token, which stands before every document in
@@ -26,7 +31,8 @@ class TextStream:
     it lies in the new text: one that begins in the prompt does not.
 
     Arguments:
-        prompt: decides whether the first new token begins with its space.
+        prompt: decides whether the first new token begins with its space. Bytes at its end that are
+            no character may become one: their text is then part of the continuation's.
         stop: the stop strings, none empty.
     Attributes:
         stopped: a stop string is complete; no more tokens may be pushed.
@@ -42,34 +48,63 @@ class TextStream:
         self.settled = 0
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._ids = list(prompt)
         self._ends: list[int] = []  # length of the decoded text after each new token
-        self._printed = len(_whole(tokenizer.decode(self._ids)))
+        # Only the tokens since a certain border are decoded: one between characters, with text
+        # before it. An anchor in front keeps their first space from being taken for the one that
+        # tokenizers put before a text.
+        self._anchor: list[int] = []
+        self._ids = list(prompt)
+        self._begin = 0  # characters before the border
+        self._waiting = ""  # those of them that are not handed out yet
+        text = self._decode()
+        whole = text
+        if tokenizer.count_bytes([tokenizer.eos_id, *prompt]) != len(text.encode()):
+            whole = _whole(text)  # some bytes are no character
+        self._given = len(whole)  # characters after the border that are handed out
+        self._move_border(text)
 
     def push(self, token: int) -> str:
         """Take one token; return the text that is certain now, which may be empty."""
         assert not self.stopped
         self._ids.append(token)
-        decoded = self._tokenizer.decode(self._ids)
-        self._ends.append(len(decoded))
-        new = self._certain(_whole(decoded)[self._printed :])
-        self._printed += len(new)
+        text = self._decode()
+        self._ends.append(self._begin + len(text))
+        new = self._certain(self._waiting + _whole(text)[self._given :])
+        self._given += max(0, len(new) - len(self._waiting))
+        self._waiting = self._waiting[len(new) :]
+        printed = self._begin - len(self._waiting) + self._given
         ends = self._ends if self._stop else []
         self.settled = next(
-            (n for n in range(len(ends), self.settled, -1) if ends[n - 1] <= self._printed),
+            (n for n in range(len(ends), self.settled, -1) if ends[n - 1] <= printed),
             self.settled if self._stop else len(self._ends),
         )
+        if len(self._ids) >= _WINDOW:
+            self._move_border(text)
         return new
 
     def finish(self) -> str:
         """The rest, of which no stop string came: text held back, and bytes that never became a
-        character, as U+FFFD. Nothing if ``stopped``."""
+        character, as U+FFFD. Nothing if ``stopped``, or when called again."""
         if self.stopped:
             return ""
         self.settled = len(self._ends)
-        new = self._tokenizer.decode(self._ids)[self._printed :]
-        self._printed += len(new)
+        text = self._decode()
+        new = self._waiting + text[self._given :]
+        self._waiting, self._given = "", len(text)
         return new
+
+    def _decode(self) -> str:
+        """The text of the tokens since the border."""
+        text = self._tokenizer.decode([*self._anchor, *self._ids])
+        return text[len(_ANCHOR) :] if self._anchor else text
+
+    def _move_border(self, text: str) -> None:
+        """Move the border behind the tokens, whose text this is, if that is between characters."""
+        if text and text[-1] != _UNKNOWN:
+            self._waiting += text[self._given :]
+            self._begin += len(text)
+            self._given, self._ids = 0, []
+            self._anchor = self._anchor or self._tokenizer.encode(_ANCHOR)
 
     def _certain(self, new: str) -> str:
         """What of the text not yet handed out is no part of a stop string, nor may become one."""
@@ -87,5 +122,5 @@ def _whole(text: str) -> str:
     """Without the characters at the end that another token may still change: an unfinished UTF-8
     character has at most three bytes, and each decodes to one U+FFFD."""
     for _ in range(3):
-        text = text.removesuffix("\N{REPLACEMENT CHARACTER}")
+        text = text.removesuffix(_UNKNOWN)
     return text

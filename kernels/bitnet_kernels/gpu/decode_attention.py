@@ -46,19 +46,23 @@ class Tile(NamedTuple):
 
 
 def tile_of(
-    queries: int, programs: int, head_dim: int, n_columns: int, wide: bool, n_sm: int
+    queries: int, programs: int, head_dim: int, n_columns: int, wide: bool, n_sm: int, chunk: bool
 ) -> Tile:
-    """How attention is cut, so that nothing spills.
+    """How attention is cut, so that nothing spills, and into few forms, as each is compiled: the
+    slices are a power of two, and a chunk's tile does not hang on its length.
 
     Arguments:
         queries: of a row and key/value head, T * H / G; programs: such pairs, B * G.
         wide: whether the dots are of fp32, which has no tensor cores.
-        n_sm: multiprocessors of the GPU; there are slices enough for two programs on each.
+        n_sm: multiprocessors of the GPU; there are slices enough for one or two programs on each.
+        chunk: whether T > 1.
     """
-    block_m = min(max(triton.next_power_of_2(queries), 16), 16 if wide else 64)
+    queries = triton.next_power_of_2(queries)
+    block_m = min(64 if chunk else max(queries, 16), 16 if wide else 64)
     block_n = min(max(4096 // triton.next_power_of_2(head_dim), 16), 32 if wide else 64)
     tiles = programs * triton.cdiv(queries, block_m)
     splits = min(triton.cdiv(2 * n_sm, tiles), triton.cdiv(n_columns, block_n), MAX_SPLITS)
+    splits = 1 << splits.bit_length() - 1
     num_warps = 8 if block_m == 64 and head_dim > 64 else 4
     return Tile(block_m, block_n, splits, num_warps, num_stages=2 if wide else 3)
 
@@ -75,7 +79,7 @@ def operand(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
         return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("T", "QUERIES"))  # else prompts' lengths compile it anew
 def attention_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -177,7 +181,7 @@ def attention_kernel(
             tl.store(y_ptr + heads[:, None] * E + lanes, acc, valid[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("HEADS",))
 def combine_kernel(
     part_ptr: tl.tensor,
     max_ptr: tl.tensor,
@@ -232,7 +236,7 @@ def decode_attention(
         if q.device.type == "cuda":
             n_sm = torch.cuda.get_device_properties(q.device).multi_processor_count
         wide = torch.float32 in (qk, pv)
-        tile = tile_of(t * h // g, b * g, e, n_columns, wide, n_sm)
+        tile = tile_of(t * h // g, b * g, e, n_columns, wide, n_sm, t > 1)
     part, top, total = y, None, None
     if tile.splits > 1:
         part, top, total = (
@@ -307,7 +311,7 @@ def specs() -> list[Spec]:
 def _spec(dtype: str, cache: str, e: int, t: int) -> Spec:
     by_name = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     qk, pv = dot_dtypes(by_name[dtype], torch.int8 if cache == "i8" else by_name[cache])
-    tile = tile_of(4 * t, 8, e, 4096, torch.float32 in (qk, pv), n_sm=132)
+    tile = tile_of(4 * t, 8, e, 4096, torch.float32 in (qk, pv), n_sm=132, chunk=t > 1)
     types = {"q_ptr": f"*{dtype}", "k_ptr": f"*{cache}", "v_ptr": f"*{cache}"}
     types |= {"lengths_ptr": "*i32", "y_ptr": "*fp32" if tile.splits > 1 else f"*{dtype}"}
     constants = {"SCALE": LOG2_E * e**-0.5, "E": e, "REPEATS": 4, "CHUNK": t > 1}
