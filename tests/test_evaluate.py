@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+import bitnet.quant
 from bitnet.data import TokenDataset, sequential_windows
 from bitnet.evaluate import (
     EvalConfig,
@@ -140,6 +141,21 @@ def test_mode_and_gradients_are_restored_after_an_error_too() -> None:
         fail_inside()
     assert [module.training for module in model.modules()] == modes
     assert torch.is_grad_enabled()
+
+
+def test_weights_are_quantized_once_an_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(ModelConfig(depth=1, d_model=64, vocab_size=97, max_seq_len=24))
+    windows = windows_of(np.random.default_rng(1).integers(0, 97, 241), 24)
+    expected = evaluate_windows(model, windows, counter([1] * 97), 2)
+    quantized = []
+    plain = bitnet.quant.absmean_ternary
+    monkeypatch.setattr(
+        bitnet.quant, "absmean_ternary", lambda w, *rest: (quantized.append(w), plain(w, *rest))[1]
+    )
+    assert evaluate_windows(model, windows, counter([1] * 97), 2) == expected
+    assert len(quantized) == 7  # and not once for each of the 5 batches
+    with pytest.raises(RuntimeError, match=r"weight: changed inside"), evaluation_mode(model):
+        quantized[0].mul_(2)
 
 
 TEXTS = ["x", "the end", "def main() -> None:\n" * 30, "naïve 😀 日本語\n" * 9]

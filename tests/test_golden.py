@@ -5,7 +5,7 @@ A change of the maths that no other test knows of shows here. After one that is 
     PYTHONPATH=. .venv/bin/python tests/test_golden.py > tests/golden_losses.txt
 
 How close is close? Other instruction sets sum in another order. Full precision forgives it: the
-losses of all 50 steps differ by 1e-5 with AVX2, by 1e-4 without vector instructions. A ternary
+losses of all 50 steps differ by 1e-4 with AVX2, by 2e-4 without vector instructions. A ternary
 model does not: a rounding error of 1e-7 carries some weight or activation over a threshold, that
 code moves the loss by 1e-6 to 1e-4, and from there on the two runs diverge, up to 0.06 apart. So
 the first steps are compared closely, before chaos sets in, and the rest shows that it learns as it
@@ -53,31 +53,27 @@ def batches() -> list[Tensor]:
     return list(tokens)
 
 
-def train(
-    linear: Linear,
-    steps: int = STEPS,
-    loss_of: Callable[[Transformer, Tensor, Tensor], Tensor] = next_token_loss,
-    n_layers: int = 2,
-) -> list[float]:
+def train(linear: Linear, steps: int = STEPS) -> list[float]:
     """The loss of each step, on one thread, of the first ``steps`` of a run of STEPS."""
     torch.set_num_threads(1)
     torch.manual_seed(4)
-    shape = {"d_model": 48, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96, "vocab_size": VOCABULARY}
-    config = ModelConfig(linear=linear, n_layers=n_layers, max_seq_len=SEQ_LEN, **shape)
-    model = Transformer(config)
-    optim = OptimConfig(lr=4e-3)
-    optimizers = build_optimizer(model, optim)
+    shape = {"d_model": 48, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "d_ff": 96}
+    model = Transformer(
+        ModelConfig(linear=linear, vocab_size=VOCABULARY, max_seq_len=SEQ_LEN, **shape)
+    )
+    config = OptimConfig(lr=4e-3)
+    optimizers = build_optimizer(model, config)
     losses = []
     for step, tokens in enumerate(batches()[:steps]):
         total = 0.0
         with weights_quantized(model):
             for part in tokens.split(4):
-                loss = loss_of(model, part[:, :-1], part[:, 1:]) / 2
+                loss = next_token_loss(model, part[:, :-1], part[:, 1:]) / 2
                 loss.backward()
                 total += float(loss.detach())
-        clip_gradients(model.parameters(), optim.grad_clip)
+        clip_gradients(model.parameters(), config.grad_clip)
         optimizers.set_schedule(
-            learning_rate_factor(step, STEPS, optim), weight_decay_at(step, STEPS, optim)
+            learning_rate_factor(step, STEPS, config), weight_decay_at(step, STEPS, config)
         )
         optimizers.step()
         optimizers.zero_grad()
@@ -105,19 +101,6 @@ def test_the_ternary_model() -> None:
     assert losses[:CLOSE_STEPS] == pytest.approx(expected[:CLOSE_STEPS], abs=CLOSE, rel=0)
     assert losses == pytest.approx(expected, abs=0.2, rel=0)
     assert expected[-1] < expected[0] - 1
-
-
-@pytest.mark.filterwarnings("ignore")  # of torch.compile's own tracing
-@pytest.mark.parametrize("linear", LINEARS)
-def test_compiled_training_is_the_same(linear: Linear) -> None:
-    """Forward and loss as one graph, compiled once, though each step has codes of its own. Fused
-    code rounds in other places: losses within 1e-5, where no code crosses a threshold for it (here
-    1e-6 in 10 steps; of two layers one does in the fifth)."""
-    torch.compiler.reset()
-    compiled = torch.compile(next_token_loss, fullgraph=True)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        losses = train(linear, 10, compiled, n_layers=1)
-    assert losses == pytest.approx(train(linear, 10, n_layers=1), abs=1e-5, rel=0)
 
 
 def alpha(monkeypatch: pytest.MonkeyPatch) -> None:

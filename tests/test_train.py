@@ -173,6 +173,26 @@ def test_variants_learn(run: Run, overrides: list[str]) -> None:
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own tracing
+@pytest.mark.parametrize("linear", ["ternary", "fp"])
+def test_compiled_is_the_same_run(run: Run, linear: str) -> None:
+    """Forward and loss as one graph, compiled once, although each step has codes of its own, and
+    readings, evaluations and samples come between. Fused code rounds in other places: losses within
+    1e-5, as long as it carries no code over a threshold (here none; see tests/test_golden.py)."""
+    small = ["model.n_layers=1", f"model.linear={linear}", "train.steps=10", "eval.every=5"]
+    eager = run(*small, "run.name=eager")
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = run(*small, "run.name=compiled", "train.compile=true")
+    assert [row.keys() for row in compiled] == [row.keys() for row in eager]
+    for a, b in zip(compiled, eager, strict=True):
+        for key in ("loss", "val_loss"):
+            if key in a:
+                assert a[key] == pytest.approx(b[key], abs=1e-5, rel=0), a["step"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_another_seed_is_another_run(run: Run) -> None:
     one = run("run.name=one", "train.steps=2")
     other = run("run.name=other", "train.steps=2", "run.seed=1")
