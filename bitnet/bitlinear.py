@@ -9,14 +9,15 @@ forward. In a training step much of that finds the same again, and is done once,
         q(x), k(x), v(x)
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from bitnet.quant import (
     GradMask,
@@ -25,7 +26,9 @@ from bitnet.quant import (
     TernaryWeight,
     Tokens,
     absmean_ternary,
+    check_granularity,
     check_int8_backward,
+    check_mask,
     quantize_tokens,
     quantize_weight,
     ternary_linear_ste,
@@ -68,6 +71,7 @@ class BitLinear(nn.Linear):
     """
 
     rms_norm: RMSNorm | None
+    int8_backward: Int8Backward = "none"  # of layers pickled before there was a choice
     _held: "_Held | None" = None
 
     def __init__(
@@ -88,16 +92,13 @@ class BitLinear(nn.Linear):
     ) -> None:
         check_options(in_features, out_features, granularity, group_size)
         check_int8_backward(int8_backward, granularity)
-        if grad_mask not in (masks := get_args(GradMask)):
-            raise ValueError(f"grad_mask: expected one of {', '.join(masks)}, got {grad_mask!r}")
-        if not 0 <= grad_mask_c < math.inf:
-            raise ValueError(f"grad_mask_c: expected a finite number >= 0, got {grad_mask_c}")
+        check_mask(grad_mask, grad_mask_c, "grad_")
         super().__init__(in_features, out_features, bias, device, dtype)
         self.granularity: Granularity = granularity
         self.group_size = group_size
         self.grad_mask: GradMask = grad_mask
         self.grad_mask_c = grad_mask_c
-        self.int8_backward: Int8Backward = int8_backward
+        self.int8_backward = int8_backward
         self.rms_norm = RMSNorm(in_features, norm_eps, device=device, dtype=dtype) if norm else None
 
     def forward(self, input: Tensor | Tokens) -> Tensor:
@@ -122,13 +123,16 @@ class BitLinear(nn.Linear):
         )
 
     def _held_codes(self) -> TernaryWeight | None:
-        """What :func:`weights_quantized` has found for the weight that this forward uses."""
+        """What :func:`weights_quantized` has found for the weight that this forward uses; None
+        where the forward outlives the scope, exported or traced."""
         held = self._held
-        if held is None:
+        if held is None or torch.compiler.is_exporting():
+            return None
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return None
+        if held.weight is not self.weight:  # torch.func.functional_call has another
             return None
         if not torch.compiler.is_compiling():
-            if held.weight is not self.weight:  # torch.func.functional_call has another
-                return None
             held.check(self.weight)
         return held.quantized
 
@@ -152,25 +156,30 @@ class _Held(NamedTuple):
     quantized: TernaryWeight
     layer_name: str
     weight: Tensor
-    version: int
+    memory: Tensor
+    """The weight's own, kept so that no other tensor can get its address meanwhile."""
+    state: tuple[Any, ...]
 
     @classmethod
     def of(cls, layer: BitLinear, name: str) -> "_Held":
         weight = layer.weight
         options = layer.granularity, layer.group_size, layer.int8_backward
-        return cls(quantize_weight(weight, *options), name, weight, _version(weight))
+        quantized = quantize_weight(weight, *options)
+        return cls(quantized, name, weight, weight.detach(), _state(weight))
 
     def check(self, weight: Tensor) -> None:
-        if weight is not self.weight or _version(weight) != self.version:
+        if weight is not self.weight or _state(weight) != self.state:
             raise RuntimeError(
                 f"{self.layer_name or 'model'}.weight: changed inside weights_quantized(), whose "
                 "codes it no longer has; leave it before an optimizer's step"
             )
 
 
-def _version(weight: Tensor) -> int:
-    """Counts the changes in place; tensors of inference mode do not."""
-    return 0 if weight.is_inference() else weight._version
+def _state(weight: Tensor) -> tuple[Any, ...]:
+    """What a change of the weight changes: the count of those in place (tensors of inference mode
+    have none), and what ``model.bfloat16()`` and ``weight.data = ...`` put in its place."""
+    version = 0 if weight.is_inference() else weight._version
+    return version, weight.dtype, weight.device, weight.data_ptr()
 
 
 @contextmanager
@@ -188,9 +197,21 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
 
     Raises:
         RuntimeError: a weight (named) was changed meanwhile: in an eager forward after the change,
-            or at the end. Changes past autograd, through ``weight.data``, are not seen.
+            or at the end; or an optimizer that has it is about to step, which fused ones do unseen.
+            Changes in place past autograd, of ``weight.data``, are not seen.
     """
     entered: list[BitLinear] = []
+
+    def refuse(optimizer: Optimizer, *_: Any) -> None:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for layer in entered:
+            if layer._held is not None and id(layer.weight) in stepped:
+                raise RuntimeError(
+                    f"{layer._held.layer_name or 'model'}.weight: an optimizer's step inside "
+                    "weights_quantized(), whose codes it would make wrong; step after the block"
+                )
+
+    hook = register_optimizer_step_pre_hook(refuse)
     try:
         for name, layer in model.named_modules():
             bare = isinstance(layer, BitLinear) and layer._held is None
@@ -202,6 +223,7 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
             assert layer._held is not None
             layer._held.check(layer.weight)
     finally:
+        hook.remove()
         for layer in entered:
             layer._held = None
 
@@ -210,17 +232,27 @@ def shared_tokens(x: Tensor, *layers: nn.Module) -> Tensor | Tokens:
     """The input that all of ``layers`` are to be called with: quantized once where each is a
     BitLinear without a norm inside, else x itself.
 
-    Layers with hooks get x too, so that a hook sees what it would see of an ``nn.Linear``.
+    Layers that are not plain (:func:`is_plain`) get x too, so that a hook or a subclass sees what
+    it would see of an ``nn.Linear``.
     """
-    plain = all(
-        isinstance(layer, BitLinear) and layer.rms_norm is None and not _is_hooked(layer)
+    shared = all(
+        is_plain(layer, BitLinear) and isinstance(layer, BitLinear) and layer.rms_norm is None
         for layer in layers
     )
-    return quantize_tokens(x) if plain else x
+    return quantize_tokens(x) if shared else x
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks)
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module runs the forward of ``kind`` and nothing else: no subclass (which a
+    parametrized module is), no forward of its own, no hooks, neither its own nor global ones."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+        _has_any_global_hook(),
+    )
+    return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
 
 
 def computed_parameter(module: nn.Module) -> str:
@@ -242,7 +274,4 @@ def check_options(
         raise ValueError(
             f"in_features, out_features: expected >= 1, got {in_features}, {out_features}"
         )
-    if granularity not in (valid := get_args(Granularity)):
-        raise ValueError(f"granularity: expected one of {', '.join(valid)}, got {granularity!r}")
-    if group_size < 1:
-        raise ValueError(f"group_size: expected >= 1, got {group_size}")
+    check_granularity(granularity, group_size)

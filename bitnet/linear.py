@@ -24,10 +24,11 @@ from bitnet.bitlinear import (
     RMSNorm,
     check_options,
     computed_parameter,
+    is_plain,
     shared_tokens,
     weights_quantized,
 )
-from bitnet.quant import Granularity, output_dtype
+from bitnet.quant import Granularity, Tokens, output_dtype
 from bitnet_kernels import bit_planes, pack_ternary, ternary_linear, unpack_ternary
 from bitnet_kernels.packing import packed_columns
 
@@ -39,6 +40,7 @@ __all__ = [
     "check_patterns",
     "computed_parameter",
     "disable_fused_encoder",
+    "is_plain",
     "matches",
     "pack",
     "replace_linear",
@@ -172,16 +174,17 @@ class TernaryLinear(nn.Module):
         """The unpacked codes, int8 ``[N, K]``."""
         return unpack_ternary(self.packed, self.in_features)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor | Tokens) -> Tensor:
         """float ``[..., in_features]`` -> ``[..., out_features]``; no gradient."""
-        if input.dim() == 0 or input.shape[-1] != self.in_features:  # packed rows are padded
+        x = input.values if isinstance(input, Tokens) else input  # kernels find the same codes
+        if x.dim() == 0 or x.shape[-1] != self.in_features:  # packed rows are padded
             raise ValueError(
-                f"input: expected shape [..., {self.in_features}], got {list(input.shape)}"
+                f"input: expected shape [..., {self.in_features}], got {list(x.shape)}"
             )
         if self.rms_norm is not None:
-            input = self.rms_norm(input)
+            x = self.rms_norm(x)
         y = ternary_linear(
-            input,
+            x,
             self.packed,
             self.scale,
             self.bias,
@@ -189,7 +192,7 @@ class TernaryLinear(nn.Module):
             group_size=self.group_size,
             planes=self.planes,
         )
-        return y.to(output_dtype(input))
+        return y.to(output_dtype(x))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TernaryLinear":
         scale = self.scale

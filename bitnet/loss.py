@@ -19,7 +19,7 @@ M tokens, D width of the hidden states, V vocabulary.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -44,8 +44,9 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     Returns:
         fp32 ``[]`` (fp64 for fp64), in nats. NaN where a hidden state or the weight holds NaN.
     Raises:
-        ValueError: shapes that do not fit, or no token at all. On a CPU, torch's own RuntimeError
-        for a target out of range (a GPU reports it as a failed assertion, as for any index).
+        TypeError: a dtype that does not fit. ValueError: a shape or a device that does not, or no
+        token at all. On a CPU, torch's own RuntimeError for a target out of range (a GPU reports it
+        as a failed assertion, as for any index).
     """
     matrices = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
     if not matrices or not len(weight):
@@ -58,9 +59,20 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
             f"targets: expected one of each of the {len(hidden)} hidden states, and at least one, "
             f"got {list(targets.shape)}"
         )
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets: expected int64, got {targets.dtype}")
+    for name, tensor in (("weight", weight), ("targets", targets)):
+        if tensor.device != hidden.device:
+            raise ValueError(
+                f"{name}: expected on {hidden.device}, where hidden is, got {tensor.device}"
+            )
     dtype = output_dtype(hidden)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, dtype)
+        of = hidden.requires_grad, weight.requires_grad
+        loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, dtype, *of)[0]
         return loss
     return _loss_and_gradients(hidden, weight, targets, dtype, False, False)[0]
 
@@ -69,50 +81,53 @@ def next_token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -
     """Mean cross-entropy of a model's next-token predictions, in nats: fp32 ``[]``.
 
     Without ever holding all logits where the head is a plain matrix; a head with a bias, hooks, a
-    parametrization, quantizers or adapters is called as the module that it is.
+    parametrization, quantizers or adapters is called as the module that it is, and so is a model
+    with hooks (:meth:`bitnet.model.Transformer.head_is_matrix`).
 
     Arguments:
         inputs_BT, targets_BT: int64 ``[B, T]``, on the model's device.
     """
     targets = targets_BT.flatten()
-    if _is_plain(model.lm_head):
+    if model.head_is_matrix():
         return linear_cross_entropy(
             model.hidden(inputs_BT).flatten(0, 1), model.lm_head.weight, targets
         )
     return F.cross_entropy(model(inputs_BT).flatten(0, 1).float(), targets)
 
 
-def _is_plain(head: nn.Module) -> bool:
-    """Whether its forward is ``x @ weight.T`` and nothing else; a parametrized module has a class
-    of its own."""
-    hooked = (
-        head._forward_hooks,
-        head._forward_pre_hooks,
-        head._backward_hooks,
-        head._backward_pre_hooks,
-    )
-    return type(head) is nn.Linear and head.bias is None and not any(hooked)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
+    """Returns the gradients, before the division by M, beside the loss: what a forward without
+    ctx, which torch.func asks for, may keep for the backward."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype
-    ) -> Tensor:
-        of_hidden, of_weight = ctx.needs_input_grad[:2]
-        loss, dh, dw = _loss_and_gradients(hidden, weight, targets, dtype, of_hidden, of_weight)
-        ctx.save_for_backward(dh, dw)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        return loss
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        of_hidden: bool,
+        of_weight: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return _loss_and_gradients(hidden, weight, targets, dtype, of_hidden, of_weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        hidden, weight, *_ = inputs
+        _, *gradients = output
+        ctx.mark_non_differentiable(*(g for g in gradients if g is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes, ctx.share = (hidden.dtype, weight.dtype), 1 / len(hidden)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        share = dloss * ctx.share
         scaled = (
-            None if gradient is None else (gradient * dloss).to(dtype)
+            None if gradient is None else (gradient.to(share.dtype) * share).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *scaled, None, None
+        return *scaled, None, None, None, None
 
 
 def _loss_and_gradients(
@@ -123,29 +138,48 @@ def _loss_and_gradients(
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The mean loss, fp32 ``[]``; its gradients, ``[M, D]`` in ``dtype`` and fp32 ``[V, D]``, as
-    far as they are asked for (fp64 where ``dtype`` is)."""
+    """The mean loss, fp32 ``[]``; M times its gradients, ``[M, D]`` in ``dtype`` (which as fp16
+    holds them, but not a small part of them) and fp32 ``[V, D]``, as far as they are asked for
+    (fp64 where ``dtype`` is)."""
     n_tokens, vocab_size = len(hidden), len(weight)
     n_logits, n_least = _CPU_CHUNK if hidden.device.type == "cpu" else _GPU_CHUNK
     rows = max(n_least, n_logits // vocab_size)
     precise = torch.promote_types(dtype, torch.float32)
     h, w = hidden.to(dtype), weight.to(dtype)
+    # made here, and not a part a chunk: small tensors that stay would keep malloc from using the
+    # blocks before them again (0.9 GB more for 32 chunks)
+    losses = torch.empty(n_tokens, dtype=precise, device=h.device)
+    dh = torch.empty_like(h) if of_hidden else None
     dw = torch.zeros_like(weight, dtype=precise) if of_weight else None
-    losses: list[Tensor] = []
-    dh: list[Tensor] = []
-    for h_MD, target_M in zip(h.split(rows), targets.split(rows), strict=True):
-        target_M1 = target_M.unsqueeze(1)
-        z_MV = h_MD @ w.t()
-        p_MV = z_MV.softmax(1, dtype=precise)
-        # logsumexp(z) = max(z) - log(max(p)): one pass of exponentials, and no overflow
-        below_top_M1 = (z_MV.amax(1, keepdim=True) - z_MV.gather(1, target_M1)).to(precise)
-        losses.append(below_top_M1 - p_MV.amax(1, keepdim=True).log())
-        if of_hidden or of_weight:
-            dz_MV = p_MV.scatter_add_(1, target_M1, p_MV.new_full(target_M1.shape, -1)).to(dtype)
-        if of_hidden:
-            dh.append(dz_MV @ w)
-        if dw is not None and dtype == precise:
-            dw.addmm_(dz_MV.t(), h_MD, alpha=1 / n_tokens)
-        elif dw is not None:
-            dw.add_(dz_MV.t() @ h_MD, alpha=1 / n_tokens)
-    return torch.cat(losses).mean(), torch.cat(dh) / n_tokens if of_hidden else None, dw
+    for start in range(0, n_tokens, rows):
+        chunk = slice(start, start + rows)
+        dh_MD = None if dh is None else dh[chunk]
+        _add_chunk(h[chunk], w, targets[chunk], losses[chunk], dh_MD, dw)
+    return losses.mean(), dh, dw
+
+
+def _add_chunk(
+    h_MD: Tensor,
+    w_VD: Tensor,
+    target_M: Tensor,
+    loss_M: Tensor,
+    dh_MD: Tensor | None,
+    dw_VD: Tensor | None,
+) -> None:
+    """Fill a chunk's ``loss_M`` and ``dh_MD``, and add to ``dw_VD``."""
+    dtype, precise = h_MD.dtype, loss_M.dtype
+    target_M1 = target_M.unsqueeze(1)
+    z_MV = h_MD @ w_VD.t()
+    p_MV = z_MV.softmax(1, dtype=precise)
+    # logsumexp(z) = max(z) - log(max(p)): one pass of exponentials, and no overflow
+    below_top_M = z_MV.amax(1).to(precise) - z_MV.gather(1, target_M1).squeeze(1).to(precise)
+    loss_M.copy_(below_top_M - p_MV.amax(1).log())
+    if dh_MD is None and dw_VD is None:
+        return
+    dz_MV = p_MV.scatter_add_(1, target_M1, p_MV.new_full(target_M1.shape, -1)).to(dtype)
+    if dh_MD is not None:
+        torch.mm(dz_MV, w_VD, out=dh_MD)
+    if dw_VD is not None and dtype == precise:
+        dw_VD.addmm_(dz_MV.t(), h_MD)
+    elif dw_VD is not None:
+        dw_VD.add_(dz_MV.t() @ h_MD)

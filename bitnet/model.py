@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitnet.linear import BitLinear, RMSNorm, shared_tokens
+from bitnet.linear import BitLinear, RMSNorm, is_plain, shared_tokens
 from bitnet.quant import GradMask, Granularity, Int8Backward
 from bitnet.schema import STRICT, UserError
 
@@ -407,6 +407,12 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length += n_tokens
         return self.norm(x_BTD)
+
+    def head_is_matrix(self) -> bool:
+        """Whether a call gives ``hidden @ lm_head.weight.T`` and does nothing else: no bias, hooks,
+        parametrization, quantizers or adapters at the head, no hooks on the model."""
+        head = self.lm_head
+        return is_plain(self, Transformer) and is_plain(head, nn.Linear) and head.bias is None
 
 
 def as_transformer(module: nn.Module) -> Transformer:

@@ -22,6 +22,7 @@ the scale by mean|codes|), so whoever stores a quantized weight stores codes and
 Shapes: M tokens, K in_features, N out_features, G = ceil(K / group_size) groups of columns.
 """
 
+import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -87,7 +88,8 @@ def quantize_weight(
     int8_backward: Int8Backward = "none",
 ) -> TernaryWeight:
     """:func:`absmean_ternary` of a latent weight, without gradient, with what
-    :func:`ternary_linear_ste` wants besides for this ``int8_backward``."""
+    :func:`ternary_linear_ste` wants besides for this ``int8_backward``. Errors as there."""
+    check_int8_backward(int8_backward, granularity)
     codes, gamma = absmean_ternary(weight, granularity, group_size)
     transposed = None if int8_backward == "none" else codes.t().contiguous()
     return TernaryWeight(codes, gamma, transposed)
@@ -110,7 +112,12 @@ def absmean_ternary(
         codes int8 ``[N, K]`` in {-1, 0, +1}; gamma fp32 ``[]``, ``[N]`` or ``[N, G]``, such that
         ``codes * gamma`` approximates the weight. Where the weights under a scale hold a NaN or an
         infinity, that gamma is NaN (and so is all that is computed with it).
+    Raises:
+        TypeError, ValueError: a weight that is no float matrix with K >= 1, or an unknown
+        granularity or group size.
     """
+    _check_weight(weight)
+    check_granularity(granularity, group_size)
     w = weight.float()
     magnitude = w.abs()
     if granularity == "tensor":
@@ -222,7 +229,7 @@ class _TernaryLinear(torch.autograd.Function):
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            if transposed is not None:
+            if ctx.int8_backward != "none":
                 dx = _int8_input_gradient(dy, transposed, gamma)
             else:
                 dx = _input_gradient(dy, codes, gamma, ctx.group_size)
@@ -243,11 +250,11 @@ class _TernaryLinear(torch.autograd.Function):
 def _input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, group_size: int) -> Tensor:
     """``dy @ W_hat`` in the dtype of ``dy``. W_hat is exact in fp32. In 16 bits gamma would be
     rounded, and the same way for every token, but the codes are exact: it goes into the result, or
-    into dy."""
+    into dy. Into dy always for fp16, in which the sum of N unscaled gradients may be infinite."""
     if dy.dtype.itemsize >= 4 or gamma.dim() == 2:
         return dy @ dequantize(codes, gamma, group_size).to(dy.dtype)
-    if gamma.dim() == 1:
-        return (dy * gamma).to(dy.dtype) @ codes.to(dy.dtype)
+    if gamma.dim() == 1 or dy.dtype == torch.float16:
+        return (dy.float() * gamma).to(dy.dtype) @ codes.to(dy.dtype)
     return (dy @ codes.to(dy.dtype)).mul_(gamma)
 
 
@@ -272,9 +279,11 @@ def _int8_weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer returns for ``x``: the autocast dtype where that is on, else its own."""
+    """What a linear layer returns for ``x``: the autocast dtype where that is on, else its own.
+    Autocast leaves fp64 as it is."""
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    autocasts = device != "meta" and x.dtype != torch.float64
+    if autocasts and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
 
@@ -306,8 +315,8 @@ def ternary_linear_ste(
         mask, mask_c: which latent weights receive a gradient. ``"none"``: all. ``"clip"``: where
             |W| <= mask_c * gamma. ``"trust"``: where |W - W_hat| <= mask_c * gamma (arXiv
             2502.05003).
-        quantized: what :func:`quantize_weight` gives for this weight as it is now (not checked) and
-            these options; None: found here.
+        quantized: what :func:`quantize_weight` gives for this weight as it is now (which is not
+            checked) and these options (which are, by its shapes); None: found here.
         int8_backward: an approximation, for speed on int8 tensor cores. The gradients that come in
             are rounded stochastically to int8 (:func:`stochastic_int8`), for the gradient of the
             ``"input"``, or of ``"both"`` it and the weight; these are right on average, with the
@@ -315,20 +324,26 @@ def ternary_linear_ste(
     Returns:
         ``[..., N]`` in the autocast dtype where autocast is on, else in the dtype of ``x``.
     Raises:
-        TypeError: ``x`` is not floating point. ValueError: its last dimension is not K, or
-        ``int8_backward`` with granularity "group".
+        TypeError: ``x`` or ``weight`` is not floating point. ValueError: the weight is no matrix
+        with K >= 1, or the last dimension of ``x`` is not K; an option that does not exist;
+        ``int8_backward`` with granularity "group"; ``quantized`` made with other options.
     """
     values = x.values if isinstance(x, Tokens) else x
     _check_float(values)
+    _check_weight(weight)
+    check_granularity(granularity, group_size)
+    check_mask(mask, mask_c)
+    check_int8_backward(int8_backward, granularity)
     if values.dim() == 0 or values.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"input: expected shape [..., {weight.shape[1]}] (in_features), "
             f"got {list(values.shape)}"
         )
-    check_int8_backward(int8_backward, granularity)
     tokens = x if isinstance(x, Tokens) else quantize_tokens(x)
     if quantized is None:
         quantized = quantize_weight(weight, granularity, group_size, int8_backward)
+    else:
+        _check_quantized(quantized, weight, granularity, group_size, int8_backward)
     m = values.shape[:-1].numel()
     y = _TernaryLinear.apply(
         values.reshape(m, weight.shape[1]),
@@ -355,6 +370,52 @@ def check_int8_backward(int8_backward: str, granularity: str) -> None:
         )
     if int8_backward != "none" and granularity == "group":
         raise ValueError(
-            f"int8_backward: {int8_backward!r} has no group-wise scales; use granularity 'tensor' "
-            "or 'row'"
+            f"int8_backward: {int8_backward!r} does not go with granularity 'group'; use "
+            "'tensor' or 'row'"
+        )
+
+
+def check_granularity(granularity: str, group_size: int) -> None:
+    """Raise ValueError, naming the argument, for a granularity that no ternary weight has."""
+    if granularity not in (valid := get_args(Granularity)):
+        raise ValueError(f"granularity: expected one of {', '.join(valid)}, got {granularity!r}")
+    if group_size < 1:
+        raise ValueError(f"group_size: expected >= 1, got {group_size}")
+
+
+def check_mask(mask: str, mask_c: float, prefix: str = "") -> None:
+    """Raise ValueError for an unknown mask or bound; ``prefix`` begins the arguments' names."""
+    if mask not in (valid := get_args(GradMask)):
+        raise ValueError(f"{prefix}mask: expected one of {', '.join(valid)}, got {mask!r}")
+    if not 0 <= mask_c < math.inf:
+        raise ValueError(f"{prefix}mask_c: expected a finite number >= 0, got {mask_c}")
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise TypeError(f"weight: expected a floating-point tensor, got {weight.dtype}")
+    if weight.dim() != 2 or weight.shape[1] < 1:
+        raise ValueError(f"weight: expected shape [N, K] with K >= 1, got {list(weight.shape)}")
+
+
+def _check_quantized(
+    quantized: TernaryWeight,
+    weight: Tensor,
+    granularity: Granularity,
+    group_size: int,
+    int8_backward: Int8Backward,
+) -> None:
+    """Raise ValueError for what was quantized with other options than those of the call."""
+    codes, gamma, transposed = quantized
+    n, k = weight.shape
+    shape = {"tensor": (), "row": (n,), "group": (n, -(-k // group_size))}[granularity]
+    if codes.shape != weight.shape or gamma.shape != shape:
+        raise ValueError(
+            f"quantized: expected codes {[n, k]} and gamma {list(shape)} for granularity "
+            f"{granularity!r}, got {list(codes.shape)} and {list(gamma.shape)}"
+        )
+    if int8_backward != "none" and transposed is None:
+        raise ValueError(
+            f"quantized: int8_backward {int8_backward!r} wants `transposed` too; give "
+            "quantize_weight the same int8_backward"
         )

@@ -15,12 +15,15 @@ from torch.utils.checkpoint import checkpoint
 
 import bitnet.model
 from bitnet import weights_quantized
-from bitnet.linear import BitLinear, replace_linear, shared_tokens
+from bitnet.linear import BitLinear, pack, replace_linear, shared_tokens
 from bitnet.model import ModelConfig, Transformer
+from bitnet.optim import OptimConfig, build_optimizer
 from bitnet.quant import (
+    TernaryWeight,
     Tokens,
     absmean_ternary,
     dequantize,
+    output_dtype,
     quantize_tokens,
     quantize_weight,
     stochastic_int8,
@@ -179,11 +182,33 @@ def test_who_gets_shared_tokens() -> None:
     assert shared_tokens(x, *layers, nn.Linear(8, 4)) is x
     assert shared_tokens(x, *layers, BitLinear(8, 4, norm=True)) is x
     seen: list[Any] = []
-    for register in ("forward_pre_hook", "forward_hook", "full_backward_hook"):
-        handle = getattr(layers[1], f"register_{register}")(lambda _, *args: seen.append(args))
+    kinds = ("forward_pre_hook", "forward_hook", "full_backward_hook", "full_backward_pre_hook")
+    for kind in kinds:
+        handle = getattr(layers[1], f"register_{kind}")(lambda _, *args: seen.append(args))
+        assert shared_tokens(x, *layers) is x
+        handle.remove()
+    for kind in (*kinds[:3], "full_backward_pre_hook"):
+        register = getattr(nn.modules.module, f"register_module_{kind}")
+        handle = register(lambda _, *args: seen.append(args))
         assert shared_tokens(x, *layers) is x
         handle.remove()
     assert isinstance(shared_tokens(x, *layers), Tokens)
+
+    class Scaled(BitLinear):
+        def forward(self, input: Any) -> Tensor:
+            return super().forward(2 * input)
+
+    assert shared_tokens(x, *layers, Scaled(8, 4)) is x
+    inner = layers[0].forward
+    layers[0].forward = lambda input: inner(2 * input)  # type: ignore[method-assign]
+    assert shared_tokens(x, *layers) is x
+
+
+def test_a_packed_layer_takes_tokens() -> None:
+    layer, x = BitLinear(8, 4), torch.randn(3, 8)
+    packed = pack(copy.deepcopy(layer))
+    with torch.no_grad():
+        assert torch.equal(packed(quantize_tokens(x)), layer(x))
 
 
 def test_a_hook_in_the_model_sees_a_tensor_and_changes_nothing() -> None:
@@ -223,6 +248,55 @@ def test_a_changed_weight_is_named_at_the_end() -> None:
         changed_inside(layer, lambda: nn.init.ones_(layer.weight))
     x = torch.randn(1, 3)
     assert torch.equal(layer(x), ternary_linear_ste(x, layer.weight, layer.bias))  # and is left
+
+
+def test_an_optimizer_may_not_step_inside() -> None:
+    """Fused ones leave no trace in Tensor._version; the step is refused before it changes any."""
+    model = sequence()
+    model(torch.randn(3, 8)).sum().backward()
+    before = [parameter.clone() for parameter in model.parameters()]
+    steps = [
+        build_optimizer(model, OptimConfig(lr=1e-2)).step,
+        torch.optim.SGD(model.parameters(), 0.1).step,
+        torch.optim.SGD(model[2].parameters(), 0.1).step,
+    ]
+    for step, name in zip(steps, ("0", "0", "2"), strict=True):
+        with pytest.raises(RuntimeError, match=rf"^{name}\.weight: .*; step after the block"):
+            changed_inside(model, step)
+        assert_same([parameter.detach() for parameter in model.parameters()], before)
+    with weights_quantized(model[0]):
+        with weights_quantized(model):
+            pass
+        with pytest.raises(RuntimeError, match=r"^model\.weight: .*; step after the block"):
+            steps[0]()
+        steps[2]()  # the inner scope is left, and its codes with it
+    for step in steps:
+        step()  # and here no scope is
+    with weights_quantized(model):
+        torch.optim.SGD([model[0].bias], 0.1).step()
+
+
+def test_a_weight_that_lies_elsewhere_is_a_changed_one() -> None:
+    def replace_data(model: nn.Module) -> None:
+        model[0].weight.data = model[0].weight.data.clone()  # type: ignore[index]
+
+    def there_and_back(model: nn.Module) -> None:
+        model.bfloat16().float()
+
+    for change in (nn.Module.bfloat16, nn.Module.double, replace_data, there_and_back):
+        model = sequence()
+        with pytest.raises(RuntimeError, match=r"^0\.weight: changed"):
+            changed_inside(model, lambda: change(model))  # noqa: B023
+        model = sequence()
+
+        def change_and_call() -> None:
+            change(model)  # noqa: B023
+            weight = model[0].weight  # noqa: B023
+            with pytest.raises(RuntimeError, match=r"^0\.weight: changed"):
+                model(torch.ones(1, 8, dtype=weight.dtype))  # noqa: B023
+
+        with pytest.raises(RuntimeError, match=r"^0\.weight: changed"):
+            changed_inside(model, change_and_call)
 
 
 def test_a_changed_weight_is_named_in_the_next_forward() -> None:
@@ -365,6 +439,38 @@ def test_grad_of_torch_func_is_the_gradient() -> None:
         assert_same(list(gradients.values()), list(expected))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_compiled_functional_call_inside_the_scope() -> None:
+    layer, x, other = BitLinear(8, 4, bias=False), torch.randn(3, 8), torch.randn(4, 8)
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(weight: Tensor) -> Tensor:
+        y: Tensor = torch.func.functional_call(layer, {"weight": weight}, (x,))
+        return y
+
+    with weights_quantized(layer):
+        assert torch.equal(call(other), ternary_linear_ste(x, other))
+        assert torch.equal(call(layer.weight), ternary_linear_ste(x, layer.weight))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("how", ["export", "trace"])
+def test_what_outlives_the_scope_takes_no_codes_along(how: str) -> None:
+    layer, x = BitLinear(8, 4), torch.randn(3, 8)
+    with torch.no_grad():
+        with weights_quantized(layer):
+            if how == "export":
+                forward = torch.export.export(layer, (x,)).module()
+            else:
+                forward = torch.jit.trace(layer, (x,))
+        next(p for name, p in forward.named_parameters() if name == "weight").normal_()
+        weights = dict(forward.named_parameters())
+        expected = ternary_linear_ste(x, weights["weight"], weights["bias"])
+        assert torch.equal(forward(x), expected)
+
+
 def test_export_keeps_the_integers() -> None:
     model = small().eval()
     tokens = batch(0)[:, :16]
@@ -479,9 +585,9 @@ def test_int8_backward_adds_slices_of_tokens(monkeypatch: pytest.MonkeyPatch) ->
 def test_int8_backward_errors() -> None:
     with pytest.raises(ValueError, match="int8_backward: expected one of none, input, both"):
         BitLinear(4, 4, int8_backward="all")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="int8_backward: 'input' has no group-wise scales"):
+    with pytest.raises(ValueError, match="int8_backward: 'input' does not go with granularity"):
         BitLinear(4, 4, granularity="group", int8_backward="input")
-    with pytest.raises(ValueError, match="int8_backward: 'both' has no group-wise scales"):
+    with pytest.raises(ValueError, match="int8_backward: 'both' does not go with granularity"):
         ternary_linear_ste(
             torch.ones(1, 4), torch.ones(2, 4), granularity="group", int8_backward="both"
         )
@@ -494,6 +600,77 @@ def test_int8_backward_keeps_transposed_codes_only_where_it_wants_them() -> None
     assert transposed is not None
     assert transposed.is_contiguous()
     assert torch.equal(transposed, codes.t())
+
+
+def test_int8_backward_inside_the_scope() -> None:
+    torch.manual_seed(0)
+    layer = BitLinear(24, 8, bias=False, int8_backward="input")
+    x, dy = torch.randn(5, 24, requires_grad=True), torch.randn(5, 8)
+    (exact,) = torch.autograd.grad(ternary_linear_ste(x, layer.weight), x, dy)
+    with weights_quantized(layer):
+        held = layer._held_codes()
+        assert held is not None
+        assert held.transposed is not None
+        (dx,) = torch.autograd.grad(layer(x), x, dy)
+    assert not torch.equal(dx, exact)
+    assert (dx - exact).norm() < 0.1 * exact.norm()  # 1/127 of the largest of 8, a rounding
+
+
+def test_layers_pickled_before_int8_backward() -> None:
+    layer = BitLinear(8, 4)
+    old = BitLinear.__new__(BitLinear)
+    old.__setstate__({k: v for k, v in layer.__getstate__().items() if k != "int8_backward"})
+    x = torch.randn(3, 8)
+    assert torch.equal(old(x), layer(x))
+
+
+def test_quantized_with_other_options() -> None:
+    x, w = torch.randn(3, 6, requires_grad=True), torch.randn(4, 6)
+    with pytest.raises(ValueError, match="quantized: int8_backward 'input' wants `transposed`"):
+        ternary_linear_ste(x, w, quantized=quantize_weight(w), int8_backward="input")
+    for made, wanted in (("tensor", "row"), ("row", "tensor"), ("group", "row"), ("row", "group")):
+        quantized = quantize_weight(w, made)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"quantized: .* for granularity '{wanted}'"):
+            ternary_linear_ste(x, w, granularity=wanted, quantized=quantized)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="quantized: expected codes"):
+        ternary_linear_ste(x, w, quantized=quantize_weight(w[:3]))
+    # what this backward does not want changes nothing
+    quantized = quantize_weight(w, int8_backward="both")
+    assert isinstance(quantized, TernaryWeight)
+    ours, theirs = ternary_linear_ste(x, w, quantized=quantized), ternary_linear_ste(x, w)
+    dy = torch.randn(3, 4)
+    assert_same(list(torch.autograd.grad(ours, x, dy)), list(torch.autograd.grad(theirs, x, dy)))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row"])
+def test_gamma_is_not_rounded_in_a_backward_of_16_bits(granularity: Any) -> None:
+    """bf16 has steps of 2^-7 above 1: gamma = 1 + 38.45 * 2^-7 would lose 2^-8.5 of itself, for all
+    tokens alike. Other roundings (2^-9 each) are of either sign and average out over 64 * 64."""
+    generator = torch.Generator().manual_seed(0)
+    gamma = 1 + 38.45 * 2**-7
+    w = gamma * (2.0 * torch.randint(2, (32, 64), generator=generator) - 1)
+    x = torch.randn(64, 64, generator=generator).bfloat16().requires_grad_()
+    dy = torch.randn(64, 32, generator=generator).bfloat16()
+    y = ternary_linear_ste(x, w, granularity=granularity)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    exact = dy.double() @ w.double()
+    assert abs((dx.double() * exact).sum() / exact.square().sum() - 1) < 2**-11
+
+
+def test_a_backward_in_fp16_does_not_overflow() -> None:
+    """2048 gradients of 100 sum to 204,800, beyond fp16; times a gamma of 0.01, they do not."""
+    w, x = torch.full((2048, 4), 0.01), torch.ones(2, 4).half().requires_grad_()
+    for granularity in ("tensor", "row"):
+        y = ternary_linear_ste(x, w, granularity=granularity)  # type: ignore[arg-type]
+        (dx,) = torch.autograd.grad(y, x, torch.full((2, 2048), 100.0).half())
+        torch.testing.assert_close(dx.float(), torch.full((2, 4), 2048.0), rtol=2**-9, atol=0)
+
+
+def test_fp64_stays_fp64_under_autocast() -> None:
+    x = torch.randn(3, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert output_dtype(x) == F.linear(x, x).dtype == torch.float64
+        assert output_dtype(x.float()) == torch.bfloat16
 
 
 def test_int8_backward_trains() -> None:

@@ -118,6 +118,65 @@ def test_under_autocast_it_is_no_less_exact_than_the_plain_way() -> None:
         assert error < 2**-6 * exact.norm()  # a logit of 6 is rounded to 6 * 2^-9, exp(6) likewise
 
 
+def test_large_losses_under_autocast_are_those_of_the_logits() -> None:
+    """One product a logit: z in bf16 is known. Of a loss up to 60, fp32 loses 60 * 2^-24 in its
+    subtraction and some 2^-22 in log and softmax; bf16 would lose up to 60 * 2^-9 = 0.12."""
+    hidden, weight = torch.ones(40, 1), torch.linspace(-31.7, 29.3, 50)[:, None]
+    targets = torch.arange(40)
+    z = (hidden.bfloat16() * weight.bfloat16().t()).double()
+    with torch.autocast("cpu", torch.bfloat16):
+        for row in range(40):
+            loss = linear_cross_entropy(hidden[:1], weight, targets[row : row + 1])
+            exact = F.cross_entropy(z[:1], targets[row : row + 1])
+            assert abs(loss.item() - exact.item()) < 60 * 2**-24 + 2**-20
+
+
+def test_the_gradient_of_the_head_is_added_up_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 chunks of one token, all the same: sums in bf16, of 8 bits, would end at 256 of them."""
+    monkeypatch.setattr(bitnet.loss, "_CPU_CHUNK", (1, 1))
+    hidden, weight = torch.ones(512, 1), torch.zeros(2, 1, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, torch.zeros(512, dtype=torch.int64))
+    (dw,) = torch.autograd.grad(loss, weight)
+    assert dw.flatten().tolist() == [-0.5, 0.5]
+
+
+def test_small_gradients_survive_fp16() -> None:
+    """M tokens divide a gradient by M, which a GradScaler's factor makes good again: after fp16,
+    whose smallest number is 6e-8, it would come too late."""
+    hidden = torch.full((64, 1), 2.0**-10, requires_grad=True)
+    weight = torch.tensor([[2.0**-13], [0.0]])
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(hidden, weight, torch.zeros(64, dtype=torch.int64))
+    (dh,) = torch.autograd.grad(loss * 2**16, hidden)
+    exact = -(2.0**-14) / 64 * 2**16  # (softmax - 1) * 2^-13, times share and scale
+    torch.testing.assert_close(dh, torch.full((64, 1), exact), rtol=2**-9, atol=0)
+
+
+def test_grad_of_torch_func() -> None:
+    hidden, weight, targets = case(30, 16, 11)
+    expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+    both = torch.func.grad(linear_cross_entropy, argnums=(0, 1))
+    found = both(hidden.detach(), weight.detach(), targets)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    of_weight = torch.func.grad(linear_cross_entropy, argnums=1)
+    assert torch.equal(of_weight(hidden.detach(), weight.detach(), targets), expected[1])
+
+
+def test_errors_name_the_argument() -> None:
+    h, w, t = torch.ones(3, 2), torch.ones(4, 2), torch.zeros(3, dtype=torch.int64)
+    for arguments, error, message in (
+        ((h.long(), w, t), TypeError, "hidden: expected a floating-point tensor, got torch.int64"),
+        ((h, w.int(), t), TypeError, "weight: expected a floating-point tensor, got torch.int32"),
+        ((h, w, t.int()), TypeError, "targets: expected int64, got torch.int32"),
+        ((h, w.to("meta"), t), ValueError, "weight: expected on cpu, where hidden is, got meta"),
+        ((h, w, t.to("meta")), ValueError, "targets: expected on cpu, where hidden is, got meta"),
+    ):
+        with pytest.raises(error, match=message):
+            linear_cross_entropy(*arguments)
+
+
 def test_extreme_logits() -> None:
     """Differences that overflow exp and underflow softmax, by hand."""
     weight = torch.tensor([[1.0], [0.0], [-1.0]], requires_grad=True)
@@ -218,13 +277,37 @@ def add_parametrization(model: Transformer) -> None:
     parametrizations.weight_norm(model.lm_head)
 
 
+def add_backward_hook(model: Transformer) -> None:
+    model.lm_head.register_full_backward_pre_hook(lambda _module, dys: (dys[0].clone(),))
+
+
+def add_hook_on_the_model(model: Transformer) -> None:
+    model.register_forward_hook(lambda _module, _inputs, output: 3 * output)
+
+
+def patch_head(model: Transformer) -> None:
+    inner = model.lm_head.forward
+    model.lm_head.forward = lambda input: inner(input).tanh()  # type: ignore[method-assign]
+
+
+CHANGES = [
+    None,
+    add_bias,
+    add_hook,
+    add_backward_hook,
+    add_hook_on_the_model,
+    add_parametrization,
+    patch_head,
+]
+
+
 def replace_head(model: Transformer) -> None:
     model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())  # type: ignore[assignment]
 
 
 @pytest.mark.usefixtures("chunk_of_8")
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("change", [None, add_bias, add_hook, add_parametrization, replace_head])
+@pytest.mark.parametrize("change", [*CHANGES, replace_head])
 def test_next_token_loss_is_that_of_the_logits(
     change: Callable[[Transformer], None] | None, tied: bool
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitnet.quant import absmean_ternary, dequantize, ternary_linear_ste
+from bitnet.quant import absmean_ternary, dequantize, quantize_weight, ternary_linear_ste
 
 Granularity = Literal["tensor", "row", "group"]
 GRANULARITIES: tuple[Granularity, ...] = ("tensor", "row", "group")
@@ -251,3 +251,30 @@ def test_a_weight_on_the_border_of_the_mask_passes(mask: Any, c: float) -> None:
     ternary_linear_ste(torch.ones(1, 4), w, mask=mask, mask_c=c).sum().backward()
     assert w.grad is not None
     assert (w.grad != 0).all()
+
+
+def test_errors_name_the_argument() -> None:
+    x, w = torch.ones(2, 4), torch.ones(3, 4)
+    options: list[tuple[dict[str, Any], str]] = [
+        ({"granularity": "rows"}, "granularity: expected one of tensor, row, group, got 'rows'"),
+        ({"granularity": "group", "group_size": 0}, "group_size: expected >= 1, got 0"),
+        ({"int8_backward": "yes"}, "int8_backward: expected one of"),
+        ({"mask": "clips"}, "mask: expected one of none, clip, trust, got 'clips'"),
+        ({"mask": "clip", "mask_c": float("nan")}, "mask_c: expected a finite number"),
+        ({"mask": "clip", "mask_c": -1.0}, "mask_c: expected a finite number"),
+    ]
+    for kwargs, message in options:
+        with pytest.raises(ValueError, match=f"^{message}"):
+            ternary_linear_ste(x, w, **kwargs)
+        if "mask" not in kwargs:
+            with pytest.raises(ValueError, match=f"^{message}"):
+                quantize_weight(w, **kwargs)
+    for bad, error, message in (
+        (torch.ones(3, 4, dtype=torch.int8), TypeError, "weight: expected a floating-point tensor"),
+        (torch.ones(4), ValueError, r"weight: expected shape \[N, K\] with K >= 1, got \[4\]"),
+        (torch.ones(3, 0), ValueError, r"weight: expected shape .* got \[3, 0\]"),
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            ternary_linear_ste(x, bad)
+        with pytest.raises(error, match=f"^{message}"):
+            quantize_weight(bad)
