@@ -54,7 +54,7 @@ from bitnet.qat.schedule import QATConfig, set_step
 from bitnet.schema import UserError
 from bitnet.summary import human, one_line, quantization_lines
 from bitnet.telemetry import Telemetry
-from bitnet.throughput import Throughput, mfu, peak_flops, peak_memory
+from bitnet.throughput import Throughput, busy_hint, mfu, peak_flops, peak_memory
 from bitnet.tokenizer import Tokenizer
 
 FIXED = (
@@ -186,6 +186,10 @@ def train(config: Config, command: str) -> None:
             console.warn(f"changed since this run was last started: {'; '.join(changes)}")
         for line in quantization_lines(config):
             console.print(line)
+        if hint := busy_hint(device):
+            console.warn(hint)
+        if config.train.compile:
+            console.print("the first step compiles, which takes minutes; its tokens/s and ETA too")
         if config.train.init_from and saved is None:
             source = read_config(Path(config.train.init_from)).quant
             if source.enabled and source != config.quant:

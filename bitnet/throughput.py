@@ -1,6 +1,7 @@
 """How fast a run is and what it needs: tokens a second, MFU, peak memory."""
 
 import math
+import os
 import re
 import resource
 import sys
@@ -93,6 +94,21 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best, f"measured, {n}x{n} matmul, {str(dtype).removeprefix('torch.')}"
+
+
+def busy_hint(device: torch.device) -> str:
+    """What to say where other programs keep the CPU's cores busy: two OpenMP threads then wait for
+    each other, and training takes several times as long. "" where it does not matter."""
+    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or not hasattr(os, "getloadavg"):
+        return ""
+    load = os.getloadavg()[0]  # of the last minute
+    if load < 0.75 * cores:
+        return ""
+    return (
+        f"other programs keep the {cores} cores busy (load {load:.1f}): train.threads=1 may be "
+        "several times as fast"
+    )
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, peak: float) -> float:

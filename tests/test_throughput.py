@@ -12,6 +12,7 @@ from bitnet import throughput
 from bitnet.schema import UserError
 from bitnet.throughput import (
     Throughput,
+    busy_hint,
     datasheet_peak,
     mfu,
     peak_flops,
@@ -25,6 +26,19 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+def test_a_busy_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (2.9, 9.0, 9.0))
+    assert busy_hint(cpu) == ""
+    monkeypatch.setattr("os.getloadavg", lambda: (3.1, 0.0, 0.0))
+    assert "4 cores busy (load 3.1): train.threads=1" in busy_hint(cpu)
+    assert busy_hint(torch.device("cuda")) == ""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert busy_hint(cpu) == ""
 
 
 def test_throughput_leaves_pauses_out() -> None:
