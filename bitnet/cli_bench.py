@@ -5,26 +5,28 @@ The work is done in :mod:`bitnet_kernels.bench`; here are options, progress, fil
 
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
-from bitnet.bench import decode_table
+from bitnet.bench import decode_table, train_rows
 from bitnet.cli_bench_decode import decode_command
-from bitnet.cli_bench_train import Device, Threads, train_command
+from bitnet.cli_bench_train import (
+    RESULTS,
+    Device,
+    Threads,
+    progress,
+    results_path,
+    train_command,
+    valid_names,
+)
 from bitnet.schema import UserError
 from bitnet_kernels.bench import estimate as estimating
 from bitnet_kernels.bench import machine, report, rows
@@ -35,7 +37,6 @@ from bitnet_kernels.bench.shapes import (
     GOALS,
     MODELS,
     TOKENS,
-    choose,
     parse_shape,
     shapes_of,
 )
@@ -50,7 +51,6 @@ app = typer.Typer(
 )
 app.command("train")(train_command)
 app.command("decode")(decode_command)
-RESULTS = Path("docs/results")
 MAX_TOKENS = 1 << 20
 ESTIMATES = "kernels_estimate.csv"
 """Beside the measured file: machines without a GPU would each have these rows."""
@@ -105,11 +105,11 @@ def kernels_command(
         list[str] | None, typer.Option(help="GPU of the estimate, sm_80, ...; default sm_90.")
     ] = None,
 ) -> None:
-    """Time every kernel against the 16-bit matmul; nothing is timed that is not exact.
+    """Time every kernel against the 16-bit matmul.
 
-    Contenders take turns in one run, in CUDA graphs on a GPU, with weights that come from memory
-    (cold) or from the cache (hot). The CSV is written after each group of contenders: Ctrl-C
-    loses one at most, and the same command goes on where it was.
+    Nothing is timed that is not exact. Contenders take turns in one run, in CUDA graphs on a GPU,
+    with weights that come from memory (cold) or from the cache (hot). The CSV is written after each
+    group of contenders: Ctrl-C loses one at most, and the same command goes on where it was.
 
     Example: bitnet bench kernels --model bitnet-2b4t --m 1 --m 16
     """
@@ -129,15 +129,15 @@ def kernels_command(
         energy,
     )
     here = machine.describe(target)
-    folder = RESULTS if RESULTS.is_dir() else Path()
-    path = Path(out) if out else folder / f"kernels_{here.slug}.csv"
+    path = results_path(out, f"kernels_{here.slug}.csv")
+    kept = _read(path)
     console = Console()
     meter, why = machine.find_meter(target)
     for line in [*missing(asked.kernels, target), why]:
         if line:
-            console.print(line, highlight=False)
+            console.print(line, highlight=False, soft_wrap=True)
     choice = asked.choice(target.type, everything, quick)
-    _measure(console, path, Bench(here, choice, meter=meter, say=console.print))
+    _measure(console, path, kept, Bench(here, choice, meter=meter, say=console.print))
     if estimate or (estimate is None and target.type != "cuda"):
         aside = path.with_name(ESTIMATES)
         _estimate(console, aside, archs, asked.choice("cuda", everything, quick))
@@ -197,11 +197,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _valid(option: str, values: list[str] | None, valid: Any) -> tuple[str, ...]:
-    try:
-        return tuple(dict.fromkeys(choose(option, value, tuple(valid)) for value in values or ()))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def _valid(option: str, values: list[str] | None, valid: Iterable[str]) -> tuple[str, ...]:
+    return tuple(valid_names(option, values or (), tuple(valid)))
 
 
 def _given(shapes: list[str] | None) -> list[tuple[int, int]]:
@@ -215,21 +212,13 @@ def _shapes_of(models: list[str] | None) -> list[tuple[int, int]]:
     return shapes_of(list(_valid("--model", models, MODELS)))
 
 
-def _measure(console: Console, path: Path, bench: Bench) -> None:
-    """Measure what the file does not have yet, writing it after each group."""
-    kept = _read(path)
-    todo = [
-        group for group in groups(bench.choice, bench.here.device) if not bench.done(group, kept)
-    ]
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    with bar:
+def _measure(console: Console, path: Path, kept: list[rows.Row], bench: Bench) -> None:
+    """Measure what the file, whose rows are ``kept``, does not have yet, writing it after each
+    group."""
+    everything = list(groups(bench.choice, bench.here.device))
+    todo = [group for group in everything if not bench.done(group, kept)]
+    is_begun = len(todo) < len(everything)
+    with progress(console) as bar:
         task = bar.add_task(bench.here.name, total=len(todo))
         for group in todo:
             name = f"{group.n}x{group.k} M={group.m} {group.cache}"
@@ -242,7 +231,10 @@ def _measure(console: Console, path: Path, bench: Bench) -> None:
                 raise typer.Exit(1) from error
             except KeyboardInterrupt:
                 bar.stop()
-                console.print(f"stopped; the same command goes on from {path}", highlight=False)
+                where = (
+                    f"the same command goes on from {path}" if is_begun else "nothing is written"
+                )
+                console.print(f"stopped; {where}", highlight=False, soft_wrap=True)
                 raise typer.Exit(130) from None
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 said = str(error)
@@ -250,12 +242,13 @@ def _measure(console: Console, path: Path, bench: Bench) -> None:
                     "not enough memory" not in said and "can't allocate memory" not in said
                 ):
                     raise
+                hint = f" (what is done is in {path})" if is_begun else ""
                 raise UserError(
-                    f"out of memory at {name}; choose smaller ones with --shape or --m "
-                    f"(what is done is in {path})"
+                    f"out of memory at {name}; choose smaller ones with --shape or --m{hint}"
                 ) from error
             kept = rows.merge(kept, new)
             rows.write(path, kept)
+            is_begun = True
             console.print(_line(group, new), highlight=False)
             bar.advance(task)
 
@@ -305,7 +298,7 @@ def tune_command(
     m: Tokens = None,
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
 ) -> None:
-    """Find the fastest kernel and configuration for shapes on this GPU, and use them from then on.
+    """Find the fastest kernels for shapes on this GPU, and keep them.
 
     Every candidate is checked, then timed; the best go to the user's cache, before the table that
     ships with the package. Minutes a shape, since each candidate is compiled.
@@ -351,10 +344,10 @@ def report_command(
     ] = False,
     root: Annotated[str, typer.Option(help="The checkout.")] = ".",
 ) -> None:
-    """Draw the tables of README.md, kernels/README.md and docs/decoding.md, and plots, from
-    docs/results/*.csv.
+    """Draw tables and plots from docs/results/*.csv.
 
-    Tables stand between marked lines and are replaced there. Plots need pip install -e ".[plots]".
+    The tables of README.md, kernels/README.md, docs/decoding.md and docs/training.md stand between
+    marked lines and are replaced there. Plots need pip install -e ".[plots]".
     """
     folder = Path(root) / RESULTS
     if not folder.is_dir():
@@ -393,10 +386,13 @@ def _tables(root: Path, figures: list[rows.Row], images: set[str], check: bool) 
     if twins.exists():
         draw = runpy.run_path(str(twins), run_name="compare_twins")["table"]
         regions.append(("README.md", ("<!-- twins -->", "<!-- /twins -->"), draw))
-    if (root / "docs/decoding.md").exists():
-        of_decode = ("<!-- decode:begin -->", "<!-- decode:end -->")
-        decoded = decode_table.load(root / RESULTS)
-        regions.append(("docs/decoding.md", of_decode, lambda: decode_table.table(decoded)))
+    for page, mark, load, table in (
+        ("docs/decoding.md", "decode", decode_table.load, decode_table.table),
+        ("docs/training.md", "training", train_rows.load, train_rows.table),
+    ):
+        if (root / page).exists():
+            around = (f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->")
+            regions.append((page, around, partial(table, load(root / RESULTS))))
     stale = []
     for name, (begin, end), body in regions:
         text = (root / name).read_text(encoding="utf-8")

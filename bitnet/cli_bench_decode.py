@@ -9,7 +9,6 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bitnet.bench.decode import (
     SIZES,
@@ -21,12 +20,29 @@ from bitnet.bench.decode import (
     refusals,
     usual,
 )
+from bitnet.bench.decode_profile import COLUMNS as PROFILE_COLUMNS
 from bitnet.bench.decode_profile import Profile, measure, write_profile
-from bitnet.bench.decode_table import COLUMNS, KEY, Subject, common_columns, done, figures
+from bitnet.bench.decode_table import (
+    COLUMNS,
+    KEY,
+    Subject,
+    common_columns,
+    figures,
+    stored,
+    table,
+)
 from bitnet.bench.decode_worker import CONTENDERS, Case, Job
 from bitnet.bench.rows import Figures, merge, read, write
 from bitnet.bench.worker import WorkerDied, sigterm_exits
-from bitnet.cli_bench_train import Device, Seed, Threads
+from bitnet.cli_bench_train import (
+    NOT_WRITTEN,
+    Device,
+    Seed,
+    Threads,
+    progress,
+    results_path,
+    valid_names,
+)
 from bitnet.cli_convert import pick_device
 from bitnet.export.folder import read_config
 from bitnet.model import ModelConfig
@@ -34,9 +50,7 @@ from bitnet.schema import UserError
 from bitnet.summary import human
 from bitnet_kernels.bench import machine
 from bitnet_kernels.bench.machine import Machine
-from bitnet_kernels.bench.shapes import choose
 
-RESULTS = Path("docs/results")
 MAX_BATCH = 64
 """The engine's largest; more prompts would run in waves."""
 
@@ -108,7 +122,7 @@ def decode_command(
         typer.Option(
             "--quick",
             help="Does it work? ours-auto and a twin, 60m, 8 tokens, 2 rounds, unless others are "
-            "named.",
+            "named. Writes nothing without --out.",
         ),
     ] = False,
     everything: Annotated[
@@ -128,12 +142,13 @@ def decode_command(
         ),
     ] = "",
 ) -> None:
-    """Time generation: packed ternary layers, their full-precision twin, and transformers.
+    """Time generation: packed layers, their twin, and transformers.
 
     Each contender has a process of its own; they take turns, a generation each, so that a machine
     that slows down slows all alike. Told are the time to the first token, tokens a second after
     it, memory, and on a GPU joules a token, with the ratios within a round. Rows are written when
-    a case is done: Ctrl-C loses one at most, and the same command goes on where it was.
+    a case is done: Ctrl-C loses one at most, and the same command goes on where it was. What is in
+    the file already, measured by the same sources, is shown and not measured again.
 
     ours-auto is what `bitnet generate` does; -dot and -addsub force a kernel on a GPU. twin is
     the same shape with nn.Linear layers in the same engine. transformers is generate() of its
@@ -153,16 +168,11 @@ def decode_command(
     asked = GPU if target.type == "cuda" else CPU
     for chosen, given in ((everything, ALL), (quick, QUICK), (profile, PROFILE)):
         asked = given if chosen else asked
-    names = _valid("--contender", contender or [], CONTENDERS)
-    console = Console()
+    names, lines = valid_names("--contender", contender or [], CONTENDERS), list[str]()
     if not names and quick:
         dtype = "bf16" if target.type == "cuda" else "fp32"
         names = ["ours-auto", f"twin-{dtype}"]
-        console.print(
-            f"--quick leaves transformers out; --contender transformers-{dtype} times it",
-            highlight=False,
-            soft_wrap=True,
-        )
+        lines.append(f"--quick leaves transformers out; --contender transformers-{dtype} times it")
     names = names or (["ours-auto"] if profile else list(usual(target)))
     cases = [
         Case(rows, tokens, new or asked.new)
@@ -171,29 +181,28 @@ def decode_command(
     ]
     if min(case.new for case in cases) < 2:
         raise UserError("--new: 1 leaves nothing to time after the first token; the nearest is 2")
-    subjects = _subjects(model, _valid("--size", size or [], tuple(SIZES)) or asked.sizes, cases)
+    sizes = valid_names("--size", size or [], tuple(SIZES)) or asked.sizes
+    subjects = _subjects(model, sizes, cases)
     here = machine.describe(target)
-    folder = RESULTS if RESULTS.is_dir() else Path()
-    run = _Run(console, here, names, cases, rounds or asked.rounds, seed, threads)
+    name = f"{'profile_' if profile else ''}decode_{here.slug}.csv"
+    path = results_path(out, name) if out or not quick else None
+    run = _Run(Console(), here, names, cases, rounds or asked.rounds, seed, threads, path)
     if profile:
-        path = Path(out) if out else folder / f"profile_decode_{here.slug}.csv"
-        _profile(run, subjects, path)
+        _profile(run, subjects)
         return
-    path = Path(out) if out else folder / f"decode_{here.slug}.csv"
-    kept = read(path, COLUMNS)
+    run.kept = read(path, COLUMNS) if path else []
     _, no_energy = machine.find_meter(target)
-    if no_energy:
-        console.print(no_energy, highlight=False)
-    for subject in subjects:
-        kept = run.race(subject, path, kept)
-    console.print(f"figures: {path}", highlight=False, soft_wrap=True)
-
-
-def _valid(option: str, values: Sequence[str], valid: tuple[str, ...]) -> list[str]:
-    try:
-        return list(dict.fromkeys(choose(option, value, valid) for value in values))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    todo = [
+        (subject, run.fitting(subject, run.jobs(subject, lines), lines)) for subject in subjects
+    ]
+    for line in filter(None, dict.fromkeys([no_energy, *lines])):  # no argument is wrong
+        run.say(line)
+    for subject, jobs in todo:
+        run.race(subject, jobs)
+    run.say("")
+    run.say(table(run.shown))
+    run.say("")
+    run.say(f"figures: {path}" if path else NOT_WRITTEN)
 
 
 def _subjects(folder: str, sizes: Sequence[str], cases: Sequence[Case]) -> list[Subject]:
@@ -214,7 +223,7 @@ def _subjects(folder: str, sizes: Sequence[str], cases: Sequence[Case]) -> list[
 
 @dataclasses.dataclass
 class _Run:
-    """What holds for every model of a command."""
+    """What holds for every model of a command, and what they came to."""
 
     console: Console
     here: Machine
@@ -223,12 +232,21 @@ class _Run:
     rounds: int
     seed: int
     threads: int
+    path: Path | None
+    """None: nothing is written."""
+    kept: list[Figures] = dataclasses.field(default_factory=list)
+    """The file's rows."""
+    shown: list[Figures] = dataclasses.field(default_factory=list)
+    """Those of this command, measured now or before."""
 
-    def jobs(self, subject: Subject) -> list[Job]:
-        """The contenders that can take part; those that cannot are told why."""
+    def say(self, line: str) -> None:
+        """A line as it is, whatever the terminal's width."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def jobs(self, subject: Subject, lines: list[str]) -> list[Job]:
+        """The contenders that can take part; ``lines`` gets why others cannot."""
         no = refusals(self.names, self.here.device, subject.config)
-        for name, why in no.items():
-            self.console.print(f"{name} is left out: {why}", highlight=False, markup=False)
+        lines += [f"{name} is left out: {why}" for name, why in no.items()]
         config = dataclasses.asdict(subject.config)
         jobs = [
             Job(name, config, subject.folder, self.seed, str(self.here.device), self.threads)
@@ -236,23 +254,22 @@ class _Run:
             if name not in no
         ]
         if not jobs:
-            raise UserError(f"--contender: none of {', '.join(self.names)} can run here")
+            why = "; ".join(dict.fromkeys(no.values()))
+            raise UserError(f"--contender: none of {', '.join(self.names)} can run here: {why}")
         return jobs
 
-    def race(self, subject: Subject, path: Path, kept: list[Figures]) -> list[Figures]:
-        """Measure a model's cases that the file does not have, writing it after each."""
-        jobs = self._fitting(subject, self.jobs(subject))
+    def race(self, subject: Subject, jobs: list[Job]) -> None:
+        """Show a model's cases that the file has; measure the others, writing it after each."""
         common = common_columns(self.here, self.rounds)
-        todo = [case for case in self.cases if not done(subject, case, jobs, common, kept)]
+        before = [stored(subject, case, jobs, common, self.kept) for case in self.cases]
+        todo = [case for case, rows in zip(self.cases, before, strict=True) if not rows]
+        if len(todo) < len(self.cases):
+            self.say("measured already by these sources; --out elsewhere repeats it:")
+        for rows in filter(None, before):
+            self._show(rows)
         if not todo:
-            return kept
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=self.console,
-        )
+            return
+        bar = progress(self.console)
         task = bar.add_task(subject.name, total=len(todo) * len(jobs) * (self.rounds + 1))
         begun, at = -1, todo[0]
 
@@ -267,30 +284,36 @@ class _Run:
                 for at in todo:
                     outcomes = race.run(at, self.rounds)
                     new = figures(subject, at, jobs, outcomes, common)
-                    kept = merge(kept, new, KEY)
-                    write(path, kept, COLUMNS)
-                    self.console.print(_line(new), highlight=False, soft_wrap=True)
+                    if self.path:
+                        self.kept = merge(self.kept, new, KEY)
+                        write(self.path, self.kept, COLUMNS)
+                    self._show(new)
                 bar.update(task, description=subject.name, completed=begun + 1)
         except KeyboardInterrupt:
-            self.console.print(
-                f"stopped; the same command goes on from {path}", highlight=False, soft_wrap=True
+            is_kept = self.path and self.shown
+            where = (
+                f"the same command goes on from {self.path}" if is_kept else "nothing is written"
             )
+            self.say(f"stopped; {where}")
             raise typer.Exit(130) from None
         except (WorkerDied, Inexact) as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
-        return kept
 
-    def _fitting(self, subject: Subject, jobs: list[Job]) -> list[Job]:
+    def _show(self, rows: list[Figures]) -> None:
+        self.shown += rows
+        self.say(_line(rows))
+
+    def fitting(self, subject: Subject, jobs: list[Job], lines: list[str]) -> list[Job]:
+        """Those that fit into memory together; ``lines`` gets the others."""
         sizes = [held_bytes(job, subject.config, self.cases) for job in jobs]
         free = free_bytes(self.here.device)
         kept = fitting(jobs, sizes, free)
         for job, size in zip(jobs, sizes, strict=True):
             if job not in kept:
-                self.console.print(
+                lines.append(
                     f"{subject.name}: {job.contender} is left out: it needs some "
-                    f"{human(size, 'B')} beside the others, of {human(free or 0, 'B')} free",
-                    highlight=False,
+                    f"{human(size, 'B')} beside the others, of {human(free or 0, 'B')} free"
                 )
         if not kept:
             raise UserError(f"{subject.name} does not fit into memory; choose a smaller --size")
@@ -301,25 +324,35 @@ def _line(rows: Sequence[Figures]) -> str:
     """What a case came to, for those who watch."""
     parts = []
     for row in rows:
-        part = f"{row['contender']} {float(row['tokens_s']):,.1f}"
-        if row["over_transformers"] and row["contender"].startswith("ours"):
-            part += f" ({float(row['over_transformers']):.2f}x transformers)"
-        parts.append(part)
+        notes = []
+        for family in ("twin", "transformers"):
+            base = max(
+                (one for one in rows if one["contender"].startswith(family)),
+                key=lambda one: float(one["tokens_s"]),
+                default=None,
+            )
+            ratio = row[f"over_{family}"]
+            if base and ratio and row["contender"].startswith("ours"):
+                notes.append(f"{float(ratio):.2f}x {base['contender']}")
+        notes.append(f"first token {float(row['first_ms']):,.0f} ms")
+        parts.append(f"{row['contender']} {float(row['tokens_s']):,.1f} ({', '.join(notes)})")
     one = rows[0]
     return f"{one['model']} batch {one['batch']} prompt {one['prompt']}, tokens/s: " + ", ".join(
         parts
     )
 
 
-def _profile(run: _Run, subjects: list[Subject], path: Path) -> None:
+def _profile(run: _Run, subjects: list[Subject]) -> None:
+    assert run.path is not None
     if len(subjects) * len(run.cases) * len(run.names) != 1:
         raise UserError("--profile: one --contender, --size, --batch and --prompt")
     subject, case = subjects[0], run.cases[0]
-    (job,) = run.jobs(subject)
+    (job,) = run.jobs(subject, [])
+    read(run.path, PROFILE_COLUMNS)  # a file of something else is found before the work
     with run.console.status(f"profiling {job.contender}, {subject.name}"):
         found: Profile = measure(job, case, run.here)
     common = common_columns(run.here, 1)
-    write_profile(path, subject, case, job, found, common)
+    write_profile(run.path, subject, case, job, found, common)
     run.console.print(found.table(), highlight=False)
-    run.console.print(found.summary(), highlight=False)
-    run.console.print(f"figures: {path}", highlight=False, soft_wrap=True)
+    for line in filter(None, (found.summary(), found.warning(), f"figures: {run.path}")):
+        run.say(line)

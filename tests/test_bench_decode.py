@@ -3,8 +3,11 @@ processes that never outlive the command."""
 
 import csv
 import dataclasses
+import io
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitnet import cli_bench_decode
@@ -21,7 +25,7 @@ from bitnet.bench import decode_table as tables
 from bitnet.bench.decode import Inexact, Race, fitting, held_bytes, refusals
 from bitnet.bench.decode_table import Outcome, Subject
 from bitnet.bench.decode_worker import Case, Job, Turn, as_transformers, prompts_of, random_model
-from bitnet.bench.rows import Figures
+from bitnet.bench.rows import Figures, merge
 from bitnet.bench.worker import Worker
 from bitnet.export.folder import save_model
 from bitnet.linear import TernaryLinear, pack
@@ -211,6 +215,39 @@ def test_figures_by_hand() -> None:
     shown = tables.table(rows)
     assert "| tiny | 2 | 5 | ours-auto | 1,000 | 2.0 (" in shown
     assert shown.count("\n") == 3 + len(names)
+    assert cli_bench_decode._line(rows) == (
+        "tiny batch 2 prompt 5, tokens/s: "
+        "ours-auto 2.0 (2.00x twin-bf16, 4.00x transformers-fp32, first token 1,000 ms), "
+        "twin-fp32 0.4 (first token 1,000 ms), twin-bf16 1.0 (first token 2,000 ms), "
+        "transformers-fp32 0.5 (first token 4,000 ms)"
+    )
+    assert cli_bench_decode._line(rows[:1]).endswith("ours-auto 2.0 (first token 1,000 ms)")
+
+
+def test_what_stands_above_a_table() -> None:
+    rows = tables.figures(
+        Subject("tiny", tiny(), ""),
+        Case(2, 5, 3),
+        [job("ours-auto")],
+        {"ours-auto": outcome(turns((1, 2)))},
+        {**dict.fromkeys(COMMON, "x"), "threads": 1, "rounds": 1, "device": "A CPU"},
+    )
+    blank = {"transformers": "", "commit": "", "torch": "2.1", "date": "today"}
+    for row, title in (
+        (rows[0] | blank, "**A CPU**, 1 thread: torch 2.1; 3 new tokens a row, 1 round; today"),
+        (
+            rows[0] | {"threads": "2", "rounds": "7"},
+            "**A CPU**, 2 threads: torch x, transformers x; 3 new tokens a row, 7 rounds; commit x,"
+            " x",
+        ),
+        (
+            rows[0] | {"threads": ""},
+            "**A CPU**: torch x, transformers x; 3 new tokens a row, 1 round; commit x, x",
+        ),
+    ):
+        assert tables.table([row]).splitlines()[0] == title
+    both = tables.table([rows[0], rows[0] | {"new": "8"}])
+    assert both.count("**A CPU**") == 2
 
 
 def test_without_opponents_there_are_no_ratios() -> None:
@@ -267,9 +304,9 @@ def test_a_run_is_kept_and_goes_on(
     monkeypatch.setattr(tables, "code_hash", lambda device: "of these sources")
     code, said, err = bench(*asked)
     assert code == 130, err
-    assert "the same command goes on" in said
-    assert [worker.process.returncode for worker in workers] == [-signal.SIGKILL]
     path = tmp_path / "decode.csv"
+    assert said.splitlines()[-1] == f"stopped; the same command goes on from {path}"
+    assert [worker.process.returncode for worker in workers] == [-signal.SIGKILL]
     assert [row["batch"] for row in read(path)] == ["1"]
 
     code, said, err = bench(*asked)
@@ -292,8 +329,15 @@ def test_a_run_is_kept_and_goes_on(
         assert columns >= 9 + 5
 
     stamp = path.stat().st_mtime_ns
-    assert bench(*asked)[0] == 0
+    code, again, _ = bench(*asked)
+    assert code == 0
     assert (path.stat().st_mtime_ns, len(cases)) == (stamp, 3)  # nothing left to do
+    told, *lines = again.splitlines()
+    assert told == "measured already by these sources; --out elsewhere repeats it:"
+    assert [line.partition(" prompt")[0] for line in lines[:2]] == ["tiny batch 1", "tiny batch 3"]
+    assert tables.table(rows) in said
+    assert tables.table(rows) in again
+    assert again.splitlines()[-1] == said.splitlines()[-1] == f"figures: {path}"
 
 
 def test_rows_of_another_version_are_not_taken_for_done() -> None:
@@ -303,14 +347,18 @@ def test_rows_of_another_version_are_not_taken_for_done() -> None:
         del common[own]
     common |= {"threads": 1, "rounds": 2}
     rows = tables.figures(subject, case, jobs, {"ours-auto": outcome(turns((1, 2)))}, common)
-    assert tables.done(subject, case, jobs, common, rows)
-    assert not tables.done(subject, case, [job("ours-auto", seed=1)], common, rows)
-    assert not tables.done(subject, case, [*jobs, job("twin-fp32")], common, rows)
-    assert not tables.done(subject, case._replace(new=4), jobs, common, rows)
+    assert tables.stored(subject, case, jobs, common, rows) == rows
+    assert not tables.stored(subject, case, [job("ours-auto", seed=1)], common, rows)
+    assert not tables.stored(subject, case, [*jobs, job("twin-fp32")], common, rows)
+    assert not tables.stored(subject, case._replace(new=4), jobs, common, rows)
     for column in ("code", "torch", "rounds", "threads"):
-        assert not tables.done(subject, case, jobs, common | {column: 7}, rows)
+        assert not tables.stored(subject, case, jobs, common | {column: 7}, rows)
     trained = Subject("tiny", tiny(), "folder")
-    assert not tables.done(trained, case, jobs, common, rows)
+    assert not tables.stored(trained, case, jobs, common, rows)
+    short = [rows[0] | {"rounds": "1"}, rows[0] | {"new": "2"}]
+    assert merge(rows, short, tables.KEY) == [*rows, *short]  # they replace no longer run
+    other = [rows[0] | {"code": "newer"}]
+    assert merge(rows, other, tables.KEY) == other
 
 
 def test_a_model_of_a_folder_and_what_cannot_run(bench: Bitnet, tmp_path: Path) -> None:
@@ -346,25 +394,47 @@ def test_sigterm_leaves_no_process_behind(bench: Bitnet, monkeypatch: pytest.Mon
     assert [worker.process.returncode for worker in workers] == [-signal.SIGKILL]
 
 
+def test_a_quick_run_writes_nothing_unless_told_where(
+    bitnet: Bitnet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    results = tmp_path / "docs/results"
+    results.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(bench_decode.SIZES, "tiny", TINY)
+    asked = ("bench", "decode", "--device", "cpu", "--quick", *RUN)
+    code, said, err = bitnet(*asked)
+    assert code == 0, err
+    assert "| tiny | 1 | 9 | ours-auto |" in said
+    assert said.splitlines()[-1] == "nothing is written; --out FILE keeps the figures"
+    assert not list(results.iterdir())
+
+    def interrupted(self: Race, case: Case, rounds: int) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Race, "run", interrupted)
+    for options in (asked, (*asked, "--out", "x.csv")):
+        code, said, _ = bitnet(*options)
+        assert (code, said.splitlines()[-1]) == (130, "stopped; nothing is written")
+
+
 def test_quick_leaves_transformers_out_unless_it_is_named(
     bench: Bitnet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raced: list[tuple[list[str], int, list[Case]]] = []
 
-    def race(self: Any, subject: Subject, path: Path, kept: list[Figures]) -> list[Figures]:
+    def race(self: Any, subject: Subject, jobs: list[Job]) -> None:
         raced.append((self.names, self.rounds, self.cases))
-        return kept
 
     monkeypatch.setattr(cli_bench_decode._Run, "race", race)
     code, said, _ = bench("--quick")
     assert code == 0
     assert "--quick leaves transformers out; --contender transformers-fp32 times it\n" in said
-    code, said, _ = bench("--quick", "--contender", "transformers-bf16", "--rounds", "3")
+    code, said, _ = bench("--quick", "--contender", "twin-bf16", "--rounds", "3")
     assert code == 0
     assert "--quick" not in said
     assert raced == [
         (["ours-auto", "twin-fp32"], 2, [Case(1, 32, 8)]),
-        (["transformers-bf16"], 3, [Case(1, 32, 8)]),
+        (["twin-bf16"], 3, [Case(1, 32, 8)]),
     ]
 
 
@@ -387,7 +457,14 @@ def test_a_dead_worker_is_named_with_its_last_words(
 
 MISTAKES = [
     (["--size", "110"], "--size: '110' is unknown; did you mean 110m?"),
+    (["--size", "100m"], "did you mean 110m?"),
+    (["--size", "7b"], "did you mean 8b?"),
     (["--contender", "our-auto"], "did you mean ours-auto?"),
+    (["--contender", "ours"], "did you mean ours-auto?"),
+    (["--contender", "twin-fp16"], "did you mean twin-bf16?"),
+    (["--contender", "transformers-fp"], "did you mean transformers-fp32?"),
+    (["--contender", "ours-addsub"], "can run here: a CPU has no such kernel"),
+    (["--quick", "--size", "10"], "did you mean 60m?"),
     (["--new", "1"], "the nearest is 2"),
     (["--model", "runs/x", "--size", "60m"], "--model and --size exclude each other"),
     (["--all", "--quick"], "exclude each other"),
@@ -399,17 +476,21 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("asked", "said"), MISTAKES, ids=lambda value: " ".join(value)[:30])
 def test_mistakes_end_in_one_line(bench: Bitnet, asked: list[str], said: str) -> None:
-    code, _, err = bench(*asked)
-    assert code == 2
+    code, out, err = bench(*asked)
+    assert (code, out) == (2, "")  # mistakes come before everything else
     assert said in err
 
 
-def test_a_file_of_something_else_is_not_overwritten(bench: Bitnet, tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_not_overwritten(
+    bench: Bitnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_bench_decode, "measure", pytest.fail)
     path = tmp_path / "decode.csv"
     path.write_text("a,b\n1,2\n")
-    code, _, err = bench(*RUN)
-    assert code == 2
-    assert "has other columns" in err
+    for options in (RUN, (*RUN[:4], "--profile")):
+        code, said, err = bench(*options)
+        assert (code, said) == (2, "")
+        assert "has other columns" in err
     assert path.read_text() == "a,b\n1,2\n"
 
 
@@ -499,6 +580,54 @@ def test_a_profile(bench: Bitnet, tmp_path: Path, contender: str) -> None:
     assert len(
         {(row["batch"], row["operation" if "operation" in row else "name"]) for row in kept}
     ) == len(kept)
+
+
+def of_profile(step_us: float, profiled_us: float, bandwidth: float) -> profiling.Profile:
+    found = [
+        profiling.Operation("aten::mm", 2, 70.0, 0.7, 80.0, 9.0, 80.0, 80 / 70),
+        profiling.Operation(profiling.REST, 0, 30.0, 0.3, None, None, None, None),
+    ]
+    return profiling.Profile(found, step_us, profiled_us, 1000, bandwidth, "by hand")
+
+
+def test_what_a_profile_shows() -> None:
+    """Blank where there is nothing to say, in eighty columns too; ~ above 100%."""
+    for width in (80, 140):
+        console = Console(width=width, file=io.StringIO())
+        console.print(of_profile(100, 140, 1e7).table())
+        assert isinstance(console.file, io.StringIO)
+        head, second, product, rest = console.file.getvalue().splitlines()[:4]
+        assert (head.split(), second.split()[-2:]) == (["roofline", "%", "of"], ["us", "roofline"])
+        assert product.split()[:3] == ["aten::mm", "2", "70.0"]
+        assert product.rstrip().endswith("~114%")
+        assert rest.split()[-2:] == ["30.0", "30.0%"]  # no calls
+        assert rest.strip().startswith("(between")
+        assert len(product) <= width
+
+
+def test_a_profile_that_is_not_the_steps_says_so() -> None:
+    assert of_profile(100, 150, 1e7).warning() == ""
+    assert "takes 1.6 times as long" in of_profile(100, 160, 1e7).warning()
+    assert of_profile(100, 160, 1e7).summary().endswith("takes 100 us: 100%")
+    assert of_profile(80, 160, 1e7).summary().endswith("takes 100 us: ~125%")
+
+
+def test_a_profile_is_all_that_is_printed(tmp_path: Path) -> None:
+    """No lines of the profiler's own, which it writes past Python's sys.stderr."""
+    program = (
+        "from bitnet.bench.decode import SIZES\n"
+        f"SIZES['tiny'] = {TINY}\n"
+        "from bitnet.cli import main\nmain()"
+    )
+    asked = ["--profile", "--size", "tiny", "--prompt", "6", "--device", "cpu"]
+    out = str(tmp_path / "profile.csv")
+    child = subprocess.run(
+        [sys.executable, "-c", program, "bench", "decode", *asked, "--out", out],
+        capture_output=True,
+        text=True,
+    )
+    assert (child.returncode, child.stderr) == (0, "")
+    assert child.stdout.strip().endswith(".csv")
 
 
 def test_the_step_of_a_static_cache_cannot_be_profiled(bench: Bitnet) -> None:

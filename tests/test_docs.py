@@ -2,6 +2,8 @@
 
 import doctest
 import runpy
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,31 @@ def test_the_page_on_training_shows_the_tables_of_the_csvs(study: str) -> None:
     page = (DOCS / "training.md").read_text(encoding="utf-8")
     shown = page.partition(f"<!-- {study}:begin -->\n")[2].partition(f"\n<!-- {study}:end -->")[0]
     assert shown == table != ""
+
+
+def test_a_report_draws_the_page_on_training(
+    bitnet: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
+    marks = ("kernels", "machine-code")
+    for name in ("README.md", "kernels/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        text = "".join(f"<!-- {mark}:begin -->\n<!-- {mark}:end -->\n" for mark in marks)
+        (tmp_path / name).write_text(text)
+    results = tmp_path / "docs" / "results"
+    results.mkdir(parents=True)
+    page = results.parent / "training.md"
+    page.write_text("head\n<!-- training:begin -->\nold\n<!-- training:end -->\ntail\n")
+    figures = sorted((DOCS / "results").glob("train_*.csv"))[0]
+    shutil.copy(figures, results)
+    code, said, err = bitnet("bench", "report", "--root", tmp_path)
+    assert code == 0, err
+    assert "docs/training.md: written" in said
+    drawn = page.read_text(encoding="utf-8")
+    assert "old" not in drawn
+    model = figures.read_text(encoding="utf-8").splitlines()[1].split(",")[0]
+    assert drawn.startswith(f"head\n<!-- training:begin -->\n**{model}** (")
+    assert drawn.endswith(" |\n<!-- training:end -->\ntail\n")
+    assert bitnet("bench", "report", "--check", "--root", tmp_path)[0] == 0
 
 
 def test_the_readme_lists_every_file() -> None:

@@ -8,14 +8,16 @@ stands beside it: its roofline. What is not in any operation is Python, dispatch
 Bytes are those of an operation's tensor arguments, the output where it is one (``out=``); memory
 that is merely looked at anew (views) moves nothing, and what only indexes into a tensor is left
 out, as is what the trace does not say (lists of tensors, kernels in a graph). On a CPU a model that
-fits into the cache may be read faster than memory allows: shares above 100% say so.
+fits into the cache may be read faster than memory allows, and the memory of a busy machine looks
+slower than it is: shares above 100% are marked with ~.
 
 The profiler itself costs time, most of all where operations are short: the step's time is therefore
-also measured without it, and that is the one to compare.
+also measured without it, and that is the one to compare. A line warns where the two are far apart.
 """
 
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,7 +39,7 @@ from bitnet.bench.decode_worker import (
     prompts_of,
     transformers_memory,
 )
-from bitnet.bench.rows import read, text, write
+from bitnet.bench.rows import percent, read, text, write
 from bitnet.engine.decoder import Decoder
 from bitnet.model import ModelConfig
 from bitnet.schema import UserError
@@ -46,6 +48,8 @@ from bitnet_kernels.bench.machine import Machine
 
 WARMUP, TIMED, PROFILED = 3, 20, 8
 """Steps."""
+DISTORTED = 1.5
+"""A profiled step that takes so many times as long as a real one says little of it."""
 REST = "(between operations)"
 _VIEWS = {
     *("view", "as_strided", "t", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze"),
@@ -197,10 +201,11 @@ class Profile:
     bandwidth_source: str
 
     def table(self) -> Table:
-        """The longest operations, until 99% of the step are shown; *least us* is the roofline."""
+        """The longest operations, until 99% of the step are shown."""
         table = Table(box=None)
-        table.add_column("operation", no_wrap=True)
-        for header in ("calls", "us", "share", "bytes", "FLOPs", "least us", "of it"):
+        table.add_column("operation", overflow="ellipsis")  # shortened first where lines are short
+        headers = ("calls", "us", "share", "bytes", "FLOPs", "roofline\nus", "% of\nroofline")
+        for header in headers:
             table.add_column(header, justify="right", no_wrap=True)
         shown = 0.0
         for one in self.operations:
@@ -209,13 +214,13 @@ class Profile:
             shown += one.share
             table.add_row(
                 one.name[:32],
-                f"{one.count:g}",
+                f"{one.count:g}" if one.count else "",
                 f"{one.us:,.1f}",
                 f"{one.share:.1%}",
                 human(one.bytes, "B") if one.bytes else "",
                 human(one.flops) if one.flops else "",
                 f"{one.roofline_us:,.1f}" if one.roofline_us else "",
-                f"{one.roofline_share:.0%}" if one.roofline_share else "",
+                percent(one.roofline_share) if one.roofline_share else "",
             )
         return table
 
@@ -225,7 +230,17 @@ class Profile:
         return (
             f"a step takes {self.step_us:,.0f} us ({self.profiled_us:,.0f} under the profiler); it "
             f"has to read {human(self.step_bytes, 'B')}, which at {human(self.bandwidth, 'B')}/s "
-            f"({self.bandwidth_source}) takes {least:,.0f} us: {least / self.step_us:.0%}"
+            f"({self.bandwidth_source}) takes {least:,.0f} us: {percent(least / self.step_us)}"
+        )
+
+    def warning(self) -> str:
+        """That the table is not the step's, where the profiler took much of the time; else ""."""
+        times = self.profiled_us / self.step_us
+        if times <= DISTORTED:
+            return ""
+        return (
+            f"warning: under the profiler a step takes {times:.1f} times as long: short operations "
+            "and what is between operations look longer than they are"
         )
 
 
@@ -285,7 +300,9 @@ def step_bytes(memory: Mapping[str, int], config: ModelConfig, job: Job, case: C
 @torch.inference_mode()
 def measure(job: Job, case: Case, here: Machine) -> Profile:
     """Time and profile the contender's step in this process."""
+    found = [memory_bandwidth(here)]
     step, memory = make_step(job, case)
+    found.append(memory_bandwidth(here))
     cuda = here.device.type == "cuda"
 
     def finish() -> None:
@@ -298,6 +315,7 @@ def measure(job: Job, case: Case, here: Machine) -> Profile:
         step()
         finish()
         times.append(time.perf_counter() - start)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its highest level: no lines of its own
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities, record_shapes=True) as recorded:
         start = time.perf_counter()
@@ -309,7 +327,8 @@ def measure(job: Job, case: Case, here: Machine) -> Profile:
         path = Path(folder) / "trace.json"
         recorded.export_chrome_trace(str(path))
         events = json.loads(path.read_bytes())["traceEvents"]
-    bandwidth, source = memory_bandwidth(here)
+    found.append(memory_bandwidth(here))
+    bandwidth, source = max(found)  # another program slows one down easily, but not all
     return Profile(
         operations(events, PROFILED, span_us, bandwidth, cuda),
         statistics.median(times[WARMUP:]) * 1e6,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bitnet.bench.decode_worker import Case, Job, Turn
-from bitnet.bench.rows import Figures, read, text
+from bitnet.bench.rows import Figures, counted, distinct, origin, read, text
 from bitnet.model import ModelConfig
 from bitnet.summary import human
 from bitnet_kernels.bench import machine
@@ -93,9 +93,9 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
-KEY = ("device", "threads", "model", "weights", "contender", "batch", "prompt")
+KEY = ("device", "threads", "model", "weights", "contender", "batch", "prompt", "new", "rounds")
 """What a row is about: a file has one row for each."""
-VERSION = ("new", "seed", "rounds", "torch", "triton", "transformers", "driver", "code")
+VERSION = ("seed", "torch", "triton", "transformers", "driver", "code")
 """With which code and settings: a row of another version is measured again."""
 
 
@@ -206,18 +206,19 @@ def _subject_columns(subject: Subject, case: Case, job: Job) -> dict[str, Any]:
     }
 
 
-def done(
+def stored(
     subject: Subject,
     case: Case,
     jobs: Sequence[Job],
     common: Mapping[str, Any],
     kept: Sequence[Figures],
-) -> bool:
-    """Whether every contender has a row of this version."""
+) -> list[Figures]:
+    """The contenders' rows of this version; none unless all have one."""
     columns = (*KEY, *VERSION)
-    found = {tuple(row[column] for column in columns) for row in kept}
+    found = {tuple(row[column] for column in columns): row for row in kept}
     asked = [{**common, **_subject_columns(subject, case, job)} for job in jobs]
-    return all(tuple(text(one[column]) for column in columns) in found for one in asked)
+    keys = [tuple(text(one[column]) for column in columns) for one in asked]
+    return [found[key] for key in keys] if all(key in found for key in keys) else []
 
 
 def _agreement(outcomes: Mapping[str, Outcome], name: str) -> float | None:
@@ -237,22 +238,26 @@ def load(folder: Path) -> list[Figures]:
 
 
 def table(rows: Sequence[Figures]) -> str:
-    """Markdown: for each machine a line that says where and with what, and a table."""
-    machines: dict[tuple[str, str], list[Figures]] = {}
+    """Markdown: for each machine and length of a run a line that says where and with what, and a
+    table."""
+    groups: dict[tuple[str, ...], list[Figures]] = {}
     for row in rows:
-        machines.setdefault((row["device"], row["threads"]), []).append(row)
-    return "\n\n".join(_section(group) for group in machines.values()) or "No figures yet."
+        where = tuple(row[column] for column in ("device", "threads", "new", "rounds"))
+        groups.setdefault(where, []).append(row)
+    return "\n\n".join(_section(group) for group in groups.values()) or "No figures yet."
 
 
 def _section(rows: Sequence[Figures]) -> str:
-    def distinct(column: str) -> str:
-        return ", ".join(dict.fromkeys(row[column] for row in rows))
-
-    threads = f", {distinct('threads')} threads" if rows[0]["threads"] else ""
+    one = rows[0]
+    threads = f", {counted(int(one['threads']), 'thread')}" if one["threads"] else ""
+    versions = [
+        f"{package} {version}"
+        for package in ("torch", "transformers")
+        if (version := distinct(rows, package))
+    ]
     lines = [
-        f"**{rows[0]['device']}**{threads}: torch {distinct('torch')}, transformers "
-        f"{distinct('transformers')}; {distinct('new')} new tokens a row, {distinct('rounds')} "
-        f"rounds; commit {distinct('commit')}, {distinct('date')}",
+        f"**{one['device']}**{threads}: {', '.join(versions)}; {one['new']} new tokens a row, "
+        f"{counted(int(one['rounds']), 'round')}; {origin(rows)}",
         "",
         "| model | batch | prompt | contender | first token, ms | tokens/s (quartiles) "
         "| over the twin | over transformers | agrees | J/token | layers | peak memory |",

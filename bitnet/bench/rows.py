@@ -20,6 +20,28 @@ def text(value: Any) -> str:
     return f"{value:.8g}" if isinstance(value, float) else str(value)
 
 
+def counted(count: int, noun: str) -> str:
+    """``"1 thread"``, ``"2 threads"``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share of a limit: ``"87%"``; more than all of it is marked, ``"~104%"``, since then the
+    limit was measured too low, as on a busy machine."""
+    return f"{'~' if share > 1 else ''}{share:.{digits}%}"
+
+
+def distinct(rows: Sequence[Figures], column: str) -> str:
+    """What rows of several runs, which may have met in one file, say in a column."""
+    return ", ".join(dict.fromkeys(row[column] for row in rows if row[column]))
+
+
+def origin(rows: Sequence[Figures]) -> str:
+    """With which commit, where the package was part of a checkout, and when."""
+    commit, date = distinct(rows, "commit"), distinct(rows, "date")
+    return f"commit {commit}, {date}" if commit else date
+
+
 def read(path: Path, columns: tuple[str, ...]) -> list[Figures]:
     """The rows of a file; none where there is no file.
 
@@ -42,7 +64,8 @@ def read(path: Path, columns: tuple[str, ...]) -> list[Figures]:
 
 def merge(old: Sequence[Figures], new: Sequence[Figures], key: Sequence[str]) -> list[Figures]:
     """``old`` with rows about the same thing, by the columns ``key``, replaced by ``new`` ones;
-    others at the end."""
+    others at the end. What makes a figure worth more, such as more steps, is part of a key: a short
+    run replaces no long one."""
     merged = {tuple(row[column] for column in key): row for row in (*old, *new)}
     return list(merged.values())
 

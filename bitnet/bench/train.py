@@ -1,6 +1,6 @@
 """How fast a training step is: variants of one model, measured in turns.
 
-    bitnet bench train --size 15m --tokens 2048 --micro-batches 2
+    bitnet bench train --size 15m
 
 A *variant* is a way to compute the layers' matrices, eager or compiled:
 
@@ -44,13 +44,12 @@ from bitnet.optim import build_optimizer, clip_gradients, learning_rate_factor, 
 from bitnet.schema import UserError
 from bitnet.throughput import peak_memory, reset_peak_memory
 from bitnet_kernels.bench.machine import find_meter
-from bitnet_kernels.bench.shapes import choose
 
 FAMILIES = ("fp", "naive", "ours", "ours-int8", "torchao")
 COMPILED = "-compiled"
 VARIANTS = tuple(family + mode for mode in ("", COMPILED) for family in FAMILIES)
 USUAL = ("fp", "naive", "ours", *(family + COMPILED for family in FAMILIES))
-"""Those that are measured unless others are named."""
+"""Those that are measured on a GPU unless others are named."""
 
 _TEXT = ["data.vocab_size=32768", "data.seq_len=1024", "train.batch_tokens=65536"]
 SIZES = {
@@ -73,18 +72,12 @@ def family_of(variant: str) -> str:
 
 
 def choose_variants(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The variants that can be measured here, and a line for each that cannot.
+    """Those of some variants that can be measured here, and a line for each that cannot.
 
-    Arguments:
-        names: as given; none: :data:`USUAL`.
     Raises:
-        UserError: a name that no variant has; all that are named cannot be measured.
+        UserError: none of them can be measured.
     """
-    try:
-        chosen = [choose("--variant", name, VARIANTS) for name in dict.fromkeys(names or USUAL)]
-    except ValueError as error:
-        raise UserError(str(error)) from error
-    absent: list[str] = []
+    chosen, absent = list(names), list[str]()
     if find_spec("torchao") is None:
         absent = [name for name in chosen if family_of(name) == "torchao"]
         chosen = [name for name in chosen if name not in absent]

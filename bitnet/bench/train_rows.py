@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from bitnet.bench.rows import Figures, read, text
+from bitnet.bench.rows import Figures, counted, distinct, origin, percent, read, text
 from bitnet.bench.train import COMPILED, Reply
 from bitnet.config import Config
 from bitnet.summary import human
-from bitnet.throughput import mfu, peak_flops
+from bitnet.throughput import mfu
 from bitnet_kernels.bench import machine
 from bitnet_kernels.bench.timing import quantile
 
@@ -82,7 +82,10 @@ class Row:
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
-KEY = ("model", "variant", "device", "threads", "dtype", "seq_len", "tokens", "micro_batches")
+KEY = (
+    *("model", "variant", "device", "threads", "dtype", "seq_len", "tokens", "micro_batches"),
+    "steps",
+)
 """What a row is about: a file has one row for each."""
 
 
@@ -92,12 +95,15 @@ def figures(
     configs: Mapping[str, Config],
     replies: Mapping[str, Sequence[Reply]],
     warmup: int,
+    peak: tuple[float, str],
 ) -> list[Row]:
-    """What the replies come to, a row a variant."""
+    """What the replies come to, a row a variant.
+
+    Arguments:
+        peak: FLOP/s that MFU is measured against, and where the number comes from.
+    """
     some = next(iter(configs.values()))
     tokens = some.train.micro_batch * some.data.seq_len
-    dtype = torch.bfloat16 if some.train.dtype == "bf16" else torch.float32
-    peak, peak_source = peak_flops(here.device, dtype)
     timed = {name: list(turns[warmup:]) for name, turns in replies.items()}
     peaks = {name: _most([turn.peak_bytes for turn in turns]) for name, turns in timed.items()}
     common: dict[str, Any] = {
@@ -110,8 +116,8 @@ def figures(
         "tokens": tokens,
         "micro_batches": some.train.batch_tokens // tokens,
         "warmup": warmup,
-        "peak_flops": peak,
-        "peak_flops_source": peak_source,
+        "peak_flops": peak[0],
+        "peak_flops_source": peak[1],
         "torch": torch.__version__,
         "triton": machine.package_version("triton"),
         "torchao": machine.package_version("torchao"),
@@ -143,7 +149,7 @@ def figures(
                 speedup=statistics.median(ratios),
                 speedup_min=min(ratios),
                 speedup_max=max(ratios),
-                mfu=mfu(some.model.flops_per_token(some.data.seq_len), tokens_s, peak),
+                mfu=mfu(some.model.flops_per_token(some.data.seq_len), tokens_s, peak[0]),
                 peak_bytes=mine,
                 memory_ratio=mine / theirs if mine and theirs else None,
                 loss=turns[-1].loss,
@@ -177,29 +183,27 @@ def table(rows: Sequence[Figures]) -> str:
     for row in rows:
         subject = tuple(row[column] for column in KEY if column != "variant")
         groups.setdefault(subject, []).append(row)
-    return "\n\n".join(_section(group) for group in groups.values())
+    return "\n\n".join(_section(group) for group in groups.values()) or "No figures yet."
 
 
 def _section(rows: Sequence[Figures]) -> str:
-    def distinct(column: str) -> str:  # rows of several runs may have met in one file
-        return ", ".join(dict.fromkeys(row[column] for row in rows))
-
     one = rows[0]
-    where = one["device"] + (f", {one['threads']} threads" if one["threads"] else "")
+    where = one["device"]
+    if one["threads"]:
+        where += f", {counted(int(one['threads']), 'thread')}"
     lines = [
         f"**{one['model']}** ({human(int(one['parameters']))} parameters), {where}, "
         f"{one['dtype']}; a step is {one['micro_batches']} x {one['tokens']} tokens; "
-        f"{distinct('steps')} steps; torch {distinct('torch')}, commit {distinct('commit')}, "
-        f"{distinct('date')}",
+        f"{counted(int(one['steps']), 'step')}; torch {distinct(rows, 'torch')}, {origin(rows)}",
         "",
         "| variant | step, ms (quartiles) | tokens/s | speedup (range) | over | MFU | peak memory "
         "| loss | first step |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        memory = ""
-        if row["peak_bytes"]:
-            memory = f"{human(int(row['peak_bytes']), 'B')}, {float(row['memory_ratio']):.2f}x"
+        memory = human(int(row["peak_bytes"]), "B") if row["peak_bytes"] else ""
+        if row["memory_ratio"]:
+            memory += f", {float(row['memory_ratio']):.2f}x"
         ms, low, high = (float(row[f"step_ms{part}"]) for part in ("", "_p25", "_p75"))
         speedup, least, most = (float(row[f"speedup{part}"]) for part in ("", "_min", "_max"))
         cells = [
@@ -208,7 +212,7 @@ def _section(rows: Sequence[Figures]) -> str:
             f"{float(row['tokens_s']):,.0f}",
             f"{speedup:.2f} ({least:.2f} to {most:.2f})",
             row["base"],
-            f"{float(row['mfu']):.1%}",
+            percent(float(row["mfu"]), 1),
             memory,
             f"{float(row['loss']):.4f}",
             f"{float(row['compile_s']):.0f} s" if row["compile_s"] else "",

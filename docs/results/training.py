@@ -1,4 +1,5 @@
-"""The tables of docs/training.md, from train_*.csv, which `bitnet bench train` writes.
+"""The tables of docs/training.md, from train_*.csv, which `bitnet bench train` writes;
+`bitnet bench report` puts them there.
 
 python docs/results/training.py    # prints them
 """
