@@ -355,6 +355,7 @@ def test_a_signal_leaves_no_process_behind(
     tmp_path: Path,
     worker: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
     number: signal.Signals,
     expected: int,
 ) -> None:
@@ -362,6 +363,9 @@ def test_a_signal_leaves_no_process_behind(
     log = worker("sleep 1000 & echo $! >> $log; read line; echo '[1, 1, 1, 1, null]'; read line")
     begun: list[Worker] = []
     ask = Worker.ask
+    # A shell that starts the tests in the background has them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     def interrupted(self: Worker, method: str) -> Any:
         begun.append(self)
