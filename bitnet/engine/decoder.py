@@ -235,7 +235,11 @@ class Decoder:
             "head": tensors_of(plan.head),
             "weights": plan.tensors(),  # in which the two above are not counted again
             "cache": [state.kv] if state.scale is None else [state.kv, state.scale],
-            "workspace": [*state.others(), *self._runner.workspace()],
+            "workspace": [
+                *state.others(),
+                *self._runner.workspace(),
+                *self._versions.copies(),
+            ],
         }
         seen: set[int] = set()
         sizes = dict.fromkeys(("weights", "head", "embedding", "cache", "workspace"), 0)

@@ -195,6 +195,10 @@ class Versions:
             (weakref.ref(p), p.detach().clone()) for p in model.parameters() if p.dim() == 1
         ]
 
+    def copies(self) -> list[Tensor]:
+        """What is kept to compare with."""
+        return [before for _, before in self._vectors]
+
     def changed(self) -> bool:
         """Whether any has changed."""
         alive = [
