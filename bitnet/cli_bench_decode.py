@@ -44,15 +44,13 @@ from bitnet.cli_bench_train import (
     valid_names,
 )
 from bitnet.cli_convert import pick_device
+from bitnet.engine.decoder import LARGEST_BATCH
 from bitnet.export.folder import read_config
 from bitnet.model import ModelConfig
 from bitnet.schema import UserError
 from bitnet.summary import human
 from bitnet_kernels.bench import machine
 from bitnet_kernels.bench.machine import Machine
-
-MAX_BATCH = 64
-"""The engine's largest; more prompts would run in waves."""
 
 
 class _Usual(NamedTuple):
@@ -94,7 +92,7 @@ def decode_command(
         typer.Option(
             help="Rows generated together; repeatable. Default: 1, 8, on a GPU also 32.",
             min=1,
-            max=MAX_BATCH,
+            max=LARGEST_BATCH,
             show_default=False,
         ),
     ] = None,

@@ -6,7 +6,7 @@ once, and remembers what it has computed. See docs/generation.md.
 
 from collections.abc import Callable, Sequence
 
-from bitnet.engine.decoder import CacheDtype, HeadDtype
+from bitnet.engine.decoder import LARGEST_BATCH, CacheDtype, HeadDtype
 from bitnet.engine.engine import Engine
 from bitnet.engine.request import StopReason, integer, sequence
 from bitnet.engine.sampling import next_token_probabilities
@@ -23,9 +23,6 @@ __all__ = [
     "next_token_probabilities",
     "sized_engine",
 ]
-
-MAX_BATCH = 64
-"""Prompts that :func:`generate` takes at once; more run in waves of so many."""
 
 
 def sized_engine(
@@ -44,7 +41,7 @@ def sized_engine(
     return Engine(
         model,
         tokenizer,
-        max_batch=max(1, min(len(prompts), MAX_BATCH)),
+        max_batch=max(1, min(len(prompts), LARGEST_BATCH)),
         max_len=min(model.config.max_seq_len, max([1, *sizes]) + max(1, max_new_tokens)),
         cache_dtype=cache_dtype,
         head=head,
