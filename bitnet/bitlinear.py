@@ -244,15 +244,16 @@ def shared_tokens(x: Tensor, *layers: nn.Module) -> Tensor | Tokens:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module runs the forward of ``kind`` and nothing else: no subclass (which a
-    parametrized module is), no forward of its own, no hooks, neither its own nor global ones."""
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-        _has_any_global_hook(),
-    )
-    return type(module) is kind and "forward" not in module.__dict__ and not any(hooks)
+    parametrized module is), not :func:`hooked`, no hooks in the backward."""
+    backward = module._backward_pre_hooks or module._backward_hooks
+    return type(module) is kind and not hooked(module) and not backward
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module runs more than the forward of its class, or another: hooks of its
+    forward, any hooks of all modules, a forward of its own."""
+    own = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+    return bool(own) or bool(_has_any_global_hook())
 
 
 def computed_parameter(module: nn.Module) -> str:

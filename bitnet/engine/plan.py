@@ -15,19 +15,17 @@ N out_features, K in_features.
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
-from torch.nn.utils.parametrize import is_parametrized
 
-from bitnet.linear import BitLinear, RMSNorm, TernaryLinear, computed_parameter
+from bitnet.linear import BitLinear, RMSNorm, TernaryLinear, computed_parameter, hooked
 from bitnet.model import MLP, Attention, Block, Transformer
 from bitnet_kernels import bit_planes, pack_ternary
-from bitnet_kernels.reference import absmax_int8
+from bitnet_kernels.reference import absmax_int8, int_mm_takes_any_int8
 
 
 class Norm(NamedTuple):
@@ -68,7 +66,6 @@ class Int8(NamedTuple):
 
 Matrix = Ternary | Dense | Int8 | Modules
 _M = TypeVar("_M", bound=nn.Module)
-_GLOBAL_HOOKS: Callable[[], bool] = torch_module._has_any_global_hook
 
 
 @dataclass(frozen=True)
@@ -113,10 +110,6 @@ class ModelPlan:
             ValueError: a module in place of one whose arithmetic is fixed (named), or of another
                 dtype than the embedding.
         """
-        if _GLOBAL_HOOKS():
-            raise ValueError(
-                "model: torch has hooks registered for all modules, which a step would not call"
-            )
         _require("model", model, Transformer)
         embedding = embedding_of(model)
 
@@ -220,15 +213,10 @@ def embedding_of(model: Transformer) -> Tensor:
         ValueError: it is no plain nn.Embedding.
     """
     embedding = model.embed_tokens
-    if (
-        type(embedding) is not nn.Embedding
-        or _hooked(embedding)
-        or is_parametrized(embedding, "weight")
-        or embedding.max_norm is not None
-    ):
+    if type(embedding) is not nn.Embedding or hooked(embedding) or embedding.max_norm is not None:
         raise ValueError(
-            "embed_tokens: expected a plain nn.Embedding without hooks, parametrization and "
-            f"max_norm, got {type(embedding).__name__}"
+            "embed_tokens: expected a plain nn.Embedding without hooks (nor torch's for all "
+            f"modules), parametrization and max_norm, got {type(embedding).__name__}"
         )
     return embedding.weight.detach()
 
@@ -246,35 +234,27 @@ def _require(name: str, module: nn.Module, kind: type[_M]) -> _M:
         getattr(type(module), name, None) is getattr(kind, name, None) and name not in vars(module)
         for name in ("forward", "hidden")
     )
-    if not isinstance(module, kind) or not same or _hooked(module):
+    if not isinstance(module, kind) or not same or hooked(module):
         raise ValueError(
-            f"{name}: expected a {kind.__name__} with its own forward and hidden and no hooks, "
-            f"whose arithmetic a step repeats; got {type(module).__name__}"
+            f"{name}: expected a {kind.__name__} with its own forward and hidden and no hooks "
+            f"(nor torch's for all modules), whose arithmetic a step repeats; "
+            f"got {type(module).__name__}"
         )
     return module
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or "forward" in vars(module)
-        or (isinstance(module, nn.Linear) and computed_parameter(module))
-    )
 
 
 def _norm(name: str, module: nn.Module | None) -> Norm | None:
     if module is None or type(module) is nn.Identity:
         return None
-    if type(module) is not RMSNorm or _hooked(module):
-        raise ValueError(f"{name}: expected an RMSNorm, got {type(module).__name__}")
+    if type(module) is not RMSNorm or hooked(module):
+        raise ValueError(f"{name}: expected an RMSNorm without hooks, got {type(module).__name__}")
     eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
     return Norm(module.weight.detach().float(), eps)
 
 
 def _fuse(modules: Sequence[nn.Module], packed: bool, planes: bool) -> Matrix:
     """The matrix of layers that read the same input."""
-    if not any(_hooked(module) or getattr(module, "bias", None) is not None for module in modules):
+    if all(_is_matrix(module) for module in modules):
         ternary = [part for module in modules if (part := _ternary(module, packed)) is not None]
         if len(ternary) == len(modules):
             weights, scales = zip(*ternary, strict=True)
@@ -286,13 +266,19 @@ def _fuse(modules: Sequence[nn.Module], packed: bool, planes: bool) -> Matrix:
     return Modules(tuple(_constant(module) for module in modules))
 
 
+def _is_matrix(module: nn.Module) -> bool:
+    """Whether its weight, if its class is one of those known, is all there is to a layer."""
+    bare = getattr(module, "bias", None) is None and not computed_parameter(module)
+    return bare and not hooked(module)
+
+
 def _constant(module: nn.Module) -> nn.Module:
     """A BitLinear with its codes as they are now, to the same bits; any other module itself.
 
     Left as it is, it would quantize its weight in every call, or take codes that
     ``weights_quantized`` holds for a while: a CUDA graph would go on reading those.
     """
-    if type(module) is not BitLinear or _hooked(module):
+    if type(module) is not BitLinear or hooked(module) or computed_parameter(module):
         return module
     codes, scale = module.quantize()
     layer = TernaryLinear.from_codes(
@@ -333,7 +319,6 @@ def quantized_head(head: Matrix, dtype: Literal["bf16", "int8"]) -> Matrix:
         raise ValueError(f"head: {dtype!r} needs a lm_head that is a plain nn.Linear; use 'auto'")
     if dtype == "bf16":
         return Dense(head.weight.bfloat16())
-    # Without VNNI torch's product adds pairs of products in int16, which 8-bit codes overflow.
-    if head.weight.device.type == "cpu" and not torch.cpu._is_vnni_supported():
+    if head.weight.device.type == "cpu" and not int_mm_takes_any_int8():
         raise ValueError("head: 'int8' needs a CPU with AVX-512 VNNI; use 'float' or 'bf16'")
     return Int8(*absmax_int8(head.weight))

@@ -27,8 +27,6 @@ from torch.nn import functional as F
 from bitnet.quant import output_dtype
 from bitnet_kernels import reference
 
-_FP32_EXACT_K = 2**24 // 128**2
-"""fp32 sums of products of int8 codes are exact integers up to 2^24: up to this K."""
 _INT32_K = (2**31 - 1) // 255**2
 """int32 holds a sum of products of codes less their zero points: up to this K."""
 
@@ -48,34 +46,19 @@ class Codes(NamedTuple):
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Exact ``a @ b.T`` of any int8 codes.
-
-    On CUDA ``torch._int_mm``. On CPU an fp32 product in slices of K short enough to be exact, kept
-    out of autocast: ``torch._int_mm`` there adds pairs of products in int16 where the CPU has no
-    VNNI instructions, and a pair of products of 8-bit codes overflows that.
+    """Exact ``a @ b.mT`` of any int8 codes.
 
     Arguments:
         a: int8 ``[..., M, K]``; b: int8 ``[..., N, K]`` with the same leading dimensions.
     Returns:
         ``[..., M, N]`` int32; int64 where K > 33025, where zero points could overflow int32.
     """
-    if a.device.type == "cuda":
-        if a.dim() > 2:
-            return torch.stack([int_matmul(*pair) for pair in zip(a, b, strict=True)])
-        exact_k, matmul = _INT32_K, reference.int8_matmul
-    else:
-        exact_k, matmul = _FP32_EXACT_K, _fp32_matmul
     dtype = torch.int32 if a.shape[-1] <= _INT32_K else torch.int64
-    slices = zip(a.split(exact_k, -1), b.split(exact_k, -1), strict=True)
-    acc = matmul(*next(slices)).to(dtype)
+    slices = zip(a.split(_INT32_K, -1), b.split(_INT32_K, -1), strict=True)
+    acc = reference.any_int8_matmul(*next(slices)).to(dtype)
     for a_k, b_k in slices:
-        acc += matmul(a_k, b_k)
+        acc += reference.any_int8_matmul(a_k, b_k)
     return acc
-
-
-def _fp32_matmul(a: Tensor, b: Tensor) -> Tensor:
-    with torch.autocast(a.device.type, enabled=False):
-        return (a.float() @ b.float().mT).to(torch.int32)
 
 
 def quantized_linear(

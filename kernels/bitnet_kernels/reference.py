@@ -81,20 +81,28 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def any_int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Exact ``a @ b.T`` of any values: int8 ``[M, K]`` and ``[N, K]``, K < 2^17 so that int32 holds
-    every sum of products up to 128^2, -> int32 ``[M, N]``.
+    """Exact ``a @ b.mT`` of any values: int8 ``[..., M, K]`` and ``[..., N, K]`` with the same
+    leading dimensions, K < 2^17 so that int32 holds every sum of products up to 128^2, -> int32
+    ``[..., M, N]``.
 
-    As :func:`int8_matmul` on CUDA, and on a CPU where oneDNN adds products in int32; elsewhere an
-    fp32 product in slices of K.
+    As :func:`int8_matmul` on CUDA, and on a CPU where oneDNN adds products in int32; elsewhere, for
+    batches on a CPU and in compiled code, which cannot ask, an fp32 product in slices of K.
     """
     kind = a.device.type
-    if kind == "cuda" or (kind == "cpu" and _int_mm_takes_any_int8()):
+    if kind == "cuda" and a.dim() > 2:
+        pairs = zip(a.flatten(0, -3), b.flatten(0, -3), strict=True)
+        products = [int8_matmul(*pair) for pair in pairs]
+        return torch.stack(products).unflatten(0, a.shape[:-2])
+    if kind == "cuda":
+        return int8_matmul(a, b)
+    asks = kind == "cpu" and a.dim() == 2 and not torch.compiler.is_compiling()
+    if asks and int_mm_takes_any_int8():
         return int8_matmul(a, b)
     return _fp32_matmul(a, b, _INT8_EXACT_K)
 
 
 @cache
-def _int_mm_takes_any_int8() -> bool:
+def int_mm_takes_any_int8() -> bool:
     """Whether ``torch._int_mm`` on this CPU is exact for any int8 values: where it has the VNNI
     instructions, and oneDNN uses them (ONEDNN_MAX_CPU_ISA may forbid it), which a product whose
     pairs overflow int16 tells."""
@@ -114,10 +122,10 @@ def _row_major(matrix: Tensor) -> Tensor:
 
 def _fp32_matmul(a: Tensor, b: Tensor, exact_k: int) -> Tensor:
     """In slices of ``exact_k`` columns, out of autocast: its dtypes cannot hold the sums."""
-    acc = a.new_zeros((a.shape[0], b.shape[0]), dtype=torch.int32)
+    acc = a.new_zeros((*a.shape[:-1], b.shape[-2]), dtype=torch.int32)
     with torch.autocast(a.device.type, enabled=False):
-        for a_k, b_k in zip(a.split(exact_k, 1), b.split(exact_k, 1), strict=True):
-            acc += (a_k.float() @ b_k.float().t()).to(torch.int32)
+        for a_k, b_k in zip(a.split(exact_k, -1), b.split(exact_k, -1), strict=True):
+            acc += (a_k.float() @ b_k.float().mT).to(torch.int32)
     return acc
 
 
