@@ -1,13 +1,15 @@
 """What the int8 backward costs in loss: int8_backward.csv.
 
-    python docs/results/int8_backward.py                        # 10 to 20 minutes on one core
+    python docs/results/int8_backward.py                        # 15 to 30 minutes on one core
     python docs/results/int8_backward.py configs/15m.toml       # the same study of another config
     python docs/results/int8_backward.py table | plot           # from the CSV that was written
 
 Gradients that are rounded to int8 at random are right on average but noisier. For each seed the
 config is trained with model.int8_backward = none, input and both, for STEPS steps: the same initial
-weights, the same tokens in the same order, the same everything but the key. Runs are kept in
-runs/int8_backward and not trained again.
+weights, the same tokens in the same order, the same everything but the key. Training amplifies the
+last bits of a sum, so a fourth run shows which differences mean nothing: "none" with micro-batches
+of one sequence, the same gradients but for the order of sums. Runs are kept in runs/int8_backward
+and not trained again.
 """
 
 import csv
@@ -24,8 +26,14 @@ from bitnet.durable import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIG = "configs/quickstart.toml"
-VARIANTS = ("none", "input", "both")
-SEEDS = (0,)
+REORDERED = "none, micro_batch 1"
+VARIANTS = {
+    "none": {"model.int8_backward": "none"},
+    REORDERED: {"model.int8_backward": "none", "train.micro_batch": 1},
+    "input": {"model.int8_backward": "input"},
+    "both": {"model.int8_backward": "both"},
+}
+SEEDS = (0, 1, 2)
 STEPS, EVERY = 200, 5
 LAST = 50
 """Steps at the end whose mean loss the table shows."""
@@ -41,9 +49,9 @@ def csv_of(config: str) -> Path:
 
 def train(config: str, variant: str, seed: int) -> list[Row]:
     """Run train.py to its end (at once if it has ended); its losses."""
-    run = ROOT / "runs" / "int8_backward" / f"{Path(config).stem}-{variant}-{seed}"
-    options = {
-        "model.int8_backward": variant,
+    name = variant.replace(", ", "-").replace(" ", "")
+    run = ROOT / "runs" / "int8_backward" / f"{Path(config).stem}-{name}-{seed}"
+    options = VARIANTS[variant] | {
         "run.dir": run.parent,
         "run.name": run.name,
         "run.seed": seed,
@@ -89,7 +97,7 @@ def run(config: str) -> None:
             writer.writeheader()
             writer.writerows(rows)
             write_atomic(csv_of(config), text.getvalue().encode())
-            print(f"{config}, int8_backward = {variant}, seed {seed}: {rows[-1]['loss']}")
+            print(f"{config}, {variant}, seed {seed}: {rows[-1]['loss']}", flush=True)
 
 
 def curve(rows: list[Row], variant: str, seed: str) -> dict[int, float]:
@@ -121,7 +129,7 @@ def table(path: Path | None = None) -> str:
             mean = statistics.mean(loss for step, loss in losses.items() if step > steps - LAST)
             base.setdefault(seed, mean)
             cells.append(
-                f"{mean:.4f}" + (f" ({mean - base[seed]:+.4f})" if variant != VARIANTS[0] else "")
+                f"{mean:.4f}" + (f" ({mean - base[seed]:+.4f})" if variant != "none" else "")
             )
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -135,7 +143,7 @@ def plot(path: Path) -> Path:
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
     for i, variant in enumerate(VARIANTS):
         for j, seed in enumerate(sorted({row["seed"] for row in rows})):
-            losses, base = curve(rows, variant, seed), curve(rows, VARIANTS[0], seed)
+            losses, base = curve(rows, variant, seed), curve(rows, "none", seed)
             style = {
                 "color": f"C{i}",
                 "lw": 1.0,
