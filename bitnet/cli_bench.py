@@ -22,8 +22,10 @@ from bitnet.cli_bench_train import (
     RESULTS,
     Device,
     Threads,
+    ending,
     progress,
     results_path,
+    say,
     train_command,
     valid_names,
 )
@@ -133,9 +135,8 @@ def kernels_command(
     kept = _read(path)
     console = Console()
     meter, why = machine.find_meter(target)
-    for line in [*missing(asked.kernels, target), why]:
-        if line:
-            console.print(line, highlight=False, soft_wrap=True)
+    for line in filter(None, [*missing(asked.kernels, target), why]):
+        say(console, line)
     choice = asked.choice(target.type, everything, quick)
     _measure(console, path, kept, Bench(here, choice, meter=meter, say=console.print))
     if estimate or (estimate is None and target.type != "cuda"):
@@ -218,7 +219,11 @@ def _measure(console: Console, path: Path, kept: list[rows.Row], bench: Bench) -
     everything = list(groups(bench.choice, bench.here.device))
     todo = [group for group in everything if not bench.done(group, kept)]
     is_begun = len(todo) < len(everything)
-    with progress(console) as bar:
+
+    def kept_so_far() -> str:
+        return f"the same command goes on from {path}" if is_begun else ""
+
+    with ending(console, kept_so_far), progress(console) as bar:
         task = bar.add_task(bench.here.name, total=len(todo))
         for group in todo:
             name = f"{group.n}x{group.k} M={group.m} {group.cache}"
@@ -229,13 +234,6 @@ def _measure(console: Console, path: Path, kept: list[rows.Row], bench: Bench) -
                 bar.stop()
                 print(f"error: not exact, so not timed: {error}", file=sys.stderr)
                 raise typer.Exit(1) from error
-            except KeyboardInterrupt:
-                bar.stop()
-                where = (
-                    f"the same command goes on from {path}" if is_begun else "nothing is written"
-                )
-                console.print(f"stopped; {where}", highlight=False, soft_wrap=True)
-                raise typer.Exit(130) from None
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 said = str(error)
                 if not isinstance(error, torch.OutOfMemoryError) and (

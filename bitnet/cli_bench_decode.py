@@ -1,7 +1,6 @@
 """``bitnet bench decode``: options, progress and files around :mod:`bitnet.bench.decode`."""
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -39,8 +38,10 @@ from bitnet.cli_bench_train import (
     Device,
     Seed,
     Threads,
+    ending,
     progress,
     results_path,
+    say,
     valid_names,
 )
 from bitnet.cli_convert import pick_device
@@ -237,9 +238,13 @@ class _Run:
     shown: list[Figures] = dataclasses.field(default_factory=list)
     """Those of this command, measured now or before."""
 
-    def say(self, line: str) -> None:
-        """A line as it is, whatever the terminal's width."""
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def say(self, text: str) -> None:
+        """A line, or several."""
+        say(self.console, text)
+
+    def kept_so_far(self) -> str:
+        """What a command that is stopped says of its file."""
+        return f"the same command goes on from {self.path}" if self.path and self.shown else ""
 
     def jobs(self, subject: Subject, lines: list[str]) -> list[Job]:
         """The contenders that can take part; ``lines`` gets why others cannot."""
@@ -277,26 +282,16 @@ class _Run:
             where = f"{subject.name}, batch {at.batch}, prompt {at.prompt}: {text}"
             bar.update(task, description=where, completed=begun)
 
-        try:
-            with sigterm_exits(), bar, Race(jobs, tick) as race:
-                for at in todo:
-                    outcomes = race.run(at, self.rounds)
-                    new = figures(subject, at, jobs, outcomes, common)
-                    if self.path:
-                        self.kept = merge(self.kept, new, KEY)
-                        write(self.path, self.kept, COLUMNS)
-                    self._show(new)
-                bar.update(task, description=subject.name, completed=begun + 1)
-        except KeyboardInterrupt:
-            is_kept = self.path and self.shown
-            where = (
-                f"the same command goes on from {self.path}" if is_kept else "nothing is written"
-            )
-            self.say(f"stopped; {where}")
-            raise typer.Exit(130) from None
-        except (WorkerDied, Inexact) as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None
+        stops = ending(self.console, self.kept_so_far, WorkerDied, Inexact)
+        with stops, sigterm_exits(), bar, Race(jobs, tick) as race:
+            for at in todo:
+                outcomes = race.run(at, self.rounds)
+                new = figures(subject, at, jobs, outcomes, common)
+                if self.path:
+                    self.kept = merge(self.kept, new, KEY)
+                    write(self.path, self.kept, COLUMNS)
+                self._show(new)
+            bar.update(task, description=subject.name, completed=begun + 1)
 
     def _show(self, rows: list[Figures]) -> None:
         self.shown += rows

@@ -3,7 +3,8 @@
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -164,27 +165,23 @@ def train_command(
             f"{train.batch_tokens:,} tokens"
         )
     for line in [*filter(None, [no_energy]), *lines]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(console, line)
     saved: list[str] = []
+
+    def kept_so_far() -> str:
+        return f"{', '.join(saved)}: figures are in {path}" if saved else ""
+
     for label, configs in runs.items():
-        try:
-            with sigterm_exits():
-                replies, peak = _race(console, label, configs, steps, warmup)
-        except KeyboardInterrupt:
-            where = f"{', '.join(saved)}: figures are in {path}" if saved else "nothing is written"
-            console.print(f"stopped; {where}", highlight=False, soft_wrap=True)
-            raise typer.Exit(130) from None
-        except WorkerDied as death:
-            print(f"error: {death}", file=sys.stderr)
-            raise typer.Exit(1) from None
+        with ending(console, kept_so_far, WorkerDied), sigterm_exits():
+            replies, peak = _race(console, label, configs, steps, warmup)
         name = " ".join([label, *more])
         new = [as_text(row) for row in figures(name, here, configs, replies, warmup, peak)]
         if path:
             kept = merge(kept, new, KEY)
             write(path, kept, COLUMNS)
             saved.append(label)
-        console.print(table(new), highlight=False, markup=False, soft_wrap=True)
-    console.print(f"figures: {path}" if path else NOT_WRITTEN, highlight=False, soft_wrap=True)
+        say(console, table(new))
+    say(console, f"figures: {path}" if path else NOT_WRITTEN)
 
 
 def results_path(out: str, name: str) -> Path:
@@ -303,6 +300,25 @@ def progress(console: Console) -> Progress:
         console=console,
         speed_estimate_period=3600,
     )
+
+
+def say(console: Console, text: str) -> None:
+    """Lines as they are, whatever the terminal's width."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def ending(console: Console, kept: Callable[[], str], *failures: type[Exception]) -> Iterator[None]:
+    """How a benchmark ends before its time: by Ctrl-C with exit code 130 and a line that says what
+    is ``kept()``, "" for nothing; by one of the ``failures`` with exit code 1 and its message."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(console, f"stopped; {kept() or 'nothing is written'}")
+        raise typer.Exit(130) from None
+    except failures as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 def _race(

@@ -1,69 +1,27 @@
-"""bitnet bench decode: contenders with the weights they claim, figures worked out by hand, and
-processes that never outlive the command."""
+"""bitnet bench decode: contenders with the weights they claim, figures worked out by hand."""
 
-import csv
-import dataclasses
-import io
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitnet import cli_bench_decode
 from bitnet.bench import decode as bench_decode
-from bitnet.bench import decode_profile as profiling
 from bitnet.bench import decode_table as tables
-from bitnet.bench.decode import Inexact, Race, fitting, held_bytes, refusals
+from bitnet.bench.decode import Inexact, fitting, held_bytes, refusals
 from bitnet.bench.decode_table import Outcome, Subject
-from bitnet.bench.decode_worker import Case, Job, Turn, as_transformers, prompts_of, random_model
-from bitnet.bench.rows import Figures, merge
-from bitnet.bench.worker import Worker
-from bitnet.export.folder import save_model
-from bitnet.linear import TernaryLinear, pack
-from bitnet.model import ModelConfig, Transformer, as_transformer
+from bitnet.bench.decode_worker import Case, Turn, as_transformers, prompts_of, random_model
+from bitnet.bench.rows import merge
+from bitnet.linear import TernaryLinear
+from bitnet.model import ModelConfig
+from tests.decode_bench import job, tiny
 
-Bitnet = Callable[..., tuple[int, str, str]]
 DOCS = Path(__file__).parent.parent / "docs"
+
+
 CPU = torch.device("cpu")
-TINY: dict[str, Any] = {
-    "d_model": 24,
-    "n_layers": 2,
-    "n_heads": 2,
-    "n_kv_heads": 1,
-    "d_ff": 37,
-    "vocab_size": 61,
-}
-
-
-def tiny(**fields: Any) -> ModelConfig:
-    return ModelConfig(**{**TINY, "max_seq_len": 32, **fields}).resolve()
-
-
-def job(contender: str, config: ModelConfig | None = None, **fields: Any) -> Job:
-    shape = dataclasses.asdict(config or tiny())
-    return Job(
-        contender, shape, **{"folder": "", "seed": 0, "device": "cpu", "threads": 1, **fields}
-    )
-
-
-@pytest.fixture
-def bench(bitnet: Bitnet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bitnet:
-    """Runs ``bitnet bench decode --out tmp_path/decode.csv ...`` on a model of 24 columns."""
-    monkeypatch.setitem(bench_decode.SIZES, "tiny", TINY)
-    out = tmp_path / "decode.csv"
-    return partial(bitnet, "bench", "decode", "--device", "cpu", "--out", out)
-
-
-# the contenders
 
 
 def test_ternary_contenders_have_the_same_weights_and_a_twin_its_own_dtype() -> None:
@@ -159,7 +117,7 @@ def test_what_does_not_fit_is_left_out_by_importance() -> None:
     assert bf16 == pytest.approx(2 * 8.03e9 + 32 * 2176 * 32 * 2 * 8 * 128 * 2 + 1.6e9, rel=0.01)
 
 
-# figures
+# Figures
 
 
 COMMON = (
@@ -275,71 +233,6 @@ def test_prompts_are_the_seeds() -> None:
     assert all(len(row) == 11 and 0 <= min(row) <= max(row) < 61 for row in prompts_of(case, 61, 5))
 
 
-# the command
-
-
-RUN = ("--size", "tiny", "--contender", "ours-auto", "--new", "5", "--prompt", "9")
-
-
-def read(path: Path) -> list[Figures]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_a_run_is_kept_and_goes_on(
-    bench: Bitnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = (*RUN, "--batch", "1", "--batch", "3", "--rounds", "2")
-    run, cases = Race.run, list[Case]()
-
-    def interrupted(self: Race, case: Case, rounds: int) -> Any:
-        cases.append(case)
-        if len(cases) == 2:
-            workers.extend(self._workers.values())
-            raise KeyboardInterrupt
-        return run(self, case, rounds)
-
-    workers: list[Worker] = []
-    monkeypatch.setattr(Race, "run", interrupted)
-    monkeypatch.setattr(tables, "code_hash", lambda device: "of these sources")
-    code, said, err = bench(*asked)
-    assert code == 130, err
-    path = tmp_path / "decode.csv"
-    assert said.splitlines()[-1] == f"stopped; the same command goes on from {path}"
-    assert [worker.process.returncode for worker in workers] == [-signal.SIGKILL]
-    assert [row["batch"] for row in read(path)] == ["1"]
-
-    code, said, err = bench(*asked)
-    assert code == 0, err
-    assert [case.batch for case in cases] == [1, 3, 3]  # the first was there already
-    rows = read(path)
-    assert [row["batch"] for row in rows] == ["1", "3"]
-    for row in rows:
-        assert tuple(row) == tables.COLUMNS
-        assert (row["weights"], row["dtype"]) == ("random", "float32")
-        assert (row["new"], row["rounds"], row["prompt"]) == ("5", "2", "9")
-        assert 0 < float(row["tokens_s_p25"]) <= float(row["tokens_s"])
-        assert float(row["first_ms"]) > 0
-        assert row["peak_bytes"] == "" or int(row["peak_bytes"]) > 10e6
-        assert row["over_twin"] == row["over_transformers"] == row["joules_token"] == ""
-        assert "bench decode" in row["command"]
-        one_column = 2 * 2 * int(row["batch"]) * 12 * 4  # k and v, 2 layers, fp32 heads of 12
-        columns, rest = divmod(int(row["cache_bytes"]), one_column)
-        assert rest == 0
-        assert columns >= 9 + 5
-
-    stamp = path.stat().st_mtime_ns
-    code, again, _ = bench(*asked)
-    assert code == 0
-    assert (path.stat().st_mtime_ns, len(cases)) == (stamp, 3)  # nothing left to do
-    told, *lines = again.splitlines()
-    assert told == "measured already by these sources; --out elsewhere repeats it:"
-    assert [line.partition(" prompt")[0] for line in lines[:2]] == ["tiny batch 1", "tiny batch 3"]
-    assert tables.table(rows) in said
-    assert tables.table(rows) in again
-    assert again.splitlines()[-1] == said.splitlines()[-1] == f"figures: {path}"
-
-
 def test_rows_of_another_version_are_not_taken_for_done() -> None:
     subject, case, jobs = Subject("tiny", tiny(), ""), Case(2, 5, 3), [job("ours-auto")]
     common: dict[str, Any] = dict.fromkeys((*tables.KEY, *tables.VERSION, *COMMON), "x")
@@ -359,285 +252,6 @@ def test_rows_of_another_version_are_not_taken_for_done() -> None:
     assert merge(rows, short, tables.KEY) == [*rows, *short]  # they replace no longer run
     other = [rows[0] | {"code": "newer"}]
     assert merge(rows, other, tables.KEY) == other
-
-
-def test_a_model_of_a_folder_and_what_cannot_run(bench: Bitnet, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    folder = save_model(tmp_path / "model", as_transformer(pack(Transformer(tiny()))), None)
-    asked = ("--model", folder, "--batch", "2", "--rounds", "1")
-    code, said, err = bench(*asked, *RUN[2:], "--contender", "ours-addsub")
-    assert code == 0, err
-    assert "ours-addsub is left out: a CPU has no such kernel" in said
-    found = [(row["contender"], row["weights"]) for row in read(tmp_path / "decode.csv")]
-    assert found == [("ours-auto", "trained")]
-    code, _, err = bench("--size", "tiny", "--contender", "ours-dot")
-    assert code == 2
-    assert "--contender: none of ours-dot can run here" in err
-    code, _, err = bench(*asked, "--prompt", "30", "--new", "3")
-    assert code == 2
-    assert "33 tokens in all exceed the context" in err
-    save_model(tmp_path / "fp", Transformer(tiny(linear="fp")), None)
-    code, _, err = bench("--model", tmp_path / "fp")
-    assert code == 2
-    assert "is not ternary" in err
-
-
-def test_sigterm_leaves_no_process_behind(bench: Bitnet, monkeypatch: pytest.MonkeyPatch) -> None:
-    workers: list[Worker] = []
-
-    def terminated(self: Race, case: Case, rounds: int) -> Any:
-        workers.extend(self._workers.values())
-        signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(Race, "run", terminated)
-    assert bench(*RUN)[0] == 143
-    assert [worker.process.returncode for worker in workers] == [-signal.SIGKILL]
-
-
-def test_a_quick_run_writes_nothing_unless_told_where(
-    bitnet: Bitnet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    results = tmp_path / "docs/results"
-    results.mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(bench_decode.SIZES, "tiny", TINY)
-    asked = ("bench", "decode", "--device", "cpu", "--quick", *RUN)
-    code, said, err = bitnet(*asked)
-    assert code == 0, err
-    assert "| tiny | 1 | 9 | ours-auto |" in said
-    assert said.splitlines()[-1] == "nothing is written; --out FILE keeps the figures"
-    assert not list(results.iterdir())
-
-    def interrupted(self: Race, case: Case, rounds: int) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Race, "run", interrupted)
-    for options in (asked, (*asked, "--out", "x.csv")):
-        code, said, _ = bitnet(*options)
-        assert (code, said.splitlines()[-1]) == (130, "stopped; nothing is written")
-
-
-def test_quick_leaves_transformers_out_unless_it_is_named(
-    bench: Bitnet, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    raced: list[tuple[list[str], int, list[Case]]] = []
-
-    def race(self: Any, subject: Subject, jobs: list[Job]) -> None:
-        raced.append((self.names, self.rounds, self.cases))
-
-    monkeypatch.setattr(cli_bench_decode._Run, "race", race)
-    code, said, _ = bench("--quick")
-    assert code == 0
-    assert "--quick leaves transformers out; --contender transformers-fp32 times it\n" in said
-    code, said, _ = bench("--quick", "--contender", "twin-bf16", "--rounds", "3")
-    assert code == 0
-    assert "--quick" not in said
-    assert raced == [
-        (["ours-auto", "twin-fp32"], 2, [Case(1, 32, 8)]),
-        (["twin-bf16"], 3, [Case(1, 32, 8)]),
-    ]
-
-
-def test_a_dead_worker_is_named_with_its_last_words(
-    bench: Bitnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ask = Worker.ask
-
-    def killed(self: Worker, method: str, *values: float) -> Any:
-        os.kill(self.process.pid, signal.SIGKILL)
-        return ask(self, method, *values)
-
-    monkeypatch.setattr(Worker, "ask", killed)
-    code, _, err = bench(*RUN, "--batch", "1")
-    assert code == 1
-    assert "error: ours-auto: its process ended (signal 9)" in err
-    assert "out of memory?" in err
-    assert not (tmp_path / "decode.csv").exists()
-
-
-MISTAKES = [
-    (["--size", "110"], "--size: '110' is unknown; did you mean 110m?"),
-    (["--size", "100m"], "did you mean 110m?"),
-    (["--size", "7b"], "did you mean 8b?"),
-    (["--contender", "our-auto"], "did you mean ours-auto?"),
-    (["--contender", "ours"], "did you mean ours-auto?"),
-    (["--contender", "twin-fp16"], "did you mean twin-bf16?"),
-    (["--contender", "transformers-fp"], "did you mean transformers-fp32?"),
-    (["--contender", "ours-addsub"], "can run here: a CPU has no such kernel"),
-    (["--quick", "--size", "10"], "did you mean 60m?"),
-    (["--new", "1"], "the nearest is 2"),
-    (["--model", "runs/x", "--size", "60m"], "--model and --size exclude each other"),
-    (["--all", "--quick"], "exclude each other"),
-    (["--profile", "--batch", "1", "--batch", "8"], "--profile: one --contender"),
-    (["--batch", "65"], "--batch"),
-    (["--device", "tpu"], "expected cpu, cuda"),
-]
-
-
-@pytest.mark.parametrize(("asked", "said"), MISTAKES, ids=lambda value: " ".join(value)[:30])
-def test_mistakes_end_in_one_line(bench: Bitnet, asked: list[str], said: str) -> None:
-    code, out, err = bench(*asked)
-    assert (code, out) == (2, "")  # mistakes come before everything else
-    assert said in err
-
-
-def test_a_file_of_something_else_is_not_overwritten(
-    bench: Bitnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cli_bench_decode, "measure", pytest.fail)
-    path = tmp_path / "decode.csv"
-    path.write_text("a,b\n1,2\n")
-    for options in (RUN, (*RUN[:4], "--profile")):
-        code, said, err = bench(*options)
-        assert (code, said) == (2, "")
-        assert "has other columns" in err
-    assert path.read_text() == "a,b\n1,2\n"
-
-
-# profiles
-
-
-def event(name: str, ts: float, dur: float, *shapes: list[int], **fields: Any) -> dict[str, Any]:
-    kinds = fields.pop("kinds", ["float"] * len(shapes))
-    args = {"Input Dims": list(shapes), "Input type": kinds}
-    return {"ph": "X", "cat": "cpu_op", "tid": 1, "name": name, "ts": ts, "dur": dur} | {
-        "args": args,
-        **fields,
-    }
-
-
-def test_operations_by_hand() -> None:
-    events = [
-        # linear calls t (moves nothing) and addmm, whose copy_ is part of its own work
-        event("aten::linear", 0, 100, [2, 8], [3, 8], [3]),
-        event("aten::t", 5, 10, [3, 8]),
-        event("aten::addmm", 20, 70, [3], [2, 8], [8, 3], [], kinds=["float"] * 3 + ["Scalar"]),
-        event("aten::copy_", 25, 15, [2, 3], [3]),
-        # into an output of int32
-        event(
-            "aten::_int_mm", 200, 50, [2, 8], [8, 3], [2, 3], kinds=["signed char"] * 2 + ["int"]
-        ),
-        event(
-            "aten::_int_mm", 300, 30, [2, 8], [8, 3], [2, 3], kinds=["signed char"] * 2 + ["int"]
-        ),
-        event("aten::embedding", 400, 20, [61, 24], [2, 1], kinds=["float", "long int"]),
-        event("aten::mm", 405, 1, [2, 2], [2, 2], tid=2),  # another thread's: not inside
-        event("a_kernel", 0, 999, cat="kernel"),
-    ]
-    found = {one.name: one for one in profiling.operations(events, 2, 1000.0, 1e6, cuda=False)}
-    assert {name: one.us for name, one in found.items()} == {
-        "aten::linear": (100 - 10 - 70) / 2,
-        "aten::t": 5,
-        "aten::addmm": (70 - 15) / 2,
-        "aten::copy_": 7.5,
-        "aten::_int_mm": 40,
-        "aten::embedding": 10,
-        "aten::mm": 0.5,
-        profiling.REST: (1000 - 100 - 80 - 20 - 1) / 2,
-    }
-    assert sum(one.share for one in found.values()) == pytest.approx(1)
-    moved = {name: one.bytes for name, one in found.items() if one.bytes is not None}
-    assert moved == {
-        "aten::addmm": 4 * (3 + 16 + 24) / 2,
-        "aten::_int_mm": 16 + 24 + 4 * 6,
-        "aten::mm": 16.0,
-    }
-    int_mm = found["aten::_int_mm"]
-    assert (int_mm.count, int_mm.flops) == (1, 2 * 2 * 8 * 3)
-    assert int_mm.roofline_us == pytest.approx(64)  # 64 bytes at 1 MB/s
-    assert int_mm.roofline_share == pytest.approx(64 / 40)
-    kernels = profiling.operations(events, 1, 2000.0, 1e6, cuda=True)
-    assert [(one.name, one.us) for one in kernels] == [(profiling.REST, 1001), ("a_kernel", 999)]
-
-
-def test_bytes_of_a_step() -> None:
-    memory = {"weights": 1000, "head": 0, "embedding": 500, "cache": 9}
-    cached = 2 * 2 * 12 * 4  # k and v of 2 layers, one head of 12, fp32
-    case = Case(3, 10, 2)
-    assert profiling.step_bytes(memory, tiny(), job("twin-fp32"), case) == 1500 + 30 * cached
-    untied = memory | {"head": 70}
-    found = profiling.step_bytes(untied, tiny(), job("twin-bf16"), case)
-    assert found == 1070 + 30 * cached // 2
-
-
-@pytest.mark.parametrize("contender", ["ours-auto", "twin-fp32"])
-def test_a_profile(bench: Bitnet, tmp_path: Path, contender: str) -> None:
-    asked = ("--profile", "--size", "tiny", "--contender", contender, "--prompt", "6")
-    code, said, err = bench(*asked, "--batch", "2")
-    assert code == 0, err
-    assert "a step takes" in said
-    rows = read(tmp_path / "decode.csv")
-    assert tuple(rows[0]) == profiling.COLUMNS
-    assert sum(float(row["share"]) for row in rows) == pytest.approx(1)
-    assert sum(float(row["us"]) for row in rows) > float(rows[0]["us"]) > 0
-    products = [row for row in rows if row["flops"]]
-    assert products
-    assert all(float(row["bytes"]) > 0 for row in products)
-    assert bench(*asked, "--batch", "1")[0] == 0
-    assert bench(*asked, "--batch", "2")[0] == 0
-    kept = read(tmp_path / "decode.csv")
-    assert {row["batch"] for row in kept} == {"1", "2"}
-    assert len(
-        {(row["batch"], row["operation" if "operation" in row else "name"]) for row in kept}
-    ) == len(kept)
-
-
-def of_profile(step_us: float, profiled_us: float, bandwidth: float) -> profiling.Profile:
-    found = [
-        profiling.Operation("aten::mm", 2, 70.0, 0.7, 80.0, 9.0, 80.0, 80 / 70),
-        profiling.Operation(profiling.REST, 0, 30.0, 0.3, None, None, None, None),
-    ]
-    return profiling.Profile(found, step_us, profiled_us, 1000, bandwidth, "by hand")
-
-
-def test_what_a_profile_shows() -> None:
-    """Blank where there is nothing to say, in eighty columns too; ~ above 100%."""
-    for width in (80, 140):
-        console = Console(width=width, file=io.StringIO())
-        console.print(of_profile(100, 140, 1e7).table())
-        assert isinstance(console.file, io.StringIO)
-        head, second, product, rest = console.file.getvalue().splitlines()[:4]
-        assert (head.split(), second.split()[-2:]) == (["roofline", "%", "of"], ["us", "roofline"])
-        assert product.split()[:3] == ["aten::mm", "2", "70.0"]
-        assert product.rstrip().endswith("~114%")
-        assert rest.split()[-2:] == ["30.0", "30.0%"]  # no calls
-        assert rest.strip().startswith("(between")
-        assert len(product) <= width
-
-
-def test_a_profile_that_is_not_the_steps_says_so() -> None:
-    assert of_profile(100, 150, 1e7).warning() == ""
-    assert "takes 1.6 times as long" in of_profile(100, 160, 1e7).warning()
-    assert of_profile(100, 160, 1e7).summary().endswith("takes 100 us: 100%")
-    assert of_profile(80, 160, 1e7).summary().endswith("takes 100 us: ~125%")
-
-
-def test_a_profile_is_all_that_is_printed(tmp_path: Path) -> None:
-    """No lines of the profiler's own, which it writes past Python's sys.stderr."""
-    program = (
-        "from bitnet.bench.decode import SIZES\n"
-        f"SIZES['tiny'] = {TINY}\n"
-        "from bitnet.cli import main\nmain()"
-    )
-    asked = ["--profile", "--size", "tiny", "--prompt", "6", "--device", "cpu"]
-    out = str(tmp_path / "profile.csv")
-    child = subprocess.run(
-        [sys.executable, "-c", program, "bench", "decode", *asked, "--out", out],
-        capture_output=True,
-        text=True,
-    )
-    assert (child.returncode, child.stderr) == (0, "")
-    assert child.stdout.strip().endswith(".csv")
-
-
-def test_the_step_of_a_static_cache_cannot_be_profiled(bench: Bitnet) -> None:
-    pytest.importorskip("transformers", reason="the hf extra is not installed")
-    code, _, err = bench("--profile", "--size", "tiny", "--contender", "transformers-bf16-static")
-    assert code == 2
-    assert "nearest that can be profiled is transformers-bf16" in err
-
-
-# the guide
 
 
 def test_the_guide_shows_the_table_of_the_csvs() -> None:
