@@ -19,6 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from bitnet.elementwise import RMSNorm
 from bitnet.quant import (
     GradMask,
     Granularity,
@@ -33,18 +34,6 @@ from bitnet.quant import (
     quantize_weight,
     ternary_linear_ste,
 )
-
-
-class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm that computes in fp32 and returns the dtype of its input (torch's own mixes
-    dtypes, with a warning, where an autocast layer hands bf16 to an fp32 weight)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float ``[..., features]`` -> the same shape and dtype."""
-        if x.dtype == self.weight.dtype:
-            return super().forward(x)
-        y = nn.functional.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
-        return y.to(x.dtype)
 
 
 class BitLinear(nn.Linear):

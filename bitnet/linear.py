@@ -21,7 +21,6 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from bitnet.bitlinear import (
     BitLinear,
-    RMSNorm,
     check_options,
     computed_parameter,
     hooked,
@@ -29,6 +28,7 @@ from bitnet.bitlinear import (
     shared_tokens,
     weights_quantized,
 )
+from bitnet.elementwise import RMSNorm
 from bitnet.quant import Granularity, Tokens, output_dtype
 from bitnet_kernels import bit_planes, pack_ternary, ternary_linear, unpack_ternary
 from bitnet_kernels.packing import packed_columns

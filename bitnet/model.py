@@ -29,7 +29,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitnet.linear import BitLinear, RMSNorm, is_plain, shared_tokens
+from bitnet.elementwise import RMSNorm, relu2_mul
+from bitnet.linear import BitLinear, is_plain, shared_tokens
 from bitnet.quant import GradMask, Granularity, Int8Backward
 from bitnet.schema import STRICT, UserError
 
@@ -323,9 +324,9 @@ class MLP(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, D]``."""
         shared = shared_tokens(x_BTD, self.gate_proj, self.up_proj)
-        gate = self.gate_proj(shared)
-        gate = F.relu(gate).square() if self.activation == "relu2" else F.silu(gate)
-        return self.down_proj(self.ffn_sub_norm(gate * self.up_proj(shared)))
+        gate, up = self.gate_proj(shared), self.up_proj(shared)
+        y = relu2_mul(gate, up) if self.activation == "relu2" else F.silu(gate) * up
+        return self.down_proj(self.ffn_sub_norm(y))
 
 
 class Block(nn.Module):

@@ -29,9 +29,10 @@ ABOVE = {"bitnet", "bitnet.cli", "train"}
 ARROWS = {
     "bitnet.schema": set[str](),
     "bitnet.quant": {"bitnet_kernels"},
-    "bitnet.bitlinear": {"bitnet_kernels", "bitnet.quant"},
-    "bitnet.linear": {"bitnet_kernels", "bitnet.bitlinear", "bitnet.quant"},
-    "bitnet.model": {"bitnet.linear", "bitnet.quant"},
+    "bitnet.elementwise": set[str](),
+    "bitnet.bitlinear": {"bitnet_kernels", "bitnet.elementwise", "bitnet.quant"},
+    "bitnet.linear": {"bitnet_kernels", "bitnet.bitlinear", "bitnet.elementwise", "bitnet.quant"},
+    "bitnet.model": {"bitnet.elementwise", "bitnet.linear", "bitnet.quant"},
     "bitnet.loss": {"bitnet.model", "bitnet.quant"},
 }
 """The foundations may import this and bitnet.schema; what stands above them is bound by ABOVE and

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitnet.linear import RMSNorm
+from bitnet.elementwise import RMSNorm
 from bitnet.model import Block, Transformer, as_transformer, rotary
 from bitnet.qat.integer import integer_layer
 from bitnet.qat.layers import QATLayer, QATLinear

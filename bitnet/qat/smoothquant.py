@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitnet.linear import RMSNorm
+from bitnet.elementwise import RMSNorm
 from bitnet.model import Transformer
 from bitnet.qat.ptq import OnLayer, Walk, blocks, check_model, round_to_nearest, sites
 from bitnet.qat.recipe import Recipe

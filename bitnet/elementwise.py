@@ -1,0 +1,124 @@
+"""What stands between a layer's matrices: RMSNorm, and the squared-ReLU gate of the MLP.
+
+Both are a few operations, and each of these keeps its own inputs for the backward: five tensors
+of the activations' size, where two are enough to compute the others again. At the sizes of a
+small model on a CPU these passes over memory cost as much as an integer matrix product, so they are
+written as one function each, forward and backward. The forward has the bits of the composition.
+
+Compiled code gets the plain operations: a compiler fuses them, and chooses what to keep, itself.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm over the last axis (arXiv 1910.07467), ``x / sqrt(mean(x^2) + eps) * weight``,
+    that computes in fp32 and returns the dtype of its input (torch's own mixes dtypes, with a
+    warning, where an autocast layer hands bf16 to an fp32 weight)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float ``[..., features]`` -> the same shape and dtype."""
+        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            y: Tensor = _RMSNorm.apply(x, self.weight, eps)[0]
+            return y
+        return _rms_norm(x, self.weight, eps)
+
+
+def relu2_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``relu(gate)^2 * up`` (the gate of BitNet 2B4T, arXiv 2504.12285), of floats of one shape."""
+    if torch.compiler.is_compiling():
+        return _relu2_mul(gate, up)
+    y: Tensor = _Relu2Mul.apply(gate, up)
+    return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With r = 1 / sqrt(mean(x^2) + eps), n = x r and g = dy w:
+
+    y = n w      dx = r (g - n mean(g n))      dw = sum over tokens of dy n
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        wide = _wide(x)
+        r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        return (wide * r).mul_(weight).to(x.dtype), r
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, ctx.eps = inputs
+        ctx.mark_non_differentiable(r := output[1])
+        ctx.save_for_backward(x, weight, r)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, r = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            norm = partial(_rms_norm, eps=ctx.eps)
+            return *_differentiable_gradients(norm, (x, weight), dy), None
+        dy, k = _wide(dy), x.shape[-1]
+        n = _wide(x) * r
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = dy * weight
+            mean = torch.linalg.vecdot(dx, n).div_(k).unsqueeze(-1)
+            dx = dx.addcmul_(n, mean, value=-1).mul_(r).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            dw = n.mul_(dy).reshape(-1, k).sum(0).to(weight.dtype)
+        return dx, dw, None
+
+
+class _Relu2Mul(torch.autograd.Function):
+    """dgate = 2 relu(gate) up dy, dup = relu(gate)^2 dy."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gate: Tensor, up: Tensor) -> Tensor:
+        relu = F.relu(gate)
+        return relu.mul_(relu) * up
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(_relu2_mul, (gate, up), dy)
+        relu = F.relu(gate)
+        dgate = (dy * up).mul_(relu).mul_(2)
+        return dgate.to(gate.dtype), relu.mul_(relu).mul_(dy).to(up.dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if x.dtype == weight.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    return F.rms_norm(_wide(x), weight.shape, _wide(weight), eps).to(x.dtype)
+
+
+def _relu2_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return F.relu(gate).square() * up
+
+
+def _differentiable_gradients(
+    composition: Callable[..., Tensor], inputs: tuple[Tensor, ...], dy: Tensor
+) -> tuple[Tensor, ...]:
+    """By torch's own operators, whose gradients have gradients (``create_graph=True``)."""
+    gradients: tuple[Tensor, ...] = torch.func.vjp(composition, *inputs)[1](dy)
+    return gradients
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32, or the dtype of ``x`` where that is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
