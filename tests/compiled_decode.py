@@ -9,6 +9,8 @@ import re
 import sys
 from typing import Any
 
+from waits import check
+
 from bitnet_kernels.gpu import decode_attention, decode_rope
 from bitnet_kernels.gpu.common import Spec
 from bitnet_kernels.sass import compile_spec
@@ -16,6 +18,7 @@ from bitnet_kernels.sass import compile_spec
 
 def summary(spec: Spec, sm: int) -> dict[str, Any]:
     compiled = compile_spec(spec, sm)
+    check(spec, sm)
     return {
         "registers": compiled.registers * 32 * spec.num_warps,  # of a program
         "shared": compiled.shared_bytes,

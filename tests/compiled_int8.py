@@ -9,6 +9,8 @@ import re
 import sys
 from typing import Any
 
+from waits import check
+
 from bitnet_kernels.gpu import int8_gemm
 from bitnet_kernels.gpu.common import Spec
 from bitnet_kernels.sass import ARCHS, compile_spec, main_loop, parse
@@ -19,6 +21,7 @@ LIMITS = {80: 166_912, 89: 101_376, 90: 232_448}
 
 def summary(spec: Spec, sm: int) -> dict[str, Any]:
     compiled = compile_spec(spec, sm)
+    check(spec, sm)
     code = parse(compiled.sass)
     body = [code[i] for i in main_loop(code).body]
     return {

@@ -9,6 +9,8 @@ import re
 import sys
 from typing import Any
 
+from waits import check
+
 from bitnet_kernels.gpu import absmean, norm_quant, quant
 from bitnet_kernels.gpu.common import Spec
 from bitnet_kernels.sass import compile_spec
@@ -18,6 +20,7 @@ CAPABILITIES = (80, 90)
 
 def summary(spec: Spec, sm: int) -> dict[str, Any]:
     compiled = compile_spec(spec, sm)
+    check(spec, sm)
     loads = re.findall(r"\bLDG\.E((?:\.\w+)*)", compiled.sass)
     return {
         "registers": compiled.registers * 32 * spec.num_warps,  # of a program

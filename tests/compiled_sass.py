@@ -15,6 +15,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from waits import check
 
 from bitnet import cli
 from bitnet_kernels.dispatch import Config
@@ -202,6 +203,7 @@ def forms() -> list[dict[str, Any]]:
         for kind, one in (("raw", raw), ("biased", biased)):
             for sm in CAPABILITIES:
                 made, report = compile_spec(one, sm), inspect(one, sm)
+                check(one, sm)
                 found.append(
                     {
                         "form": f"{spec.name}, {kind}, sm_{sm}",
@@ -222,6 +224,9 @@ if __name__ == "__main__":
     matmuls = [spec for spec in gpu_catalog.catalog() if spec.weights]
     reports: list[Report] = [inspect(s, sm) for s in own_specs() + matmuls for sm in CAPABILITIES]
     real = {spec.name: spec for spec in matmuls}
+    for spec in matmuls:
+        for sm in CAPABILITIES:
+            check(spec, sm)
     inspected = ("inspect", "kernels", "--arch", "sm_80", "--arch", "sm_90")
     found: dict[str, Any] = {
         "reports": [report._asdict() for report in reports],

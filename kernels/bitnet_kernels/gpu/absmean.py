@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_kernels.gpu.common import Spec
+from bitnet_kernels.gpu.common import Spec, await_inputs, launch_options
 from bitnet_kernels.gpu.exact import grid_of, magnitude, on_grid, rows_of, widen
 from bitnet_kernels.reference import EPS
 
@@ -39,6 +39,7 @@ def sum_kernel(
     """BLOCK_M rows of ``x [M, K]``: the sum of a row's magnitudes to ``sum_ptr``, fp64; where that
     is None, the scale of COUNT weights that have this sum to ``gamma_ptr``, fp32.
     ``TERMS`` is the power of 2 from K on, ``STEPS * BLOCK_K >= K``."""
+    await_inputs()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (rows < M)[:, None]
     lanes = tl.arange(0, BLOCK_K)[None, :]
@@ -81,6 +82,7 @@ def codes_kernel(
 ) -> None:
     """One tile of the codes of ``w [N, K]``, and of ``[K, N]`` unless ``transposed_ptr`` is None.
     The tile is transposed once it is int8."""
+    await_inputs()
     tiles_k = tl.cdiv(K, BLOCK_K)
     rows = (tl.program_id(0) // tiles_k).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = (tl.program_id(0) % tiles_k).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -127,6 +129,7 @@ def absmean_ternary(
             num_warps=_TILE_WARPS,
             num_stages=1,
             enable_fp_fusion=False,
+            **launch_options(weight.device),
         )
     return codes, gamma, codes_t
 
@@ -149,6 +152,7 @@ def _sum(x: Tensor, sums: Tensor | None, gamma: Tensor | None, count: int) -> No
         num_warps=rows.num_warps,
         num_stages=1,
         enable_fp_fusion=False,
+        **launch_options(x.device),
     )
 
 

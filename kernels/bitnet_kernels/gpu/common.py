@@ -3,6 +3,24 @@
 M tokens, N out_features, K in_features, P = bytes in a packed row (a quarter of K padded to 64).
 A kernel differs from the next one only in how it fills its int32 accumulators. They all take the
 same arguments (see :func:`launch`), so one launch and one description serve them all.
+
+**Dependent launch.** A step of generation is hundreds of short kernels, each of which would stand
+idle until the one before it has drained. From compute capability 9.0 on a kernel may start earlier,
+while its predecessor still runs (CUDA C++ Programming Guide, "Programmatic Dependent Launch"), so
+*every* Triton kernel of this package, also the matmuls of training, keeps one rule:
+
+* it is launched with :func:`launch_options`, and begins with :func:`await_inputs`, in every thread,
+  before its first load, store or atomic. Only parameters may be used before, and
+  :func:`prefetch_weights`, which yields no value.
+
+Then memory is read and written as if kernels ran one after the other, whatever they are. The wait
+ends when the kernel before has completed and what it wrote is visible. If that was launched early
+too, it did not complete before its own wait ended, so by induction all kernels before it have. What
+is written may be memory that they still read, for the caching allocator hands it on in the stream's
+order: hence no store before the wait either. Kernels of torch, fills and copies know of none of
+this: before them the stream waits for completion, and behind them so does the wait; an event, and
+with it another stream, is told of completion alone. A CUDA graph keeps all that, as capture turns
+the option into edges of its own kind (CUDA 12.3).
 """
 
 from typing import Any, NamedTuple
@@ -11,6 +29,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.target_info import cuda_capability_geq
 
 from bitnet_kernels.dispatch import Config
 
@@ -19,6 +39,8 @@ INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 decorated, so what Triton's own functions became when it was imported is what counts."""
 ASSEMBLY = not INTERPRETED and torch.version.hip is None
 """Whether kernels take their inline-PTX branch; the plain one runs anywhere Triton does."""
+_ASSEMBLY = tl.constexpr(ASSEMBLY)
+_PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 
 class Rescale(NamedTuple):
@@ -52,6 +74,49 @@ class Spec(NamedTuple):
     tokens: int
     weights: int
     aligned: tuple[str, ...]
+
+
+def launch_options(device: torch.device) -> dict[str, bool]:
+    """The options that every kernel is launched with on a device: ``launch_pdl``, which other
+    backends and the interpreter do not know, on CUDA from compute capability 9.0 on."""
+    if not ASSEMBLY or device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return {}
+    return {"launch_pdl": True}
+
+
+@triton.jit
+def await_inputs() -> None:
+    """Wait for the kernels before this one, then let the next one start, which waits in turn;
+    nothing where kernels are not launched early. Before this a kernel touches no memory."""
+    if _ASSEMBLY and cuda_capability_geq(9, 0):
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch_weights(
+    w_ptr: tl.tensor,
+    col: tl.tensor,
+    begin: tl.tensor,
+    N: tl.tensor,
+    LENGTH: tl.tensor,
+    BLOCK_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """Before the wait: have L2 fetch the first block of a program's weights, BLOCK elements from
+    ``begin`` on of each of BLOCK_N rows of ``w [N, LENGTH]``.
+
+    It is safe whoever writes the weights, and when: all reads and writes of memory meet in L2, and
+    a prefetch to it gives the program nothing. Lines are of 128 bytes; where rows begin within one,
+    the last of a block may be missed.
+    """
+    if _ASSEMBLY and cuda_capability_geq(9, 0):
+        LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
+        LINES: tl.constexpr = BLOCK // LINE if BLOCK > LINE else 1
+        rows = tl.minimum(col + tl.arange(0, BLOCK_N), N - 1)
+        at = tl.minimum(begin + tl.arange(0, LINES) * LINE, LENGTH - 1)
+        ptrs = w_ptr + rows[:, None] * LENGTH + at[None, :]
+        tl.inline_asm_elementwise(_PREFETCH, "=r,l", [ptrs], tl.int32, False, 1)
 
 
 @triton.jit
@@ -211,6 +276,7 @@ def launch(
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 enable_fp_fusion=False,  # an FMA would skip a rounding that the reference makes
+                **launch_options(x.device),
             )
     return y.to(dtype)
 

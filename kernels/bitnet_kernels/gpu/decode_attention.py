@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_kernels.gpu.common import INTERPRETED, Spec
+from bitnet_kernels.gpu.common import INTERPRETED, Spec, await_inputs, launch_options
 from bitnet_kernels.gpu.exact import narrow, widen
 
 MAX_SPLITS = 64
@@ -113,6 +113,7 @@ def attention_kernel(
     With one slice y is ``[B, T, H, E]``. Else it is fp32 ``[SPLITS, B * T * H, E]``, not yet
     divided by the sum; the maximum and the sum are fp32 ``[SPLITS, B * T * H]``.
     """
+    await_inputs()
     blocks = tl.cdiv(QUERIES, BLOCK_M)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     start = tl.program_id(0) % blocks * BLOCK_M
@@ -194,6 +195,7 @@ def combine_kernel(
     BLOCK_E: tl.constexpr,
 ) -> None:
     """Head ``program_id(0)`` of HEADS = B * T * H from its slices; layouts as above."""
+    await_inputs()
     head = tl.program_id(0).to(tl.int64)
     slices = tl.arange(0, BLOCK_S)
     lanes = tl.arange(0, BLOCK_E)
@@ -274,6 +276,7 @@ def decode_attention(
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=False,
+            **launch_options(q.device),
         )
         if tile.splits > 1:
             combine_kernel[(b * t * h,)](
@@ -289,6 +292,7 @@ def decode_attention(
                 num_warps=4,
                 num_stages=1,
                 enable_fp_fusion=False,
+                **launch_options(q.device),
             )
     return y
 

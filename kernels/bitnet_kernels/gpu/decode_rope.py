@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_kernels.gpu.common import Spec
+from bitnet_kernels.gpu.common import Spec, await_inputs, launch_options
 from bitnet_kernels.gpu.exact import magnitude, narrow, widen
 from bitnet_kernels.gpu.quant import codes_of, scale_of
 from bitnet_kernels.reference import EPS
@@ -66,6 +66,7 @@ def rope_append_kernel(
     """Head ``program_id(1)`` of the H queries, G keys and G values of token ``program_id(0)`` of
     ``qkv [B, T, H + 2G, E]``; ``BLOCK >= E / 2``, a power of 2. The scales are None for a cache
     that is not int8."""
+    await_inputs()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     row = token // T
@@ -134,6 +135,7 @@ def rope_append(
                 num_warps=1,
                 num_stages=1,
                 enable_fp_fusion=False,
+                **launch_options(qkv.device),
             )
     return q
 

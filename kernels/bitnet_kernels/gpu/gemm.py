@@ -18,8 +18,10 @@ import triton.language as tl
 from bitnet_kernels.dispatch import Config
 from bitnet_kernels.gpu.common import (
     Spec,
+    await_inputs,
     describe,
     finish,
+    prefetch_weights,
     program,
 )
 
@@ -67,6 +69,9 @@ def gemm_kernel(
     cols = col + tl.arange(0, BLOCK_N)[:, None]
     per_part = tl.cdiv(tl.cdiv(P, BLOCK_P), SPLIT_K) * BLOCK_P
     end = tl.minimum((part + 1) * per_part, P)
+    if PLANES == 4:  # else the weights are being unpacked
+        prefetch_weights(w_ptr, col, part * per_part, N, P, BLOCK_N, BLOCK_P)
+    await_inputs()
     # Rows and columns past the end repeat the last one, and are not stored.
     x_ptrs = x_ptr + tl.minimum(rows, M - 1) * (PLANES * P)
     w_ptrs = w_ptr + tl.minimum(cols, N - 1) * P

@@ -30,8 +30,10 @@ import triton.language as tl
 from bitnet_kernels.dispatch import Config
 from bitnet_kernels.gpu.common import (
     Spec,
+    await_inputs,
     describe,
     finish,
+    prefetch_weights,
     program,
 )
 
@@ -255,6 +257,8 @@ def gemv_kernel(
     begin = tl.minimum(part * per_part, W)
     end = tl.minimum(begin + per_part, W)
     whole = begin + (end - begin) // BLOCK_W * BLOCK_W
+    prefetch_weights(w_ptr, col, begin, N, W, BLOCK_N, BLOCK_W)
+    await_inputs()
 
     # Every group of lanes reads the same activations.
     at = begin + tl.arange(0, BLOCK_W)[None, :] + tl.zeros((GROUPS, 1), dtype=tl.int32)

@@ -17,7 +17,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bitnet_kernels.dispatch import Config, key_of, shared_limit
-from bitnet_kernels.gpu.common import Rescale, Spec, aligned, program
+from bitnet_kernels.gpu.common import (
+    Rescale,
+    Spec,
+    aligned,
+    await_inputs,
+    launch_options,
+    program,
+)
 from bitnet_kernels.gpu.exact import narrow, widen
 
 _ALIGNMENT = 16
@@ -62,6 +69,7 @@ def int8_gemm_kernel(
     """One tile of x int8 ``[M, K]`` times w int8 ``[N, K]``, rescaled in the order of
     :func:`bitnet_kernels.reference.rescale`; with ``s_ptr`` None the int32 sums themselves.
     ``EVEN_K``: K is a multiple of BLOCK_K, so loads need no mask."""
+    await_inputs()
     _, row, col, _ = program(M, N, BLOCK_M, BLOCK_N, 1)
     rows = row + tl.arange(0, BLOCK_M)
     cols = col + tl.arange(0, BLOCK_N)
@@ -125,6 +133,7 @@ def int8_gemm(config: Config, x: Tensor, w: Tensor, rescale: Rescale | None = No
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 enable_fp_fusion=False,  # an FMA would skip a rounding that the reference makes
+                **launch_options(x.device),
             )
     return y
 

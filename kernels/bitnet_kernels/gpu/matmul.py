@@ -7,7 +7,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bitnet_kernels.dispatch import LANE_COLUMNS, Config, choose, key_of
-from bitnet_kernels.gpu.common import ASSEMBLY, INTERPRETED, Rescale, aligned, launch
+from bitnet_kernels.gpu.common import (
+    ASSEMBLY,
+    INTERPRETED,
+    Rescale,
+    aligned,
+    await_inputs,
+    launch,
+    launch_options,
+)
 from bitnet_kernels.gpu.gemm import gemm_kernel
 from bitnet_kernels.gpu.gemv import gemv_kernel
 from bitnet_kernels.gpu.popcount import activation_planes, popcount_kernel
@@ -111,6 +119,7 @@ def unpack_kernel(
     BLOCK: tl.constexpr,
 ) -> None:
     """A tile of uint8 ``[N, P]`` -> int8 ``[N, 4P]``."""
+    await_inputs()
     tiles = tl.cdiv(P, BLOCK)
     rows = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     at = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -129,5 +138,15 @@ def unpack(packed: Tensor) -> Tensor:
     tiles = triton.cdiv(n, rows) * triton.cdiv(p, 512)
     if tiles:
         with torch.cuda.device_of(packed):
-            unpack_kernel[(tiles,)](packed, codes, n, p, ROWS=rows, BLOCK=512, num_warps=4)
+            unpack_kernel[(tiles,)](
+                packed,
+                codes,
+                n,
+                p,
+                ROWS=rows,
+                BLOCK=512,
+                num_warps=4,
+                enable_fp_fusion=False,
+                **launch_options(packed.device),
+            )
     return codes

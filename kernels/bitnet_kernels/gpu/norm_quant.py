@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_kernels.gpu.common import Spec
+from bitnet_kernels.gpu.common import Spec, await_inputs, launch_options
 from bitnet_kernels.gpu.exact import Rows, grid_of, magnitude, narrow, on_grid, rows_of, widen
 from bitnet_kernels.gpu.quant import codes_of, scale_of, store_tokens
 from bitnet_kernels.reference import EPS
@@ -71,6 +71,7 @@ def norm_quant_kernel(
     """BLOCK_M rows of ``x [M, K]``. INPUT: "x", "x + residual" or "relu2", other being None, the
     residual or ``up``; h (of the residual only) receives what is normed. ``TERMS`` is the power of
     2 from K on, ``STEPS * BLOCK_K >= K``."""
+    await_inputs()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (rows < M)[:, None]
     lanes = tl.arange(0, BLOCK_K)[None, :]
@@ -155,6 +156,7 @@ def launch(
                 num_warps=rows.num_warps,
                 num_stages=1,
                 enable_fp_fusion=False,
+                **launch_options(x.device),
             )
     return codes, scale, row_sum, h
 

@@ -24,8 +24,11 @@ from bitnet_kernels.dispatch import Config
 from bitnet_kernels.gpu.common import (
     INTERPRETED,
     Spec,
+    await_inputs,
     describe,
     finish,
+    launch_options,
+    prefetch_weights,
     program,
 )
 from bitnet_kernels.gpu.gemv import LANE_WORDS, quarters
@@ -165,6 +168,9 @@ def popcount_kernel(
     begin = tl.minimum(part * per_part, W)
     end = tl.minimum(begin + per_part, W)
     whole = begin + (end - begin) // BLOCK_W * BLOCK_W
+    for plane in tl.static_range(2):
+        prefetch_weights(w_ptr, col, plane * W + begin, N, 2 * W, BLOCK_N, BLOCK_W)
+    await_inputs()
 
     # Every group of lanes reads the same activations.
     at = begin + tl.arange(0, BLOCK_W)[None, :] + tl.zeros((GROUPS, 1), dtype=tl.int32)
@@ -199,6 +205,7 @@ def activation_planes_kernel(
     x_ptr: tl.tensor, planes_ptr: tl.tensor, K: tl.tensor, BLOCKS: tl.tensor, WORDS: tl.constexpr
 ) -> None:
     """32 * WORDS codes of one token to WORDS words of 8 planes."""
+    await_inputs()
     PIECES: tl.constexpr = 128 // WORDS
     piece = tl.program_id(0) % (PIECES * BLOCKS)
     row = (tl.program_id(0) // (PIECES * BLOCKS)).to(tl.int64)
@@ -221,7 +228,14 @@ def activation_planes(x_q: Tensor) -> Tensor:
     if m:
         with torch.cuda.device_of(x_q):
             activation_planes_kernel[(m * blocks * 128 // words,)](
-                x_q, planes, k, blocks, WORDS=words, num_warps=1
+                x_q,
+                planes,
+                k,
+                blocks,
+                WORDS=words,
+                num_warps=1,
+                enable_fp_fusion=False,
+                **launch_options(x_q.device),
             )
     return planes
 

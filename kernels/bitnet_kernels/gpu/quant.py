@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_kernels.gpu.common import Spec
+from bitnet_kernels.gpu.common import Spec, await_inputs, launch_options
 from bitnet_kernels.gpu.exact import Rows, magnitude, rows_of, widen
 from bitnet_kernels.reference import EPS
 
@@ -67,6 +67,7 @@ def quant_kernel(
 ) -> None:
     """BLOCK_M rows of ``x [M, K]``; outputs as in ``reference.quant``, the codes ``[M, COLUMNS]``
     with zeros from K on. ``STEPS * BLOCK_K >= COLUMNS >= K``."""
+    await_inputs()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (rows < M)[:, None]
     lanes = tl.arange(0, BLOCK_K)[None, :]
@@ -126,6 +127,7 @@ def launch(x: Tensor, columns: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]
                 num_warps=rows.num_warps,
                 num_stages=1,
                 enable_fp_fusion=False,
+                **launch_options(x.device),
             )
     return codes, scale, row_sum
 

@@ -7,9 +7,12 @@ kept in Triton's own cache (TRITON_CACHE_DIR) and, as text, for the life of the 
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -66,11 +69,13 @@ def _compile(
     signature = {name: dict(types).get(name, "i32") for name in names}
     signature |= {name: "constexpr" for name, _ in constants}
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    made = triton.compile(
-        ASTSource(kernel, signature, dict(constants), attributes),
-        target=GPUTarget("cuda", sm, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False},
-    )
+    target = GPUTarget("cuda", sm, 32)
+    with _as_if_here(target):
+        made = triton.compile(
+            ASTSource(kernel, signature, dict(constants), attributes),
+            target=target,
+            options={"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False},
+        )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(made.asm["cubin"])
@@ -84,6 +89,19 @@ def _compile(
         spill_bytes=figures["STACK"] + figures["LOCAL"],  # Triton itself puts nothing there
         shared_bytes=made.metadata.shared,
     )
+
+
+@contextmanager
+def _as_if_here(target: Any) -> Iterator[None]:
+    """What kernels ask of their target while they are compiled (``tl.target_info``) is answered by
+    the driver for the GPU that is here, if any: be that driver."""
+    from triton.runtime import driver
+
+    driver.set_active(SimpleNamespace(get_current_target=lambda: target))
+    try:
+        yield
+    finally:
+        driver.set_active(None)  # it looks for its GPU when it is asked next
 
 
 def _output(*command: str) -> str:
