@@ -1,11 +1,12 @@
 """What stands between a layer's matrices: RMSNorm, and the squared-ReLU gate of the MLP.
 
-Both are a few operations, and each of these keeps its own inputs for the backward: five tensors
-of the activations' size, where two are enough to compute the others again. At the sizes of a
-small model on a CPU these passes over memory cost as much as an integer matrix product, so they are
-written as one function each, forward and backward. The forward has the bits of the composition.
+Composed of torch's operators, each operator keeps what its own backward reads: of a norm the input
+and the normalized input, of the gate relu, relu^2 and ``up``. The inputs alone would do. At the
+sizes of a small model on a CPU, where a pass over memory costs more than an integer product's
+share of it, and touching new memory most of all, each is therefore one function whose backward
+computes the rest again, in place. The forward has the bits of the composition.
 
-Compiled code gets the plain operations: a compiler fuses them, and chooses what to keep, itself.
+Compiled code gets the plain operators: a compiler fuses them, and chooses what to keep, itself.
 """
 
 from collections.abc import Callable

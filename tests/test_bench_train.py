@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from bitnet.bench import train as bench_train
 from bitnet.bench.rows import counted, percent
-from bitnet.bench.train import Reply, Stepper, build, variant_config
+from bitnet.bench.train import Reply, Stepper, build, most_allocated, variant_config
 from bitnet.bench.train_rows import COLUMNS, as_text, figures, table
 from bitnet.config import load_config
 from bitnet.linear import BitLinear
@@ -66,8 +66,10 @@ def test_a_run_from_end_to_end(bitnet: Bitnet, tiny: Path, tmp_path: Path) -> No
         assert 0 < float(row["step_ms_p25"]) <= float(row["step_ms"]) <= float(row["step_ms_p75"])
         assert float(row["speedup_min"]) <= float(row["speedup"]) <= float(row["speedup_max"])
         assert float(row["tokens_s"]) == pytest.approx(144e3 / float(row["step_ms"]), rel=1e-6)
+        weights = 4 * int(row["parameters"])  # and gradients, and Adam's two means
+        assert 4 * weights < int(row["peak_bytes"]) < 40 * weights
         if sys.platform == "linux":
-            assert 50e6 < int(row["peak_bytes"]) < 2e9
+            assert 50e6 < int(row["resident_bytes"]) < 2e9
         # embedding 261 x 40; q, o 40 x 40; k, v 20 x 40; gate, up, down 128 x 40; norms
         assert int(row["parameters"]) == 10440 + 2 * 1600 + 1600 + 3 * 5120 + 3 * 40 + 128 + 40
         assert f"--out {out}" in row["command"]
@@ -95,9 +97,13 @@ def test_figures_by_hand(tiny: Path) -> None:
         "fp-compiled": [40, 0.5, 0.5, 0.5],
         "ours-compiled": [50, 0.25, 0.5, 0.125],
     }
-    peaks = {"fp": 100, "ours": 80, "fp-compiled": 200, "ours-compiled": None}
+    peaks = {"fp": 100, "ours": 80, "fp-compiled": 200, "ours-compiled": 250}
+    resident = {"fp": 900, "ours": None, "fp-compiled": 1000, "ours-compiled": 1100}
     replies = {
-        name: [Reply(s, s + 1, 4.0 - i, peaks[name], 2 * s) for i, s in enumerate(times)]
+        name: [
+            Reply(s, s + 1, 4.0 - i, peaks[name], resident[name], 2 * s)
+            for i, s in enumerate(times)
+        ]
         for name, times in seconds.items()
     }
     here, peak = machine.describe(torch.device("cpu")), (5e9, "by hand")
@@ -109,7 +115,8 @@ def test_figures_by_hand(tiny: Path) -> None:
     assert (ours.tokens_s, ours.joules_token) == (72, 4 / 144)
     assert (ours_compiled.base, ours_compiled.speedup) == ("fp-compiled", 2)
     assert (ours_compiled.compile_s, fp_compiled.compile_s) == (51, 41)
-    assert (ours_compiled.peak_bytes, ours_compiled.memory_ratio) == (None, None)
+    assert (ours_compiled.peak_bytes, ours_compiled.memory_ratio) == (250, 1.25)
+    assert (fp.resident_bytes, ours.resident_bytes) == (900, None)
     flops = configs["fp"].model.flops_per_token(12)
     assert ours.mfu == pytest.approx(mfu(flops, 72, 5e9))
     assert (ours.peak_flops, ours.peak_flops_source) == peak
@@ -125,7 +132,8 @@ def test_figures_by_hand(tiny: Path) -> None:
     shares = {"0.875": "| 87.5% |", "1": "| 100.0% |", "1.25": "| ~125.0% |"}
     for share, cell in shares.items():
         assert cell in table([row | {"mfu": share}])
-    assert "| 80 B |" in table([row | {"memory_ratio": ""}])
+    assert "| 80 B, 0.80x |  |" in table([row])
+    assert "| 80 B, 0.80x | 90 B |" in table([row | {"resident_bytes": "90"}])
     assert table([]) == "No figures yet."
 
 
@@ -204,3 +212,20 @@ def test_compiled_variants(bitnet: Bitnet, tiny: Path, tmp_path: Path) -> None:
         compiled = rows[f"{family}-compiled"]
         assert float(compiled["loss"]) == pytest.approx(float(rows[family]["loss"]), abs=2e-3)
         assert float(compiled["compile_s"]) > float(compiled["step_ms"]) / 1e3
+
+
+def test_the_most_that_tensors_held() -> None:
+    """By hand: 3 MB beside 2, after 1 is gone."""
+    before = torch.zeros(1 << 20)
+
+    def run() -> None:
+        one = torch.empty(1 << 20, dtype=torch.uint8)
+        two = torch.ones(2 << 20, dtype=torch.uint8)
+        del one
+        three = torch.empty(3 << 18, dtype=torch.float32)
+        before[: 1 << 10].add_(1)
+        del two, three
+        torch.empty(4 << 20, dtype=torch.uint8)
+
+    assert 5 << 20 <= most_allocated(run) < (5 << 20) + 64  # scalars are tensors too
+    assert most_allocated(lambda: None) == 0

@@ -20,7 +20,7 @@ from tests.train_bench import Bitnet, bitnet, read, tiny, variants
 
 __all__ = ["bitnet", "tiny"]  # fixtures
 Put = Callable[[str], Path]
-SPEAK = "while read line; do echo $4 >> $log; echo '[0.25, 0.5, 3.5, 1000, null]'; done"
+SPEAK = "while read line; do echo $4 >> $log; echo '[0.25, 0.5, 3.5, 1000, null, null]'; done"
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_a_signal_leaves_no_process_behind(
     expected: int,
 ) -> None:
     """Neither a worker nor what it started, as a compiler's helpers."""
-    log = worker("sleep 1000 & echo $! >> $log; read line; echo '[1, 1, 1, 1, null]'; read line")
+    log = worker("sleep 1000 & echo $! >> $log; read line; echo '[1, 1, 1, 1, null, null]'; read line")
     begun: list[Worker] = []
     ask = Worker.ask
     # A shell that starts the tests in the background has them ignore SIGINT.

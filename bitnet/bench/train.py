@@ -33,7 +33,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import DeviceType
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from bitnet.bench.worker import Worker, serve
 from bitnet.config import Config, load_config, to_toml
@@ -165,8 +167,12 @@ class Reply(NamedTuple):
     """With what goes before it on a GPU; of the first turn, with the compilation."""
     loss: float
     """Mean over the step's tokens, in nats, before the update."""
-    peak_bytes: int | None
-    """Of the step; None where the system cannot say (:func:`reset_peak_memory`)."""
+    peak_bytes: int
+    """The most that tensors held: of the step on a GPU; on a CPU, where that takes a profiler, of
+    two micro-batches beside the optimizer's state, once."""
+    resident_bytes: int | None
+    """The most that the process held resident in the step; None on a GPU, and where the system
+    cannot say (:func:`reset_peak_memory`)."""
     joules: float | None
     """Of the whole board, for the step."""
 
@@ -192,6 +198,7 @@ class Stepper:
         self.targets = tokens[:, 1:].split(train.micro_batch)
         self.meter, _ = find_meter(self.device)
         self.steps = 0
+        self.peak = 0
 
     def turn(self) -> Reply:
         """One step, timed."""
@@ -211,9 +218,26 @@ class Stepper:
         if energy is not None and seconds >= MIN_SECONDS_FOR_ENERGY:
             joules = ((self._millijoules() or 0.0) - energy) / 1e3
         peak = peak_memory(self.device) if is_reset else None
+        turn_seconds = time.perf_counter() - begun
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        return Reply(seconds, time.perf_counter() - begun, loss, peak, joules)
+            return Reply(seconds, turn_seconds, loss, peak or 0, None, joules)
+        self.peak = self.peak or self._held() + most_allocated(self._two_micro_batches)
+        return Reply(seconds, turn_seconds, loss, self.peak, peak, joules)
+
+    def _held(self) -> int:
+        """Bytes of weights, optimizer state and tokens."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.inputs]
+        for optimizer in self.optimizers.optimizers:
+            for state in optimizer.state.values():
+                tensors += [value for value in state.values() if isinstance(value, Tensor)]
+        storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}
+        return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+
+    def _two_micro_batches(self) -> None:
+        """What a step is at its most: the gradients of one are there when the next one comes."""
+        self._gradients(self.inputs[:2], self.targets[:2])
+        self.optimizers.zero_grad()
 
     def step(self) -> float:
         """The loss before the update."""
@@ -245,6 +269,26 @@ class Stepper:
             return None if self.meter is None else self.meter.millijoules()
         except Exception:  # a GPU without a counter: NVMLError, of a package that may be absent
             return None
+
+
+def most_allocated(function: Callable[[], object]) -> int:
+    """Bytes: the most that tensors on the CPU held at a time while a function ran, beyond what was
+    there before; as torch's profiler sees its allocator.
+
+    What the process holds resident is more, by what malloc keeps between blocks: a share that
+    differs from run to run by a twentieth.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        function()
+    assert recorded.profiler is not None
+    assert recorded.profiler.kineto_results is not None
+    held = most = 0
+    events = recorded.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 def _start(variant: str, config: Config, folder: Path) -> Worker:

@@ -61,10 +61,12 @@ class Row:
     """Of ``peak_flops``; by the twin's operations, whatever they are computed with."""
     peak_flops: float
     peak_flops_source: str
-    peak_bytes: int | None
-    """Of a step: what tensors held on a GPU, what the process held (CPU)."""
-    memory_ratio: float | None
+    peak_bytes: int
+    """Of a step: the most that tensors held."""
+    memory_ratio: float
     """To the base's."""
+    resident_bytes: int | None
+    """Of a step on a CPU: the most that the process held."""
     loss: float
     """At the last step, in nats a token, before its update."""
     compile_s: float | None
@@ -105,7 +107,7 @@ def figures(
     some = next(iter(configs.values()))
     tokens = some.train.micro_batch * some.data.seq_len
     timed = {name: list(turns[warmup:]) for name, turns in replies.items()}
-    peaks = {name: _most([turn.peak_bytes for turn in turns]) for name, turns in timed.items()}
+    peaks = {name: max(turn.peak_bytes for turn in turns) for name, turns in timed.items()}
     common: dict[str, Any] = {
         "model": label,
         "parameters": some.model.num_parameters()["total"],
@@ -135,7 +137,7 @@ def figures(
         seconds = [turn.seconds for turn in turns]
         tokens_s = some.train.batch_tokens / statistics.median(seconds)
         joules = [turn.joules for turn in turns if turn.joules is not None]
-        mine, theirs = peaks[name], peaks[base]
+        resident = [turn.resident_bytes for turn in turns if turn.resident_bytes is not None]
         rows.append(
             Row(
                 **common,
@@ -150,8 +152,9 @@ def figures(
                 speedup_min=min(ratios),
                 speedup_max=max(ratios),
                 mfu=mfu(some.model.flops_per_token(some.data.seq_len), tokens_s, peak[0]),
-                peak_bytes=mine,
-                memory_ratio=mine / theirs if mine and theirs else None,
+                peak_bytes=peaks[name],
+                memory_ratio=peaks[name] / peaks[base],
+                resident_bytes=max(resident) if resident else None,
                 loss=turns[-1].loss,
                 compile_s=replies[name][0].turn_seconds if name.endswith(COMPILED) else None,
                 joules_token=statistics.median(joules) / some.train.batch_tokens
@@ -160,11 +163,6 @@ def figures(
             )
         )
     return rows
-
-
-def _most(peaks: list[int | None]) -> int | None:
-    known = [peak for peak in peaks if peak is not None]
-    return max(known) if known else None
 
 
 def as_text(row: Row) -> Figures:
@@ -197,13 +195,10 @@ def _section(rows: Sequence[Figures]) -> str:
         f"{counted(int(one['steps']), 'step')}; torch {distinct(rows, 'torch')}, {origin(rows)}",
         "",
         "| variant | step, ms (quartiles) | tokens/s | speedup (range) | over | MFU | peak memory "
-        "| loss | first step |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| process | loss | first step |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        memory = human(int(row["peak_bytes"]), "B") if row["peak_bytes"] else ""
-        if row["memory_ratio"]:
-            memory += f", {float(row['memory_ratio']):.2f}x"
         ms, low, high = (float(row[f"step_ms{part}"]) for part in ("", "_p25", "_p75"))
         speedup, least, most = (float(row[f"speedup{part}"]) for part in ("", "_min", "_max"))
         cells = [
@@ -213,7 +208,8 @@ def _section(rows: Sequence[Figures]) -> str:
             f"{speedup:.2f} ({least:.2f} to {most:.2f})",
             row["base"],
             percent(float(row["mfu"]), 1),
-            memory,
+            f"{human(int(row['peak_bytes']), 'B')}, {float(row['memory_ratio']):.2f}x",
+            human(int(row["resident_bytes"]), "B") if row["resident_bytes"] else "",
             f"{float(row['loss']):.4f}",
             f"{float(row['compile_s']):.0f} s" if row["compile_s"] else "",
         ]
