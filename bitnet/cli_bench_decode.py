@@ -149,9 +149,10 @@ def decode_command(
     a case is done: Ctrl-C loses one at most, and the same command goes on where it was. What is in
     the file already, measured by the same sources, is shown and not measured again.
 
-    ours-auto is what `bitnet generate` does; -dot and -addsub force a kernel on a GPU. twin is
-    the same shape with nn.Linear layers in the same engine. transformers is generate() of its
-    BitNet class (autobitlinear) on the same ternary weights, greedy.
+    ours-auto is what `bitnet generate` does; -dot and -addsub force a kernel on a GPU, -bf16-head
+    is --head bf16 on a CPU. twin is the same shape with nn.Linear layers in the same engine.
+    transformers is generate() of its BitNet class (autobitlinear) on the same ternary weights,
+    greedy.
 
     On a GPU: bitnet bench decode --size 700m --size 2b --size 8b
     """

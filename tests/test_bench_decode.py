@@ -12,7 +12,14 @@ from bitnet.bench import decode as bench_decode
 from bitnet.bench import decode_table as tables
 from bitnet.bench.decode import Inexact, fitting, held_bytes, refusals
 from bitnet.bench.decode_table import Outcome, Subject
-from bitnet.bench.decode_worker import Case, Turn, as_transformers, prompts_of, random_model
+from bitnet.bench.decode_worker import (
+    Case,
+    EngineRunner,
+    Turn,
+    as_transformers,
+    prompts_of,
+    random_model,
+)
 from bitnet.bench.rows import merge
 from bitnet.linear import TernaryLinear
 from bitnet.model import ModelConfig
@@ -102,6 +109,17 @@ def test_who_cannot_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Triton is not installed" in no["ours-addsub"]
     assert "transformers is not installed" in no["transformers-fp32"]
     assert not set(no) & {"ours-auto", "twin-fp32", "twin-bf16"}
+    assert "in bf16" in no["ours-bf16-head"]
+
+
+def test_a_head_of_fewer_bits_is_another_contender() -> None:
+    heads = {}
+    for name in ("ours-auto", "ours-bf16-head"):
+        runner = EngineRunner(job(name), Case(1, 4, 2), None)
+        heads[name] = runner.memory()["head"]
+        assert runner.generate([[1, 2, 3, 4]], 2).tokens[0]
+    assert heads["ours-bf16-head"] == 2 * tiny().vocab_size * tiny().d_model
+    assert heads["ours-auto"] != heads["ours-bf16-head"]
 
 
 def test_what_does_not_fit_is_left_out_by_importance() -> None:
@@ -223,6 +241,7 @@ def test_without_opponents_there_are_no_ratios() -> None:
 def test_kernels_of_ours_must_choose_the_same_tokens() -> None:
     same, other = turns((1, 1))[0], turns((1, 1))[0]._replace(tokens=[[1, 2, 3], [4, 5, 7]])
     bench_decode._check_tokens({"ours-auto": same, "ours-dot": same, "twin-fp32": other})
+    bench_decode._check_tokens({"ours-auto": same, "ours-bf16-head": other})  # it rounds
     with pytest.raises(Inexact, match="ours-dot and ours-auto chose different tokens"):
         bench_decode._check_tokens({"ours-auto": same, "ours-dot": other})
 

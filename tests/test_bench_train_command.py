@@ -183,7 +183,9 @@ def test_a_signal_leaves_no_process_behind(
     expected: int,
 ) -> None:
     """Neither a worker nor what it started, as a compiler's helpers."""
-    log = worker("sleep 1000 & echo $! >> $log; read line; echo '[1, 1, 1, 1, null, null]'; read line")
+    log = worker(
+        "sleep 1000 & echo $! >> $log; read line; echo '[1, 1, 1, 1, null, null]'; read line"
+    )
     begun: list[Worker] = []
     ask = Worker.ask
     # A shell that starts the tests in the background has them ignore SIGINT.

@@ -27,7 +27,15 @@ from typing import Any
 import torch
 
 from bitnet.bench.decode_table import Outcome
-from bitnet.bench.decode_worker import CONTENDERS, STATIC, Case, Job, Turn, unfit_for_transformers
+from bitnet.bench.decode_worker import (
+    BF16_HEAD,
+    CONTENDERS,
+    STATIC,
+    Case,
+    Job,
+    Turn,
+    unfit_for_transformers,
+)
 from bitnet.bench.worker import Worker
 from bitnet.model import ModelConfig
 
@@ -87,6 +95,8 @@ def refusals(names: Sequence[str], device: torch.device, config: ModelConfig) ->
                 found[name] = "a CPU has no such kernel; its int8 product is ours-auto"
             elif find_spec("triton") is None:
                 found[name] = "Triton is not installed"
+        if name == BF16_HEAD and device.type == "cuda":
+            found[name] = "on a GPU the head of every contender is in bf16"
         if name.startswith("transformers"):
             missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
             if missing:
@@ -103,6 +113,8 @@ def held_bytes(job: Job, config: ModelConfig, cases: Sequence[Case]) -> int:
     if job.family == "ours":
         on_gpu = job.device.startswith("cuda")
         each = 0.25 * (3 if job.kernel == "addsub" else 2) if on_gpu else 1.25
+    if job.contender == BF16_HEAD:
+        sizes["total"] += config.vocab_size * config.d_model // 2  # beside the embedding in fp32
     cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * width
     columns = max(case.batch * (case.prompt + case.new) for case in cases)
     weights = sizes["matrices"] * each + (sizes["total"] - sizes["matrices"]) * width
@@ -194,7 +206,8 @@ class Inexact(RuntimeError):
 
 
 def _check_tokens(turns: Mapping[str, Turn]) -> None:
-    ours = {name: turn.tokens for name, turn in turns.items() if name.startswith("ours")}
+    exact = [name for name in turns if name.startswith("ours") and name != BF16_HEAD]
+    ours = {name: turns[name].tokens for name in exact}
     first = next(iter(ours), "")
     for name, tokens in ours.items():
         if tokens != ours[first]:

@@ -1,6 +1,7 @@
 """One contender of ``bitnet bench decode``: a model, and a process that generates when told to.
 
     ours-auto, ours-dot, ours-addsub     packed ternary layers in bitnet's Engine, by kernel
+    ours-bf16-head                       the same on a CPU, with the head in bf16
     twin-fp32, twin-bf16                 nn.Linear layers of the same shape in the same Engine
     transformers-fp32, -bf16             generate() of BitNetForCausalLM on the ternary weights
     transformers-bf16-static             the same with its static cache
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.bench.worker import serve
+from bitnet.engine.decoder import HeadDtype
 from bitnet.engine.engine import Engine
 from bitnet.export.folder import load_model
 from bitnet.linear import BitLinear, Kernel, RMSNorm, TernaryLinear, pack, replace_modules
@@ -36,10 +38,12 @@ from bitnet.schema import UserError
 from bitnet.throughput import peak_memory, reset_peak_memory
 from bitnet_kernels.bench.machine import Meter, find_meter
 
+BF16_HEAD = "ours-bf16-head"
 CONTENDERS = (
     "ours-auto",
     "ours-dot",
     "ours-addsub",
+    BF16_HEAD,
     "twin-bf16",
     "transformers-bf16",
     "transformers-bf16-static",
@@ -90,6 +94,11 @@ class Job:
         """Of packed layers; an int8 product on a CPU, whatever its name."""
         kernels: dict[str, Kernel] = {"ours-dot": "dot", "ours-addsub": "addsub"}
         return kernels.get(self.contender, "auto")
+
+    @property
+    def head(self) -> HeadDtype:
+        """Of our engine: a CPU keeps the model's dtype unless it is told otherwise."""
+        return "bf16" if self.contender == BF16_HEAD else "auto"
 
     def model(self, max_seq_len: int) -> Transformer:
         """The model that is generated from; transformers' is made from it."""
@@ -252,7 +261,11 @@ class EngineRunner:
     def __init__(self, job: Job, case: Case, meter: Meter | None) -> None:
         model = job.model(case.prompt + case.new)
         self.engine = Engine(
-            model, max_batch=case.batch, max_len=case.prompt + case.new, kernel=job.kernel
+            model,
+            max_batch=case.batch,
+            max_len=case.prompt + case.new,
+            head=job.head,
+            kernel=job.kernel,
         )
         self._meter = meter
 
