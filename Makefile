@@ -14,7 +14,7 @@ RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 QUICK := runs/quickstart/model
 
-.PHONY: help quickstart test lint types format clean
+.PHONY: help quickstart test gpu lint types format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,16 @@ quickstart: $(RUN)  ## train a small ternary model on a CPU in minutes, pack it,
 
 test: $(DEV)  ## run the tests (about 6 minutes on 2 cores)
 	$(BIN)/pytest -n auto --dist loadfile
+
+gpu: $(DEV)  ## check everything on a GPU, then measure everything (docs/gpu.md)
+	@$(BIN)/python -c 'import sys, torch; \
+	  torch.cuda.is_available() or sys.exit("error: torch %s finds no GPU here" % torch.__version__); \
+	  print(torch.cuda.get_device_name(), "compute capability %d.%d" % torch.cuda.get_device_capability(), sep=", ")'
+	$(BIN)/pytest tests/test_on_device_*.py -x -q -n 4
+	$(BIN)/bitnet bench kernels --all
+	$(BIN)/bitnet bench train --size 350m --size 1b
+	$(BIN)/bitnet bench decode --size 700m --size 2b --size 8b --prompt 128 --prompt 2048
+	$(BIN)/bitnet bench report
 
 lint: $(DEV)  ## check style and format
 	$(BIN)/ruff check .
