@@ -138,11 +138,11 @@ def kernels_command(
     for line in filter(None, [*missing(asked.kernels, target), why]):
         say(console, line)
     choice = asked.choice(target.type, everything, quick)
-    _measure(console, path, kept, Bench(here, choice, meter=meter, say=console.print))
+    _measure(console, path, kept, Bench(here, choice, meter=meter, say=partial(say, console)))
     if estimate or (estimate is None and target.type != "cuda"):
         aside = path.with_name(ESTIMATES)
         _estimate(console, aside, archs, asked.choice("cuda", everything, quick))
-    console.print(f"figures: {path}; tables and plots: bitnet bench report", highlight=False)
+    say(console, f"figures: {path}; tables and plots: bitnet bench report")
 
 
 class _Asked(NamedTuple):
@@ -247,7 +247,7 @@ def _measure(console: Console, path: Path, kept: list[rows.Row], bench: Bench) -
             kept = rows.merge(kept, new)
             rows.write(path, kept)
             is_begun = True
-            console.print(_line(group, new), highlight=False)
+            say(console, _line(group, new))
             bar.advance(task)
 
 
@@ -282,11 +282,11 @@ def _estimate(console: Console, path: Path, archs: tuple[str, ...], choice: Choi
                 estimating.estimates(archs, choice.shapes, choice.tokens, choice.kernels, common)
             )
     except estimating.Unavailable as reason:
-        console.print(str(reason), highlight=False)
+        say(console, str(reason))
         return
     old = [row for row in _read(path) if row.code == common["code"]]  # others are of other kernels
     rows.write(path, rows.merge(old, new))
-    console.print(f"estimates: {path}, {len(new)} rows, nothing was run", highlight=False)
+    say(console, f"estimates: {path}, {len(new)} rows, nothing was run")
 
 
 @app.command("tune")
@@ -332,7 +332,7 @@ def tune_command(
             bar.stop()
             print(f"error: {error}; what went before is kept", file=sys.stderr)
             raise typer.Exit(1) from error
-    console.print(f"tuned: {path}", highlight=False)
+    say(console, f"tuned: {path}")
 
 
 @app.command("report")
@@ -360,9 +360,9 @@ def report_command(
     except ValueError as error:
         raise UserError(str(error)) from error
     for name in stale:
-        console.print(f"{name}: {'stale; run bitnet bench report' if check else 'written'}")
+        say(console, f"{name}: {'stale; run bitnet bench report' if check else 'written'}")
     if not stale:
-        console.print("every table is up to date")
+        say(console, "every table is up to date")
     elif check:
         raise typer.Exit(1)
 
@@ -407,7 +407,7 @@ def _draw(console: Console, folder: Path, figures: list[rows.Row]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        console.print('no plots: they need matplotlib (pip install -e ".[plots]")', markup=False)
+        say(console, 'no plots: they need matplotlib (pip install -e ".[plots]")')
         return
     for view in report.views(figures, "measured") + report.views(figures, "estimate"):
         shapes = [shape for shape in view.shapes() if shape in GOALS] or view.shapes()[-4:]

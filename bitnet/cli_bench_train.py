@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Annotated, NamedTuple
 
 import torch
@@ -185,8 +186,16 @@ def train_command(
 
 
 def results_path(out: str, name: str) -> Path:
-    """The file that was named, else ``name`` beside the published figures or here."""
-    return Path(out) if out else (RESULTS if RESULTS.is_dir() else Path()) / name
+    """The file that was named, else ``name`` beside the published figures or here; its folder is
+    made. UserError where nothing can be written there: not after hours of measuring."""
+    path = Path(out) if out else (RESULTS if RESULTS.is_dir() else Path()) / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-"):
+            pass
+    except OSError as error:
+        raise UserError(f"--out: cannot write {path}: {error.strerror}") from error
+    return path
 
 
 def valid_names(option: str, names: Sequence[str], valid: Sequence[str]) -> list[str]:
@@ -292,7 +301,7 @@ def progress(console: Console) -> Progress:
     """The bar of every benchmark. The rest of the time is estimated over an hour, since a step may
     take longer than the half minute that is usual."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -6,38 +6,56 @@ sizes of a small model on a CPU, where a pass over memory costs more than an int
 share of it, and touching new memory most of all, each is therefore one function whose backward
 computes the rest again, in place. The forward has the bits of the composition.
 
-Compiled code gets the plain operators: a compiler fuses them, and chooses what to keep, itself.
+That is for plain training: gradients, eager, in reverse. All else (no gradients, torch.compile,
+torch.func, forward mode, tracing) gets the composition, and so do gradients of gradients. Only
+batches of gradients (``is_grads_batched=True``) cannot be told from single ones, and are an error.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm over the last axis (arXiv 1910.07467), ``x / sqrt(mean(x^2) + eps) * weight``,
-    that computes in fp32 and returns the dtype of its input (torch's own mixes dtypes, with a
-    warning, where an autocast layer hands bf16 to an fp32 weight)."""
+    """nn.RMSNorm (arXiv 1910.07467), ``x / sqrt(mean(x^2) + eps) * weight``, that computes in fp32
+    and returns the dtype of its input (torch's own mixes dtypes, with a warning, where an autocast
+    layer hands bf16 to an fp32 weight)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """float ``[..., features]`` -> the same shape and dtype."""
-        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            y: Tensor = _RMSNorm.apply(x, self.weight, eps)[0]
+        weight, eps = self.weight, self.eps
+        if eps is None:
+            eps = torch.finfo(torch.float32).eps
+        # A GPU's own operator is fused already.
+        if x.device.type == "cpu" and _trains(x, weight) and x.shape[-1:] == weight.shape:
+            y: Tensor = _RMSNorm.apply(x, weight, eps)[0]
             return y
-        return _rms_norm(x, self.weight, eps)
+        return _rms_norm(x, weight, eps)
 
 
 def relu2_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """``relu(gate)^2 * up`` (the gate of BitNet 2B4T, arXiv 2504.12285), of floats of one shape."""
-    if torch.compiler.is_compiling():
-        return _relu2_mul(gate, up)
-    y: Tensor = _Relu2Mul.apply(gate, up)
-    return y
+    """``relu(gate)^2 * up`` (the gate of BitNet 2B4T, arXiv 2504.12285), of floats."""
+    if _trains(gate, up) and gate.shape == up.shape:
+        y: Tensor = _Relu2Mul.apply(gate, up)
+        return y
+    return _relu2_mul(gate, up)
+
+
+def _trains(*inputs: Tensor) -> bool:
+    """Whether this is plain training: a gradient is wanted, and nothing transforms what runs."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    if not any(tensor.requires_grad for tensor in inputs):
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    forward_mode = forward_ad._current_level >= 0
+    return not (tracing or forward_mode or any(tensor.is_inference() for tensor in inputs))
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -46,13 +64,11 @@ class _RMSNorm(torch.autograd.Function):
     y = n w      dx = r (g - n mean(g n))      dw = sum over tokens of dy n
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         wide = _wide(x)
         r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-        return (wide * r).mul_(weight).to(x.dtype), r
+        return (wide * r).mul_(weight.to(wide.dtype)).to(x.dtype), r
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -64,24 +80,23 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, r = ctx.saved_tensors
         if torch.is_grad_enabled():
-            norm = partial(_rms_norm, eps=ctx.eps)
-            return *_differentiable_gradients(norm, (x, weight), dy), None
-        dy, k = _wide(dy), x.shape[-1]
+            eps = ctx.eps
+            return *_gradients(lambda x, w: _rms_norm(x, w, eps), (x, weight), dy), None
+        dy, wide_weight = dy.to(r.dtype), weight.to(r.dtype)
         n = _wide(x) * r
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = dy * weight
-            mean = torch.linalg.vecdot(dx, n).div_(k).unsqueeze(-1)
+            dx = dy * wide_weight
+            with torch.autocast("cpu", enabled=False):  # which takes vecdot for a matrix product
+                mean = torch.linalg.vecdot(dx, n).div_(x.shape[-1]).unsqueeze(-1)
             dx = dx.addcmul_(n, mean, value=-1).mul_(r).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            dw = n.mul_(dy).reshape(-1, k).sum(0).to(weight.dtype)
+            dw = n.mul_(dy).sum_to_size(weight.shape).to(weight.dtype)
         return dx, dw, None
 
 
 class _Relu2Mul(torch.autograd.Function):
     """dgate = 2 relu(gate) up dy, dup = relu(gate)^2 dy."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -96,23 +111,26 @@ class _Relu2Mul(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _differentiable_gradients(_relu2_mul, (gate, up), dy)
+            return _gradients(_relu2_mul, (gate, up), dy)
         relu = F.relu(gate)
         dgate = (dy * up).mul_(relu).mul_(2)
+        # 0 where the gate is shut, whatever ``up`` is: 0 * inf is NaN
+        torch.ops.aten.threshold_backward.grad_input(dgate, relu, 0, grad_input=dgate)
         return dgate.to(gate.dtype), relu.mul_(relu).mul_(dy).to(up.dtype)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dtype == weight.dtype:
         return F.rms_norm(x, weight.shape, weight, eps)
-    return F.rms_norm(_wide(x), weight.shape, _wide(weight), eps).to(x.dtype)
+    wide = _wide(x)
+    return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)
 
 
 def _relu2_mul(gate: Tensor, up: Tensor) -> Tensor:
     return F.relu(gate).square() * up
 
 
-def _differentiable_gradients(
+def _gradients(
     composition: Callable[..., Tensor], inputs: tuple[Tensor, ...], dy: Tensor
 ) -> tuple[Tensor, ...]:
     """By torch's own operators, whose gradients have gradients (``create_graph=True``)."""

@@ -156,6 +156,76 @@ def test_what_is_kept_for_the_backward() -> None:
     assert saved_bytes(lambda: torch_relu2_mul(x, up), [x, up]) == 2 * one
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_backward_inside_of_autocast_is_not_rounded(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm, x, up = norm_of(256, torch.float32), torch.randn(16, 256, requires_grad=True), 2.0
+    dy = x.detach() * 65536  # as a scaled loss has it: sums beyond fp16
+    with torch.autocast("cpu", dtype):
+        ours = torch.autograd.grad(relu2_mul(norm(x), up + x), [x, norm.weight], dy)
+    theirs = torch.autograd.grad(torch_relu2_mul(torch_norm(x, norm), up + x), [x, norm.weight], dy)
+    assert all(gradient.isfinite().all() for gradient in ours)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).norm() < 1e-5 * other.norm()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+def test_transforms_get_the_composition() -> None:
+    torch.manual_seed(0)
+    norm, x, v = norm_of(4, torch.float32), torch.randn(3, 4), torch.randn(3, 4)
+
+    def function(x: Tensor) -> Tensor:
+        return relu2_mul(norm(x), x)
+
+    def theirs(x: Tensor) -> Tensor:
+        return torch_relu2_mul(torch_norm(x, norm), x)
+
+    for ours, expected in (
+        (torch.func.jvp(function, (x,), (v,))[1], torch.func.jvp(theirs, (x,), (v,))[1]),
+        (torch.func.jacrev(function)(x), torch.func.jacrev(theirs)(x)),
+        (torch.func.jacfwd(function)(x), torch.func.jacfwd(theirs)(x)),
+    ):
+        assert torch.equal(ours, expected)
+    weights = torch.randn(5, 4)
+    many = torch.func.vmap(lambda w: torch.func.functional_call(norm, {"weight": w}, (x,)))(weights)
+    torch.testing.assert_close(many[2], F.rms_norm(x, (4,), weights[2], 1e-5))
+    with torch.inference_mode():
+        made = torch.randn(3, 4)
+    norm(made).sum().backward()  # to the weight: what is made for inference cannot be kept
+    assert norm.weight.grad is not None
+
+
+def test_other_shapes_are_torchs() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, requires_grad=True)
+    two = RMSNorm((3, 4), 1e-5)  # type: ignore[arg-type]
+    nn.init.normal_(two.weight)
+    assert torch.equal(two(x), F.rms_norm(x, (3, 4), two.weight, 1e-5))
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        RMSNorm(1)(x)
+    none = RMSNorm(0)
+    none(torch.zeros(3, 0, requires_grad=True)).sum().backward()
+    gate, up = torch.randn(4, requires_grad=True), torch.randn(3, 4)
+    (ours,) = torch.autograd.grad(relu2_mul(gate, up).sum(), gate)
+    torch.testing.assert_close(ours, (2 * F.relu(gate) * up).sum(0))
+
+
+def test_a_norm_without_eps_has_that_of_fp32() -> None:
+    x = torch.full((2, 4), 1e-4, requires_grad=True)
+    for norm in (RMSNorm(4), RMSNorm(4).requires_grad_(False)):
+        with torch.no_grad():
+            plain = norm(x)
+        assert torch.equal(norm(x), plain)
+        assert torch.equal(plain, F.rms_norm(x, (4,), norm.weight, torch.finfo(torch.float32).eps))
+
+
+def test_a_shut_gate_passes_no_gradient() -> None:
+    gate = torch.tensor([-1.0, 0.0, 2.0], requires_grad=True)
+    up = torch.tensor([torch.inf, torch.nan, 3.0])
+    (gradient,) = torch.autograd.grad(relu2_mul(gate, up).sum(), gate)
+    assert gradient.tolist() == [0.0, 0.0, 12.0]
+
+
 def test_compiled_gives_the_same_gradients() -> None:
     torch.manual_seed(0)
     norm, x, up = norm_of(32, torch.float32), torch.randn(6, 32, requires_grad=True), torch.ones(32)

@@ -121,7 +121,7 @@ def test_matmul_is_exact(m: int, n: int, k: int) -> None:
     for got in (
         int8_matmul(a, b),
         int8_matmul(a.t().contiguous().t(), b.t().contiguous().t()),
-        reference._fp32_matmul(a, b, 2**24 // 128**2),
+        reference.fp32_matmul(a, b, 2**24 // 128**2),
     ):
         assert got.dtype == torch.int32
         assert torch.equal(got, want)
@@ -134,7 +134,7 @@ def test_matmul_under_autocast() -> None:
     a, b = any_int8(20, 900), any_int8(9, 900)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(int8_matmul(a, b), int64_product(a, b))
-        assert torch.equal(reference._fp32_matmul(a, b, 1024), int64_product(a, b))
+        assert torch.equal(reference.fp32_matmul(a, b, 1024), int64_product(a, b))
 
 
 OLDER_CPU = """

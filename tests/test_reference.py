@@ -31,7 +31,7 @@ def test_products_are_exact(m: int, n: int, k: int) -> None:
     want = int64_product(x_q, codes)
     for got in (
         reference.int8_matmul(x_q, codes),
-        reference._fp32_matmul(x_q, codes, 2**24 // 128),
+        reference.fp32_matmul(x_q, codes, 2**24 // 128),
         reference.ternary_matmul(x_q, pack_ternary(codes)),
         reference.int8_matmul(x_q.t().contiguous().t(), codes.t().contiguous().t()),
     ):
@@ -47,7 +47,7 @@ def test_products_beyond_fp32(value: int) -> None:
     codes[1] = -1
     want = torch.tensor([value, -value, value], dtype=torch.int32).mul(140_001).expand(2, 3)
     assert torch.equal(reference.int8_matmul(x_q, codes), want)
-    assert torch.equal(reference._fp32_matmul(x_q, codes, 2**24 // 128), want)
+    assert torch.equal(reference.fp32_matmul(x_q, codes, 2**24 // 128), want)
 
 
 def test_empty_products() -> None:

@@ -129,6 +129,11 @@ class ModelPlan:
             block = _require(name, block, Block)
             attention = _require(f"{name}.self_attn", block.self_attn, Attention)
             mlp = _require(f"{name}.mlp", block.mlp, MLP)
+            if mlp.activation != model.config.activation:
+                raise ValueError(
+                    f"{name}.mlp.activation: expected {model.config.activation!r}, the model's, "
+                    f"got {mlp.activation!r}"
+                )
             layers.append(
                 LayerPlan(
                     input_norm=_norm(f"{name}.input_layernorm", block.input_layernorm),
@@ -232,7 +237,7 @@ def _require(name: str, module: nn.Module, kind: type[_M]) -> _M:
     """The module, if its forward is that of ``kind`` and nothing is hooked to it."""
     same = isinstance(module, kind) and all(
         getattr(type(module), name, None) is getattr(kind, name, None) and name not in vars(module)
-        for name in ("forward", "hidden")
+        for name in ("__call__", "forward", "hidden")
     )
     if not isinstance(module, kind) or not same or hooked(module):
         raise ValueError(

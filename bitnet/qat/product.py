@@ -53,11 +53,14 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     Returns:
         ``[..., M, N]`` int32; int64 where K > 33025, where zero points could overflow int32.
     """
+    if a.device.type == "cuda" and a.dim() > 2:
+        return torch.stack([int_matmul(*pair) for pair in zip(a, b, strict=True)])
+    matmul = reference.int8_matmul if a.device.type == "cuda" else reference.fp32_matmul
     dtype = torch.int32 if a.shape[-1] <= _INT32_K else torch.int64
     slices = zip(a.split(_INT32_K, -1), b.split(_INT32_K, -1), strict=True)
-    acc = reference.any_int8_matmul(*next(slices)).to(dtype)
+    acc = matmul(*next(slices)).to(dtype)
     for a_k, b_k in slices:
-        acc += reference.any_int8_matmul(a_k, b_k)
+        acc = acc + matmul(a_k, b_k)
     return acc
 
 

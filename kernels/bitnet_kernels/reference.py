@@ -20,7 +20,7 @@ EPS = 1e-5
 """Lower clamp of the statistic (max|x| or mean|W|), not of the scale."""
 _TERNARY_EXACT_K = 2**24 // 128
 """fp32 sums of |x_q * code| <= 128 are exact integers up to 2^24: up to this K."""
-_INT8_EXACT_K = 2**24 // 128**2
+INT8_EXACT_K = 2**24 // 128**2
 """The same of products of any two int8 values."""
 
 
@@ -77,28 +77,20 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
         a = pad(a, (0, k_pad, 0, max(0, 17 - m)))
         b = pad(b, (0, k_pad, 0, -n % 8))
         return torch._int_mm(a, b.t())[:m, :n]
-    return _fp32_matmul(a, b, _TERNARY_EXACT_K)
+    return fp32_matmul(a, b, _TERNARY_EXACT_K)
 
 
 def any_int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Exact ``a @ b.mT`` of any values: int8 ``[..., M, K]`` and ``[..., N, K]`` with the same
-    leading dimensions, K < 2^17 so that int32 holds every sum of products up to 128^2, -> int32
-    ``[..., M, N]``.
+    """Exact ``a @ b.T`` of any values: int8 ``[M, K]`` and ``[N, K]``, K < 2^17 so that int32 holds
+    every sum of products up to 128^2, -> int32 ``[M, N]``.
 
-    As :func:`int8_matmul` on CUDA, and on a CPU where oneDNN adds products in int32; elsewhere, for
-    batches on a CPU and in compiled code, which cannot ask, an fp32 product in slices of K.
+    As :func:`int8_matmul` on CUDA, and on a CPU where oneDNN adds products in int32; elsewhere
+    :func:`fp32_matmul`.
     """
     kind = a.device.type
-    if kind == "cuda" and a.dim() > 2:
-        pairs = zip(a.flatten(0, -3), b.flatten(0, -3), strict=True)
-        products = [int8_matmul(*pair) for pair in pairs]
-        return torch.stack(products).unflatten(0, a.shape[:-2])
-    if kind == "cuda":
+    if kind == "cuda" or (kind == "cpu" and int_mm_takes_any_int8()):
         return int8_matmul(a, b)
-    asks = kind == "cpu" and a.dim() == 2 and not torch.compiler.is_compiling()
-    if asks and int_mm_takes_any_int8():
-        return int8_matmul(a, b)
-    return _fp32_matmul(a, b, _INT8_EXACT_K)
+    return fp32_matmul(a, b)
 
 
 @cache
@@ -109,7 +101,7 @@ def int_mm_takes_any_int8() -> bool:
     if not torch.cpu._is_vnni_supported():
         return False
     a = torch.tensor([[127], [-128]], dtype=torch.int8, device="cpu").repeat(32, 256)
-    return torch.equal(torch._int_mm(a, a.t()), _fp32_matmul(a, a, _INT8_EXACT_K))
+    return torch.equal(torch._int_mm(a, a.t()), fp32_matmul(a, a))
 
 
 def _row_major(matrix: Tensor) -> Tensor:
@@ -120,12 +112,14 @@ def _row_major(matrix: Tensor) -> Tensor:
     return matrix.new_empty(matrix.shape).copy_(matrix)
 
 
-def _fp32_matmul(a: Tensor, b: Tensor, exact_k: int) -> Tensor:
-    """In slices of ``exact_k`` columns, out of autocast: its dtypes cannot hold the sums."""
-    acc = a.new_zeros((*a.shape[:-1], b.shape[-2]), dtype=torch.int32)
+def fp32_matmul(a: Tensor, b: Tensor, exact_k: int = INT8_EXACT_K) -> Tensor:
+    """Exact ``a @ b.mT`` of int8 ``[..., M, K]`` and ``[..., N, K]`` -> int32 ``[..., M, N]``: fp32
+    products in slices of ``exact_k`` columns, as many as are exact, out of autocast, whose dtypes
+    cannot hold the sums. It asks nothing of the CPU, so it can be traced and transformed."""
+    acc = a.new_zeros((), dtype=torch.int32)
     with torch.autocast(a.device.type, enabled=False):
         for a_k, b_k in zip(a.split(exact_k, -1), b.split(exact_k, -1), strict=True):
-            acc += (a_k.float() @ b_k.float().mT).to(torch.int32)
+            acc = acc + (a_k.float() @ b_k.float().mT).to(torch.int32)
     return acc
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -91,17 +92,23 @@ def _compile(
     )
 
 
+_DRIVER = Lock()
+
+
 @contextmanager
 def _as_if_here(target: Any) -> Iterator[None]:
     """What kernels ask of their target while they are compiled (``tl.target_info``) is answered by
-    the driver for the GPU that is here, if any: be that driver."""
+    the driver for the GPU that is here, if any: be that driver, for one compilation at a time. (A
+    kernel must not be launched meanwhile.)"""
     from triton.runtime import driver
 
-    driver.set_active(SimpleNamespace(get_current_target=lambda: target))
-    try:
-        yield
-    finally:
-        driver.set_active(None)  # it looks for its GPU when it is asked next
+    with _DRIVER:
+        before = driver._active
+        driver.set_active(SimpleNamespace(get_current_target=lambda: target))
+        try:
+            yield
+        finally:
+            driver.set_active(before)
 
 
 def _output(*command: str) -> str:
