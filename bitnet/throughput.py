@@ -107,7 +107,7 @@ def busy_hint(device: torch.device) -> str:
         return ""
     return (
         f"other programs keep the {cores} cores busy (load {load:.1f}): train.threads=1 may be "
-        "several times as fast"
+        "several times as fast (stop with Ctrl-C; the same command with it goes on)"
     )
 
 

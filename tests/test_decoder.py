@@ -13,7 +13,7 @@ from bitnet.engine.device import Graphs
 from bitnet.engine.plan import ModelPlan, Modules
 from bitnet.engine.state import State
 from bitnet.linear import TernaryLinear, pack, weights_quantized
-from bitnet.model import ModelConfig, Transformer
+from bitnet.model import Block, ModelConfig, Transformer
 from tests.decoding import (
     CONTEXT,
     VARIANTS,
@@ -303,6 +303,61 @@ def test_embeddings_and_models_that_a_step_cannot_repeat() -> None:
             Decoder(small_model(), 1, 8)
     finally:
         handle.remove()
+
+
+def test_a_norm_with_a_hook_is_not_passed_over() -> None:
+    for name in ("layers.0.input_layernorm", "layers.1.mlp.ffn_sub_norm", "norm"):
+        model = small_model()
+        model.get_submodule(name).register_forward_hook(lambda _, __, y: 2 * y)
+        with pytest.raises(ValueError, match=f"{name}: expected an RMSNorm without hooks"):
+            Decoder(model, 1, 8)
+
+
+def test_what_a_module_was_given_instead_is_not_passed_over() -> None:
+    class Loud(Block):
+        def __call__(self, *args: Any) -> Any:
+            return 1.5 * super().__call__(*args)
+
+    loud, other = small_model(), small_model()
+    loud.layers[1] = Loud(loud.config, 1)
+    with pytest.raises(ValueError, match=r"layers.1: expected a Block with its own forward"):
+        Decoder(loud, 1, 8)
+    other.layers[0].mlp.activation = "silu"
+    with pytest.raises(ValueError, match=r"layers.0.mlp.activation: expected 'relu2'.*got 'silu'"):
+        Decoder(other, 1, 8)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_matrix_of_one_column(packed: bool) -> None:
+    """torch's int8 product on a CPU is wrong there."""
+    model = packed_model(d_ff=1) if packed else small_model(d_ff=1)
+    (prompt,) = make_prompts([5])
+    expected, logits = greedy_by_hand(model, prompt, 4)
+    ours, found = greedy(Decoder(model, 1, CONTEXT), [prompt], 4)
+    assert ours == [expected]
+    torch.testing.assert_close(found[0], logits, rtol=0, atol=1e-4)
+
+
+def test_a_module_that_counts_its_calls_is_no_changed_model() -> None:
+    class Counting(torch.nn.Linear):
+        calls: Tensor
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    model = small_model(linear="fp")
+    counting = Counting(32, 32, bias=False)
+    counting.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+    model.layers[0].self_attn.o_proj = counting
+    decoder = Decoder(model, 1, CONTEXT)
+    for prompt in ([1, 2], [3]):
+        prefill(decoder, [prompt], 8)
+    assert int(counting.calls) > 1
+    with torch.no_grad():
+        counting.weight.mul_(2)
+    with pytest.raises(ValueError, match="its weights changed"):
+        decoder.check_weights()
 
 
 def test_a_decoder_is_not_copied() -> None:
