@@ -59,6 +59,18 @@ def test_the_peak_is_the_best_of_several(
     assert float(read(out)[0]["peak_flops"]) == 9e9
 
 
+def test_paths_are_no_markup(bitnet: Bitnet, tiny: Path, tmp_path: Path, worker: Put) -> None:
+    worker(SPEAK)
+    config = tmp_path / "a[" / "b].toml"  # "[/b]" closes a tag that nobody opened
+    config.parent.mkdir()
+    config.write_text(tiny.read_text())
+    out = tmp_path / "[/red].csv"
+    code, said, _ = bitnet("--config", config, "--out", out, *variants("fp"))
+    assert code == 0
+    assert f"figures: {out}" in said
+    assert f"**{config}**" in said
+
+
 def test_variants_take_turns_and_rows_are_replaced(
     bitnet: Bitnet, tiny: Path, tmp_path: Path, worker: Put
 ) -> None:
@@ -242,6 +254,7 @@ MISTAKES = [
     (["optim.lrr=1"], "the nearest is optim.lr"),
     (["--config", "configs/nothing.toml"], "configs/nothing.toml: no such config file"),
     (["--out", "{root}/bad.csv"], "bad.csv: has other columns"),
+    (["--out", "{root}/bad.csv/x.csv"], "--out: cannot write"),
 ]
 
 

@@ -13,16 +13,8 @@ from bitnet.linear import BitLinear
 from bitnet.model import KVCache, ModelConfig, Transformer
 from bitnet.quant import absmean_ternary
 from bitnet.schema import UserError
+from tests.small_training import SMALL
 
-SMALL: dict[str, Any] = {
-    "d_model": 24,
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "d_ff": 40,
-    "vocab_size": 50,
-    "max_seq_len": 16,
-}
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"norm_placement": "pre_norm", "activation": "silu", "tie_embeddings": False},

@@ -20,7 +20,7 @@ EPS = 1e-5
 """Lower clamp of the statistic (max|x| or mean|W|), not of the scale."""
 _TERNARY_EXACT_K = 2**24 // 128
 """fp32 sums of |x_q * code| <= 128 are exact integers up to 2^24: up to this K."""
-INT8_EXACT_K = 2**24 // 128**2
+_INT8_EXACT_K = 2**24 // 128**2
 """The same of products of any two int8 values."""
 
 
@@ -112,7 +112,7 @@ def _row_major(matrix: Tensor) -> Tensor:
     return matrix.new_empty(matrix.shape).copy_(matrix)
 
 
-def fp32_matmul(a: Tensor, b: Tensor, exact_k: int = INT8_EXACT_K) -> Tensor:
+def fp32_matmul(a: Tensor, b: Tensor, exact_k: int = _INT8_EXACT_K) -> Tensor:
     """Exact ``a @ b.mT`` of int8 ``[..., M, K]`` and ``[..., N, K]`` -> int32 ``[..., M, N]``: fp32
     products in slices of ``exact_k`` columns, as many as are exact, out of autocast, whose dtypes
     cannot hold the sums. It asks nothing of the CPU, so it can be traced and transformed."""
