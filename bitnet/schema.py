@@ -1,5 +1,15 @@
-"""What every config dataclass and every user-facing error share."""
+"""What config dataclasses and user-facing errors share, and the gate for a user's input.
 
+Where a user's file or value meets code that may fail on it in any way (a parser, a tokenizer
+library, a regular expression), the call stands inside :func:`user_input`, and a file is read by
+:func:`read_file`. Whatever goes wrong there becomes one line that names the file or key.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict
@@ -8,6 +18,54 @@ from pydantic import BeforeValidator, ConfigDict
 class UserError(ValueError):
     """A mistake of the user's that one line explains: it names the file, the key and, where there
     is one, the nearest valid name. The command line prints the line and exits with code 2."""
+
+
+@contextmanager
+def user_input(what: str) -> Iterator[None]:
+    """Turn any exception of the block into a :class:`UserError` that begins with ``what``.
+
+    ``what`` names the file or the key. A UserError passes unchanged, and so do Ctrl-C and exits.
+    Anything else is caught, down to BaseException: libraries written in Rust report a panic by
+    one. The original stays as the cause, so that ``BITNET_DEBUG=1`` shows it.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise UserError(f"{what}: is nested too deeply") from error
+    except BaseException as error:
+        raise UserError(f"{what}: {str(error) or type(error).__name__}") from error
+
+
+def check_file(path: Path, limit: int | None = None) -> None:
+    """Raise UserError, naming the path, for what is no regular file or exceeds ``limit`` bytes.
+
+    Nothing is opened: a FIFO would wait for its writer, and a device may never end.
+    """
+    with user_input(str(path)):
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise UserError(f"{path}: is a folder, not a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: is not a regular file (a FIFO, a socket or a device)")
+        if limit is not None and status.st_size > limit:
+            raise UserError(f"{path}: has {status.st_size:,} bytes; at most {limit:,} are read")
+
+
+def read_file(path: Path, limit: int = 2**28) -> bytes:
+    """The bytes of a regular file of at most ``limit`` bytes. Raises UserError as
+    :func:`check_file` does, and where the file cannot be read."""
+    check_file(path, limit)
+    with user_input(str(path)):
+        return path.read_bytes()
+
+
+def debugging() -> bool:
+    """Whether errors should show their traceback: ``BITNET_DEBUG=1`` or ``--debug``."""
+    return os.environ.get("BITNET_DEBUG", "") not in ("", "0")
 
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)

@@ -64,9 +64,3 @@ def test_a_report_draws_the_page_on_training(
     assert drawn.startswith(f"head\n<!-- training:begin -->\n**{model}** (")
     assert drawn.endswith(" |\n<!-- training:end -->\ntail\n")
     assert bitnet("bench", "report", "--check", "--root", tmp_path)[0] == 0
-
-
-def test_the_readme_lists_every_file() -> None:
-    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    for path in (DOCS.parent / "bitnet").rglob("*.py"):
-        assert path.name in readme or path.name == "__init__.py", path
