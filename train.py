@@ -15,6 +15,11 @@ line in metrics.jsonl, and last the checkpoint, so that what is in a checkpoint 
 metrics too.
 """
 
+from bitnet.shell import run, start
+
+if __name__ == "__main__":  # Ctrl-C during the imports below is no traceback
+    start()
+
 import math
 import shlex
 import signal
@@ -33,7 +38,7 @@ from torch.nn import functional as F
 
 from bitnet import checkpoint
 from bitnet.build import as_saved, build_model
-from bitnet.cli import config_help, one_line_errors, split_args
+from bitnet.cli import config_help, split_args
 from bitnet.cli_convert import pick_device
 from bitnet.config import Config, differences, load_config, to_dict, to_toml
 from bitnet.data import INDEX, Loader, TokenDataset, sequential_windows
@@ -431,11 +436,10 @@ def main(
 
 
 def command() -> None:
-    """The command line: a mistake is one line and exit code 2."""
+    """The command line, which ends as bitnet/shell.py says."""
     app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     app.command(epilog=config_help())(main)
-    with one_line_errors():
-        app()
+    run(app)
 
 
 if __name__ == "__main__":

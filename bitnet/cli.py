@@ -5,12 +5,9 @@ A mistake of the user ends in one line on stderr and exit code 2.
 """
 
 import copy
-import io
 import json
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,13 +34,15 @@ from bitnet.model import Transformer, as_transformer
 from bitnet.prepare import prepare
 from bitnet.qat.prepare import convert
 from bitnet.schema import UserError
+from bitnet.shell import run
 from bitnet.summary import human, tables
 from bitnet.tokenizer import Tokenizer
 from bitnet_kernels import pack_ternary, ternary_matmul
 
 app = typer.Typer(
     help="Ternary language models: prepare data, inspect configs, pack, generate, evaluate.\n\n"
-    "Training itself is train.py of a checkout: python train.py configs/quickstart.toml",
+    "Training itself is train.py of a checkout: python train.py configs/quickstart.toml\n\n"
+    "--debug, anywhere in a command, or BITNET_DEBUG=1: an error shows its traceback.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -79,32 +78,6 @@ app.command("ptq")(ptq_command)
 
 Folder = Annotated[Path, typer.Argument(help="A model folder, such as runs/quickstart/model.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, ... auto: a GPU if there is one.")]
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End the process as a user expects: a mistake is one line and exit code 2, never a traceback.
-
-    A traceback that does appear is a defect of ours.
-    """
-    try:
-        yield
-    except UserError as error:
-        _fail(str(error))
-    except torch.OutOfMemoryError as error:
-        _fail(f"out of GPU memory: lower train.micro_batch, or take a smaller model ({error})")
-    except RuntimeError as error:
-        if "not enough memory" not in str(error):  # how torch's CPU allocator says it
-            raise
-        _fail("out of memory: lower train.micro_batch, or take a smaller model")
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _fail(f"{where}{error.strerror or error}")
-
-
-def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 def config_help() -> str:
@@ -268,8 +241,6 @@ def generate_command(
 
     Example: bitnet generate runs/quickstart/model --prompt "def main" --temperature 0.7
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal of another encoding prints "?"
-        sys.stdout.reconfigure(errors="replace")
     model, tokenizer = load_for_inference(folder, device, kernel)
     if model.embed_tokens.weight.is_cuda and not read_config(folder).quant.enabled:
         model = packed_bf16(model, kernel)
@@ -386,6 +357,5 @@ def packed_bf16(model: Transformer, kernel: Kernel) -> Transformer:
 
 
 def main() -> None:
-    """The console script."""
-    with one_line_errors():
-        app()
+    """Run the command on ``sys.argv`` and exit."""
+    run(app)

@@ -32,7 +32,7 @@ from bitnet.bench.decode_table import (
 )
 from bitnet.bench.decode_worker import CONTENDERS, Case, Job
 from bitnet.bench.rows import Figures, merge, read, write
-from bitnet.bench.worker import WorkerDied, sigterm_exits
+from bitnet.bench.worker import WorkerDied
 from bitnet.cli_bench_train import (
     NOT_WRITTEN,
     Device,
@@ -284,7 +284,7 @@ class _Run:
             bar.update(task, description=where, completed=begun)
 
         stops = ending(self.console, self.kept_so_far, WorkerDied, Inexact)
-        with stops, sigterm_exits(), bar, Race(jobs, tick) as race:
+        with stops, bar, Race(jobs, tick) as race:
             for at in todo:
                 outcomes = race.run(at, self.rounds)
                 new = figures(subject, at, jobs, outcomes, common)

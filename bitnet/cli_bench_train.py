@@ -25,7 +25,7 @@ from rich.progress import (
 from bitnet.bench.rows import counted, merge, read, write
 from bitnet.bench.train import SIZES, USUAL, VARIANTS, Reply, choose_variants, race, variant_config
 from bitnet.bench.train_rows import COLUMNS, KEY, as_text, figures, table
-from bitnet.bench.worker import WorkerDied, sigterm_exits
+from bitnet.bench.worker import WorkerDied
 from bitnet.cli_convert import pick_device
 from bitnet.config import Config, load_config
 from bitnet.schema import UserError
@@ -173,7 +173,7 @@ def train_command(
         return f"{', '.join(saved)}: figures are in {path}" if saved else ""
 
     for label, configs in runs.items():
-        with ending(console, kept_so_far, WorkerDied), sigterm_exits():
+        with ending(console, kept_so_far, WorkerDied):
             replies, peak = _race(console, label, configs, steps, warmup)
         name = " ".join([label, *more])
         new = [as_text(row) for row in figures(name, here, configs, replies, warmup, peak)]

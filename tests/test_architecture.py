@@ -24,10 +24,11 @@ FILES = {
 } | {"train": ROOT / "train.py"}
 MODULES = sorted(FILES)
 
-ABOVE = {"bitnet", "bitnet.cli", "train"}
+ABOVE = {"bitnet", "bitnet.__main__", "bitnet.cli", "train"}
 """What no module of the library may import: `bitnet` itself gathers the public names."""
 ARROWS = {
     "bitnet.schema": set[str](),
+    "bitnet.shell": set[str](),
     "bitnet.quant": {"bitnet_kernels"},
     "bitnet.elementwise": set[str](),
     "bitnet.bitlinear": {"bitnet_kernels", "bitnet.elementwise", "bitnet.quant"},
@@ -98,7 +99,7 @@ def test_arrows_of_all(module: str) -> None:
         assert names <= owners | {"bitnet.schema", "bitnet.tokenizer_json"}
     if module == "bitnet.cli":
         assert "train" not in names
-    elif module != "train":
+    elif module not in ("train", "bitnet.__main__"):
         assert not names & ABOVE, f"{module} imports {names & ABOVE}"
 
 
@@ -265,6 +266,17 @@ def test_triton_files_touch_nothing_either() -> None:
     pytest.importorskip("triton")
     gpu = [module for module in MODULES if module.startswith("bitnet_kernels.gpu.")]
     assert set(gpu) <= import_all(gpu, [])
+
+
+def test_a_program_hears_ctrl_c_before_torch_is_imported() -> None:
+    """What stands before ``start()`` in the bitnet command and in train.py loads nothing slow."""
+    code = "import sys, bitnet.__main__; print(*sys.modules)"
+    child = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    loaded = {root_of(name) for name in child.stdout.split()}
+    assert not loaded & {"torch", "numpy", "typer", "rich", "sentencepiece"}
+    for module in ("bitnet.__main__", "train"):
+        assert next(name for name, _ in imports(module)) == "bitnet.shell"
 
 
 def test_importing_the_packages_loads_nothing_heavy() -> None:

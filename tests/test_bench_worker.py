@@ -9,8 +9,9 @@ import pytest
 import typer.core
 import typer.main
 
-from bitnet.bench.worker import Worker, WorkerDied, sigterm_exits
+from bitnet.bench.worker import Worker, WorkerDied
 from bitnet.cli_bench import app
+from bitnet.shell import sigterm_exits
 
 TALKER = """
 import os, sys

@@ -15,11 +15,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import IO, Any, Never
+from typing import IO, Any
 
 
 class WorkerDied(RuntimeError):
@@ -106,19 +105,3 @@ def serve(make: Callable[[], Mapping[str, Callable[..., Any]]]) -> None:
     for line in sys.stdin:
         method, *values = json.loads(line)
         print(json.dumps(methods[method](*values)), file=replies, flush=True)
-
-
-@contextmanager
-def sigterm_exits() -> Iterator[None]:
-    """Within the block, SIGTERM is ``SystemExit(143)`` (128 + 15, as shells have it) instead of the
-    end at once, so that blocks around workers close them. For the main thread."""
-
-    def leave(number: int, frame: FrameType | None) -> Never:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the closing
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,161 @@
+"""How a program of ours starts and ends, as a shell and its user expect.
+
+A mistake of the user ends in one line on stderr and exit code 2, Ctrl-C in code 130, SIGTERM in
+143, both after what is half-written has been removed, and a reader that goes away (``| head``) in
+code 1. ``BITNET_DEBUG=1`` or ``--debug`` shows the traceback before the line. A traceback that
+appears without it is a defect of ours.
+
+Nothing slow is imported here: :func:`start` has to run before torch is imported.
+"""
+
+import codecs
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from types import FrameType
+from typing import Any, Never
+
+from bitnet.schema import UserError, debugging
+
+LONGEST_LINE = 2_000
+"""Characters of an error line; of a longer one the middle is left out."""
+_WIDTHS = range(20, 10_001)
+"""Columns and lines of a terminal that COLUMNS and LINES may claim."""
+
+
+def start() -> None:
+    """For the first line of a program, before the imports that take seconds.
+
+    Until :func:`run`, Ctrl-C ends the process at once with exit code 130. Where the locale knows
+    nothing but ASCII (``LC_ALL=C`` with Python's own remedies switched off), the process starts
+    again in UTF-8 mode: file names and arguments would otherwise not be the text that they are.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, _leave_at_once)
+    ascii_only = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
+    if ascii_only and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _leave_at_once(number: int, frame: FrameType | None) -> Never:
+    os._exit(128 + number)
+
+
+def run(app: Callable[..., Any]) -> Never:
+    """Run a Typer app on ``sys.argv`` and exit; ``--debug`` among the arguments is taken out."""
+    import typer
+
+    usage_error: Any = typer.BadParameter.__base__
+    words = sys.argv[1:]
+    if "--debug" in words[: words.index("--") if "--" in words else None]:
+        sys.argv.remove("--debug")
+        os.environ["BITNET_DEBUG"] = "1"
+    with one_line_errors():
+        try:
+            sys.exit(app(standalone_mode=False))
+        except usage_error as error:  # an unknown option, a number that is none
+            error.message = "\n".join(map(cut, error.message.split("\n")))
+            error.show()
+            sys.exit(error.exit_code)
+        except typer.Abort as error:  # what Typer makes of an EOFError
+            raise UserError(str(error.__cause__ or "the input ended early")) from error
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the process as the head of this module says."""
+    _mend_environment()
+    try:
+        try:
+            with sigterm_exits():
+                yield
+        finally:
+            if sys.stdout is not None:  # here, where a closed pipe can still be dealt with
+                sys.stdout.flush()
+    except UserError as error:
+        _fail(error, str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        _drop_output()
+        sys.exit(1)
+    except MemoryError as error:
+        _fail(error, "out of memory: lower train.micro_batch, or take a smaller model")
+    except RuntimeError as error:
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            advice = f"lower train.micro_batch, or take a smaller model ({error})"
+            _fail(error, f"out of GPU memory: {advice}")
+        # how torch's CPU allocator says it
+        if not any(words in str(error) for words in ("not enough memory", "can't allocate memory")):
+            raise
+        _fail(error, "out of memory: lower train.micro_batch, or take a smaller model")
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _fail(error, f"{where}{error.strerror or error}")
+
+
+def _mend_environment() -> None:
+    """Ctrl-C as Python has it, sizes of the terminal that can be true, and an output that takes
+    any character."""
+    if signal.getsignal(signal.SIGINT) is _leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("COLUMNS", "LINES"):
+        value = os.environ.get(name, "")
+        if value and not (value.isascii() and value.isdigit() and int(value[:6]) in _WIDTHS):
+            del os.environ[name]
+    if isinstance(sys.stdout, TextIOWrapper):  # what it cannot encode is printed as "?"
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _fail(error: BaseException, message: str) -> Never:
+    with suppress(BrokenPipeError):
+        if debugging():
+            traceback.print_exception(error)
+        print(f"error: {cut(' '.join(message.split()))}", file=sys.stderr)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # a full disk: Python would try again at its end
+        _drop_output()
+    sys.exit(2)
+
+
+def _drop_output() -> None:
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def cut(line: str) -> str:
+    """The line, with its middle left out where it is longer than :data:`LONGEST_LINE`."""
+    if len(line) <= LONGEST_LINE:
+        return line
+    head, mark = LONGEST_LINE * 3 // 4, " ... "
+    return line[:head] + mark + line[head + len(mark) - LONGEST_LINE :]
+
+
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """Within the block, SIGTERM is ``SystemExit(143)`` (128 + 15, as shells have it) instead of the
+    end at once, so that blocks around files and workers clean up. For the main thread; elsewhere
+    nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> Never:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the cleaning
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
