@@ -24,7 +24,6 @@ import math
 import shlex
 import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +72,8 @@ FREE = ("data.threads", "distill.device")
 
 
 def train(config: Config, command: str) -> None:
-    """Run ``config`` (resolved) to its end, or until SIGINT or SIGTERM. ``command`` resumes it."""
+    """Run ``config`` (resolved) to its end, or until SIGINT or SIGTERM, which after the checkpoint
+    is ``typer.Exit`` with code 130 or 143, as shells have it. ``command`` resumes it."""
     # -- Set up: device, data, model, optimizer -----------------------------------------------
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -210,7 +210,7 @@ def train(config: Config, command: str) -> None:
         tracker = Tracker(config.log, run_dir, config.run.name, to_dict(config), console.warn)
 
         # -- The loop ---------------------------------------------------------------------------
-        while step < total_steps and not stop.is_set():
+        while step < total_steps and not stop:
             inputs, targets = (t.to(device) for t in loader.batch(step))
             model.train()
             schedule = {}
@@ -329,7 +329,7 @@ def train(config: Config, command: str) -> None:
         tracker.finish()
         if step < total_steps:
             console.print(f"stopped at step {step} and saved; resume with\n  {command}")
-            return
+            raise typer.Exit(128 + stop[0])
         if config.adapter.kind != "none":
             before, report = validate().loss, merge_adapters(model)
             after = validate().loss
@@ -385,15 +385,16 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: list[int], con
 
 
 @contextmanager
-def stop_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one ends the process at once."""
-    stop = threading.Event()
+def stop_signals() -> Iterator[list[int]]:
+    """A list that the first SIGINT or SIGTERM is put into; a second one ends the process at
+    once."""
+    stop: list[int] = []
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        if stop.is_set():
+        if stop:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        stop.set()
+        stop.append(number)
 
     previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -423,7 +424,8 @@ def main(
 ) -> None:
     """Train a model from TOML configs, later ones winning, and single keys, which win over them.
 
-    The same command again resumes the run from its newest whole checkpoint.
+    The same command again resumes the run from its newest whole checkpoint. Ctrl-C, or SIGTERM,
+    saves one and ends with exit code 130, or 143.
     """
     paths, overrides = split_args(args)
     if not paths:

@@ -322,7 +322,9 @@ def test_a_signal_saves_and_says_how_to_resume(
         time.sleep(0.01)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == 128 + number, err
+    assert err == ""
+    assert not (tmp_path / "tiny" / "model").exists()  # what make quickstart would pack
     step = int(re.search(r"stopped at step (\d+) and saved; resume with", out)[1])  # type: ignore[index]
     assert f"{TRAIN} {config_file}" in out
     saved = checkpoint.load_newest(tmp_path / "tiny" / "checkpoints")
