@@ -28,7 +28,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitnet.linear import weights_quantized
+from bitnet.linear import is_plain, weights_quantized
 from bitnet.model import Transformer
 from bitnet.schema import STRICT, UserError
 from bitnet.tokenizer import Tokenizer
@@ -92,7 +92,7 @@ def evaluate_windows(
         count_bytes: bytes of text that the targets ``window[1:]`` of a window stand for
             (``Tokenizer.count_bytes``).
         batch_size: windows at once; 0 = as many as keep the logits within 32 MiB on a CPU, 1 GiB
-            elsewhere.
+            elsewhere. Where those of one window are more, they are computed in parts.
 
     Raises:
         UserError: the windows hold nothing to predict.
@@ -195,16 +195,27 @@ def _negative_log_likelihood(
         for batch in _batches(windows, batch_size, max_predictions):
             batch_BT = batch.to(device, torch.int64)
             inputs, targets = batch_BT[:, :-1], batch_BT[:, 1:]
-            logits_BTV = model(inputs).float()
-            each = F.cross_entropy(logits_BTV.flatten(0, 1), targets.flatten(), reduction="none")
-            total += each.double().sum()
+            if batch_size or inputs.numel() <= max_predictions or not is_plain(model, Transformer):
+                total += _nats(model(inputs), targets)
+            else:  # one window alone has more logits than are held together
+                hidden = model.hidden(inputs).flatten(0, 1)
+                step = max(1, max_predictions)
+                parts = zip(hidden.split(step), targets.flatten().split(step), strict=True)
+                for part, wanted in parts:
+                    total += _nats(model.lm_head(part), wanted)
             tokens += targets.numel()
     return float(total), tokens
 
 
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """The negative log likelihood of targets ``[...]`` by logits ``[..., V]``, summed: float64."""
+    flat = logits.float().flatten(0, -2)
+    return F.cross_entropy(flat, targets.flatten(), reduction="none").double().sum()
+
+
 def _batches(windows: Iterable[Tensor], batch_size: int, max_predictions: int) -> Iterator[Tensor]:
     """Stack neighbours of equal length, ``batch_size`` or (where that is 0) as many as make up to
-    ``max_predictions``, but one at least."""
+    ``max_predictions``, but one at least: its caller splits that."""
     batch: list[Tensor] = []
     for window in windows:
         if len(window) < 2:

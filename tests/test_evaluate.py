@@ -98,6 +98,34 @@ def test_an_open_batch_size_bounds_the_logits(monkeypatch: pytest.MonkeyPatch) -
     assert [len(batch) for batch in model.inputs[5:]] == [1, 1]
 
 
+def test_one_long_window_keeps_the_bound_too() -> None:
+    """A window whose own logits exceed the bound is scored in parts: none is larger, and the sum
+    is that of all logits at once. A context of 131,072 and the default bound, 2^23."""
+    torch.manual_seed(0)
+    span, vocab = 131_072, 97
+    config = ModelConfig(d_model=8, n_layers=1, vocab_size=vocab, max_seq_len=span)
+    model = Transformer(config)
+    torch.nn.init.normal_(model.embed_tokens.weight, std=2.0)  # far from uniform
+    model.layers = torch.nn.ModuleList()  # attention over so many tokens takes minutes
+    window = torch.randint(vocab, (span + 1,))
+    sizes: list[int] = []
+
+    def largest(module: torch.nn.Module, arguments: Any, output: Tensor) -> None:
+        sizes.append(output.numel())
+
+    handle = model.lm_head.register_forward_hook(largest)
+    got = evaluate_windows(model, [window], len)
+    handle.remove()
+    assert max(sizes) <= 2**23 < span * vocab
+    assert sum(sizes) == span * vocab
+    with torch.no_grad():
+        log_p = model(window[:-1].unsqueeze(0))[0].double().log_softmax(-1)
+    expected = -log_p[torch.arange(span), window[1:]].mean()
+    assert got.tokens == span
+    # each fp32 logit and its softmax are within 8 ulps of the largest, 2^5
+    assert abs(got.loss - float(expected)) < 8 * 2**5 * 2**-23
+
+
 @pytest.mark.parametrize("linear", ["ternary", "fp"])
 def test_a_real_model_does_not_depend_on_the_batch_size(linear: Any) -> None:
     torch.manual_seed(0)
