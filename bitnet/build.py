@@ -32,11 +32,19 @@ def build_model(config: Config, tokenizer_hash: str, fresh: bool) -> Transformer
     Raises:
         UserError: the folder, ``[quant]`` or ``[adapter]`` does not fit the model.
     """
-    model = Transformer(config.model)
     learned: dict[str, Tensor] = {}
-    if config.train.init_from and fresh:
-        folder = Path(config.train.init_from)
-        rest = _copy_weights(model, folder, tokenizer_hash)
+    folder = Path(config.train.init_from)
+    start = load(folder) if config.train.init_from and fresh else None  # checks the sizes
+    model = Transformer(config.model)
+    if start is not None:
+        source, tokenizer = start
+        if tokenizer.hash != tokenizer_hash:
+            raise UserError(
+                f"train.init_from = {folder}: its tokenizer is not the one of the data; set "
+                f"data.tokenizer = {str(tokenizer.path)!r}"
+            )
+        rest = source.state_dict()
+        model.load_state_dict({name: rest.pop(name) for name in model.state_dict() if name in rest})
         learned = rest if read_config(folder).quant == config.quant else {}
     try:
         section = "quant"
@@ -48,20 +56,6 @@ def build_model(config: Config, tokenizer_hash: str, fresh: bool) -> Transformer
     except ValueError as error:
         raise UserError(f"[{section}]: {error}") from error
     return model
-
-
-def _copy_weights(model: Transformer, folder: Path, tokenizer_hash: str) -> dict[str, Tensor]:
-    """Copy the weights of a saved model; return what it has beside them, its quantizers' state."""
-    source, tokenizer = load(folder)
-    if tokenizer.hash != tokenizer_hash:
-        raise UserError(
-            f"train.init_from = {folder}: its tokenizer is not the one of the data; set "
-            f"data.tokenizer = {str(tokenizer.path)!r}"
-        )
-    state = source.state_dict()
-    weights = {name: state.pop(name) for name in model.state_dict() if name in state}
-    model.load_state_dict(weights)
-    return state
 
 
 def as_saved(model: Transformer, quant: Recipe) -> tuple[Transformer, Recipe]:

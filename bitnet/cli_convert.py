@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitnet.config import load_config
 from bitnet.evaluate import EvalResult, evaluate_windows
-from bitnet.export.folder import CONFIG, FORMAT, load, read_config, save_model
+from bitnet.export.folder import CONFIG, is_ours, load, read_config, save_model
 from bitnet.export.hf import add_sub_norms, load_hf
 from bitnet.model import ModelConfig, Transformer
 from bitnet.qat.prepare import calibrate, prepare
@@ -151,17 +151,13 @@ def load_source(path: Path | str) -> tuple[Transformer, Tokenizer]:
     """
     path = Path(path)
     file = path / CONFIG
-    if path.suffix == ".gguf" or (file.is_file() and not _is_ours(file)):
+    if path.suffix == ".gguf" or (file.is_file() and not is_ours(file)):
         return load_hf(path)
     config = read_config(path)
     if config.weights != "latent" or config.quant.enabled or config.model.linear != "fp":
         what = config.quant if config.quant.enabled else f"{config.weights} ternary weights"
         raise UserError(f"{path}: has {what}; expected a full-precision model")
     return load(path)
-
-
-def _is_ours(file: Path) -> bool:
-    return f'"{FORMAT}"' in file.read_text("utf-8", "ignore")
 
 
 def _shortened(model: Transformer, context: int, source: Path) -> ModelConfig:

@@ -91,7 +91,7 @@ class ModelConfig:
         d_model = self.d_model or 64 * self.depth
         if d_model % 2:
             raise UserError(f"model.d_model = {d_model} is odd; rotary positions turn pairs")
-        fitting = [n for n in range(1, d_model // 2 + 1) if d_model % (2 * n) == 0]
+        fitting = _divisors(d_model // 2)
         n_heads = self.n_heads or max(n for n in fitting if n <= max(1, d_model // 64))
         if n_heads not in fitting:
             nearest = min(fitting, key=lambda n: abs(n - n_heads))
@@ -99,8 +99,9 @@ class ModelConfig:
                 f"model.n_heads = {n_heads} does not divide model.d_model = {d_model} into heads "
                 f"of an even head_dim; the nearest that does is {nearest}"
             )
-        divisors = [n for n in range(1, max(1, n_heads // 4) + 1) if n_heads % n == 0]
-        n_kv_heads = self.n_kv_heads or divisors[-1]
+        n_kv_heads = self.n_kv_heads or max(
+            n for n in _divisors(n_heads) if n <= max(1, n_heads // 4)
+        )
         if n_heads % n_kv_heads:
             raise UserError(
                 f"model.n_kv_heads = {n_kv_heads} does not divide model.n_heads = {n_heads}"
@@ -165,6 +166,12 @@ class ModelConfig:
         causal discount. A forward alone is a third of it."""
         multiplied = self.num_parameters()["matrices"] + self.d_model * self.vocab_size
         return 6.0 * multiplied + 12.0 * self.n_layers * self.d_model * seq_len
+
+
+def _divisors(n: int) -> list[int]:
+    """Those of n >= 1, in order."""
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return small + [n // i for i in reversed(small) if i * i != n]
 
 
 class NormLinear(nn.Linear):

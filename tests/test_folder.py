@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -571,6 +572,101 @@ def test_signed_garbage_tensors_are_refused(folder: Path) -> None:
     save_file(good | {name: torch.full_like(good[name], 243)}, path)
     sign(folder)
     fails(folder, f"tensor {name}: .*damaged")
+
+
+HUGE = 2**24
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"n_layers": HUGE},
+        {"n_layers": HUGE, "d_model": HUGE, "d_ff": HUGE, "vocab_size": HUGE, "n_heads": 1},
+        {"d_model": HUGE},
+        {"d_model": HUGE, "n_heads": HUGE // 2, "n_kv_heads": 1},
+        {"vocab_size": HUGE},
+        {"n_layers": 0, "depth": 1000},
+        {"n_heads": 0, "n_kv_heads": 0, "d_model": 0, "depth": 1000},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["latent", "packed", "integer"])
+def test_sizes_are_compared_before_anything_is_built(
+    tmp_path: Path, tokenizer: Tokenizer, sizes: dict[str, int], kind: str
+) -> None:
+    model, recipe = make(), Recipe(weights="int", granularity="group", group_size=1)
+    if kind == "packed":
+        model = packed(model)
+    if kind == "integer":
+        model = convert(prepare(make(linear="fp"), recipe))  # type: ignore[assignment]
+    quant = recipe if kind == "integer" else Recipe()
+    folder = save_model(tmp_path / "model", model, tokenizer, quant)
+    sign(folder)
+    load(folder)
+    sign(folder, lambda config: config["model"].update(sizes))
+    begun = time.process_time()
+    fails(folder, "tensor .* is missing|; the config wants")
+    assert time.process_time() - begun < 1, "no layer is built, no long list of divisors made"
+
+
+def test_huge_sparse_files_are_refused_unread(folder: Path) -> None:
+    """20 GB of zeros, and 20 GB behind a header that claims them."""
+    header = b'{"a":{"dtype":"U8","shape":[19999999900],"data_offsets":[0,19999999900]}}'
+    for name in ("model.safetensors", "tokenizer.model", "config.json"):
+        good = (folder / name).read_bytes()
+        begun = time.process_time()
+        for start in (b"", len(header).to_bytes(8, "little") + header):
+            with (folder / name).open("wb") as file:
+                file.write(start)
+                file.truncate(len(start) + 19_999_999_900)
+            fails(folder, rf"{name}: .*(at most|larger)")
+        assert time.process_time() - begun < 1
+        (folder / name).write_bytes(good)
+    load(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0, 0.0])
+@pytest.mark.parametrize("weights", ["ternary", "int", "absmean"])
+def test_impossible_scales_are_refused(tmp_path: Path, weights: Any, value: float) -> None:
+    """Both packed forms, weights and activations; NaN and infinity in any other tensor too."""
+    model, recipe = make(), Recipe()
+    if weights == "ternary":
+        model = packed(model)
+    else:
+        recipe = Recipe(weights=weights, granularity="group", group_size=7, activations="static")
+        model = convert(prepared(recipe))  # type: ignore[assignment]
+    folder = save_model(tmp_path / "model", model, None, recipe)
+    good = load_tensors(folder / "model.safetensors")
+    scales = [name for name in good if name.endswith("scale") and "layers.1.mlp.up" in name]
+    assert len(scales) == (1 if weights == "ternary" else 2)
+    for name in (*scales, *([] if value <= 0 and value > -2 else ["norm.weight"])):
+        bad = good[name].clone()
+        bad.view(-1)[-1] = value
+        save_file(good | {name: bad}, folder / "model.safetensors")
+        sign(folder)
+        with pytest.raises(UserError, match=rf"tensor {name} holds (NaN|a scale of 0 or below)"):
+            load_model(folder)
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(weights="absmean", activations="none"),  # ternary in 2 bits: -2
+        Recipe(weights="int", bits=2),
+        Recipe(weights="int", bits=4),  # symmetric: -7 .. 7
+        Recipe(weights="int", bits=8),
+    ],
+    ids=str,
+)
+def test_codes_that_no_quantizer_makes_are_refused(tmp_path: Path, recipe: Recipe) -> None:
+    folder = save_model(tmp_path / "model", convert(prepared(recipe)), None, recipe)  # type: ignore[arg-type]
+    good, name = load_tensors(folder / "model.safetensors"), "layers.1.mlp.up_proj.packed"
+    bad = good[name].clone()
+    bad[0, 0] &= ~(2**recipe.storage_bits - 1)  # the first code: all bits 0
+    save_file(good | {name: bad}, folder / "model.safetensors")
+    sign(folder)
+    with pytest.raises(UserError, match=rf"tensor {name}: holds a code outside of -\d+ "):
+        load_model(folder)
 
 
 def test_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:

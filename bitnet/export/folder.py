@@ -29,6 +29,7 @@ version is whole in `.old-<name>` beside it; loading then says so.
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,7 +38,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -47,8 +48,9 @@ from bitnet.model import ModelConfig, Transformer
 from bitnet.qat.integer import IntLayer
 from bitnet.qat.layers import QATLayer
 from bitnet.qat.prepare import convert, prepare
+from bitnet.qat.quantizers import weight_range
 from bitnet.qat.recipe import Recipe
-from bitnet.schema import STRICT, UserError
+from bitnet.schema import STRICT, UserError, check_file, read_file, user_input
 from bitnet.tokenizer import Tokenizer
 from bitnet.tokenizer_json import TOKENIZER_FILES, load_tokenizer
 from bitnet_kernels import pack_base3, unpack_base3
@@ -56,6 +58,8 @@ from bitnet_kernels import pack_base3, unpack_base3
 CONFIG, TENSORS = "config.json", "model.safetensors"
 FORMAT, VERSION = "bitnet-train", 1
 MAX_CONFIG_BYTES = 2**20
+_MAX_FILE_BYTES = 2**28
+"""Of a file that is no model.safetensors: a tokenizer's."""
 FULL_PRECISION = Recipe()
 Weights = Literal["latent", "packed", "integer"]
 _QUANTIZED = (BitLinear, TernaryLinear, QATLayer, IntLayer)
@@ -186,7 +190,8 @@ def load_model(
     for name, first in tied.items():
         if first in tensors:
             tensors[name] = tensors[first]
-    if problem := _difference(tensors, model, config.weights):
+    problem = _difference(tensors, model, config.weights)
+    if problem or (problem := _bad_value(tensors) if config.weights != "latent" else None):
         raise UserError(f"{folder / TENSORS}: {problem}")
     for name, linear in _coded(model, config.weights).items():
         try:
@@ -199,6 +204,14 @@ def load_model(
     for name, first in tied.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
+    for name, module in model.named_modules():
+        if isinstance(module, IntLayer):
+            codes, (low, high) = module.quantize()[0], weight_range(module.recipe)
+            if bool(((codes < low) | (codes > high)).any()):
+                raise UserError(
+                    f"{folder / TENSORS}: tensor {name}.packed: holds a code outside of {low} .. "
+                    f"{high}, which {module.recipe} has not"
+                )
     return model.to(device)
 
 
@@ -334,6 +347,16 @@ def _difference(
     return None
 
 
+def _bad_value(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first number that no packed model has; None if there is none."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            return f"tensor {name} holds NaN or infinity"
+        if name.endswith("scale") and not bool((tensor > 0).all()):
+            return f"tensor {name} holds a scale of 0 or below"
+    return None
+
+
 def _check_vocab(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
@@ -351,7 +374,7 @@ def _refuse_to_replace(folder: Path) -> None:
                 f"{folder}: holds {name}, which is not part of a model folder and would be "
                 "deleted; choose another folder"
             )
-        ours = CONFIG in present and f'"{FORMAT}"' in (folder / CONFIG).read_text("utf-8", "ignore")
+        ours = CONFIG in present and is_ours(folder / CONFIG)
         if present and not ours:
             raise UserError(
                 f"{folder}: holds a model that this program did not write and that would be "
@@ -359,6 +382,12 @@ def _refuse_to_replace(folder: Path) -> None:
             )
     elif folder.exists():
         raise UserError(f"{folder}: exists and is not a folder")
+
+
+def is_ours(config: Path) -> bool:
+    """Whether a config.json looks like one of this program, whatever its state. Raises UserError
+    where it is no regular file, or larger than a config is."""
+    return f'"{FORMAT}"'.encode() in read_file(config, _MAX_FILE_BYTES)
 
 
 def _config_sha256(config: Mapping[str, Any]) -> str:
@@ -382,11 +411,9 @@ def read_config(folder: Path) -> FolderConfig:
         raise UserError(f"{folder}: {what}{hint}")
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise UserError(f"{path}: damaged: larger than {MAX_CONFIG_BYTES} bytes")
+    data = read_file(path, MAX_CONFIG_BYTES)
     try:
-        data = path.read_bytes()
         raw = json.loads(data)
-    except OSError as error:
-        raise UserError(f"{path}: damaged: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged: not JSON: {error}") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
@@ -419,13 +446,38 @@ def _first_error(error: ValidationError) -> str:
 
 
 def _verify(folder: Path, config: FolderConfig) -> None:
+    """Check the files against their sha256, and before that, from a header, whether they can be
+    those of such a model: neither a hash of a huge file nor a million empty layers is computed."""
+    _check_layers(folder / TENSORS, config.model)
     for name, expected in config.sha256.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise UserError(f"{path}: missing")
-        try:
+        if name != TENSORS:
+            check_file(path, _MAX_FILE_BYTES)
+        with user_input(f"{path}: damaged"):
             actual = sha256(path)
-        except OSError as error:
-            raise UserError(f"{path}: damaged: {error.strerror}") from error
         if actual != expected:
             raise UserError(f"{path}: damaged: its sha256 is not that in {CONFIG}")
+
+
+def _check_layers(path: Path, config: ModelConfig) -> None:
+    """Raise UserError where a file of tensors is larger than the config's model can be, or lacks
+    one of its layers."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing")
+    try:
+        config = config.resolve()
+    except UserError as error:
+        raise UserError(f"{path.with_name(CONFIG)}: {error}") from error
+    # in any form at most 16 bytes a parameter: codes, scales and zero points of single columns
+    check_file(path, 16 * config.num_parameters()["total"] + _MAX_FILE_BYTES)
+    with user_input(f"{path}: damaged"), safe_open(path, "pt") as file:
+        names = file.keys()
+    layers = {found[1] for name in names if (found := re.match(r"layers\.(\d+)\.", name))}
+    absent = next((i for i in range(config.n_layers) if str(i) not in layers), None)
+    if absent is not None:
+        raise UserError(
+            f"{path}: tensor layers.{absent}.* is missing; {CONFIG} has model.n_layers = "
+            f"{config.n_layers}"
+        )
