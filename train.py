@@ -224,7 +224,7 @@ def train(config: Config, command: str) -> None:
                     strict=True,
                 )
             )
-            loss_sum = torch.zeros((), device=device)
+            loss_sum = torch.zeros((), device=device, dtype=torch.float32)
             with weights_quantized(model):  # once, for all of them
                 for i, (inputs_BT, targets_BT) in enumerate(micro_batches):
                     if distiller is None:

@@ -187,7 +187,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("neither a CPU nor CUDA")
-        torch.empty(0, device=device)
+        torch.empty(0, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(": ")[0]
         raise UserError(

@@ -117,7 +117,7 @@ def _evaluate(
     model: Transformer, tokenizer: Tokenizer, text: str, progress: Progress, when: str
 ) -> EvalResult:
     """``evaluate.evaluate_text``, with progress."""
-    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)])
+    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)], dtype=torch.int64, device="cpu")
     span = model.config.max_seq_len
     windows = [ids[start : start + span + 1] for start in range(0, len(ids) - 1, span)]
     shown = progress.track(windows, description=f"evaluation {when}")
@@ -170,7 +170,8 @@ def _shortened(model: Transformer, context: int, source: Path) -> ModelConfig:
 
 def calibration_windows(model: Transformer, tokenizer: Tokenizer, text: str) -> list[Tensor]:
     """The beginning of a text as batches of one window: int64 ``[1, T]`` each."""
-    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)])[:CALIBRATION_TOKENS]
+    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)], dtype=torch.int64, device="cpu")
+    ids = ids[:CALIBRATION_TOKENS]
     return list(ids.unsqueeze(0).split(min(CALIBRATION_WINDOW, model.config.max_seq_len), 1))
 
 
@@ -190,7 +191,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
-        torch.empty(0, device=device)
+        torch.empty(0, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(": ")[0]
         raise UserError(

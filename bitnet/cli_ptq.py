@@ -136,7 +136,7 @@ def ptq_command(
 
     span = min(source.config.max_seq_len, MAX_WINDOW)
     windows = evaluation_windows(text, data, tokenizer, span, eval_tokens)
-    ids = torch.empty(0, span, dtype=torch.int64)
+    ids = torch.empty(0, span, dtype=torch.int64, device="cpu")
     if wanted_methods != ["rtn"]:
         ids = calibration_windows(calibration, data, tokenizer, span, calibration_tokens)
 
@@ -242,7 +242,9 @@ def text_windows(tokenizer: Tokenizer, path: Path, span: int, max_tokens: int) -
     content = read_text(path)
     if not content.strip():
         raise UserError(f"{path}: is empty")
-    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(content)])
+    ids = torch.tensor(
+        [tokenizer.eos_id, *tokenizer.encode(content)], dtype=torch.int64, device="cpu"
+    )
     n_windows = -(-(len(ids) - 1) // span)
     count = min(n_windows, max(1, max_tokens // span)) if max_tokens else n_windows
     starts = (i * n_windows // count * span for i in range(count))

@@ -128,7 +128,7 @@ def evaluate_text(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, "
             f"the model only {vocab_size}: they do not belong together"
         )
-    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)])
+    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)], dtype=torch.int64, device="cpu")
     span = model.config.max_seq_len
     windows = (ids[start : start + span + 1] for start in range(0, len(ids) - 1, span))
     nats, tokens = _negative_log_likelihood(model, windows, batch_size)

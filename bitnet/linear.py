@@ -115,8 +115,11 @@ class TernaryLinear(nn.Module):
         self._lay_out()
         self.register_load_state_dict_post_hook(TernaryLinear._lay_out)
         self.register_buffer("scale", torch.ones(shape, dtype=torch.float32, device=device))
-        self.bias = _constant(torch.zeros(out_features, device=device)) if bias else None
-        self.rms_norm = RMSNorm(in_features, norm_eps, device=device) if norm else None
+        fp32 = torch.float32
+        self.bias = (
+            _constant(torch.zeros(out_features, dtype=fp32, device=device)) if bias else None
+        )
+        self.rms_norm = RMSNorm(in_features, norm_eps, device=device, dtype=fp32) if norm else None
 
     @classmethod
     def from_codes(
@@ -258,7 +261,10 @@ def replace_linear(
         )
         if linear.rms_norm is not None:
             linear.rms_norm = RMSNorm(
-                module.in_features, linear.rms_norm.eps, device=module.weight.device
+                module.in_features,
+                linear.rms_norm.eps,
+                device=module.weight.device,
+                dtype=torch.float32,
             )
         linear.weight, linear.bias = module.weight, module.bias
         return linear.train(module.training)

@@ -256,7 +256,7 @@ class KVCache:
 
     def mask(self, n_tokens: int) -> Tensor:
         """Which columns each of the next tokens may look at: bool ``[B, 1, T, length + T]``."""
-        columns = torch.arange(self.length + n_tokens, device=self.pad.device)
+        columns = torch.arange(self.length + n_tokens, device=self.pad.device, dtype=torch.int64)
         queries = columns[self.length :]
         causal = columns <= queries[:, None]
         seen = rearrange(self.pad, "b -> b 1 1") <= columns
@@ -265,7 +265,9 @@ class KVCache:
 
     def positions(self, n_tokens: int) -> Tensor:
         """Rotary positions of the next tokens, counted without padding: int64 ``[B, T]``."""
-        columns = torch.arange(self.length, self.length + n_tokens, device=self.pad.device)
+        columns = torch.arange(
+            self.length, self.length + n_tokens, device=self.pad.device, dtype=torch.int64
+        )
         return (columns - self.pad[:, None]).clamp(min=0)
 
 
@@ -403,7 +405,7 @@ class Transformer(nn.Module):
             raise ValueError(f"tokens: {start} + {n_tokens} tokens exceed the context of {limit}")
         mask = None
         if cache is None:
-            positions = torch.arange(n_tokens, device=tokens.device)
+            positions = torch.arange(n_tokens, device=tokens.device, dtype=torch.int64)
         else:
             positions, mask = cache.positions(n_tokens), cache.mask(n_tokens)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)

@@ -269,7 +269,7 @@ def _int8_input_gradient(dy: Tensor, transposed: Tensor, gamma: Tensor) -> Tenso
 def _int8_weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
     """An approximation of ``dy.T @ x_hat``, right on average: the tokens' scales go into ``dy``,
     and that into int8 codes with a scale for each output channel. fp32 ``[N, K]``."""
-    dw = torch.zeros(dy.shape[1], x_q.shape[1], device=dy.device)
+    dw = torch.zeros(dy.shape[1], x_q.shape[1], device=dy.device, dtype=torch.float32)
     scaled = dy.float() * s_x.unsqueeze(1)
     if len(dy):
         for part, x_part in zip(scaled.split(_TOKENS_A_SUM), x_q.split(_TOKENS_A_SUM), strict=True):

@@ -117,10 +117,10 @@ class Telemetry:
     def _read_weights(self, name: str, layer: BitLinear | QATLinear) -> dict[str, Tensor]:
         codes, gamma = layer.quantize()[:2]
         size = self._size(name)
-        numbers = {"zeros": (codes == 0).sum() / size}
+        numbers = {"zeros": (codes == 0).sum().float() / size}
         if name in self._packed:
             before = unpack_ternary(self._packed[name], layer.in_features)
-            numbers["flip_rate"] = (codes != before).sum() / size
+            numbers["flip_rate"] = (codes != before).sum().float() / size
         self._packed[name] = pack_ternary(codes)
         threshold = gamma / 2
         if gamma.dim() == 1:
@@ -129,7 +129,7 @@ class Telemetry:
             options = layer if isinstance(layer, BitLinear) else layer.recipe
             threshold = spread_groups(threshold, options.group_size, layer.in_features)
         distance = (layer.weight.float().abs() - threshold).abs()
-        numbers["dead_zone"] = (distance <= DEAD_ZONE * threshold).sum() / size
+        numbers["dead_zone"] = (distance <= DEAD_ZONE * threshold).sum().float() / size
         numbers["gamma"] = gamma.mean()
         first = self._first_gamma.setdefault(name, numbers["gamma"])
         numbers["gamma_drift"] = numbers["gamma"] / first - 1
@@ -172,7 +172,7 @@ class _Activations:
         if not self.count:
             return {}
         return {
-            "act_clipped": torch.stack(self._clipped).sum() / self.count,
+            "act_clipped": torch.stack(self._clipped).sum().float() / self.count,
             "act_kurtosis": torch.stack(self._kurtosis).sum() / self.count,
         }
 

@@ -249,7 +249,7 @@ def memory_bandwidth(here: Machine) -> tuple[float, str]:
     fastest of five sums over 256 MiB."""
     if here.bandwidth is not None:
         return here.bandwidth, "its bus at its highest clock"
-    x = torch.ones(2**26, device=here.device)
+    x = torch.ones(2**26, device=here.device, dtype=torch.float32)
     best = math.inf
     for _ in range(5):
         start = time.perf_counter()
@@ -273,7 +273,9 @@ def make_step(job: Job, case: Case) -> tuple[Callable[[], object], Mapping[str, 
     max_len = case.prompt + WARMUP + TIMED + PROFILED
     model = job.model(max_len)
     vocab_size = model.config.vocab_size
-    ids = torch.tensor(prompts_of(case, vocab_size, job.seed), device=torch.device(job.device))
+    ids = torch.tensor(
+        prompts_of(case, vocab_size, job.seed), device=torch.device(job.device), dtype=torch.int64
+    )
     if job.family != "transformers":
         decoder = Decoder(model, case.batch, max_len, kernel=job.kernel)
         for chunk in ids.split(decoder.chunk, 1):

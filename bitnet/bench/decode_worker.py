@@ -132,7 +132,8 @@ def random_model(
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(like: Tensor) -> nn.Parameter:
-        drawn = torch.randn(like.shape, generator=generator, device=device)  # in any dtype the same
+        fp32 = torch.float32  # of any dtype the same numbers
+        drawn = torch.randn(like.shape, generator=generator, device=device, dtype=fp32)
         return nn.Parameter(drawn.mul_(0.02).to(dtype), requires_grad=False)
 
     def fill(name: str, module: nn.Module) -> nn.Module | None:
@@ -141,7 +142,8 @@ def random_model(
             codes = torch.randint(
                 -1, 2, shape, generator=generator, device=device, dtype=torch.int8
             )
-            scale = torch.tensor((1.5 / shape[1]) ** 0.5, device=device)  # codes' variance is 2/3
+            gamma = (1.5 / shape[1]) ** 0.5  # codes' variance is 2/3
+            scale = torch.tensor(gamma, device=device, dtype=torch.float32)
             return TernaryLinear.from_codes(codes, scale, kernel=kernel)
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight = normal(module.weight)
@@ -320,7 +322,7 @@ class TransformersRunner:
             def end(self) -> None:
                 pass
 
-        ids = torch.tensor(prompts, device=self.model.device)
+        ids = torch.tensor(prompts, device=self.model.device, dtype=torch.int64)
         whole = self.model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -354,7 +356,9 @@ def make_runner(job: Job, case: Case, meter: Meter | None) -> Runner:
 def prompts_of(case: Case, vocab_size: int, seed: int) -> list[list[int]]:
     """Random tokens, the same for every contender."""
     draw = torch.Generator().manual_seed(seed)
-    return torch.randint(vocab_size, (case.batch, case.prompt), generator=draw).tolist()
+    return torch.randint(
+        vocab_size, (case.batch, case.prompt), generator=draw, device="cpu"
+    ).tolist()
 
 
 class Session:

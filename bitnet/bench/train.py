@@ -193,7 +193,9 @@ class Stepper:
             self.loss = torch.compile(next_token_loss, fullgraph=True)
         draw = torch.Generator().manual_seed(config.run.seed)
         shape = (config.batch_sequences, config.data.seq_len + 1)
-        tokens = torch.randint(config.model.vocab_size, shape, generator=draw).to(self.device)
+        tokens = torch.randint(config.model.vocab_size, shape, generator=draw, device="cpu").to(
+            self.device
+        )
         self.inputs = tokens[:, :-1].split(train.micro_batch)
         self.targets = tokens[:, 1:].split(train.micro_batch)
         self.meter, _ = find_meter(self.device)
@@ -255,7 +257,7 @@ class Stepper:
         return train_loss
 
     def _gradients(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros((), device=self.device, dtype=torch.float32)
         with weights_quantized(self.model):
             for inputs_BT, targets_BT in zip(inputs, targets, strict=True):
                 with self.autocast:

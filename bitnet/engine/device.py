@@ -53,7 +53,9 @@ class Graphs:
         self.config, self.plan, self.state = config, plan, state
         self.buckets, self.kernel = buckets, kernel
         self.batch = torch.zeros((), dtype=torch.int32, device=state.tokens.device)
-        self._rows = torch.arange(state.tokens.shape[0], device=state.tokens.device)
+        self._rows = torch.arange(
+            state.tokens.shape[0], device=state.tokens.device, dtype=torch.int64
+        )
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
         self._captured: list[object] = []
 

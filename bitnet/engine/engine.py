@@ -305,7 +305,7 @@ class Engine:
                 active = [0] * self.decoder.max_batch
                 for row in fed:
                     active[row.slot] = 1
-                self.decoder.active.copy_(torch.tensor(active))
+                self.decoder.active.copy_(torch.tensor(active, dtype=torch.int64, device="cpu"))
             self.decoder.step(len(rows))
             for row in fed:
                 self._held[row.slot].append(row.new[-1])
@@ -399,9 +399,9 @@ class Engine:
                 if len(ids) > end
             }
             shape = (max(parts) + 1, max(len(part) for part in parts.values()))
-            tokens = torch.zeros(shape, dtype=torch.int64)
+            tokens = torch.zeros(shape, dtype=torch.int64, device="cpu")
             for slot, part in parts.items():
-                tokens[slot, : len(part)] = torch.tensor(part)
+                tokens[slot, : len(part)] = torch.tensor(part, dtype=torch.int64, device="cpu")
             n_valid = [len(parts.get(slot, ())) for slot in range(shape[0])]
             self.decoder.prefill(tokens.to(self.decoder.device), n_valid)
             for slot, part in parts.items():

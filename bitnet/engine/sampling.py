@@ -48,7 +48,7 @@ def uniforms(seed: int, n: int) -> Tensor:
     More numbers from the same seed begin with the same ones.
     """
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.rand(n, dtype=torch.float64, generator=generator)
+    numbers = torch.rand(n, dtype=torch.float64, generator=generator, device="cpu")
     # The last few below 1 would round to 1 when multiplied by a sum of probabilities.
     return numbers.clamp_(max=1 - 2**-50)
 

@@ -57,7 +57,11 @@ class State:
         columns = COLUMN_STEP * math.ceil((max_len + 1) / COLUMN_STEP)
         shape = (config.n_layers, 2, max_batch, config.n_kv_heads, columns, config.head_dim)
         fp32 = torch.float32
-        cos, sin = rotary(torch.arange(columns, device=device), config.head_dim, config.rope_theta)
+        cos, sin = rotary(
+            torch.arange(columns, device=device, dtype=torch.int64),
+            config.head_dim,
+            config.rope_theta,
+        )
         return State(
             max_len=max_len,
             tokens=torch.zeros(max_batch, dtype=torch.int64, device=device),
@@ -164,14 +168,14 @@ class Workspace:
         self.cos, self.sin = Scratch(m * e), Scratch(m * e)
         self.mask = Scratch(rows * g * columns)
         self.beyond = torch.zeros(rows, columns, dtype=torch.bool, device="cpu")
-        self.all_columns = torch.arange(columns, device="cpu")
+        self.all_columns = torch.arange(columns, device="cpu", dtype=torch.int64)
         self.signed_sin = state.sin.clone()
         self.signed_sin[:, : e // 2].neg_()
         self.causal = torch.full((chunk, chunk), -torch.inf, dtype=torch.float32, device="cpu")
         self.causal.triu_(1)
         self.peak = Scratch(rows)
         self.finite = torch.zeros(rows, dtype=torch.bool, device="cpu")
-        self.none = torch.tensor(-1, device="cpu")
+        self.none = torch.tensor(-1, device="cpu", dtype=torch.int64)
         self._constants: dict[float, Tensor] = {}
 
     def workspace(self) -> list[Tensor]:

@@ -183,13 +183,16 @@ class Tapes(Workspace):
             return self._narrowed(calls, together.view(m, -1))
 
         x = self._embedded(calls, tokens)
-        at = torch.cat([torch.arange(start, start + n, device="cpu") for _, start, n in pieces])
+        int64 = torch.int64
+        at = torch.cat(
+            [torch.arange(start, start + n, dtype=int64, device="cpu") for _, start, n in pieces]
+        )
         cos, sin = self.cos(m, e), self.sin(m, e)
         calls.add(torch.index_select, state.cos, 0, at, out=cos)
         calls.add(torch.index_select, self.signed_sin, 0, at, out=sin)
         self._layers(calls, x, cos, sin, attention)
         last = self.hidden(len(pieces), config.d_model)
-        ends = torch.tensor(counts, device="cpu").cumsum(0) - 1
+        ends = torch.tensor(counts, dtype=int64, device="cpu").cumsum(0) - 1
         calls.add(torch.index_select, x, 0, ends, out=last)
         self._head(calls, last, slice(pieces[0].row, pieces[-1].row + 1))
         return calls

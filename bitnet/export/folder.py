@@ -262,7 +262,7 @@ def _structure(config: ModelConfig, weights: Weights, quant: Recipe) -> Transfor
     if (weights == "integer") > quant.enabled or (weights == "packed" and quant.enabled):
         raise UserError(f'weights "{weights}" and quant.weights "{quant.weights}" disagree')
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(config).float()  # whatever torch's default dtype is
         if quant.enabled:
             try:
                 prepare(model, quant)

@@ -110,7 +110,9 @@ def add_sub_norms(model: Transformer) -> Transformer:
     tensors = dict(model.state_dict())
     for name, tensor in wider.state_dict().items():
         if name not in tensors:
-            tensors[name] = torch.ones(tensor.shape, device=model.norm.weight.device)
+            tensors[name] = torch.ones(
+                tensor.shape, device=model.norm.weight.device, dtype=torch.float32
+            )
     wider.load_state_dict(tensors, assign=True)
     if wider.config.tie_embeddings:
         wider.lm_head.weight = wider.embed_tokens.weight

@@ -111,7 +111,9 @@ def _compare_logits(
     handles = [record(name, linear) for name, linear in trained.items()]
     try:
         for row, prompt in enumerate(prompts):
-            tokens = torch.tensor([prompt], device=latent.embed_tokens.weight.device)
+            tokens = torch.tensor(
+                [prompt], device=latent.embed_tokens.weight.device, dtype=torch.int64
+            )
             ours, theirs = latent(tokens), packed(tokens)
             proof.logits += ours.numel()
             if not torch.equal(ours, theirs):
@@ -174,7 +176,9 @@ def _random_int8(codes: Tensor) -> Tensor:
     """Activations for codes ``[N, K]``: int8 ``[RANDOM_TOKENS, K]``, the extremes among them."""
     shape = (RANDOM_TOKENS, codes.shape[1])
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator).to(codes.device)
+    return torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator, device="cpu").to(
+        codes.device
+    )
 
 
 def _compare_rest(latent: Transformer, packed: Transformer, proof: Proof) -> None:

@@ -18,7 +18,7 @@ M tokens, K in_features, N out_features, r rank.
 
 import math
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -131,9 +131,9 @@ class LoRALinear(nn.Module):
         self.base = base
         self.rank, self.alpha = rank, alpha
         tensor = next(iter(base.state_dict().values()))
-        options: dict[str, Any] = {"device": tensor.device, "dtype": torch.float32}
-        self.lora_a = nn.Parameter(torch.empty(rank, base.in_features, **options))
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **options))
+        a = torch.empty(rank, base.in_features, dtype=torch.float32, device=tensor.device)
+        b = torch.zeros(base.out_features, rank, dtype=torch.float32, device=tensor.device)
+        self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # U(-1, 1) / sqrt(K), LoRA's own code
         self.train(base.training)
 

@@ -151,7 +151,7 @@ class Distiller:
                 relation_loss(a, b.to(a.device), heads) for a, b in zip(ours, theirs, strict=True)
             ]
             terms["attention"] = torch.stack(each).mean(), shared
-        total = torch.zeros((), device=logits_BTV.device)
+        total = torch.zeros((), device=logits_BTV.device, dtype=torch.float32)
         for name, (term, shared) in terms.items():
             if self.config.balance and first and step % self.config.balance_every == 0:
                 self._balance(name, term, cross_entropy, shared)

@@ -115,7 +115,7 @@ def gptq_matrix(
     columns = w.shape[1]
     by_group = recipe.granularity == "group"
     found_early = not by_group or act_order
-    order = torch.arange(columns, device=w.device)
+    order = torch.arange(columns, device=w.device, dtype=torch.int64)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     upper = _inverse_factor(hessian[order][:, order], damping)

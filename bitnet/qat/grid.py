@@ -39,7 +39,7 @@ def reduce(values: Tensor, recipe: Recipe, statistic: Callable[[Tensor, int], Te
 
 def count(weight: Tensor, recipe: Recipe) -> Tensor:
     """How many weights each scale stands for, fp32, broadcastable to the scale."""
-    row = torch.ones(1, weight.shape[1], device=weight.device)
+    row = torch.ones(1, weight.shape[1], device=weight.device, dtype=torch.float32)
     columns = reduce(row, recipe, Tensor.sum)
     return columns * weight.shape[0] if recipe.granularity == "tensor" else columns
 

@@ -52,8 +52,12 @@ LEVELS = (
 )
 """The published fp32 values (arXiv 2305.14314, appendix E), by code."""
 
-_MIDPOINTS = torch.tensor([(a + b) / 2 for a, b in pairwise(LEVELS)], device="cpu")
-_PAIRS = torch.tensor([(a, b) for a in LEVELS for b in LEVELS], device="cpu")  # [256, 2] by byte
+_MIDPOINTS = torch.tensor(
+    [(a + b) / 2 for a, b in pairwise(LEVELS)], dtype=torch.float32, device="cpu"
+)
+_PAIRS = torch.tensor(  # [256, 2] by byte
+    [(a, b) for a in LEVELS for b in LEVELS], dtype=torch.float32, device="cpu"
+)
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor, torch.Size]:

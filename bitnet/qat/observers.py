@@ -49,9 +49,9 @@ class Observer(nn.Module):
         self.observing, self.frozen = True, False
         self._calibrated = False
         for name in ("low", "high"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.float32))
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32, device="cpu"))
         for name in ("n_seen", "bad"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device="cpu"))
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -197,17 +197,19 @@ class MeanSquaredError(Observer):
         super().__init__()
         self.bits, self.symmetric = bits, symmetric
         for name in ("seen_low", "seen_high"):  # 0 is in every range
-            self.register_buffer(name, torch.zeros((), dtype=torch.float32))
+            self.register_buffer(name, torch.zeros((), dtype=torch.float32, device="cpu"))
         lowest = math.ceil(self.PER_OCTAVE * math.log2(EPS))
-        self.register_buffer("top", torch.tensor(lowest, dtype=torch.int64))
-        self.register_buffer("errors", torch.zeros(self.N_CANDIDATES, dtype=torch.float64))
+        self.register_buffer("top", torch.tensor(lowest, dtype=torch.int64, device="cpu"))
+        self.register_buffer(
+            "errors", torch.zeros(self.N_CANDIDATES, dtype=torch.float64, device="cpu")
+        )
 
     def _update(self, x: Tensor) -> dict[str, Tensor]:
         low, high = x.aminmax()
         low, high = torch.minimum(self.seen_low, low), torch.maximum(self.seen_high, high)
         absmax = torch.maximum(-low, high).clamp(min=EPS)
         top = torch.maximum(self.top, (absmax.log2() * self.PER_OCTAVE).ceil().long())
-        below = torch.arange(self.N_CANDIDATES, device=x.device)
+        below = torch.arange(self.N_CANDIDATES, device=x.device, dtype=torch.int64)
         new = (top - self.top - below).clamp(min=0)  # places above the old top, of the new ones
         errors = self.errors[(below - (top - self.top)).clamp(min=0)]
         errors = errors * torch.exp2(new.double() * (2 / self.PER_OCTAVE))

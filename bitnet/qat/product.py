@@ -81,7 +81,7 @@ def quantized_linear(
     """
     if w.scale.dim() < w.codes.dim():
         return _rescaled(x, w, bias, dtype)
-    y = torch.zeros((), device=x.codes.device)
+    y = torch.zeros((), device=x.codes.device, dtype=torch.float32)
     x_groups, w_groups = x.codes.split(group_size, -1), w.codes.split(group_size, -1)
     for i, (x_g, w_g) in enumerate(zip(x_groups, w_groups, strict=True)):
         zero = None if w.zero_point is None else w.zero_point[..., i]

@@ -175,8 +175,10 @@ class Statistics:
     def __init__(self, features: int, with_gram: bool, device: torch.device) -> None:
         self._tokens = 0
         self._total = torch.zeros(features, dtype=torch.float64, device=device)
-        self.peak = torch.zeros(features, device=device)
-        self._gram = torch.zeros(features, features, device=device) if with_gram else None
+        self.peak = torch.zeros(features, device=device, dtype=torch.float32)
+        self._gram: Tensor | None = None
+        if with_gram:
+            self._gram = torch.zeros(features, features, device=device, dtype=torch.float32)
 
     def add(self, x: Tensor) -> None:
         """Count float ``[..., K]`` in."""
@@ -211,7 +213,7 @@ class Walk:
         check_calibration(model, calibration)
         device = model.embed_tokens.weight.device
         self._x_STD = model.embed_tokens(calibration.to(device))
-        positions = torch.arange(calibration.shape[1], device=device)
+        positions = torch.arange(calibration.shape[1], device=device, dtype=torch.int64)
         self._turn = rotary(positions, model.config.head_dim, model.config.rope_theta)
         self._rows = max(1, _TOKENS_AT_ONCE // calibration.shape[1])
         self._layer = 0

@@ -170,7 +170,7 @@ def scaled_matmul(
         # The outputs take the memory of the accumulators, element for element: on a CPU half of the
         # time went into touching new memory.
         return _rescaled(acc.view(torch.float32).copy_(acc), s_x, gamma, bias, dtype)
-    y = torch.zeros(x_q.shape[0], codes.shape[0], device=x_q.device)
+    y = torch.zeros(x_q.shape[0], codes.shape[0], device=x_q.device, dtype=torch.float32)
     groups = zip(x_q.split(group_size, 1), codes.split(group_size, 1), gamma.unbind(1), strict=True)
     for x_g, codes_g, gamma_g in groups:
         y += rescale(int8_matmul(x_g, codes_g), s_x, gamma_g, None, torch.float32)

@@ -35,7 +35,7 @@ def rope_append(
 ) -> Tensor:
     """Rotate queries and keys, write keys and values: see :func:`bitnet_kernels.rope_append`."""
     (b, t, _), (_, g, n_columns, e) = qkv.shape, k_cache.shape
-    steps = torch.arange(t, device=qkv.device)
+    steps = torch.arange(t, device=qkv.device, dtype=torch.int64)
     columns = lengths.long().unsqueeze(1) + steps  # [B, T]
     written = (steps < n_valid.unsqueeze(1)) & (columns >= 0) & (columns < n_columns)
     columns = columns.clamp(0, n_columns - 1)
@@ -66,8 +66,10 @@ def decode_attention(
     k, v = k_cache[:b].float(), v_cache[:b].float()
     if k_scale is not None and v_scale is not None:
         k, v = k * k_scale[:b].unsqueeze(-1), v * v_scale[:b].unsqueeze(-1)
-    last = lengths.long().clamp(min=0).unsqueeze(1) + torch.arange(t, device=q.device)  # [B, T]
-    seen = torch.arange(n_columns, device=q.device) <= last.unsqueeze(-1)  # [B, T, L]
+    steps = torch.arange(t, device=q.device, dtype=torch.int64)
+    columns = torch.arange(n_columns, device=q.device, dtype=torch.int64)
+    last = lengths.long().clamp(min=0).unsqueeze(1) + steps  # [B, T]
+    seen = columns <= last.unsqueeze(-1)  # [B, T, L]
     seen = seen[:, None, :, None]  # [B, 1, T, 1, L]
     queries = q.float().reshape(b, t, g, h // g, e).permute(0, 2, 1, 3, 4)  # [B, G, T, H/G, E]
     scores = torch.einsum("bgtre,bgle->bgtrl", queries, k) * e**-0.5

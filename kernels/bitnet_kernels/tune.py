@@ -130,7 +130,7 @@ class Timer:
         self.cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self.shape: tuple[int, int] = (0, 0)
         self.copies: list[tuple[Tensor, Tensor]] = []
-        self.codes = torch.empty(0)
+        self.codes = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def __call__(
         self, formulation: str, tried: list[Config], m: int, n: int, k: int

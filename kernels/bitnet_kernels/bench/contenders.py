@@ -65,7 +65,7 @@ class Problem:
         """Activations [M, K]: the same draw, rounded to the dtype."""
         if dtype not in self._floats:
             draw = torch.Generator(self.device).manual_seed(self.seed + 2)
-            x = torch.randn(self.m, self.k, device=self.device, generator=draw)
+            x = torch.randn(self.m, self.k, device=self.device, generator=draw, dtype=torch.float32)
             self._floats[dtype] = x.to(DTYPES[dtype])
         return self._floats[dtype]
 
@@ -78,7 +78,7 @@ def make_problem(n: int, k: int, m: int, device: torch.device, seed: int = 0) ->
     """A random ternary matrix, a third of each code, and tokens; seeded."""
     draw = torch.Generator(device).manual_seed(seed)
     codes = torch.randint(-1, 2, (n, k), dtype=torch.int8, device=device, generator=draw)
-    gamma = torch.tensor(k**-0.5, device=device)
+    gamma = torch.tensor(k**-0.5, device=device, dtype=torch.float32)
     return Problem(device, m, codes, pack_ternary(codes), gamma, seed)
 
 

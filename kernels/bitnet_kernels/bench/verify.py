@@ -27,8 +27,10 @@ def _sampled_rows(problem: Problem) -> Tensor:
     """Indices of weight rows: all of them, or the first, the last, and a spread between."""
     most = max(16, _BUDGET // (problem.m * problem.k))
     if problem.n <= most:
-        return torch.arange(problem.n, device=problem.device)
-    return torch.linspace(0, problem.n - 1, most, device=problem.device).round().long().unique()
+        return torch.arange(problem.n, device=problem.device, dtype=torch.int64)
+    fp32 = torch.float32
+    chosen = torch.linspace(0, problem.n - 1, most, device=problem.device, dtype=fp32)
+    return chosen.round().long().unique()
 
 
 def _exact_product(x_q: Tensor, weight: Tensor) -> Tensor:
