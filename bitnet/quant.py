@@ -344,13 +344,13 @@ def ternary_linear_ste(
         quantized = quantize_weight(weight, granularity, group_size, int8_backward)
     else:
         _check_quantized(quantized, weight, granularity, group_size, int8_backward)
-    m = values.shape[:-1].numel()
-    y = _TernaryLinear.apply(
-        values.reshape(m, weight.shape[1]),
+    k = weight.shape[1]
+    y: Tensor = _TernaryLinear.apply(
+        values.reshape(-1, k),
         weight,
         bias,
-        tokens.codes.reshape(m, weight.shape[1]),
-        tokens.scale.reshape(m),
+        tokens.codes.reshape(-1, k),
+        tokens.scale.reshape(-1),
         *quantized,
         group_size,
         mask,
@@ -358,7 +358,7 @@ def ternary_linear_ste(
         int8_backward,
         output_dtype(values),
     )
-    return y.reshape(*values.shape[:-1], weight.shape[0])
+    return y if values.dim() == 2 else y.reshape(*values.shape[:-1], weight.shape[0])
 
 
 def check_int8_backward(int8_backward: str, granularity: str) -> None:

@@ -96,7 +96,11 @@ def ternary_codes(w: Tensor, threshold: Tensor) -> Tensor:
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int) -> Tensor:
     """``(codes - zero_point) * scale``: int8 ``[N, K]`` -> fp32 ``[N, K]``."""
-    values = codes.float()
-    if zero_point is not None:
-        values = values - spread(zero_point, group_size, codes)
-    return values * spread(scale, group_size, codes)
+    zero = None if zero_point is None else spread(zero_point, group_size, codes)
+    return values(codes, spread(scale, group_size, codes), zero)
+
+
+def values(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """``(codes - zero_point) * scale`` in fp32, of what can be broadcast to the codes."""
+    shifted = codes.float() if zero_point is None else codes.float() - zero_point
+    return shifted * scale

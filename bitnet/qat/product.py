@@ -156,11 +156,11 @@ class LinearOp(NamedTuple):
                 f"input: expected shape [..., {self.in_features}] (in_features), "
                 f"got {list(x.shape)}"
             )
-        return x.reshape(x.shape[:-1].numel(), self.in_features)
+        return x.reshape(-1, self.in_features)
 
     def unbatched(self, y: Tensor, x: Tensor) -> Tensor:
         """``[M, N]`` -> ``[..., N]``."""
-        return y.reshape(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], self.out_features)
 
     def exact(
         self, x: Codes, w: Codes, bias: Tensor | None, dtype: torch.dtype, group_size: int
@@ -243,7 +243,8 @@ class ConvOp(NamedTuple):
             group_size,
         )
         y = rearrange(y, "g (b p) n -> b (g n) p", p=size.numel())
-        return y.unflatten(2, size)
+        # A copy, as torch has it in memory: autograd lets no view be modified that _Exact returns.
+        return y.unflatten(2, size).clone(memory_format=torch.contiguous_format)
 
     def _patches(self, codes: Tensor, zero_point: Tensor | None) -> tuple[Tensor, torch.Size]:
         """int8 ``[B, C, *size]`` -> patches ``[groups, M, K]``, and the output's size."""
@@ -309,11 +310,18 @@ class _Exact(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_hat: Tensor, w_hat: Tensor, bias: Tensor | None, y: Tensor, op: Op
+        ctx: Any,
+        x_hat: Tensor,
+        w_hat: Tensor,
+        bias: Tensor | None,
+        op: Op,
+        codes: tuple[Codes, Codes],
+        dtype: torch.dtype,
+        group_size: int,
     ) -> Tensor:
         ctx.save_for_backward(x_hat, w_hat)
         ctx.op, ctx.bias_dtype = op, None if bias is None else bias.dtype
-        return y.view_as(y)
+        return op.exact(*codes, bias, dtype, group_size)
 
     @staticmethod
     @once_differentiable
@@ -324,8 +332,7 @@ class _Exact(torch.autograd.Function):
             None if dx is None else dx.to(x_hat.dtype),
             None if dw is None else dw.to(w_hat.dtype),
             None if db is None else db.to(ctx.bias_dtype),
-            None,
-            None,
+            *(4 * [None]),
         )
 
 
@@ -340,6 +347,4 @@ def exact_product(
 ) -> Tensor:
     """``op.exact`` with gradients for x_hat, w_hat and the bias; in the dtype of
     :func:`bitnet.quant.output_dtype`."""
-    with torch.no_grad():
-        y = op.exact(x, w, bias, output_dtype(x_hat), group_size)
-    return _Exact.apply(x_hat, w_hat, bias, y, op)
+    return _Exact.apply(x_hat, w_hat, bias, op, (x, w), output_dtype(x_hat), group_size)

@@ -43,6 +43,7 @@ from bitnet.qat.grid import (
     ternary_codes,
     to_int8,
     unclamped,
+    values,
     within,
 )
 from bitnet.qat.recipe import LEARNED, TERNARY, Recipe
@@ -223,11 +224,13 @@ def fake_quantize_weight(weight: Tensor, recipe: Recipe, step: Tensor | None = N
     Arguments, errors: as :func:`weight_codes`.
     """
     codes, scale, zero_point = quantized = weight_codes(weight, recipe, step)
-    hat = dequantize(codes, scale, zero_point, recipe.group_size).to(weight.dtype)
     if step is not None:
-        hat = _LearnedStep.apply(weight, step, hat, (codes, scale), recipe)
+        hat = _LearnedStep.apply(weight, step, codes, scale, recipe)
     else:
-        hat = _StraightThrough.apply(weight, hat, _passes(weight, *quantized, recipe))
+        zero = None if zero_point is None else spread(zero_point, recipe.group_size, codes)
+        spread_scale = spread(scale, recipe.group_size, codes)
+        passes = _passes(weight, *quantized, recipe)
+        hat = _StraightThrough.apply(weight, codes, spread_scale, zero, passes)
     return Quantized(codes, scale, zero_point, hat)
 
 
@@ -249,18 +252,30 @@ def _passes(
 
 
 class _StraightThrough(torch.autograd.Function):
-    """``hat`` forward; backward its gradient goes to ``x`` where the mask lets it pass."""
+    """The value of the codes forward; backward its gradient goes to ``x`` where the mask lets it
+    pass.
+
+    The value is computed here: what a function is given and returns is a view to autograd, which
+    forbids in-place operators on it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, hat: Tensor, passes: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor | None,
+        passes: Tensor | None,
+    ) -> Tensor:
         ctx.save_for_backward(passes)
-        return hat.view_as(hat)
+        return values(codes, scale, zero_point).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (passes,) = ctx.saved_tensors
-        return (dy if passes is None else dy * passes), None, None
+        return (dy if passes is None else dy * passes), *(4 * [None])
 
 
 def _learned_scale(weight: Tensor, recipe: Recipe, step: Tensor) -> Tensor:
@@ -310,13 +325,13 @@ class _LearnedStep(torch.autograd.Function):
         ctx: Any,
         weight: Tensor,
         step: Tensor,
-        hat: Tensor,
-        kept: tuple[Tensor, Tensor],
+        codes: Tensor,
+        scale: Tensor,
         recipe: Recipe,
     ) -> Tensor:
-        ctx.save_for_backward(weight, step, *kept)
+        ctx.save_for_backward(weight, step, codes, scale)
         ctx.recipe = recipe
-        return hat.view_as(hat)
+        return dequantize(codes, scale, None, recipe.group_size).to(weight.dtype)
 
     @staticmethod
     @once_differentiable
@@ -419,15 +434,16 @@ def fake_quantize_activation(
     with torch.no_grad():
         if scale is None:
             codes, scale = absmax_codes(x.flatten(1) if per_sample else x, bits)
-            hat = (codes.float() * scale.unsqueeze(-1)).reshape(x.shape)
             codes = codes.reshape(x.shape)
         else:
             codes = static_codes(x, scale, zero_point, bits)
             passes = within(unclamped(x, scale, zero_point), *code_range(bits, zero_point is None))
             scale = torch.where(x.isfinite().all(), scale, torch.nan)
-            hat = (codes.float() if zero_point is None else codes.float() - zero_point) * scale
-        hat = hat.to(x.dtype)
-    return Quantized(codes, scale, zero_point, _StraightThrough.apply(x, hat, passes))
+    per_value = (
+        scale.reshape(*scale.shape, *(x.dim() - scale.dim()) * [1]) if scale.dim() else scale
+    )
+    hat = _StraightThrough.apply(x, codes, per_value, zero_point, passes)
+    return Quantized(codes, scale, zero_point, hat)
 
 
 def _check_weight(weight: Tensor) -> None:

@@ -222,6 +222,13 @@ def _resolved(kernel: str, device: torch.device) -> str:
     return "reference" if kernel == "auto" and not _usable(device) else kernel
 
 
+def shaped_result(y: Tensor, *shape: int) -> Tensor:
+    """A fresh result in its final shape, with the memory of ``y``, which nobody keeps. It is no
+    view for autograd, which forbids in-place operators on a view that a custom function returns."""
+    result: Tensor = torch.ops.aten._unsafe_view(y.contiguous(), shape)
+    return result
+
+
 @torch.library.custom_op("bitnet::ternary_matmul", mutates_args=())
 def _matmul(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
     kernel = _resolved(kernel, x_q.device)
@@ -256,7 +263,8 @@ def _quantized(
     kernel = _resolved(kernel, x_q.device)
     if kernel == "reference":
         acc = reference.ternary_matmul(tokens, packed)
-        return reference.rescale(acc, s_x, scale, bias, out_dtype).reshape(*lead, n)
+        y = reference.rescale(acc, s_x, scale, bias, out_dtype)
+        return shaped_result(y, *lead, n)
     _check_triton(kernel, x_q.device)
     from bitnet_kernels.gpu.common import Rescale
     from bitnet_kernels.gpu.matmul import matmul, plan
@@ -264,7 +272,7 @@ def _quantized(
     choice = plan(kernel, tokens.shape[0], n, k, planes is not None, x_q.device)
     rescale = Rescale(s_x.contiguous(), scale, bias, out_dtype)
     y = matmul(*choice, tokens, packed, planes, row_sum.contiguous(), rescale)
-    return y.reshape(*lead, n)
+    return shaped_result(y, *lead, n)
 
 
 @_quantized.register_fake
@@ -308,7 +316,7 @@ def _linear(
         x_q, s_x, row_sum = triton_quant(tokens, 4 * p)
         rescale = Rescale(s_x, scale, bias, out_dtype)
         y = matmul(*choice, x_q, packed, planes, row_sum, rescale, full_range=False)
-    return y.reshape(*x.shape[:-1], packed.shape[0])
+    return shaped_result(y, *x.shape[:-1], packed.shape[0])
 
 
 @_linear.register_fake

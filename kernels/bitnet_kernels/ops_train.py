@@ -12,7 +12,14 @@ from torch import Tensor
 
 from bitnet_kernels import reference
 from bitnet_kernels.checks import check_device, check_tensor, check_vector, no_backward
-from bitnet_kernels.ops import _check_codes, _check_dtype, _check_out_dtype, _check_scale, _usable
+from bitnet_kernels.ops import (
+    _check_codes,
+    _check_dtype,
+    _check_out_dtype,
+    _check_scale,
+    _usable,
+    shaped_result,
+)
 
 
 def int8_linear(
@@ -101,8 +108,8 @@ def _int8_linear(
         config = plan(tokens.shape[0], codes.shape[0], x_q.device)
         y = int8_gemm(config, tokens, codes, Rescale(s_x, gamma, bias, out_dtype))
     else:
-        y = reference.scaled_matmul(tokens, s_x, codes, gamma, bias, out_dtype).contiguous()
-    return y.reshape(*x_q.shape[:-1], codes.shape[0])
+        y = reference.scaled_matmul(tokens, s_x, codes, gamma, bias, out_dtype)
+    return shaped_result(y, *x_q.shape[:-1], codes.shape[0])
 
 
 @_int8_linear.register_fake
