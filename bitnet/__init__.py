@@ -1,6 +1,6 @@
 """Ternary (BitNet b1.58) language models: layers, models, and what turns one into the other.
 
-from bitnet import BitLinear, replace_linear, pack, load
+from bitnet import BitLinear, replace_linear, coverage, pack, load
 
 The names are imported when they are first used: torch takes seconds, and a command has to hear
 Ctrl-C before (bitnet/shell.py).
@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from bitnet.export.folder import load
     from bitnet.linear import BitLinear, TernaryLinear, pack, replace_linear, weights_quantized
     from bitnet.model import Transformer
+    from bitnet.report import Coverage, coverage
 
 __all__ = [
     "BitLinear",
+    "Coverage",
     "TernaryLinear",
     "Transformer",
+    "coverage",
     "load",
     "pack",
     "replace_linear",
@@ -30,8 +33,9 @@ if not TYPE_CHECKING:  # a checker reads the imports above
     def __getattr__(name: str) -> Any:
         """A public name from its module, or a module of the package."""
         if name in __all__:
-            home = {"load": "export.folder", "Transformer": "model"}.get(name, "linear")
-            value = getattr(import_module(f"bitnet.{home}"), name)
+            homes = {"load": "export.folder", "Transformer": "model"}
+            homes |= {"Coverage": "report", "coverage": "report"}
+            value = getattr(import_module(f"bitnet.{homes.get(name, 'linear')}"), name)
             globals()[name] = value  # looked up once
             return value
         if not name.startswith("_") and find_spec(f"bitnet.{name}") is not None:

@@ -62,6 +62,8 @@ class BitLinear(nn.Linear):
     rms_norm: RMSNorm | None
     int8_backward: Int8Backward = "none"  # of layers pickled before there was a choice
     _held: "_Held | None" = None
+    called = False
+    """Whether a forward has run that was not compiled: see :func:`bitnet.coverage`."""
 
     def __init__(
         self,
@@ -95,6 +97,8 @@ class BitLinear(nn.Linear):
 
         A layer without a norm inside takes :func:`bitnet.quant.quantize_tokens` of it as well.
         """
+        if not torch.compiler.is_compiling() and not self.called:
+            self.called = True
         if self.rms_norm is not None:
             if isinstance(input, Tokens):
                 raise TypeError("input: expected a tensor, which the layer's norm is yet to change")

@@ -10,6 +10,7 @@ codes and an fp32 scale and gives the same outputs to the last bit, since both a
 integers.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -17,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from bitnet.bitlinear import (
@@ -29,6 +31,13 @@ from bitnet.bitlinear import (
     weights_quantized,
 )
 from bitnet.elementwise import RMSNorm
+from bitnet.inventory import (
+    holders,
+    is_conv1d,
+    kept_weights,
+    plain_linear,
+    why_full_precision,
+)
 from bitnet.quant import Granularity, Tokens, output_dtype
 from bitnet_kernels import bit_planes, pack_ternary, ternary_linear, unpack_ternary
 from bitnet_kernels.packing import packed_columns
@@ -44,6 +53,7 @@ __all__ = [
     "hooked",
     "is_plain",
     "matches",
+    "never_called",
     "pack",
     "replace_linear",
     "replace_modules",
@@ -222,24 +232,34 @@ def _constant(tensor: Tensor) -> nn.Parameter:
 
 
 def replace_linear(
-    model: nn.Module, skip: str | Sequence[str] = DEFAULT_SKIP, **options: Any
+    model: nn.Module,
+    skip: str | Sequence[str] = DEFAULT_SKIP,
+    *,
+    also: Sequence[type[nn.Linear]] = (),
+    **options: Any,
 ) -> nn.Module:
     """Replace every ``nn.Linear`` by a :class:`BitLinear` with the same parameters, in place.
 
     Only plain ``nn.Linear`` modules are replaced: a subclass may use its weight in its own way
     (the output projection of ``nn.MultiheadAttention`` is never *called*, so a BitLinear there
-    would change nothing). Hooks on a replaced module are not carried over. The fused inference
-    path of ``nn.TransformerEncoder`` reads its layers' weights past their forward; it is switched
-    off where a layer is replaced.
+    would change nothing). The ``Conv1D`` of transformers (GPT-2) is replaced too, with a new weight
+    that is its transposed: checkpoints from before the replacement no longer fit.
+    :func:`bitnet.coverage` says what was replaced and what was not. Hooks on a replaced module are
+    not carried over. The fused inference path of ``nn.TransformerEncoder`` reads its layers'
+    weights past their forward; it is switched off where a layer is replaced.
 
     Arguments:
         model: any module; an ``nn.Linear`` itself is replaced by the returned BitLinear.
         skip: names to leave in full precision: a module's own name, its path, or a pattern
             (``"lm_head"``, ``"layers.0.mlp.*"``, ``"*.gate"``).
+        also: subclasses of ``nn.Linear`` to replace as well; their own forward is lost.
         options: BitLinear's keywords (``granularity``, ``norm``, ...).
     Raises:
-        ValueError: a name in ``skip`` that no module has; a layer whose weight or bias a hook or a
-            parametrization computes.
+        ValueError: nothing is replaced, and the model has no ternary layer already; a name in
+            ``skip`` that no module has; a layer that is empty or lazy, or whose weight or bias a
+            hook or a parametrization computes.
+    Warns:
+        UserWarning: more than half of the weights that might be ternary are not.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     if skip != DEFAULT_SKIP:
@@ -249,16 +269,28 @@ def replace_linear(
         for name, module in model.named_modules(remove_duplicate=False)
         if matches(name, skip)
     }
+    BitLinear(1, 1, device="meta", **options)  # wrong options are no layer's fault
+    kinds, transposed = (nn.Linear, *also), dict[int, nn.Parameter]()
 
     def convert(name: str, module: nn.Module) -> nn.Module | None:
-        plain = type_before_parametrizations(module) is nn.Linear
-        if not (isinstance(module, nn.Linear) and plain) or id(module) in skipped:
+        replaceable = type_before_parametrizations(module) in kinds or is_conv1d(module)
+        if id(module) in skipped:
+            return None
+        if isinstance(module, nn.LazyLinear):
+            raise ValueError(f"{name or 'model'}: a LazyLinear {why_full_precision(module)}")
+        if not replaceable:
             return None
         if computed := computed_parameter(module):
-            raise ValueError(f"{name}: its {computed} is computed by a hook (weight_norm, ...)")
-        linear = BitLinear(
-            module.in_features, module.out_features, module.bias is not None, "meta", **options
-        )
+            raise ValueError(
+                f"{name or 'model'}: its {computed} is computed by a hook (weight_norm, ...)"
+            )
+        module = plain_linear(module, transposed)
+        try:
+            linear = BitLinear(
+                module.in_features, module.out_features, module.bias is not None, "meta", **options
+            )
+        except ValueError as error:
+            raise ValueError(f"{name or 'model'}: {error}; leave it in skip") from error
         if linear.rms_norm is not None:
             linear.rms_norm = RMSNorm(
                 module.in_features,
@@ -270,8 +302,51 @@ def replace_linear(
         return linear.train(module.training)
 
     model = replace_modules(model, convert)
+    _check_replaced(model, skipped)
     disable_fused_encoder(model)
     return model
+
+
+def _check_replaced(model: nn.Module, skipped: set[int]) -> None:
+    """Raise ValueError where no layer is ternary; warn where most weights are not, of those that
+    are neither in ``skip`` nor in embeddings or convolutions."""
+    ternary = full = 0
+    for _, module, weights in holders(model):
+        if isinstance(module, BitLinear):
+            ternary += weights
+        elif id(module) not in skipped and not isinstance(module, nn.Embedding | _ConvNd):
+            full += weights
+    if not any(isinstance(module, BitLinear | TernaryLinear) for module in model.modules()):
+        raise ValueError(f"model: no layer was replaced; it has {kept_weights(model)}")
+    if 0 < ternary < full:
+        warnings.warn(
+            f"replace_linear: {ternary:,} weights are ternary, {full:,} others are not "
+            "(print bitnet.coverage(model) to see why)",
+            stacklevel=3,
+        )
+
+
+def never_called(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
+    """Paths of the layers of ``kinds`` that no forward has called, though it called others. A
+    compiled forward leaves no trace, so that of a compiled model nothing is said."""
+    modules = dict(model.named_modules())
+    if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules.values()):
+        return []
+    layers = {name: module for name, module in modules.items() if isinstance(module, kinds)}
+    idle = [name for name, module in layers.items() if not module.called]
+    return idle if len(idle) < len(layers) else []
+
+
+def warn_never_called(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Warn of layers whose weight the model may use past their forward, as :func:`never_called`
+    finds them: it trained in full precision and will not do so any more."""
+    if idle := never_called(model, (kind,)):
+        warnings.warn(
+            f"{', '.join(idle[:3])}: never called, though other layers were ({len(idle)} such): "
+            "if the model uses their weight itself, it trained in full precision; leave them in "
+            "skip",
+            stacklevel=3,
+        )
 
 
 def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
@@ -282,7 +357,10 @@ def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
         kernel: which kernel the packed layers use.
     Raises:
         ValueError: a layer whose weights are not finite (named).
+    Warns:
+        UserWarning: a layer that no forward has called, though it called others (named).
     """
+    warn_never_called(model, BitLinear)
 
     def convert(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, BitLinear):

@@ -32,7 +32,14 @@ ARROWS = {
     "bitnet.quant": {"bitnet_kernels"},
     "bitnet.elementwise": set[str](),
     "bitnet.bitlinear": {"bitnet_kernels", "bitnet.elementwise", "bitnet.quant"},
-    "bitnet.linear": {"bitnet_kernels", "bitnet.bitlinear", "bitnet.elementwise", "bitnet.quant"},
+    "bitnet.inventory": set[str](),
+    "bitnet.linear": {
+        "bitnet_kernels",
+        "bitnet.bitlinear",
+        "bitnet.elementwise",
+        "bitnet.inventory",
+        "bitnet.quant",
+    },
     "bitnet.model": {"bitnet.elementwise", "bitnet.linear", "bitnet.quant"},
     "bitnet.loss": {"bitnet.model", "bitnet.quant"},
 }

@@ -174,6 +174,7 @@ def test_parametrized_layers_are_refused_not_left_out(name: str) -> None:
 def test_patterns_match_whole_paths_or_own_names() -> None:
     """A pattern that would skip nothing is no silent success."""
     model = nn.ModuleDict({"block": nn.ModuleDict({"q_proj": nn.Linear(3, 3)})})
+    model["o_proj"] = nn.Linear(3, 3)
     recipe = Recipe(weights="int", skip=["q_*"], keep_first_last=False)
     for change in (lambda: replace_linear(model, skip="q_*"), lambda: prepare(model, recipe)):
         with pytest.raises(ValueError, match=r"skip: no module is named 'q_\*'"):

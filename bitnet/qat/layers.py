@@ -55,6 +55,12 @@ class QATLayer(nn.Module):
     weight: Tensor
     weight_step: nn.Parameter | None
     input_observer: Observer | None
+    called = False
+    """Whether a forward has run that was not compiled: see :func:`bitnet.coverage`."""
+
+    def _mark_called(self) -> None:
+        if not torch.compiler.is_compiling() and not self.called:
+            self.called = True
 
     def _adopt(self, module: nn.Module, recipe: Recipe, observed: bool) -> Self:
         """Take a module's weight, bias and mode."""
@@ -127,6 +133,7 @@ class _ProductLayer(QATLayer):
             TypeError, ValueError: an input of another dtype or shape; a static range that nothing
             has calibrated (in training mode only where its observer is frozen or disabled).
         """
+        self._mark_called()
         observer, recipe = self.input_observer, self.recipe
         if observer is not None and self.training:
             observer.observe(input.detach())
@@ -252,6 +259,7 @@ class QATEmbedding(QATLayer, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows of w_hat; ``lambda_a`` has no meaning here."""
+        self._mark_called()
         if self.lambda_w == 0:
             return super().forward(input)
         _, w = self._fake_weight()

@@ -20,12 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from bitnet.inventory import is_conv1d, plain_linear
 from bitnet.linear import (
     BitLinear,
     TernaryLinear,
     computed_parameter,
     disable_fused_encoder,
     replace_modules,
+    warn_never_called,
 )
 from bitnet.qat.adapters import LoRALinear
 from bitnet.qat.integer import IntLayer, integer_layer
@@ -71,6 +73,7 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
             )
     selected = select(model, recipe)
     steps: dict[int, nn.Parameter | None] = {}
+    transposed: dict[int, nn.Parameter] = {}
 
     def convert_one(name: str, module: nn.Module) -> nn.Module | None:
         if id(module) not in selected:
@@ -79,6 +82,8 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
             raise ValueError(
                 f"{name or 'model'}: its {computed} is computed by a hook (weight_norm, ...)"
             )
+        if is_conv1d(module):
+            module = plain_linear(module, transposed)
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
         if weight.numel() == 0:
@@ -209,6 +214,7 @@ def convert(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, QATLayer) for module in model.modules()):
         done = any(isinstance(module, (IntLayer, TernaryLinear)) for module in model.modules())
         raise ValueError(f"model: {'is converted already' if done else 'is not prepared'}")
+    warn_never_called(model, QATLayer)
 
     def convert_one(name: str, module: nn.Module) -> nn.Module | None:
         if not isinstance(module, QATLayer):

@@ -14,8 +14,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from bitnet.inventory import is_conv1d, kept_weights, why_full_precision
 from bitnet.linear import check_patterns, matches
 from bitnet.quant import GradMask, Granularity
 from bitnet.schema import STRICT, ListOf
@@ -138,14 +140,21 @@ def select(model: nn.Module, recipe: Recipe) -> set[int]:
     check_patterns(model, recipe.include, "include")
     check_patterns(model, recipe.skip, "skip")
     named = list(model.named_modules(remove_duplicate=False))  # under any of their names
-    layers = [module for _, module in named if isinstance(module, _LAYERS)]
+    layers = [module for _, module in named if isinstance(module, _LAYERS) or is_conv1d(module)]
     ends = {id(m) for m in (layers[:1] + layers[-1:] if recipe.keep_first_last else [])}
     skipped = {id(module) for name, module in named if matches(name, recipe.skip)}
     kinds = {_KINDS[kind] for kind in recipe.modules}
 
+    for name, module in named:
+        lazy = isinstance(module, LazyModuleMixin) and isinstance(module, _LAYERS)
+        if lazy and id(module) not in skipped:
+            kind = type(module).__name__
+            raise ValueError(f"{name or 'model'}: a {kind} {why_full_precision(module)}")
+
     def obstacle(module: nn.Module) -> str:
         """Why a module is not selected whatever ``include`` says; "" where it can be."""
-        if type_before_parametrizations(module) not in kinds:
+        plain = nn.Linear if is_conv1d(module) else type_before_parametrizations(module)
+        if plain not in kinds:
             return f"is a {type(module).__name__}, which modules = {recipe.modules} does not cover"
         if id(module) in skipped:
             return "is in skip"
@@ -163,6 +172,8 @@ def select(model: nn.Module, recipe: Recipe) -> set[int]:
         for name, module in named
         if not obstacle(module) and (not recipe.include or matches(name, recipe.include))
     }
+    if not layers:
+        raise ValueError(f"model: no layer can be quantized; it has {kept_weights(model)}")
     if not selected:
         first_last = ", keep_first_last" if recipe.keep_first_last else ""
         raise ValueError(
