@@ -25,7 +25,7 @@ from bitnet_kernels.gpu import absmean, norm_quant, quant
 from bitnet_kernels.gpu.common import INTERPRETED
 from bitnet_kernels.gpu.exact import Rows, narrow, rows_of, widen
 
-N_SHAPES = 204
+N_SHAPES = int(sys.argv[1])
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = (1e-5, 1e-6, 0.0, 1e-3, 0.1)
 
