@@ -14,7 +14,7 @@ RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 QUICK := runs/quickstart/model
 
-.PHONY: help quickstart test gpu lint types format clean
+.PHONY: help quickstart test slow gpu lint types format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ quickstart: $(RUN)  ## train a small ternary model on a CPU in minutes, pack it,
 
 test: $(DEV)  ## run the tests (about 9 minutes on 2 cores)
 	$(BIN)/pytest -n auto --dist loadfile
+
+slow: $(DEV)  ## run the tests that take minutes
+	$(BIN)/pytest -n auto --dist loadfile -m slow
 
 gpu: $(DEV)  ## check everything on a GPU, then measure everything (docs/gpu.md)
 	@$(BIN)/python -c 'import sys, torch; \

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # it compiles for half a minute
+
 SCRIPT = Path(__file__).with_name("compiled_quant.py")
 
 

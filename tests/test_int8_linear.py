@@ -288,6 +288,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     return worker("compiled_int8.py", tmp_path_factory.mktemp("triton"))
 
 
+@pytest.mark.slow
 def test_machine_code(compiled: dict[str, dict[str, Any]]) -> None:
     """int8 tensor cores, 16 bytes a load and store, nothing spilled, no fused multiply-add."""
     assert {"128x256 bf16 sm_90", "128x128 bf16 sm_80", "128x128 bf16 sm_89"} <= compiled.keys()

@@ -80,6 +80,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
     return json.loads(run(script, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton"))))
 
 
+@pytest.mark.slow
 def test_nothing_spills(compiled: dict[str, dict[str, Any]]) -> None:
     assert len(compiled) == 14 + 4
     for name, form in compiled.items():
@@ -88,6 +89,7 @@ def test_nothing_spills(compiled: dict[str, dict[str, Any]]) -> None:
         assert form["shared"] <= 99 * 1024, name  # what a program has on sm_86, sm_89 and sm_120
 
 
+@pytest.mark.slow
 def test_the_cache_is_copied_wide_and_dots_are_on_tensor_cores(
     compiled: dict[str, dict[str, Any]],
 ) -> None:
