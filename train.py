@@ -378,7 +378,7 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: list[int], con
     if not n_tokens:
         return ""
     try:
-        (new,) = generate(model, [prompt], n_tokens, eos_id=tokenizer.eos_id)
+        (new,) = generate(model, [prompt], n_tokens, eos_id=tokenizer.eos_ids)
     except UserError as error:  # logits that are not finite: the loss says so too
         return f"(no sample: {error})"
     return tokenizer.decode([*prompt, *new])

@@ -228,7 +228,8 @@ def generate_command(
     top_p: Annotated[float, typer.Option(help="Among those of this probability. 1: all.")] = 0.95,
     seed: Annotated[int, typer.Option(help="Of the sampling.", min=0, max=2**62)] = 0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends a continuation; repeatable.")
+        list[str] | None,
+        typer.Option(help="Text, or a special token's name, that ends a text; repeatable."),
     ] = None,
     device: Device = "auto",
     kernel: Annotated[Kernel, typer.Option(help="Of a packed model's layers.")] = "auto",
@@ -276,7 +277,7 @@ def generate_command(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            eos_id=tokenizer.eos_id,
+            eos_id=tokenizer.eos_ids,
             stop=stop or (),
             on_text=on_text,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from bitnet.config import load_config
 from bitnet.evaluate import EvalResult, evaluate_windows
 from bitnet.export.folder import CONFIG, is_ours, load, read_config, save_model
-from bitnet.export.hf import add_sub_norms, load_hf
+from bitnet.export.hf import add_sub_norms, check_no_adapter, load_hf
 from bitnet.model import ModelConfig, Transformer
 from bitnet.qat.prepare import calibrate, prepare
 from bitnet.qat.recipe import Recipe
@@ -151,6 +151,8 @@ def load_source(path: Path | str) -> tuple[Transformer, Tokenizer]:
     """
     path = Path(path)
     file = path / CONFIG
+    if path.is_dir():
+        check_no_adapter(path)
     if path.suffix == ".gguf" or (file.is_file() and not is_ours(file)):
         return load_hf(path)
     config = read_config(path)

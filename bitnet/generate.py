@@ -58,7 +58,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     vocab_size: int = 0,
     tokenizer: Tokenizer | None = None,
     stop: Sequence[str] = (),

@@ -37,7 +37,8 @@ def user_input(what: str) -> Iterator[None]:
     except RecursionError as error:
         raise UserError(f"{what}: is nested too deeply") from error
     except BaseException as error:
-        raise UserError(f"{what}: {str(error) or type(error).__name__}") from error
+        message = " ".join(str(error).split())  # the whole of it, in one line
+        raise UserError(f"{what}: {message or type(error).__name__}") from error
 
 
 def check_file(path: Path, limit: int | None = None) -> None:

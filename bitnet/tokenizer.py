@@ -77,6 +77,7 @@ class Tokenizer:
         model_bytes: its contents.
         vocab_size: number of ids, V.
         eos_id: the end-of-document token; ``encode`` never produces it.
+        eos_ids: all tokens that end a generated text, ``eos_id`` first.
 
     Raises:
         UserError: the file is missing, is not a sentencepiece model, has no end-of-sentence token,
@@ -99,6 +100,7 @@ class Tokenizer:
         self.eos_id: int = self._decoder.eos_id()
         if self.eos_id < 0:
             raise UserError(f"{self.path}: the tokenizer has no end-of-sentence token (eos_id)")
+        self.eos_ids: tuple[int, ...] = (self.eos_id,)
         first = self._decoder.encode("a")[:1]
         self._prefix = " " if first and self._piece(first[0]).startswith(_SPACE) else ""
         self._separable = not any(
@@ -113,6 +115,11 @@ class Tokenizer:
                 raise UserError(
                     f"{self.path}: the tokenizer turns {probe!r} into {back!r}; {self._advice}"
                 )
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a control token by its name, such as "</s>"; None where there is none."""
+        token: int = self._decoder.piece_to_id(name)
+        return token if self._decoder.is_control(token) else None
 
     def _piece(self, token: int) -> str:
         return self._decoder.id_to_piece(token)

@@ -16,7 +16,8 @@ is its length in bytes. What we ask beyond that:
   and which ordinary text would become therefore, is refused.
 - *An end-of-document token*, which the format has no field for. It is the token that the file's
   own post-processor puts after a text, or else the first of the usual names. :func:`with_eos`
-  writes it down in the first form.
+  writes it down in the first form. A chat model has several tokens that end a text (Llama 3's
+  <|eot_id|>): the post-processor's template lists the others without placing them.
 
 The `tokenizers` package that runs it comes with the `hf` extra.
 """
@@ -89,7 +90,11 @@ class JsonTokenizer(Tokenizer):
                 f"post_processor appends nor a special one of {', '.join(_EOS_NAMES)}"
             )
         self.eos_id = eos_id
+        listed = _listed(self.model_bytes)
+        ends = [number for name, number in specials.items() if name in listed]
+        self.eos_ids = (eos_id, *sorted(set(ends) - {eos_id}))
         self._pieces, self._specials = pieces, set(specials.values())
+        self._special_names = specials
         ordinary = self._backend.get_vocab(with_added_tokens=False)
         self._bytes = bytes(b for b, mark in _byte_marks().items() if mark in ordinary)
         self._check_lossless([f" {name} " for name in self._ordinary_added()])
@@ -105,6 +110,10 @@ class JsonTokenizer(Tokenizer):
         if len(dressed) > len(bare) and dressed[-1] in specials.values():
             return dressed[-1]
         return next((specials[name] for name in _EOS_NAMES if name in specials), None)
+
+    def special_id(self, name: str) -> int | None:
+        """The id of a special token by its name, such as "<|eot_id|>"; None where there is none."""
+        return self._special_names.get(name)
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
@@ -158,28 +167,43 @@ class JsonTokenizer(Tokenizer):
         return self._backend.decode(ids, skip_special_tokens=True)
 
 
-def with_eos(model_bytes: bytes, eos: str) -> bytes:
+def with_eos(model_bytes: bytes, eos: str, ends: Sequence[str] = ()) -> bytes:
     """A tokenizer.json whose post-processor puts the special token ``eos`` after a text, and does
     nothing else: the form in which :class:`JsonTokenizer` finds it first.
 
+    Arguments:
+        ends: all tokens that end a generated text, ``eos`` among them or not.
     Raises:
-        ValueError: not a tokenizer.json, or one that has no token ``eos``.
+        ValueError: not a tokenizer.json, or one that has not such a token.
     """
     content = json.loads(model_bytes)
     added: list[dict[str, Any]] = content["added_tokens"]
-    token = next((token for token in added if token["content"] == eos), None)
-    if token is None:
-        raise ValueError(f"eos: the tokenizer has no added token {eos!r}")
-    token["special"] = True
+    listed = {}
+    for name in (eos, *ends):
+        token = next((token for token in added if token["content"] == name), None)
+        if token is None:
+            raise ValueError(f"eos: the tokenizer has no added token {name!r}")
+        token["special"] = True
+        listed[name] = {"id": name, "ids": [token["id"]], "tokens": [name]}
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     end = {"SpecialToken": {"id": eos, "type_id": 0}}
     content["post_processor"] = {
         "type": "TemplateProcessing",
         "single": [first, end],
         "pair": [first, end, second, end],
-        "special_tokens": {eos: {"id": eos, "ids": [token["id"]], "tokens": [eos]}},
+        "special_tokens": listed,
     }
     return json.dumps(content, ensure_ascii=False).encode()
+
+
+def _listed(model_bytes: bytes) -> set[str]:
+    """Special tokens that the post-processor's template has but places nowhere."""
+    template = json.loads(model_bytes).get("post_processor") or {}
+    if template.get("type") != "TemplateProcessing":
+        return set()
+    steps = [step for key in ("single", "pair") for step in template[key]]
+    placed = {step["SpecialToken"]["id"] for step in steps if "SpecialToken" in step}
+    return set(template["special_tokens"]) - placed
 
 
 def _backend(path: Path, model_bytes: bytes) -> Any:

@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import sys
+import time
+import types
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,10 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bitnet.cli_convert import load_source
+from bitnet.engine.engine import Engine
 from bitnet.evaluate import evaluate_text
 from bitnet.export.folder import load, save_model
 from bitnet.export.hf import add_sub_norms, load_hf
 from bitnet.generate import encode_prompt, generate
+from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError
 
 transformers = pytest.importorskip("transformers")
@@ -178,6 +184,81 @@ def test_end_of_document_token(folder: Path) -> None:
     assert load_hf(folder)[1].eos_id == 0
 
 
+def test_every_end_of_a_text_is_kept(folder: Path, tmp_path: Path) -> None:
+    """A list in config.json, more in generation_config.json (Llama 3 Instruct has both); the first
+    of config.json stays the end of a document. Our folder of it has them too."""
+    ends = folder / "generation_config.json"
+    for config, generation, first, expected in (
+        ([1, 2], None, 1, {1, 2}),
+        ([2, 1], [1, 0], 2, {0, 1, 2}),
+        (1, [2], 1, {1, 2}),
+        (1, 1, 1, {1}),
+        (None, [1, 2], 0, {0, 1, 2}),  # the tokenizer's own first, as without a list
+        ([], [], 0, {0}),
+    ):
+        edit(folder, lambda c, config=config: c.update(eos_token_id=config))  # type: ignore[misc]
+        ends.write_text(json.dumps({"eos_token_id": generation}))
+        tokenizer = load_hf(folder)[1]
+        assert tokenizer.eos_id == tokenizer.eos_ids[0] == first
+        assert set(tokenizer.eos_ids) == expected
+        assert len(tokenizer.eos_ids) == len(expected)
+    edit(folder, lambda c: c.update(eos_token_id=[2, 1]))
+    model, tokenizer = load_hf(folder)
+    _, same = load(save_model(tmp_path / "ours", model, tokenizer))
+    assert (same.eos_id, same.eos_ids) == (2, (2, 1))
+    ends.unlink()
+    assert load_hf(folder)[1].eos_ids == (2, 1)
+    for content, message in (
+        ({"eos_token_id": [2, 70]}, "eos_token_id 70 is none of .* added tokens"),
+        ({"eos_token_id": "2"}, "generation_config.json: eos_token_id: cannot be read"),
+        ({"eos_token_id": [True]}, "generation_config.json: eos_token_id: cannot be read"),
+        ({"eos_token_id": [[2]]}, "generation_config.json: eos_token_id: cannot be read"),
+        ([], "generation_config.json: damaged"),
+    ):
+        ends.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=message):
+            load_hf(folder)
+
+
+def test_any_end_and_a_special_token_by_name_stop_a_text(folder: Path) -> None:
+    """Greedy steps of a model whose layers add nothing: token i is followed by i + 1 of 300."""
+    edit(folder, lambda c: c.update(eos_token_id=[2, 0]))
+    tokenizer = load_hf(folder)[1]
+    start, im_start = tokenizer.encode("t")[0], tokenizer.special_id("<|im_start|>")
+    assert (im_start, tokenizer.special_id("<|im_strat|>")) == (1, None)
+    model = Transformer(
+        ModelConfig(d_model=300, n_layers=1, vocab_size=300, max_seq_len=16, tie_embeddings=False)
+    )
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            parameter.zero_()
+        model.embed_tokens.weight.copy_(torch.eye(300))
+        for follower, options, expected in (
+            (2, {"eos_id": tokenizer.eos_ids}, "eos"),
+            (0, {"eos_id": tokenizer.eos_ids}, "eos"),
+            (0, {"eos_id": tokenizer.eos_id}, "length"),
+            (1, {"eos_id": tokenizer.eos_ids}, "length"),
+            (1, {"eos_id": tokenizer.eos_ids, "stop": ["<|im_start|>"]}, "stop"),
+            (1, {"stop": ["never", "<|im_start|>"]}, "stop"),
+            (0, {"eos_id": 0, "stop": ["<|endoftext|>"]}, "eos"),
+            (5, {"stop": ["<|im_start|>"]}, "length"),
+        ):
+            model.lm_head.weight.copy_(torch.eye(300).roll(follower - start, 0))
+            reasons: list[str] = []
+            engine = Engine(model, tokenizer)
+            (new,) = engine.generate(
+                [[start]],
+                1,
+                on_stop=lambda _, reason, heard=reasons: heard.append(reason),  # type: ignore[misc]
+                **options,  # type: ignore[arg-type]
+            )
+            assert reasons == [expected], (follower, options)
+            assert new == ([follower] if expected == "length" else [])
+    for bad in ([2, 300], [-1], ["2"], "2", [2.0], [True]):
+        with pytest.raises(UserError, match="eos_id must be"):
+            Engine(model, tokenizer).generate([[start]], 1, eos_id=bad)  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def test_padding_rows_of_the_vocabulary_are_dropped(tmp_path: Path) -> None:
     theirs = llama(vocab_size=320)
@@ -271,6 +352,151 @@ def test_refusals(folder: Path, change: Callable[[dict[str, Any]], None], messag
         load_hf(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+WRONG = ("x", [1], {"a": 1}, -1, 0, 1.5, float("nan"), float("inf"), 10**400, True)
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("rope_theta", ("x", [1], -1, 0, float("nan"), float("inf"), 10**400, True)),
+        ("rms_norm_eps", ("x", None, [1], -1, 0, float("nan"), float("inf"), True)),
+        ("sliding_window", WRONG),
+        ("num_hidden_layers", (*WRONG, None)),
+        ("hidden_size", (*WRONG, None)),
+        ("intermediate_size", (*WRONG, None)),
+        ("num_attention_heads", (*WRONG, None)),
+        ("num_key_value_heads", WRONG),
+        ("head_dim", WRONG),
+        ("vocab_size", (*WRONG, None)),
+        ("max_position_embeddings", (*WRONG, None)),
+        ("eos_token_id", ("x", {"a": 1}, -1, 1.5, float("nan"), True, [None], [[1]], ["x"])),
+        ("rope_parameters", ("x", 1, [1], True)),
+        ("rope_scaling", ("x", 1, [1], True)),
+        ("hidden_act", (1, None, ["silu"])),
+        ("attention_bias", ("x", 1, [])),
+        ("mlp_bias", ("x", 1, [])),
+        ("tie_word_embeddings", ("x", 1, [])),
+    ],
+)
+def test_wrong_types_name_the_key(folder: Path, key: str, values: tuple[Any, ...]) -> None:
+    original = (folder / "config.json").read_text()
+    for value in values:
+        edit(folder, lambda c, value=value: c.update({key: value}))  # type: ignore[misc]
+        with pytest.raises(UserError, match=rf"config\.json: {key}: cannot be read: is ") as caught:
+            load_hf(folder)
+        assert len(str(caught.value)) < 300 + len(str(folder))
+        (folder / "config.json").write_text(original)
+    if key == "rope_theta":
+        for value in (*values, None):
+            edit(folder, lambda c, value=value: c["rope_parameters"].update(rope_theta=value))  # type: ignore[misc]
+            with pytest.raises(
+                UserError, match=r"config\.json: rope_parameters\.rope_theta: cannot"
+            ):
+                load_hf(folder)
+
+
+def test_what_transformers_says_is_shown_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def says(*_: Any, **__: Any) -> None:
+        raise ValueError("first line\n   second line: the cause")
+
+    monkeypatch.setattr(transformers.LlamaConfig, "from_dict", says)
+    with pytest.raises(UserError, match=r"config\.json: .*: first line second line: the cause$"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 2**31),
+        ("vocab_size", 2**24 + 1),
+        ("vocab_size", 10**11),
+        ("intermediate_size", 10**9),
+        ("max_position_embeddings", 10**9),
+    ],
+)
+def test_sizes_are_compared_before_anything_is_built(folder: Path, key: str, value: int) -> None:
+    edit(folder, lambda c: c.update({key: value}))
+    begun = time.process_time()
+    with pytest.raises(UserError, match=r"missing tensor|the config wants|max_seq_len"):
+        load_source(folder)
+    assert time.process_time() - begun < 1
+
+
+def test_sizes_that_agree_with_themselves(folder: Path) -> None:
+    edit(folder, lambda c: c.update(hidden_size=2**24, num_attention_heads=2**23, head_dim=2))
+    begun = time.process_time()
+    with pytest.raises(UserError, match="the config wants"):
+        load_source(folder)
+    assert time.process_time() - begun < 1
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.complex64, torch.int8, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn],
+    ids=str,
+)
+def test_only_floats_are_weights(folder: Path, dtype: torch.dtype) -> None:
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    stored[name] = stored[name].to(dtype)
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"tensor {name} is .*; expected a float weight"):
+        load_hf(folder)
+
+
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "someone/model"}
+
+
+@pytest.mark.parametrize("peft", [False, True])
+@pytest.mark.parametrize(
+    "files",
+    [
+        ("adapter_config.json", "adapter_model.safetensors", "whole"),
+        ("adapter_config.json", "adapter_model.safetensors"),
+        ("adapter_config.json", "whole"),
+        ("adapter_model.safetensors", "whole"),
+        ("adapter_model.safetensors",),
+        ("adapter_model.bin",),
+        ("adapter_config.json",),
+    ],
+)
+def test_adapters_are_refused(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], peft: Any
+) -> None:
+    """Alone, and beside a model: whether it is merged into that one cannot be seen."""
+    monkeypatch.setitem(sys.modules, "peft", types.ModuleType("peft") if peft else None)
+    place = folder if "whole" in files else tmp_path / "alone"
+    place.mkdir(exist_ok=True)
+    for name in files:
+        if name.endswith(".json"):
+            (place / name).write_text(json.dumps(ADAPTER))
+        elif name != "whole":
+            save_file({"lora_A.weight": torch.ones(2, 2)}, place / name)
+    with pytest.raises(UserError, match=r"holds an adapter \(adapter_.*merge") as caught:
+        load_source(place)
+    assert "\n" not in str(caught.value)
+    model, tokenizer = load_hf(write(llama(), tmp_path / "plain"))
+    ours = save_model(tmp_path / "ours", model, tokenizer)
+    (ours / files[0]).write_text(json.dumps(ADAPTER))
+    with pytest.raises(UserError, match="holds an adapter"):
+        load_source(ours)
+
+
+def test_stray_tensors(folder: Path) -> None:
+    """A name twice, with and without the leading "model."; a constant of old checkpoints."""
+    stored = load_file(folder / "model.safetensors")
+    inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
+    save_file(stored | inv_freq, folder / "model.safetensors", {"format": "pt"})
+    load_hf(folder)
+    twice = {"norm.weight": torch.ones(48)}
+    save_file(stored | twice, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"unexpected tensor .*norm\.weight"):
+        load_hf(folder)
 
 
 def test_damage(folder: Path, tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        eos_id: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
         vocab_size: int = 0,
         stop: Sequence[str] = (),
         on_token: Callable[[int, int], None] | None = None,
@@ -152,17 +152,21 @@ class Engine:
         this ends, with the reason "context".
 
         Arguments:
-            prompts: token ids. An empty prompt stands for ``[eos_id]``, the start of a document.
+            prompts: token ids. An empty prompt stands for ``[eos_id]``, the start of a document, or
+                for the first of several.
             max_new_tokens: new tokens a row, at most.
             temperature: 0 = the most likely token (greedy); otherwise divides the logits.
             top_k: sample among the k most likely tokens; 0 = all.
             top_p: sample among the fewest tokens that together have at least this probability.
             seed: row r samples with ``seed + r``; the same text for the same logits.
-            eos_id: the token that ends a row; None = none does.
+            eos_id: the token that ends a row, or several of them (``Tokenizer.eos_ids``); None =
+                none does.
             vocab_size: choose among the ids below this only, for a model with more rows than the
                 tokenizer has tokens; 0 = all.
-            stop: strings that end a row (reason "stop"). Its tokens are those that lie wholly
-                before the string; see :class:`bitnet.engine.text.TextStream`.
+            stop: strings that end a row (reason "stop"). The name of a special token, such as
+                "<|eot_id|>", is also that token, which has no text of its own. The row's tokens are
+                those that lie wholly before the string; see
+                :class:`bitnet.engine.text.TextStream`.
             on_token: called with (row, token) as each token is chosen, the ending one excepted;
                 where there are stop strings, as soon as no stop string can take it back.
             on_text: called with (row, text), the text never empty, as text becomes certain. The
@@ -207,7 +211,7 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-        eos_id: int | None = None,
+        eos_id: int | Sequence[int] | None = None,
         vocab_size: int = 0,
         stop: Sequence[str] = (),
     ) -> Iterator[int]:

@@ -19,7 +19,8 @@ full."""
 class Options:
     """A call's options; :meth:`bitnet.engine.engine.Engine.generate` says what they mean.
 
-    ``stop`` may be given as any iterable, and is a tuple afterwards.
+    ``stop`` may be given as any iterable, and is a tuple afterwards; so is ``eos_id``, which may be
+    one id or several.
 
     Raises:
         UserError: one of another type, or out of range.
@@ -30,15 +31,17 @@ class Options:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    eos_id: int | None = None
+    eos_id: int | Sequence[int] | None = None
     vocab_size: int = 0
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "top_k", "seed", "vocab_size"):
             integer(name, getattr(self, name))
-        if self.eos_id is not None:
-            integer("eos_id", self.eos_id)
+        eos = self.eos_id
+        several = isinstance(eos, Sequence) and not isinstance(eos, str)
+        ids = tuple(eos) if several else () if eos is None else (eos,)  # type: ignore[arg-type]
+        object.__setattr__(self, "eos_id", tuple(integer("eos_id", one) for one in ids))
         for name in ("temperature", "top_p"):
             if not isinstance(value := getattr(self, name), Real) or isinstance(value, bool):
                 raise UserError(f"{name} must be a number, got {value!r}")
@@ -69,6 +72,8 @@ class Row:
     room: int
     """New tokens that ``max_new_tokens`` and the context leave it."""
     text: TextStream | None
+    ends: dict[int, StopReason] = field(default_factory=dict)
+    """The tokens that end the row, none of which it keeps."""
     slot: int = -1
     """The decoder's row that it is in."""
     new: list[int] = field(default_factory=list)
@@ -88,7 +93,7 @@ class Row:
                 "or infinite: its weights are damaged, or its training diverged"
             )
         text, reason = "", self._reason(token, options)
-        if token != options.eos_id:
+        if token not in self.ends:
             self.new.append(token)
             if self.text is not None:
                 text = self.text.push(token)
@@ -99,8 +104,8 @@ class Row:
         return text, reason
 
     def _reason(self, token: int, options: Options) -> StopReason | None:
-        if token == options.eos_id:
-            return "eos"
+        if token in self.ends:
+            return self.ends[token]
         if len(self.new) + 1 < self.room:
             return None
         return "length" if self.room == options.max_new_tokens else "context"
@@ -131,16 +136,23 @@ def make_rows(
     Raises:
         UserError: a prompt or an option that does not fit model or engine.
     """
-    if options.eos_id is not None and not 0 <= options.eos_id < n_ids:
-        raise UserError(f"eos_id must be 0 to {n_ids - 1}, got {options.eos_id}")
+    eos_ids: tuple[int, ...] = options.eos_id  # type: ignore[assignment]
+    for end in eos_ids:
+        if not 0 <= end < n_ids:
+            raise UserError(f"eos_id must be 0 to {n_ids - 1}, got {end}")
     if not 0 <= options.vocab_size <= n_ids:
         raise UserError(f"vocab_size must be 0 (all) to {n_ids}, got {options.vocab_size}")
     as_text = as_text or bool(options.stop)
     if as_text and tokenizer is None:
         raise UserError("stop strings and on_text need the engine's tokenizer; it has none")
+    ends: dict[int, StopReason] = dict.fromkeys(eos_ids, "eos")
+    for name in options.stop:
+        special = None if tokenizer is None else tokenizer.special_id(name)
+        if special is not None:
+            ends.setdefault(special, "stop")
     rows = []
     for index, prompt in enumerate(sequence(prompts)):
-        ids = _token_ids(index, prompt, options.eos_id)
+        ids = _token_ids(index, prompt, eos_ids)
         if min(ids) < 0 or max(ids) >= n_ids:
             raise UserError(
                 f"prompt {index} holds token ids {min(ids)} to {max(ids)}; the model has 0 to "
@@ -153,7 +165,7 @@ def make_rows(
             raise UserError(f"prompt {index} has {len(ids)} tokens and leaves no room in {limit}")
         room = min(options.max_new_tokens, max_len - len(ids))
         text = TextStream(tokenizer, ids, options.stop) if tokenizer and as_text else None
-        rows.append(Row(index, ids, room, text))
+        rows.append(Row(index, ids, room, text, ends))
     return rows
 
 
@@ -174,7 +186,7 @@ def sequence(prompts: Any) -> Sequence[Any]:
     return prompts
 
 
-def _token_ids(row: int, prompt: Sequence[int], eos_id: int | None) -> list[int]:
+def _token_ids(row: int, prompt: Sequence[int], eos_ids: Sequence[int]) -> list[int]:
     if not isinstance(prompt, Sequence) or isinstance(prompt, str):
         raise UserError(f"prompt {row} must be a list of token ids, got {prompt!r}")
     try:
@@ -183,6 +195,6 @@ def _token_ids(row: int, prompt: Sequence[int], eos_id: int | None) -> list[int]
         raise UserError(f"prompt {row} must be a list of token ids: {error}") from error
     if ids:
         return ids
-    if eos_id is None:
+    if not eos_ids:
         raise UserError(f"prompt {row} is empty, and there is no eos_id to start from")
-    return [eos_id]
+    return [eos_ids[0]]

@@ -3,38 +3,39 @@
     model, tokenizer = load_hf("SmolLM2-135M/")           # config.json, weights, tokenizer.json
     model, tokenizer = load_hf("SmolLM2-135M-Q4_1.gguf")  # one file, its weights made fp32
 
-Their maths is our ``pre_norm`` model with SiLU and full-precision matrices, and their tensor names
-are ours behind a leading "model.", so importing is checking and renaming. What our maths does not
-have (biases, stretched rotary positions, sliding windows, other head sizes) is refused by name:
-such a model would load and be quietly wrong.
+What our maths does not have (biases, stretched rotary positions, sliding windows, other head sizes)
+is refused by name: such a model would load and be quietly wrong. So are adapters (LoRA): alone they
+are no model, and beside one nobody can tell whether they are merged into it.
 
-transformers reads the files (extra `hf`): locally, offline, without remote code, and never a
-pickle nor a file outside the folder, whatever an index of shards says. Where config.json ties the
-head to the embedding but the checkpoint has two different matrices, both are kept. Rows of the
-embedding beyond the tokenizer's ids are padding that no text produces; they are dropped, so that
-model and tokenizer agree on the vocabulary as everywhere in this project.
+This module reads folders, bitnet/export/gguf.py the files; bitnet/export/llama.py says what they
+must hold. transformers (extra `hf`) gives a config.json its defaults: offline, without remote code.
+Weights come from safetensors only, never from a pickle nor from a file outside the folder,
+whatever an index of shards says.
 """
 
 import dataclasses
 import json
-import sys
-from contextlib import nullcontext, redirect_stderr
+import math
+from collections.abc import Callable
 from difflib import get_close_matches
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from torch import Tensor, nn
+from safetensors import safe_open
+from torch import Tensor
 
-from bitnet.model import ModelConfig, Transformer
-from bitnet.schema import UserError
+from bitnet.export.gguf import load_gguf
+from bitnet.export.llama import Shape, Stored, build, check_tensors, check_type
+from bitnet.model import Transformer
+from bitnet.schema import UserError, check_file, read_file, user_input
 from bitnet.tokenizer_json import JsonTokenizer, with_eos
 
-MODEL_TYPES = ("llama", "mistral")
-"""Whose maths is ours, as config.json calls them."""
 _ROPE_KEYS = {"rope_type", "rope_theta", "type"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_MAX_JSON_BYTES = 2**26
+"""Of config.json and its like; the index of a large model's shards has some megabytes."""
+_WEIGHTS = "model.safetensors"
 
 
 def load_hf(source: Path | str) -> tuple[Transformer, JsonTokenizer]:
@@ -44,52 +45,21 @@ def load_hf(source: Path | str) -> tuple[Transformer, JsonTokenizer]:
         source: a local Hugging Face folder (safetensors), or a .gguf file.
     Returns:
         the model (fp32, ``linear="fp"``), and its tokenizer, whose end-of-document token is the
-        checkpoint's own.
+        checkpoint's own; where it has several ends, ``eos_ids`` has them all.
     Raises:
         UserError: something is missing or damaged, or the model's maths is not ours; the `hf`
             extra is not installed.
     """
     source = Path(source)
-    gguf = source.suffix == ".gguf"
-    _check_files(source, gguf)
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f'{source}: importing it needs the hf extra: pip install "bitnet-train[hf]"'
-        ) from error
-    folder = source.parent if gguf else source
-    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    if gguf:
-        options["gguf_file"] = source.name
-    try:
-        theirs = transformers.AutoConfig.from_pretrained(folder, **options)
-    except Exception as error:  # whatever transformers meets in a file that is not what it seems
-        raise UserError(f"{source}: cannot be read: {_first_line(error)}") from error
-    config = _config(theirs, source, gguf)
-    tokenizer = _tokenizer(source, theirs, options if gguf else None)
-    if tokenizer.vocab_size > config["vocab_size"]:
-        raise UserError(
-            f"{source}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
-            f"{config['vocab_size']}: they do not belong together"
-        )
-    tensors = _tensors(source, folder, theirs, options)
-    rows = config["vocab_size"] = tokenizer.vocab_size
-    for name in ("embed_tokens.weight", "lm_head.weight"):
-        tensors[name] = tensors[name][:rows].clone()
-    if config["tie_embeddings"]:  # transformers too keeps a head of its own, if the file has one
-        embedding, head = tensors["embed_tokens.weight"], tensors["lm_head.weight"]
-        config["tie_embeddings"] = torch.equal(embedding, head)
-    try:
-        with torch.device("meta"):
-            model = Transformer(ModelConfig(**config))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(f"{source}: model.{first['loc'][0]}: {first['msg']}") from error
-    model.load_state_dict(tensors, assign=True)
-    if model.config.tie_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model, tokenizer
+    if source.suffix == ".gguf" and source.is_file():
+        return load_gguf(source)
+    _check_files(source)
+    theirs = _read_config(source)
+    shape = _shape(theirs, source)
+    stored = _stored(source)
+    check_tensors(source, shape, stored)
+    tokenizer = _tokenizer(source)
+    return build(source, shape, stored, tokenizer), tokenizer
 
 
 def add_sub_norms(model: Transformer) -> Transformer:
@@ -110,57 +80,231 @@ def add_sub_norms(model: Transformer) -> Transformer:
     tensors = dict(model.state_dict())
     for name, tensor in wider.state_dict().items():
         if name not in tensors:
-            tensors[name] = torch.ones(
-                tensor.shape, device=model.norm.weight.device, dtype=torch.float32
-            )
+            device = model.norm.weight.device
+            tensors[name] = torch.ones(tensor.shape, dtype=torch.float32, device=device)
     wider.load_state_dict(tensors, assign=True)
     if wider.config.tie_embeddings:
         wider.lm_head.weight = wider.embed_tokens.weight
     return wider.train(model.training)
 
 
-def _check_files(source: Path, gguf: bool) -> None:
-    if gguf and source.is_file():
-        _check_gguf(source)
-    elif gguf or not source.exists():
-        near = get_close_matches(source.name, [p.name for p in source.parent.glob("*")], 1)
+def _check_files(source: Path) -> None:
+    if source.suffix == ".gguf" or not source.exists():
+        near = get_close_matches(source.name, _names(source.parent), 1)
         hint = f"; did you mean {source.with_name(near[0])}?" if near else ""
         raise UserError(f"{source}: no such model{hint}")
-    elif not source.is_dir():
+    if not source.is_dir():
         raise UserError(f"{source}: expected a Hugging Face folder or a .gguf file")
-    else:
-        for name in ("config.json", "tokenizer.json"):
-            if not (source / name).is_file():
-                raise UserError(f"{source}: has no {name}; it is not a folder that can be imported")
-        if not any(source.glob("*.safetensors")):
+    check_no_adapter(source)
+    for name in ("config.json", "tokenizer.json"):
+        if not (source / name).is_file():
+            raise UserError(f"{source}: has no {name}; it is not a folder that can be imported")
+    if not any(source.glob("*.safetensors")):
+        raise UserError(
+            f"{source}: has no .safetensors; weights in pickle form (.bin, .pt) are not read, "
+            "since reading a pickle can run code"
+        )
+
+
+def check_no_adapter(source: Path) -> None:
+    """Raise UserError for a folder that holds an adapter (LoRA), alone or beside a model."""
+    for name in sorted(_names(source)):
+        if name.startswith("adapter_") and name.endswith((".json", ".safetensors", ".bin", ".pt")):
             raise UserError(
-                f"{source}: has no .safetensors; weights in pickle form (.bin, .pt) are not read, "
-                "since reading a pickle can run code"
+                f"{source}: holds an adapter ({name}), which is not imported; merge it into its "
+                "base model first (peft: merge_and_unload), or take the file out if that is done"
             )
-        config = _json(source / "config.json")
-        _check_type(source, str(config.get("model_type")))
-        if config.get("transformers_weights"):
-            raise UserError(
-                f"{source}: its config.json names the files of its weights (transformers_weights), "
-                "which is not supported"
-            )
-        for index in sorted(source.glob("*.safetensors.index.json")):
-            _check_index(index)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError:
+        return []
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged: {error}") from error
+    data = read_file(path, _MAX_JSON_BYTES)
+    with user_input(f"{path}: damaged"):
+        content = json.loads(data)
     if not isinstance(content, dict):
         raise UserError(f"{path}: damaged: not a JSON object")
     return content
 
 
-def _check_index(path: Path) -> None:
-    """Refuse an index of shards that leads to a pickle or out of the folder; transformers would
-    follow it."""
+def _size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**40
+
+
+def _number(value: Any) -> bool:
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and 0 < value < 1e300 and math.isfinite(float(value))
+
+
+def _token_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**40
+
+
+def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "max_position_embeddings"),
+)
+_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(_SIZES, ("a positive integer", _size)),
+    "num_key_value_heads": ("a positive integer or null", _or_none(_size)),
+    "head_dim": ("a positive integer or null", _or_none(_size)),
+    "sliding_window": ("a positive integer or null", _or_none(_size)),
+    "rms_norm_eps": ("a positive number", _number),
+    "rope_theta": ("a positive number", _or_none(_number)),
+    "rope_scaling": ("an object or null", _or_none(_is(dict))),
+    "rope_parameters": ("an object or null", _or_none(_is(dict))),
+    "hidden_act": ("a string", _is(str)),
+    "attention_bias": ("true or false", _is(bool)),
+    "mlp_bias": ("true or false", _is(bool)),
+    "tie_word_embeddings": ("true or false", _is(bool)),
+    "eos_token_id": (
+        "a token id, a list of them or null",
+        lambda value: (
+            all(map(_token_id, value))
+            if isinstance(value, list)
+            else value is None or _token_id(value)
+        ),
+    ),
+}
+"""What our model takes from a config.json, what it must be, and the check."""
+
+
+def _check_keys(path: Path, content: dict[str, Any]) -> None:
+    for key, (wanted, check) in _KEYS.items():
+        if key in content and not check(content[key]):
+            shown = json.dumps(content[key])
+            shown = shown if len(shown) < 60 else f"{shown[:60]}..."
+            raise UserError(f"{path}: {key}: cannot be read: is {shown}, expected {wanted}")
+
+
+def _read_config(source: Path) -> Any:
+    """transformers' config of the folder, which has every default of its model type."""
+    path = source / "config.json"
+    content = _json(path)
+    check_type(source, str(content.get("model_type")))
+    _check_keys(path, content)
+    for part in ("rope_scaling", "rope_parameters"):
+        rope = content.get(part) or {}
+        if "rope_theta" in rope and not _number(rope["rope_theta"]):
+            raise UserError(f"{path}: {part}.rope_theta: cannot be read: expected a number above 0")
+    if content.get("transformers_weights"):
+        raise UserError(
+            f"{source}: its config.json names the files of its weights (transformers_weights), "
+            "which is not supported"
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f'{source}: importing it needs the hf extra: pip install "bitnet-train[hf]"'
+        ) from error
+    with user_input(f"{path}: cannot be read"):
+        return transformers.CONFIG_MAPPING[content["model_type"]].from_dict(content)
+
+
+def _shape(theirs: Any, source: Path) -> Shape:
+    """The model's sizes; refuses what ours cannot have."""
+    rope = dict(getattr(theirs, "rope_parameters", None) or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    heads = theirs.num_attention_heads
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
+    kv_heads = theirs.num_key_value_heads or heads
+    window = getattr(theirs, "sliding_window", None)
+    refused = {
+        f"rotary positions of type {kind!r}": kind != "default",
+        "rotary positions with " + ", ".join(sorted(map(str, rope.keys() - _ROPE_KEYS))): kind
+        == "default"
+        and bool(rope.keys() - _ROPE_KEYS),
+        "attention_bias": getattr(theirs, "attention_bias", False),
+        "mlp_bias": getattr(theirs, "mlp_bias", False),
+        f"hidden_act {theirs.hidden_act!r}": theirs.hidden_act not in ("silu", "swish"),
+        f"heads of {head_dim} ({heads} of them in a hidden_size of {theirs.hidden_size})": (
+            head_dim * heads != theirs.hidden_size
+        ),
+        f"{kv_heads} key-value heads for {heads} heads": heads % kv_heads != 0,
+        f"a sliding_window of {window}": window is not None
+        and window < theirs.max_position_embeddings,
+        "quantized weights (quantization_config)": getattr(theirs, "quantization_config", None)
+        is not None,
+    }
+    for what, present in refused.items():
+        if present:
+            raise UserError(f"{source}: the model has {what}, which our model has not")
+    return Shape(
+        n_layers=theirs.num_hidden_layers,
+        d_model=theirs.hidden_size,
+        n_heads=heads,
+        n_kv_heads=kv_heads,
+        d_ff=theirs.intermediate_size,
+        vocab_size=theirs.vocab_size,
+        max_seq_len=theirs.max_position_embeddings,
+        rope_theta=float(rope.get("rope_theta") or 10_000.0),
+        norm_eps=float(theirs.rms_norm_eps),
+        tied=theirs.tie_word_embeddings,
+    )
+
+
+def _stored(source: Path) -> dict[str, Stored]:
+    """Every tensor of the folder, under our names, from the headers of its files."""
+    files = {source / _WEIGHTS}
+    shard_of: dict[str, str] = {}
+    for index in sorted(source.glob("*.safetensors.index.json")):
+        shards = _shards(index)
+        if index.name == f"{_WEIGHTS}.index.json" and not (source / _WEIGHTS).is_file():
+            shard_of, files = shards, {source / shard for shard in shards.values()}
+    stored: dict[str, Stored] = {}
+    for path in sorted(files):
+        if not path.is_file():
+            raise UserError(f"{source}: has no {path.name}, and no index of shards")
+        check_file(path)
+        with user_input(f"{path}: cannot be read"), safe_open(path, "pt") as file:
+            headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: (part.get_dtype(), part.get_shape()) for name, part in headers.items()}
+        for name, (dtype, shape) in found.items():
+            if name.endswith(".rotary_emb.inv_freq"):
+                continue  # of old checkpoints: a constant, computed from rope_theta
+            if dtype not in _FLOATS:
+                raise UserError(
+                    f"{path}: tensor {name} is {dtype}; expected a float weight "
+                    f"({', '.join(_FLOATS)})"
+                )
+            if not shape:
+                raise UserError(f"{path}: cannot be read: tensor {name} is a single number")
+            ours = name.removeprefix("model.")
+            if ours in stored or shard_of.get(name, path.name) != path.name:
+                raise UserError(f"{path}: damaged: unexpected tensor {name}: it is elsewhere too")
+            stored[ours] = Stored(name, tuple(shape), _reader(path, name))
+    for name in sorted(shard_of):
+        if name.removeprefix("model.") not in stored and not name.endswith("inv_freq"):
+            raise UserError(f"{source}: damaged: missing tensor {name} in {shard_of[name]}")
+    return stored
+
+
+def _reader(path: Path, name: str) -> Callable[[int], Tensor]:
+    def read(rows: int) -> Tensor:
+        with safe_open(path, "pt") as file:
+            part: Tensor = file.get_slice(name)[:rows]
+            return part.to(torch.float32, copy=True)
+
+    return read
+
+
+def _shards(path: Path) -> dict[str, str]:
+    """Tensor -> file of an index of shards; refuses one that leads to a pickle or out of the
+    folder."""
     shards = _json(path).get("weight_map")
     if not isinstance(shards, dict):
         raise UserError(f"{path}: damaged: has no weight_map")
@@ -174,141 +318,35 @@ def _check_index(path: Path) -> None:
             )
         if not (path.parent / shard).is_file():
             raise UserError(f"{path}: {tensor} is in {shard}, which is missing")
+    return shards
 
 
-def _check_type(source: Path, model_type: str) -> None:
-    if model_type not in MODEL_TYPES:
-        near = (get_close_matches(model_type, MODEL_TYPES, 1, 0.0) or MODEL_TYPES)[0]
-        raise UserError(
-            f"{source}: model_type {model_type!r} cannot be imported; the nearest supported is "
-            f"{near!r} (of {', '.join(MODEL_TYPES)})"
-        )
-
-
-def _check_gguf(source: Path) -> None:
-    """Refuse what transformers drops without a word when it reads a GGUF file."""
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise UserError(
-            f'{source}: reading GGUF needs the hf extra: pip install "bitnet-train[hf]"'
-        ) from error
-    try:
-        reader = GGUFReader(source)
-        names = [str(tensor.name) for tensor in reader.tensors]
-        scaling = [key for key in reader.fields if ".rope.scaling." in key]
-    except Exception as error:  # the reader's own errors are of every kind
-        raise UserError(f"{source}: not a GGUF file, or a damaged one: {error}") from error
-    biases = [name for name in names if name.endswith(".bias")]
-    if biases:
-        raise UserError(f"{source}: has biases ({biases[0]}), which our model has not")
-    for stretched in [*scaling, *(name for name in names if name.startswith("rope_freqs"))]:
-        raise UserError(f"{source}: has {stretched}: scaled rotary positions are not supported")
-
-
-def _config(theirs: Any, source: Path, gguf: bool) -> dict[str, Any]:
-    """ModelConfig's fields; refuses what they cannot say."""
-    _check_type(source, theirs.model_type)
-    rope = dict(getattr(theirs, "rope_parameters", None) or {})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    heads = theirs.num_attention_heads
-    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
-    window = getattr(theirs, "sliding_window", None)
-    refused = {
-        f"rotary positions of type {kind!r}": kind != "default",
-        "rotary positions with " + ", ".join(sorted(rope.keys() - _ROPE_KEYS)): kind == "default"
-        and bool(rope.keys() - _ROPE_KEYS),
-        "attention_bias": getattr(theirs, "attention_bias", False),
-        "mlp_bias": getattr(theirs, "mlp_bias", False),
-        f"hidden_act {theirs.hidden_act!r}": theirs.hidden_act not in ("silu", "swish"),
-        f"heads of {head_dim} ({heads} of them in a hidden_size of {theirs.hidden_size})": (
-            head_dim * heads != theirs.hidden_size
-        ),
-        f"a sliding_window of {window}": window is not None
-        and window < theirs.max_position_embeddings,
-        "quantized weights (quantization_config)": not gguf
-        and getattr(theirs, "quantization_config", None) is not None,
-    }
-    for what, present in refused.items():
-        if present:
-            raise UserError(f"{source}: the model has {what}, which our model has not")
-    return {
-        "depth": min(1000, theirs.num_hidden_layers),
-        "linear": "fp",
-        "n_layers": theirs.num_hidden_layers,
-        "d_model": theirs.hidden_size,
-        "n_heads": heads,
-        "n_kv_heads": theirs.num_key_value_heads or heads,
-        "d_ff": theirs.intermediate_size,
-        "vocab_size": theirs.vocab_size,
-        "max_seq_len": theirs.max_position_embeddings,
-        "norm_placement": "pre_norm",
-        "activation": "silu",
-        "tie_embeddings": theirs.tie_word_embeddings,
-        "rope_theta": float(rope.get("rope_theta", 10_000.0)),
-        "norm_eps": theirs.rms_norm_eps,
-    }
-
-
-def _tokenizer(source: Path, theirs: Any, gguf: dict[str, Any] | None) -> JsonTokenizer:
-    """The checkpoint's tokenizer, its end-of-document token written into the file."""
-    eos = theirs.eos_token_id
-    if gguf is None:  # transformers has a number of its own where the file has none
-        eos = eos if "eos_token_id" in _json(source / "config.json") else None
-    eos = (eos[0] if eos else None) if isinstance(eos, list) else eos
-    path = source
-    if gguf is None:
-        path = source / "tokenizer.json"
-        model_bytes = path.read_bytes()
-    else:
-        import transformers
-
-        try:
-            found = transformers.AutoTokenizer.from_pretrained(source.parent, **gguf)
-            model_bytes = found.backend_tokenizer.to_str().encode()
-        except Exception as error:
-            raise UserError(f"{source}: tokenizer: cannot be read: {_first_line(error)}") from error
-    try:
+def _tokenizer(source: Path) -> JsonTokenizer:
+    """The checkpoint's tokenizer, with the end tokens of config.json and generation_config.json
+    written into the file. The first of config.json ends a document in training."""
+    path = source / "tokenizer.json"
+    model_bytes = read_file(path)
+    with user_input(f"{path}: not a tokenizer.json, or a damaged one"):
         added = {token["id"]: token["content"] for token in json.loads(model_bytes)["added_tokens"]}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not a tokenizer.json, or a damaged one: {error}") from error
-    if eos is not None:
-        if eos not in added:
-            raise UserError(
-                f"{source}: its eos_token_id {eos} is none of the tokenizer's added tokens: they "
-                "do not belong together"
-            )
-        model_bytes = with_eos(model_bytes, added[eos])
+    ends: dict[int, None] = {}
+    first: int | None = None
+    for name in ("config.json", "generation_config.json"):
+        if not (source / name).is_file():
+            continue
+        content = _json(source / name)
+        _check_keys(source / name, {"eos_token_id": content.get("eos_token_id")})
+        eos = content.get("eos_token_id")
+        for end in eos if isinstance(eos, list) else [] if eos is None else [eos]:
+            if end not in added:
+                raise UserError(
+                    f"{source}: its eos_token_id {end} is none of the tokenizer's added tokens: "
+                    "they do not belong together"
+                )
+            ends[end] = None
+            first = end if first is None and name == "config.json" else first
+    if ends:
+        with user_input(f"{path}: not a tokenizer.json, or a damaged one"):
+            if first is None:
+                first = JsonTokenizer(path, model_bytes).eos_id
+            model_bytes = with_eos(model_bytes, added[first], [added[end] for end in ends])
     return JsonTokenizer(path, model_bytes)
-
-
-def _tensors(source: Path, folder: Path, theirs: Any, options: dict[str, Any]) -> dict[str, Tensor]:
-    """All weights in fp32 under our names."""
-    import transformers
-
-    silence = nullcontext() if sys.stderr.isatty() else redirect_stderr(StringIO())
-    try:
-        loading: Any = transformers.AutoModelForCausalLM.from_pretrained
-        with silence:  # progress bars, which only a terminal can show
-            model, info = loading(
-                folder,
-                config=theirs,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                **options,
-            )
-    except Exception as error:
-        raise UserError(f"{source}: cannot be read: {_first_line(error)}") from error
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        for name in sorted(map(str, info.get(problem, ()))):  # transformers only warns
-            raise UserError(f"{source}: damaged: {problem.partition('_')[0]} tensor {name}")
-    tensors: dict[str, Tensor] = nn.Module.state_dict(model)
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise UserError(f"{source}: damaged: tensor {name} holds NaN or infinity")
-    return {name.removeprefix("model."): tensor.detach() for name, tensor in tensors.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

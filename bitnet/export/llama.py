@@ -1,0 +1,168 @@
+"""What a Llama-family checkpoint has to hold, whichever file it comes from: names, shapes, dtypes.
+
+Their maths is our ``pre_norm`` model with SiLU and full-precision matrices, and their tensor names
+are ours, so importing is checking and renaming. All is checked from headers, in one pass over the
+names, before a tensor is read or a layer is made: a config may promise 10^9 layers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from bitnet.model import ModelConfig, Transformer
+from bitnet.schema import UserError, user_input
+from bitnet.tokenizer_json import JsonTokenizer
+
+MODEL_TYPES = ("llama", "mistral")
+"""Whose maths is ours, as config.json calls them."""
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file."""
+
+    name: str
+    """The file's own, for messages."""
+    shape: tuple[int, ...]
+    read: Callable[[int], Tensor]
+    """Its first so many rows, in fp32 and in memory of their own."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes, positive integers, and the numbers that its arithmetic needs."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_ff: int
+    vocab_size: int
+    """Rows of the embedding, which may exceed the tokenizer's ids."""
+    max_seq_len: int
+    rope_theta: float
+    norm_eps: float
+    tied: bool
+    """Whether the head may be the embedding."""
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Our names of all tensors and their shapes, without end where there are so many layers."""
+        d, kv = self.d_model, self.d_model // self.n_heads * self.n_kv_heads
+        yield _EMBEDDING, (self.vocab_size, d)
+        yield "norm.weight", (d,)
+        yield _HEAD, (self.vocab_size, d)
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm": (d,),
+            "self_attn.q_proj": (d, d),
+            "self_attn.k_proj": (kv, d),
+            "self_attn.v_proj": (kv, d),
+            "self_attn.o_proj": (d, d),
+            "post_attention_layernorm": (d,),
+            "mlp.gate_proj": (self.d_ff, d),
+            "mlp.up_proj": (self.d_ff, d),
+            "mlp.down_proj": (d, self.d_ff),
+        }
+        for i in range(self.n_layers):
+            for name, shape in layer.items():
+                yield f"layers.{i}.{name}.weight", shape
+
+
+def check_type(source: Path, model_type: str) -> None:
+    """Raise UserError, naming the nearest, for a model type that cannot be imported."""
+    if model_type not in MODEL_TYPES:
+        near = (get_close_matches(model_type, MODEL_TYPES, 1, 0.0) or MODEL_TYPES)[0]
+        raise UserError(
+            f"{source}: model_type {model_type!r} cannot be imported; the nearest supported is "
+            f"{near!r} (of {', '.join(MODEL_TYPES)})"
+        )
+
+
+def check_tensors(source: Path, shape: Shape, stored: Mapping[str, Stored]) -> None:
+    """Compare a file's tensors, by our names, with those of such a model.
+
+    Raises:
+        UserError: one is missing, unknown or of another shape.
+    """
+    left = dict(stored)
+    for name, wanted in shape.tensors():
+        tensor = left.pop(name, None)
+        if tensor is None:
+            if name == _HEAD and shape.tied:
+                continue
+            prefix = "" if name == _HEAD else "model."
+            raise UserError(f"{source}: damaged: missing tensor {prefix}{name}")
+        if tensor.shape != wanted:
+            raise UserError(
+                f"{source}: cannot be read: tensor {tensor.name} is {list(tensor.shape)}; the "
+                f"config wants {list(wanted)}"
+            )
+    for tensor in left.values():
+        raise UserError(
+            f"{source}: damaged: unexpected tensor {tensor.name}, which our model has not"
+        )
+
+
+def build(
+    source: Path, shape: Shape, stored: Mapping[str, Stored], tokenizer: JsonTokenizer
+) -> Transformer:
+    """The model, once :func:`check_tensors` has passed.
+
+    Rows of the embedding beyond the tokenizer's ids are padding that no text produces; they are
+    not read, so that model and tokenizer agree on the vocabulary. Where the config ties the head to
+    the embedding but the file has two different matrices, both are kept.
+
+    Raises:
+        UserError: sizes that our model cannot have, a tensor that cannot be read or is not finite,
+            a tokenizer of more tokens than the model has.
+    """
+    rows = tokenizer.vocab_size
+    if rows > shape.vocab_size:
+        raise UserError(
+            f"{source}: the tokenizer has {rows} tokens, the model only {shape.vocab_size}: they "
+            "do not belong together"
+        )
+    fields: dict[str, Any] = {
+        "depth": min(1000, shape.n_layers),
+        "linear": "fp",
+        "n_layers": shape.n_layers,
+        "d_model": shape.d_model,
+        "n_heads": shape.n_heads,
+        "n_kv_heads": shape.n_kv_heads,
+        "d_ff": shape.d_ff,
+        "vocab_size": rows,
+        "max_seq_len": shape.max_seq_len,
+        "norm_placement": "pre_norm",
+        "activation": "silu",
+        "rope_theta": shape.rope_theta,
+        "norm_eps": shape.norm_eps,
+    }
+    try:
+        config = ModelConfig(**fields).resolve()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"{source}: model.{first['loc'][0]}: {first['msg']}") from error
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        with user_input(f"{source}: tensor {tensor.name}: cannot be read"):
+            values = tensor.read(rows if name in (_EMBEDDING, _HEAD) else tensor.shape[0])
+        if not bool(values.isfinite().all()):
+            raise UserError(f"{source}: damaged: tensor {tensor.name} holds NaN or infinity")
+        tensors[name] = values
+    embedding = tensors[_EMBEDDING]
+    head = tensors.setdefault(_HEAD, embedding)
+    tied = shape.tied and (head is embedding or torch.equal(head, embedding))
+    with torch.device("meta"):
+        model = Transformer(replace(config, tie_embeddings=tied))
+    model.load_state_dict(tensors, assign=True)
+    if tied:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
