@@ -30,6 +30,7 @@ from bitnet.bitlinear import (
     shared_tokens,
     weights_quantized,
 )
+from bitnet.dequantized import dequantized
 from bitnet.elementwise import RMSNorm
 from bitnet.inventory import (
     holders,
@@ -38,9 +39,9 @@ from bitnet.inventory import (
     plain_linear,
     why_full_precision,
 )
-from bitnet.quant import Granularity, Tokens, output_dtype
+from bitnet.quant import Granularity, Tokens, dequantize, output_dtype
 from bitnet_kernels import bit_planes, pack_ternary, ternary_linear, unpack_ternary
-from bitnet_kernels.packing import packed_columns
+from bitnet_kernels.packing import codes_of, packed_columns
 
 __all__ = [
     "BitLinear",
@@ -78,7 +79,11 @@ class TernaryLinear(nn.Module):
         ``bias``. The scale stays fp32 under ``.to(dtype)``: rounding it moves every logit.
         ``"addsub"`` keeps the codes a second time, as bit planes, and so twice the memory; they
         are made when weights are set or loaded, and never saved.
+    Attributes:
+        dtype: of the weight that it was made from; follows ``.to(dtype)``, as :attr:`weight` does.
     """
+
+    dtype = torch.float32
 
     packed: Tensor
     planes: Tensor | None
@@ -178,7 +183,7 @@ class TernaryLinear(nn.Module):
             group_size=linear.group_size,
             kernel=kernel,
         )
-        layer.rms_norm = linear.rms_norm
+        layer.rms_norm, layer.dtype = linear.rms_norm, linear.weight.dtype
         return layer.train(linear.training)
 
     def _lay_out(self, *_: Any) -> None:
@@ -188,6 +193,16 @@ class TernaryLinear(nn.Module):
     def codes(self) -> Tensor:
         """The unpacked codes, int8 ``[N, K]``."""
         return unpack_ternary(self.packed, self.in_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized ``[N, K]``, made when its values are used (:mod:`bitnet.dequantized`)."""
+        shape = self.out_features, self.in_features
+        return dequantized(self._dequantize, shape, self.dtype, self.packed.device)
+
+    def _dequantize(self) -> Tensor:
+        codes = codes_of(self.packed, self.in_features)  # looks at no value: compiled code cannot
+        return dequantize(codes, self.scale, self.group_size)
 
     def forward(self, input: Tensor | Tokens) -> Tensor:
         """float ``[..., in_features]`` -> ``[..., out_features]``; no gradient."""
@@ -211,6 +226,7 @@ class TernaryLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TernaryLinear":
         scale = self.scale
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=scale.device)).dtype
         super()._apply(fn, recurse)
         if self.scale.dtype != torch.float32:  # .to(dtype), .half(): move, but do not round
             self.scale = scale.to(self.scale.device)

@@ -32,10 +32,12 @@ ARROWS = {
     "bitnet.quant": {"bitnet_kernels"},
     "bitnet.elementwise": set[str](),
     "bitnet.bitlinear": {"bitnet_kernels", "bitnet.elementwise", "bitnet.quant"},
+    "bitnet.dequantized": set[str](),
     "bitnet.inventory": set[str](),
     "bitnet.linear": {
         "bitnet_kernels",
         "bitnet.bitlinear",
+        "bitnet.dequantized",
         "bitnet.elementwise",
         "bitnet.inventory",
         "bitnet.quant",

@@ -26,6 +26,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitnet.dequantized import dequantized
 from bitnet.linear import (
     BitLinear,
     check_patterns,
@@ -136,6 +137,20 @@ class LoRALinear(nn.Module):
         self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # U(-1, 1) / sqrt(K), LoRA's own code
         self.train(base.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's dtype, device and shape, for code that asks. Its values are an error: a
+        product with them would leave out the adapter, or its gradient."""
+        base = self.base.weight
+
+        def refuse() -> Tensor:
+            raise TypeError(
+                "weight: of a layer with an adapter it cannot be used by itself; "
+                "merge_adapters() first"
+            )
+
+        return dequantized(refuse, base.shape, base.dtype, base.device)
 
     @property
     def scaling(self) -> float:

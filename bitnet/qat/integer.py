@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitnet.dequantized import dequantized
 from bitnet.linear import TernaryLinear
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
 from bitnet.qat.product import Codes, ConvOp, LinearOp, Op
@@ -96,7 +97,11 @@ class IntLayer(nn.Module):
         ``[N, G]``; ``zero_point`` int8 of that shape, or None; ``bias`` ``[N]`` or None;
         ``input_scale`` fp32 ``[]`` and ``input_zero_point`` int32 ``[]``, where activations are
         static. Scales stay fp32 under ``.to(dtype)``.
+    Attributes:
+        dtype: of the weight that it was made from; follows ``.to(dtype)``, as :attr:`weight` does.
     """
+
+    dtype = torch.float32
 
     packed: Tensor
     scale: Tensor
@@ -152,6 +157,19 @@ class IntLayer(nn.Module):
         return self._unpack(self.packed), self.scale, zero
 
     @property
+    def weight(self) -> Tensor:
+        """The dequantized weight in the shape of the torch layer's, made when its values are used
+        (:mod:`bitnet.dequantized`)."""
+        return dequantized(self._dequantize, self._weight_shape, self.dtype, self.packed.device)
+
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        return len(self.packed), self.columns
+
+    def _dequantize(self) -> Tensor:
+        return dequantize(*self.quantize(), self.recipe.group_size)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weight as stored: packed codes, scales and zero points."""
         zeros = 0 if self.zero_point is None else self.zero_point.nbytes
@@ -159,6 +177,7 @@ class IntLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         kept = {name: getattr(self, name) for name in ("scale", "input_scale")}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.scale.device)).dtype
         super()._apply(fn, recurse)
         for name, before in kept.items():  # .to(dtype), .half(): move, but do not round
             after = getattr(self, name)
@@ -213,7 +232,7 @@ class _IntProduct(IntLayer):
     @classmethod
     def _of(cls, layer: Any, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Self:
         new = cls()
-        new.op = layer.op
+        new.op, new.dtype = layer.op, layer.weight.dtype
         new._fill(codes, scale, zero_point, layer.bias, layer.recipe, *layer.input_range())
         return new.train(layer.training)
 
@@ -256,6 +275,12 @@ class IntLinear(_IntProduct):
 
 
 class _IntConv(_IntProduct):
+    op: ConvOp
+
+    @property
+    def _weight_shape(self) -> tuple[int, ...]:
+        return len(self.packed), self.op.in_channels // self.op.groups, *self.op.kernel
+
     @classmethod
     def from_codes(
         cls,
@@ -284,11 +309,9 @@ class IntConv2d(_IntConv):
 
 
 class IntEmbedding(IntLayer):
-    """``nn.Embedding`` of packed rows: int ``[...]`` -> ``[..., K]`` in ``dtype``, which is the
-    weight's that it was made from and follows ``.to(dtype)``."""
+    """``nn.Embedding`` of packed rows: int ``[...]`` -> ``[..., K]`` in ``dtype``."""
 
     _has_input = False
-    dtype: torch.dtype
 
     @classmethod
     def from_qat(cls, layer: QATEmbedding) -> Self:
@@ -326,10 +349,6 @@ class IntEmbedding(IntLayer):
         values = dequantize(codes, scale, zero_point, self.recipe.group_size)
         return values.to(self.dtype).reshape(*input.shape, self.columns)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device)).dtype
-        return super()._apply(fn, recurse)
-
 
 _FORMS: dict[type[QATLayer], type[_IntProduct | IntEmbedding]] = {
     QATLinear: IntLinear,
@@ -357,7 +376,9 @@ def integer_layer(
         and (recipe.activations, recipe.activation_bits) == ("absmax", 8)
     ):
         _check_codes(codes, scale, zero_point, recipe)
-        return _ternary(layer, codes, scale).train(layer.training)
+        ternary = _ternary(layer, codes, scale)
+        ternary.dtype = layer.weight.dtype
+        return ternary.train(layer.training)
     return _FORMS[type(layer)]._of(layer, codes, scale, zero_point)
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from bitnet.dequantized import dequantized
 from bitnet.quant import output_dtype
 
 BLOCK = 64
@@ -152,6 +153,13 @@ class FrozenLinear(nn.Module):
     def dequantize(self) -> Tensor:
         """W_hat, fp32 ``[N, K]``."""
         raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """W_hat in ``dtype``, made when its values are used (:mod:`bitnet.dequantized`)."""
+        shape = self.out_features, self.in_features
+        device = getattr(self, self.SCALE).device
+        return dequantized(self.dequantize, shape, self.dtype, device)
 
     @property
     def weight_bytes(self) -> int:
