@@ -84,6 +84,13 @@ class Observer(nn.Module):
             self._calibrated = int(self.n_seen) > 0
         return self._calibrated or self.n_seen.is_meta
 
+    def train(self, mode: bool = True) -> "Observer":
+        """``eval()`` looks whether a batch was seen: torch.export cannot look at values."""
+        super().train(mode)
+        if not mode:
+            self.calibrated()
+        return self
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._calibrated = False
         super()._load_from_state_dict(*args, **kwargs)

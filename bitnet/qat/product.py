@@ -234,7 +234,10 @@ class ConvOp(NamedTuple):
         """:func:`quantized_linear` of the patches, a product for each group of channels."""
         g = self.groups
         patches, size = self._patches(x.codes, x.zero_point)
-        scale = x.scale if x.scale.dim() == 0 else x.scale.repeat_interleave(size.numel())
+        batch = x.codes.shape[0]
+        scale = x.scale
+        if scale.dim():
+            scale = scale.reshape(batch, *len(size) * [1]).expand(batch, *size).reshape(-1)
         y = quantized_linear(
             Codes(patches, scale, x.zero_point),
             Codes(*(None if t is None else _by_group(t, g) for t in w)),  # type: ignore[arg-type]
@@ -242,9 +245,10 @@ class ConvOp(NamedTuple):
             dtype,
             group_size,
         )
-        y = rearrange(y, "g (b p) n -> b (g n) p", p=size.numel())
+        y = y.reshape(g, batch, *size, w.codes.shape[0] // g)
+        y = rearrange(y, "g b ... n -> b (g n) ...")
         # A copy, as torch has it in memory: autograd lets no view be modified that _Exact returns.
-        return y.unflatten(2, size).clone(memory_format=torch.contiguous_format)
+        return y.clone(memory_format=torch.contiguous_format)
 
     def _patches(self, codes: Tensor, zero_point: Tensor | None) -> tuple[Tensor, torch.Size]:
         """int8 ``[B, C, *size]`` -> patches ``[groups, M, K]``, and the output's size."""
@@ -315,13 +319,14 @@ class _Exact(torch.autograd.Function):
         w_hat: Tensor,
         bias: Tensor | None,
         op: Op,
-        codes: tuple[Codes, Codes],
         dtype: torch.dtype,
         group_size: int,
+        *codes: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(x_hat, w_hat)
         ctx.op, ctx.bias_dtype = op, None if bias is None else bias.dtype
-        return op.exact(*codes, bias, dtype, group_size)
+        x, w = Codes(*codes[:3]), Codes(*codes[3:])  # type: ignore[arg-type]
+        return op.exact(x, w, bias, dtype, group_size)
 
     @staticmethod
     @once_differentiable
@@ -332,7 +337,7 @@ class _Exact(torch.autograd.Function):
             None if dx is None else dx.to(x_hat.dtype),
             None if dw is None else dw.to(w_hat.dtype),
             None if db is None else db.to(ctx.bias_dtype),
-            *(4 * [None]),
+            *(9 * [None]),
         )
 
 
@@ -347,4 +352,4 @@ def exact_product(
 ) -> Tensor:
     """``op.exact`` with gradients for x_hat, w_hat and the bias; in the dtype of
     :func:`bitnet.quant.output_dtype`."""
-    return _Exact.apply(x_hat, w_hat, bias, op, (x, w), output_dtype(x_hat), group_size)
+    return _Exact.apply(x_hat, w_hat, bias, op, output_dtype(x_hat), group_size, *x, *w)
