@@ -6,6 +6,7 @@
 # (pytorch.org, "Get Started", says how); any torch>=2.11,<2.14 is kept.
 
 PYTHON ?= python3
+MINUTES ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 # Stamps: an installation is complete only once its stamp is there, and is repeated when
@@ -32,15 +33,18 @@ test: $(DEV)  ## run the tests (about 9 minutes on 2 cores)
 slow: $(DEV)  ## run the tests that take minutes
 	$(BIN)/pytest -n auto --dist loadfile -m slow
 
-gpu: $(DEV)  ## check everything on a GPU, then measure everything (docs/gpu.md)
-	@$(BIN)/python -c 'import sys, torch; \
-	  torch.cuda.is_available() or sys.exit("error: torch %s finds no GPU here" % torch.__version__); \
-	  print(torch.cuda.get_device_name(), "compute capability %d.%d" % torch.cuda.get_device_capability(), sep=", ")'
-	$(BIN)/pytest tests/test_on_device_*.py -x -q -n 4
-	$(BIN)/bitnet bench kernels --all
-	$(BIN)/bitnet bench train --size 350m --size 1b
-	$(BIN)/bitnet bench decode --size 700m --size 2b --size 8b --prompt 128 --prompt 2048
-	$(BIN)/bitnet bench report
+gpu:  ## check and measure everything on a GPU; MINUTES=12, OUT= and WHEELS= folders (docs/gpu.md)
+	@set -- bitnet/bench/gpu.py --minutes "$(MINUTES)" $(if $(OUT),--out "$(OUT)") \
+	  $(if $(WHEELS),--wheels "$(WHEELS)"); \
+	for python in $(BIN)/python $(PYTHON); do \
+	  if $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	    exec $$python "$$@"; \
+	  fi; \
+	done; \
+	for python in $(BIN)/python $(PYTHON); do \
+	  if $$python -c 'import torch' 2>/dev/null; then exec $$python "$$@"; fi; \
+	done; \
+	$(MAKE) --no-print-directory $(DEV) && exec $(BIN)/python "$$@"
 
 lint: $(DEV)  ## check style and format
 	$(BIN)/ruff check .

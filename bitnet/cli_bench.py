@@ -3,9 +3,11 @@
 The work is done in :mod:`bitnet_kernels.bench`; here are options, progress, files and plots.
 """
 
+import os
 import runpy
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +19,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bitnet.bench import decode_table, train_rows
+from bitnet.bench.exact import COLUMNS, check_all
+from bitnet.bench.rows import Figures, write
 from bitnet.cli_bench_decode import decode_command
 from bitnet.cli_bench_train import (
     RESULTS,
@@ -33,6 +37,7 @@ from bitnet.schema import UserError
 from bitnet_kernels.bench import estimate as estimating
 from bitnet_kernels.bench import machine, report, rows
 from bitnet_kernels.bench.contenders import DTYPES, choices, missing
+from bitnet_kernels.bench.exact import small_cases, timed_cases
 from bitnet_kernels.bench.run import CACHES, Bench, Choice, Group, common_columns, groups
 from bitnet_kernels.bench.shapes import (
     GOAL_TOKENS,
@@ -143,6 +148,70 @@ def kernels_command(
         aside = path.with_name(ESTIMATES)
         _estimate(console, aside, archs, asked.choice("cuda", everything, quick))
     say(console, f"figures: {path}; tables and plots: bitnet bench report")
+
+
+@app.command("exact")
+def exact_command(
+    shape: Shapes = None,
+    m: Tokens = None,
+    jobs: Annotated[
+        int, typer.Option(help="Processes that compile. 0: one a CPU, 16 at most.", min=0, max=256)
+    ] = 0,
+    limit: Annotated[
+        float, typer.Option(help="Seconds of a case before its process is ended.", min=1)
+    ] = 120.0,
+    device: Device = "auto",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Single tokens, and no large products.")
+    ] = False,
+    out: Annotated[
+        str, typer.Option(help="CSV file. Default: docs/results/exact_<device>.csv.")
+    ] = "",
+) -> None:
+    """Check that every operator is right on this device.
+
+    A few shapes of each operator, by every kernel, against the CPU's exact arithmetic; then the
+    products of --shape and --m, which `bitnet bench kernels` times. Kernels are compiled side by
+    side in several processes. A case that crashes or hangs ends no other. The CSV is written anew,
+    after each case. Exit code 1 where something is not exact.
+
+    Example: bitnet bench exact --shape 2560x6912 --m 1 --m 16
+    """
+    target = _device(device)
+    cases = small_cases()
+    if quick:
+        cases = [case for case in cases if case.m == 1]
+    elif target.type == "cuda":
+        cases += timed_cases(_given(shape) or tuple(GOALS), m or GOAL_TOKENS)
+    here = machine.describe(target)
+    path = results_path(out, f"exact_{here.slug}.csv")
+    columns = common_columns(here.name) | {"device": here.name, "driver": here.driver}
+    common = {name: str(columns[name]) for name in COLUMNS if name in columns}
+    console, rows_had = Console(), list[Figures]()
+    jobs = min(jobs or min(os.cpu_count() or 1, 16), len(cases))
+
+    def kept_so_far() -> str:
+        return f"{len(rows_had)} of {len(cases)} cases are in {path}" if rows_had else ""
+
+    with ending(console, kept_so_far), progress(console) as bar:
+        task = bar.add_task(here.name, total=len(cases))
+        with closing(check_all(cases, str(target), jobs, limit)) as checked:
+            for row in checked:
+                rows_had.append(row | common)
+                write(path, rows_had, COLUMNS)
+                bar.update(task, advance=1)
+                if row["exact"] == "no":
+                    say(console, f"not exact: {row['why']}")
+    wrong = sum(row["exact"] == "no" for row in rows_had)
+    absent = sum(row["exact"] == "" for row in rows_had)
+    say(
+        console,
+        f"{len(rows_had) - wrong - absent} of {len(rows_had)} cases are exact, {wrong} are not"
+        + (f", {absent} are not for this device" if absent else ""),
+    )
+    say(console, f"figures: {path}")
+    if wrong:
+        raise typer.Exit(1)
 
 
 class _Asked(NamedTuple):

@@ -57,7 +57,7 @@ class Worker:
                 start_new_session=True,
             )
 
-    def ask(self, method: str, *values: float) -> Any:
+    def ask(self, method: str, *values: float | str) -> Any:
         """What the worker's method returns, as JSON has it. WorkerDied if it ends instead."""
         requests, replies = self._pipes()
         with suppress(BrokenPipeError):
@@ -68,10 +68,15 @@ class Worker:
             raise WorkerDied(self._last_words())
         return json.loads(line)
 
-    def close(self) -> None:
-        """End it and what it started."""
+    def kill(self) -> None:
+        """End it and what it started; from another thread than the one that asks, which then gets
+        WorkerDied."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End it and what it started."""
+        self.kill()
         self.process.wait()
         for pipe in self._pipes():
             with suppress(BrokenPipeError):

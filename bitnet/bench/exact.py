@@ -1,0 +1,147 @@
+"""Every operator checked in several processes at once: the first minutes on a new device.
+
+    bitnet bench exact
+
+Most of the time of a check goes into compiling its kernel, on one core. So several workers
+(bitnet/bench/worker.py) each take the next case when they are done with one. A case that ends its
+process, leaves its GPU unusable, or takes longer than its limit is a row like any other; a fresh
+worker goes on. The cases are those of :mod:`bitnet_kernels.bench.exact`.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from bitnet.bench.rows import Figures
+from bitnet.bench.worker import Worker, WorkerDied, serve
+from bitnet_kernels.bench.exact import Case, check
+from bitnet_kernels.bench.verify import Inexact
+
+COLUMNS = (
+    *("operator", "kernel", "m", "n", "k", "dtype"),
+    *("exact", "why", "seconds", "device", "torch", "triton", "driver", "commit", "code", "date"),
+)
+"""``exact``: "yes", or the relative error where one is allowed; "no", and ``why``; "" where the
+kernel is not for the device, and ``why``. ``seconds``: with the compilation."""
+LONGEST = 300
+"""Characters of ``why`` that are kept."""
+
+
+def check_all(
+    cases: Sequence[Case], device: str, jobs: int, limit: float
+) -> Generator[Figures, None, None]:
+    """Check cases in ``jobs`` processes; yields the first columns of a row when its case is done.
+
+    Arguments:
+        device: such as "cuda", shared by all workers.
+        limit: seconds that a case may take before its process is ended.
+    Raises:
+        OSError: a process could not be started. Whatever is raised, no process is left behind.
+    """
+    todo, done = iter(cases), SimpleQueue[Figures | BaseException | None]()
+    workers: dict[int, Worker] = {}
+    stopped = threading.Event()
+
+    def work(place: int, folder: Path) -> None:
+        try:
+            for count, case in enumerate(todo):
+                if stopped.is_set():
+                    return
+                begun = time.monotonic()
+                if place not in workers:
+                    workers[place] = _start(f"worker {place}.{count}", device, folder)
+                timer = threading.Timer(limit, workers[place].kill)
+                timer.start()
+                try:
+                    exact, why, is_usable = workers[place].ask("check", *case)
+                except WorkerDied as error:
+                    is_late = time.monotonic() - begun >= limit
+                    said = f"not done after {limit:.0f} s" if is_late else str(error)
+                    exact, why, is_usable = "no", " ".join(said.split()), False
+                finally:
+                    timer.cancel()
+                if not is_usable:
+                    workers.pop(place).close()
+                figures = [*map(str, case), exact, why[:LONGEST], f"{time.monotonic() - begun:.2f}"]
+                done.put(dict(zip(COLUMNS, figures, strict=False)))
+        except BaseException as error:
+            done.put(error)
+        finally:
+            done.put(None)
+
+    with TemporaryDirectory(prefix="bench-exact-") as name:
+        threads = [threading.Thread(target=work, args=(i, Path(name))) for i in range(jobs)]
+        for thread in threads:
+            thread.start()
+        try:
+            running = jobs
+            while running:
+                row = done.get()
+                if isinstance(row, BaseException):
+                    raise row
+                if row is None:
+                    running -= 1
+                else:
+                    yield row
+        finally:
+            stopped.set()
+            while any(thread.is_alive() for thread in threads):
+                for worker in list(workers.values()):
+                    worker.kill()
+                time.sleep(0.01)
+            for worker in workers.values():
+                worker.close()
+
+
+def _start(name: str, device: str, folder: Path) -> Worker:
+    """What is expected is small: one thread computes it while others compile."""
+    return Worker(name, "bitnet.bench.exact", [device], folder, "--jobs", {"OMP_NUM_THREADS": "1"})
+
+
+def verdict(case: Case, device: torch.device) -> tuple[str, str]:
+    """What a row says in ``exact`` and ``why``."""
+    try:
+        return check(case, device), ""
+    except Inexact as error:
+        return "no", str(error)
+    except Exception as error:
+        # Without a GPU a kernel says by a ValueError that it is for one; all else is a defect.
+        is_defect = device.type == "cuda" or not isinstance(error, ValueError)
+        return "no" if is_defect else "", " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def main(device: str) -> None:
+    """A worker: it checks a case whenever it is asked."""
+
+    def make() -> Mapping[str, Callable[..., Any]]:
+        target = torch.device(device)
+
+        def check_one(*values: Any) -> tuple[str, str, bool]:
+            exact, why = verdict(Case(*values), target)
+            return exact, why, _is_usable(target)
+
+        return {"check": check_one}
+
+    serve(make)
+
+
+def _is_usable(device: torch.device) -> bool:
+    """Whether this process can go on: an illegal access spoils all that CUDA does after it."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+    except RuntimeError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
