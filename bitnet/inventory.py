@@ -38,6 +38,23 @@ def plain_linear(module: nn.Module, transposed: dict[int, nn.Parameter]) -> nn.L
     return linear.train(module.training)
 
 
+def check_whole(model: nn.Module, remedy: str) -> None:
+    """Raise ValueError, naming the first, where parameters are sharded over ranks."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(f"{name or 'model'}: is sharded (FSDP); {remedy}")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise ValueError(f"{name}: is sharded over ranks (a DTensor); {remedy}")
+
+
+GATHER = (
+    "gather first: load torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True)) into a model that is not sharded"
+)
+REPLACE_FIRST = "replace its layers first, then shard"
+
+
 def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """``(path, module, weights)`` of each module that holds weights itself. A weight that several
     share counts in the first. Of a lazy module, which has none yet, 0."""

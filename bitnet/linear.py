@@ -33,6 +33,9 @@ from bitnet.bitlinear import (
 from bitnet.dequantized import dequantized
 from bitnet.elementwise import RMSNorm
 from bitnet.inventory import (
+    GATHER,
+    REPLACE_FIRST,
+    check_whole,
     holders,
     is_conv1d,
     kept_weights,
@@ -277,6 +280,7 @@ def replace_linear(
     Warns:
         UserWarning: more than half of the weights that might be ternary are not.
     """
+    check_whole(model, REPLACE_FIRST)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     if skip != DEFAULT_SKIP:
         check_patterns(model, skip, "skip")
@@ -372,10 +376,12 @@ def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
         model: any module; a BitLinear itself is replaced by the returned TernaryLinear.
         kernel: which kernel the packed layers use.
     Raises:
-        ValueError: a layer whose weights are not finite (named).
+        ValueError: a layer whose weights are not finite (named); a model that FSDP or tensor
+            parallelism has sharded.
     Warns:
         UserWarning: a layer that no forward has called, though it called others (named).
     """
+    check_whole(model, GATHER)
     warn_never_called(model, BitLinear)
 
     def convert(name: str, module: nn.Module) -> nn.Module | None:

@@ -632,3 +632,54 @@ def test_every_kind_of_layer_converts() -> None:
     expected = {"embed": IntEmbedding, "conv1": IntConv1d, "conv2": IntConv2d, "head": IntLinear}
     for name, kind in expected.items():
         assert type(model.get_submodule(name)) is kind
+
+
+class Normed(nn.Module):
+    """Batch norms behind a convolution and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn1 = nn.Conv1d(3, 6, 3), nn.BatchNorm1d(6)
+        self.fc, self.bn2 = nn.Linear(24, 40, bias=False), nn.BatchNorm1d(40)
+        self.head = nn.Linear(40, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv(x)).relu().flatten(1)
+        return self.head(self.bn2(self.fc(x)).relu())
+
+
+def normed() -> Normed:
+    torch.manual_seed(3)
+    model = Normed()
+    for norm in (model.bn1, model.bn2):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    return model.eval()
+
+
+@pytest.mark.parametrize("pairs", [None, [("conv", "bn1"), ("fc", "bn2")]])
+@pytest.mark.parametrize("options", [{}, {"granularity": "row"}, {"norm": True}])
+def test_batch_norms_fold_before_and_after_replace_linear(
+    pairs: list[tuple[str, str]] | None, options: dict[str, Any]
+) -> None:
+    before = replace_linear(fold_batch_norm(normed(), pairs), **options)
+    replaced = replace_linear(normed(), **options)
+    x = torch.randn(5, 3, 6)
+    after = fold_batch_norm(replaced, pairs)
+    assert type(after.bn1) is type(after.bn2) is nn.Identity
+    assert type(after.fc) is BitLinear
+    assert before.state_dict().keys() == after.state_dict().keys()
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, after.state_dict()[name]), name
+    assert torch.equal(before(x), after(x))
+    if options.get("granularity") == "row":  # codes only change their sign, scales their size
+        codes, scale = replace_linear(normed(), **options).fc.quantize()
+        new_codes, new_scale = after.fc.quantize()
+        norm = normed().bn2
+        factor = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
+        assert torch.equal(new_codes, codes * factor.sign()[:, None].to(torch.int8))
+        torch.testing.assert_close(new_scale, scale * factor.abs().detach())

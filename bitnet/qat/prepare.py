@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from bitnet.inventory import is_conv1d, plain_linear
+from bitnet.elementwise import RMSNorm
+from bitnet.inventory import GATHER, REPLACE_FIRST, check_whole, is_conv1d, plain_linear
 from bitnet.linear import (
     BitLinear,
     TernaryLinear,
@@ -38,6 +39,7 @@ from bitnet.qat.recipe import Recipe, select
 _QUANTIZED = (QATLayer, IntLayer, TernaryLinear)
 _BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: nn.BatchNorm1d,
+    BitLinear: nn.BatchNorm1d,
     nn.Conv1d: nn.BatchNorm1d,
     nn.Conv2d: nn.BatchNorm2d,
 }
@@ -66,6 +68,7 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
     """
     if not recipe.enabled:
         raise ValueError('recipe: weights = "none" quantizes nothing')
+    check_whole(model, REPLACE_FIRST)
     for name, module in model.named_modules():
         if isinstance(module, _QUANTIZED):
             raise ValueError(
@@ -214,6 +217,7 @@ def convert(model: nn.Module) -> nn.Module:
     if not any(isinstance(module, QATLayer) for module in model.modules()):
         done = any(isinstance(module, (IntLayer, TernaryLinear)) for module in model.modules())
         raise ValueError(f"model: {'is converted already' if done else 'is not prepared'}")
+    check_whole(model, GATHER)
     warn_never_called(model, QATLayer)
 
     def convert_one(name: str, module: nn.Module) -> nn.Module | None:
@@ -308,6 +312,12 @@ def size_report(model: nn.Module) -> SizeReport:
     return SizeReport(layers)
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaf = isinstance(m, BitLinear | RMSNorm)  # whose forwards look at their input
+        return leaf or super().is_leaf_module(m, module_qualified_name)
+
+
 def batch_norm_pairs(model: nn.Module) -> tuple[list[tuple[str, str]], dict[str, str]]:
     """Find the batch norms that :func:`fold_batch_norm` can fold, by torch.fx symbolic tracing.
 
@@ -319,7 +329,7 @@ def batch_norm_pairs(model: nn.Module) -> tuple[list[tuple[str, str]], dict[str,
         ValueError: the model cannot be traced (its forward branches on values, ...).
     """
     try:
-        graph = fx.Tracer().trace(model)
+        graph = _Tracer().trace(model)
     except Exception as error:  # whatever the model's forward raises on a tracer's proxies
         raise ValueError(
             "model: torch.fx cannot trace it; name what to fold: "
@@ -383,8 +393,12 @@ def fold_batch_norm(model: nn.Module, pairs: Sequence[tuple[str, str]] | None = 
 
     computed in float64 and rounded once. The model then computes in training what it did in eval.
 
+    Before or after ``replace_linear`` the same weights come of it. A BitLinear quantizes W' anew,
+    with other codes unless each row has a scale of its own (``granularity="row"``): fold before
+    training it.
+
     Arguments:
-        model: float, before :func:`prepare`.
+        model: float, or with BitLinears; before :func:`prepare`.
         pairs: names ``(layer, batch norm)``; None: all that :func:`batch_norm_pairs` finds.
     Returns:
         The model.
