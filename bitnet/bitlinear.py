@@ -20,6 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from bitnet.elementwise import RMSNorm
+from bitnet.placement import CalledLayer, each_part
 from bitnet.quant import (
     GradMask,
     Granularity,
@@ -36,7 +37,7 @@ from bitnet.quant import (
 )
 
 
-class BitLinear(nn.Linear):
+class BitLinear(CalledLayer, nn.Linear):
     """A drop-in for ``nn.Linear`` with ternary weights and int8 activations (BitNet b1.58).
 
     The forward is exact integer arithmetic and one fp32 rescale, the backward straight-through;
@@ -99,6 +100,8 @@ class BitLinear(nn.Linear):
         """
         if not torch.compiler.is_compiling() and not self.called:
             self.called = True
+        if isinstance(input, Tensor) and input.is_nested:
+            return each_part(self, input)
         if self.rms_norm is not None:
             if isinstance(input, Tokens):
                 raise TypeError("input: expected a tensor, which the layer's norm is yet to change")

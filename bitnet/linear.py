@@ -42,6 +42,7 @@ from bitnet.inventory import (
     plain_linear,
     why_full_precision,
 )
+from bitnet.placement import CalledLayer, each_part
 from bitnet.quant import Granularity, Tokens, dequantize, output_dtype
 from bitnet_kernels import bit_planes, pack_ternary, ternary_linear, unpack_ternary
 from bitnet_kernels.packing import codes_of, packed_columns
@@ -69,7 +70,7 @@ Kernel = Literal["auto", "addsub", "dot", "reference"]
 DEFAULT_SKIP = ("lm_head",)
 
 
-class TernaryLinear(nn.Module):
+class TernaryLinear(CalledLayer, nn.Module):
     """A packed ternary linear layer, for inference: 2 bits a weight and an fp32 scale.
 
     Arguments:
@@ -209,6 +210,8 @@ class TernaryLinear(nn.Module):
 
     def forward(self, input: Tensor | Tokens) -> Tensor:
         """float ``[..., in_features]`` -> ``[..., out_features]``; no gradient."""
+        if isinstance(input, Tensor) and input.is_nested:
+            return each_part(self, input)
         x = input.values if isinstance(input, Tokens) else input  # kernels find the same codes
         if x.dim() == 0 or x.shape[-1] != self.in_features:  # packed rows are padded
             raise ValueError(

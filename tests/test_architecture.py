@@ -31,7 +31,13 @@ ARROWS = {
     "bitnet.shell": set[str](),
     "bitnet.quant": {"bitnet_kernels"},
     "bitnet.elementwise": set[str](),
-    "bitnet.bitlinear": {"bitnet_kernels", "bitnet.elementwise", "bitnet.quant"},
+    "bitnet.placement": set[str](),
+    "bitnet.bitlinear": {
+        "bitnet_kernels",
+        "bitnet.elementwise",
+        "bitnet.placement",
+        "bitnet.quant",
+    },
     "bitnet.dequantized": set[str](),
     "bitnet.inventory": set[str](),
     "bitnet.linear": {
@@ -40,6 +46,7 @@ ARROWS = {
         "bitnet.dequantized",
         "bitnet.elementwise",
         "bitnet.inventory",
+        "bitnet.placement",
         "bitnet.quant",
     },
     "bitnet.model": {"bitnet.elementwise", "bitnet.linear", "bitnet.quant"},

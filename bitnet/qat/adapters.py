@@ -34,6 +34,7 @@ from bitnet.linear import (
     matches,
     replace_modules,
 )
+from bitnet.placement import CalledLayer, each_part
 from bitnet.qat.layers import QATLinear
 from bitnet.qat.nf4 import FrozenLinear, NF4Linear
 from bitnet.qat.quantizers import dequantize
@@ -112,7 +113,7 @@ def _frozen(linear: nn.Linear, ternary: Recipe | None) -> FrozenLinear:
     return NF4Linear(linear) if ternary is None else FrozenTernaryLinear(linear, ternary)
 
 
-class LoRALinear(nn.Module):
+class LoRALinear(CalledLayer, nn.Module):
     """A linear layer and its adapter: ``y = base(x) + (alpha / rank) * (x A.T) B.T``.
 
     The adapter is fp32 and computes in the input's dtype or under autocast in its; it starts at
@@ -153,12 +154,19 @@ class LoRALinear(nn.Module):
         return dequantized(refuse, base.shape, base.dtype, base.device)
 
     @property
+    def bias(self) -> Tensor | None:
+        """The base's."""
+        return self.base.bias
+
+    @property
     def scaling(self) -> float:
         """alpha / rank."""
         return self.alpha / self.rank
 
     def forward(self, input: Tensor) -> Tensor:
         """float ``[..., K]`` -> ``[..., N]``, differentiable."""
+        if input.is_nested:
+            return each_part(self, input)
         low = F.linear(input, self.lora_a.to(input.dtype))
         adapted = F.linear(low * self.scaling, self.lora_b.to(low.dtype))
         y: Tensor = self.base(input)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from bitnet.dequantized import dequantized
 from bitnet.linear import TernaryLinear
+from bitnet.placement import CalledLayer, each_part
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
 from bitnet.qat.product import Codes, ConvOp, LinearOp, Op
 from bitnet.qat.quantizers import dequantize, fake_quantize_activation
@@ -89,7 +90,7 @@ def _row_bytes(columns: int, bits: int) -> int:
     return -(-columns * bits // 8)
 
 
-class IntLayer(nn.Module):
+class IntLayer(CalledLayer, nn.Module):
     """What integer layers share. They are made by ``from_qat`` and ``from_codes``.
 
     State:
@@ -238,6 +239,8 @@ class _IntProduct(IntLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the QAT layer's in eval mode; no gradient for the weights."""
+        if input.is_nested:
+            return each_part(self, input)
         x, recipe = self.op.batched(input), self.recipe
         w, dtype = Codes(*self.quantize()), output_dtype(input)
         if recipe.activations == "none":

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitnet.placement import CalledLayer, each_part
 from bitnet.qat.observers import Observer, make_observer
 from bitnet.qat.product import Codes, ConvOp, LinearOp, Op, exact_product
 from bitnet.qat.quantizers import (
@@ -37,7 +38,7 @@ from bitnet.qat.recipe import LEARNED, Recipe
 from bitnet.quant import output_dtype, ternary_linear_ste
 
 
-class QATLayer(nn.Module):
+class QATLayer(CalledLayer, nn.Module):
     """What QAT layers share. They are made by ``from_float``.
 
     Attributes:
@@ -134,6 +135,8 @@ class _ProductLayer(QATLayer):
             has calibrated (in training mode only where its observer is frozen or disabled).
         """
         self._mark_called()
+        if input.is_nested:
+            return each_part(self, input)
         observer, recipe = self.input_observer, self.recipe
         if observer is not None and self.training:
             observer.observe(input.detach())

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from bitnet.dequantized import dequantized
+from bitnet.placement import CalledLayer, each_part
 from bitnet.quant import output_dtype
 
 BLOCK = 64
@@ -129,7 +130,7 @@ class _FrozenProduct(torch.autograd.Function):
         return (dy.to(dtype) @ ctx.base.dequantize().to(dtype)).to(x_dtype), None, None
 
 
-class FrozenLinear(nn.Module):
+class FrozenLinear(CalledLayer, nn.Module):
     """A linear layer of stored codes that hands gradients on and takes none; see the subclasses.
 
     The product is one of floats, in the autocast dtype or that of the input.
@@ -168,6 +169,8 @@ class FrozenLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """float ``[..., K]`` -> ``[..., N]``, differentiable in the input."""
+        if input.is_nested:
+            return each_part(self, input)
         dtype = output_dtype(input)
         y: Tensor = _FrozenProduct.apply(input, self, dtype)
         return y if self.bias is None else y + self.bias.to(dtype)

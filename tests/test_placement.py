@@ -1,0 +1,86 @@
+"""Quantized layers that somebody puts into torch's transformer modules by hand."""
+
+import copy
+import io
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bitnet.linear import BitLinear, pack
+from bitnet.qat.adapters import LoRALinear
+from bitnet.qat.nf4 import NF4Linear
+from bitnet.qat.prepare import convert, prepare
+from bitnet.qat.recipe import Recipe
+
+RECIPE = Recipe(weights="int", bits=4, keep_first_last=False)
+KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "bitlinear": lambda linear: BitLinear(linear.in_features, linear.out_features),
+    "ternary": lambda linear: pack(BitLinear(linear.in_features, linear.out_features)),
+    "qat": lambda linear: prepare(linear, RECIPE),
+    "integer": lambda linear: convert(prepare(linear, RECIPE)),
+    "nf4": NF4Linear,
+    "lora": lambda linear: LoRALinear(linear, 2, 2.0),
+}
+PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+
+
+def encoder_layer() -> nn.TransformerEncoderLayer:
+    return nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+
+
+def quantize(layer: nn.TransformerEncoderLayer, kind: str) -> None:
+    layer.linear1 = KINDS[kind](layer.linear1)
+    layer.add_module("linear2", KINDS[kind](layer.linear2))
+
+
+def by_hand(layer: nn.TransformerEncoderLayer, x: Tensor) -> Tensor:
+    """The layer as its paper has it, from the calls of its parts."""
+    attended, _ = layer.self_attn(x, x, x, need_weights=False)
+    x = layer.norm1(x + attended)
+    return layer.norm2(x + layer.linear2(torch.relu(layer.linear1(x))))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_layer_calls_what_is_put_into_it(kind: str) -> None:
+    layer = encoder_layer().eval()
+    quantize(layer, kind)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        expected = by_hand(layer, x)
+        for model in (layer, copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+            assert torch.equal(model.eval()(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # torch's own
+def test_an_encoder_takes_a_padded_batch(kind: str) -> None:
+    """With nested tensors, which the encoder makes where its layers were replaced afterwards."""
+    encoder = nn.TransformerEncoder(encoder_layer(), 1).eval()
+    quantize(encoder.layers[0], kind)
+    encoder.requires_grad_(False)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        y = encoder(x, src_key_padding_mask=PADDING)
+        encoder.use_nested_tensor = False
+        expected = encoder(x, src_key_padding_mask=PADDING)
+    kept = ~PADDING
+    # attention of a nested tensor is another kernel, whose rounding may move a code or two
+    assert (y - expected)[kept].abs().max() < 0.2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_projection_of_an_attention_is_refused(kind: str) -> None:
+    attention = nn.MultiheadAttention(8, 2)
+    layer = KINDS[kind](nn.Linear(8, 8))
+    for place in (
+        lambda: setattr(attention, "out_proj", layer),
+        lambda: attention.add_module("out_proj", layer),
+    ):
+        with pytest.raises(ValueError, match=r"out_proj: nn\.MultiheadAttention .* never calls it"):
+            place()
+    assert isinstance(attention.out_proj, nn.Linear)
