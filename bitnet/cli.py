@@ -173,7 +173,7 @@ def pack_command(
     The packed folder is read back from disk and compared with the trained model: codes, int32
     accumulators, logits and greedy tokens must be equal to the last bit. Exit code 1 if not.
     """
-    target = Path(out or f"{folder}-packed")
+    target = Path(out) if out else beside(folder, "-packed")
     model, tokenizer = load(folder)
     if (target / CONFIG).exists() and read_config(target).weights == "latent":
         raise UserError(f"{target}: holds a trained model, which packing would overwrite")
@@ -218,6 +218,13 @@ def pack_command(
     console.print("proof: all equal, bit for bit")
 
 
+def beside(folder: Path, suffix: str) -> Path:
+    """``FOLDER-packed``, say; the folder's own name where it ends in ``.`` or ``..``."""
+    if folder.name in ("", ".."):  # Path("x/.") has the name x
+        folder = folder.resolve()
+    return folder.with_name(folder.name + suffix)
+
+
 @app.command("generate")
 def generate_command(
     folder: Folder,
@@ -243,7 +250,7 @@ def generate_command(
     Example: bitnet generate runs/quickstart/model --prompt "def main" --temperature 0.7
     """
     model, tokenizer = load_for_inference(folder, device, kernel)
-    if model.embed_tokens.weight.is_cuda and not read_config(folder).quant.enabled:
+    if model.norm.weight.is_cuda and not read_config(folder).quant.enabled:
         model = packed_bf16(model, kernel)
     prompts = [generation.encode_prompt(tokenizer, text) for text in prompt or [""]]
     texts = [""] * len(prompts)

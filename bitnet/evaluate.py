@@ -186,7 +186,7 @@ def _negative_log_likelihood(
     model: Transformer, windows: Iterable[Tensor], batch_size: int
 ) -> tuple[float, int]:
     """The sum over all predictions, in nats, and their number."""
-    device = model.embed_tokens.weight.device
+    device = model.norm.weight.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
     logits_at_once = _CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS

@@ -1,6 +1,7 @@
 """The bitnet command, called as from a shell: what it prints, and how mistakes end."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from bitnet.model import ModelConfig, Transformer
 from bitnet.tokenizer import train_tokenizer
 
 Bitnet = Callable[..., tuple[int, str, str]]
+LARGE = ("model.safetensors", "tokenizer.model")
 TEXT = "\n\n".join(f"def f{i}(x):\n    return x + {i}  # naïve ☃" for i in range(400))
 
 
@@ -206,3 +208,19 @@ def test_generation_prints_a_replacement_character_once(bitnet: Bitnet, folders:
     ids = encode_prompt(tokenizer, prompt)
     (new,) = generate(model, [ids], 8, eos_id=tokenizer.eos_id)
     assert out == tokenizer.decode([*ids, *new]) + "\n"
+
+
+@pytest.mark.parametrize("spelling", [".", "./", "../model", "sub/..", "../link", "../model/."])
+def test_pack_writes_beside_the_folder_however_it_is_spelt(
+    bitnet: Bitnet, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folders / "model", model)
+    (model / "sub").mkdir()
+    (tmp_path / "link").symlink_to(model)
+    monkeypatch.chdir(model)
+    code, _, err = bitnet("pack", spelling, "--tokens", "1")
+    assert code == 0, err
+    name = "link-packed" if "link" in spelling else "model-packed"
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "link", name}
+    assert {path.name for path in model.iterdir()} == {"sub", "config.json", *LARGE}

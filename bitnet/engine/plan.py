@@ -17,13 +17,15 @@ N out_features, K in_features.
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from bitnet.linear import BitLinear, RMSNorm, TernaryLinear, computed_parameter, hooked
 from bitnet.model import MLP, Attention, Block, Transformer
+from bitnet.qat.integer import IntEmbedding
+from bitnet.qat.layers import QATEmbedding
 from bitnet_kernels import bit_planes, pack_ternary
 from bitnet_kernels.reference import absmax_int8, int_mm_takes_any_int8
 
@@ -89,7 +91,7 @@ class LayerPlan:
 @dataclass(frozen=True)
 class ModelPlan:
     """A whole model. ``embedding`` is the model's own tensor ``[V, D]``, and so is a dense head
-    tied to it."""
+    tied to it; a quantized embedding is dequantized once, and takes the memory of a float one."""
 
     embedding: Tensor
     layers: tuple[LayerPlan, ...]
@@ -212,12 +214,18 @@ class Versions:
 
 
 def embedding_of(model: Transformer) -> Tensor:
-    """The embedding's own weight ``[V, D]``.
+    """The embedding's rows ``[V, D]``: a plain embedding's own weight, of a quantized one the rows
+    that its forward gives now, a copy.
 
     Raises:
-        ValueError: it is no plain nn.Embedding.
+        ValueError: it is no nn.Embedding, nor one that a recipe has quantized.
     """
     embedding = model.embed_tokens
+    if type(embedding) in (QATEmbedding, IntEmbedding) and not hooked(embedding):
+        tokens = torch.arange(
+            model.config.vocab_size, dtype=torch.int64, device=model.norm.weight.device
+        )
+        return cast(Tensor, embedding(tokens)).detach()
     if type(embedding) is not nn.Embedding or hooked(embedding) or embedding.max_norm is not None:
         raise ValueError(
             "embed_tokens: expected a plain nn.Embedding without hooks (nor torch's for all "

@@ -111,9 +111,7 @@ def _compare_logits(
     handles = [record(name, linear) for name, linear in trained.items()]
     try:
         for row, prompt in enumerate(prompts):
-            tokens = torch.tensor(
-                [prompt], device=latent.embed_tokens.weight.device, dtype=torch.int64
-            )
+            tokens = torch.tensor([prompt], device=latent.norm.weight.device, dtype=torch.int64)
             ours, theirs = latent(tokens), packed(tokens)
             proof.logits += ours.numel()
             if not torch.equal(ours, theirs):

@@ -113,7 +113,7 @@ class Distiller:
     ) -> None:
         self.config = config
         self._teacher = teacher.eval().requires_grad_(False)
-        self._device = teacher.embed_tokens.weight.device
+        self._device = teacher.norm.weight.device
         self._bf16 = bf16
         self._scales = {"logits": config.logits, "attention": config.attention}
         self._terms: dict[str, list[Tensor]] = {}
