@@ -44,7 +44,7 @@ gpu:  ## check and measure everything on a GPU; MINUTES=12, OUT= and WHEELS= fol
 	for python in $(BIN)/python $(PYTHON); do \
 	  if $$python -c 'import torch' 2>/dev/null; then exec $$python "$$@"; fi; \
 	done; \
-	$(MAKE) --no-print-directory $(DEV) && exec $(BIN)/python "$$@"
+	$(MAKE_COMMAND) --no-print-directory $(DEV) && exec $(BIN)/python "$$@"
 
 lint: $(DEV)  ## check style and format
 	$(BIN)/ruff check .

@@ -362,6 +362,43 @@ def test_wheels_are_installed_without_a_network(
     assert path[:3] == [str(ROOT), str(ROOT / "kernels"), str(tmp_path)]
 
 
+FAKE = """#!/bin/sh
+case "$2" in
+*cuda*) exit {cuda} ;;
+"import torch") exit {torch} ;;
+esac
+echo "{name}: $*"
+"""
+
+
+@pytest.mark.parametrize(
+    ("venv", "system", "chosen"),
+    [((0, 0), (0, 0), "venv"), ((1, 0), (0, 0), "system"), ((1, 0), (1, 0), "venv")],
+)
+def test_make_takes_the_python_whose_torch_finds_a_gpu(
+    tmp_path: Path, venv: tuple[int, int], system: tuple[int, int], chosen: str
+) -> None:
+    """Nothing is installed; the words go to the script as they are. Exit codes of (a look for a
+    GPU, a look for torch) in the .venv and in the system's Python."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for place, name, (cuda, its_torch) in (
+        (tmp_path / ".venv" / "bin" / "python", "venv", venv),
+        (tmp_path / "system", "system", system),
+    ):
+        place.write_text(FAKE.format(cuda=cuda, torch=its_torch, name=name))
+        place.chmod(0o755)
+    words = ["PYTHON=./system", "MINUTES=12", "OUT=a folder", "WHEELS=w"]
+    done = subprocess.run(
+        ["make", "-s", "-f", str(ROOT / "Makefile"), "gpu", *words],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    want = "bitnet/bench/gpu.py --minutes 12 --out a folder --wheels w"
+    assert (done.returncode, done.stdout) == (0, f"{chosen}: {want}\n"), done.stderr
+
+
 # The check of operators.
 
 SINGLE = [case for case in cases.small_cases() if case.m == 1]
