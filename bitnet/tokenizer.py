@@ -43,7 +43,7 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from bitnet.durable import write_atomic
-from bitnet.schema import UserError
+from bitnet.schema import UserError, read_file, user_input
 
 _SPACE = "\u2581"
 _SEGMENT = 4096
@@ -94,6 +94,10 @@ class Tokenizer:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.model_bytes = read_model(self.path)
+        with user_input(f"{self.path}: not a sentencepiece model, or a damaged one"):
+            self._load()
+
+    def _load(self) -> None:
         self._decoder = _processor(self.path, self.model_bytes)
         self._encoder = _processor(self.path, self.model_bytes + _PREFIX_OFF)
         self.vocab_size: int = self._decoder.get_piece_size()
@@ -292,8 +296,8 @@ def _training_error(message: str, vocab_size: int) -> UserError:
 
 def read_model(path: Path) -> bytes:
     """A tokenizer file's bytes; raises UserError, with the nearest name, where there is none."""
-    if path.is_file():
-        return path.read_bytes()
+    if path.exists() and not path.is_dir():
+        return read_file(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a tokenizer file")
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -303,10 +307,6 @@ def read_model(path: Path) -> bytes:
 
 
 def _processor(path: Path, model: bytes) -> SentencePieceProcessor:
-    problem = UserError(f"{path}: not a sentencepiece model, or a damaged one")
     if not model.startswith(b"\n"):  # ModelProto begins with its pieces
-        raise problem
-    try:
-        return SentencePieceProcessor(model_proto=model)
-    except RuntimeError as error:
-        raise problem from error
+        raise UserError(f"{path}: not a sentencepiece model, or a damaged one")
+    return SentencePieceProcessor(model_proto=model)

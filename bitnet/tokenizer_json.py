@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet.schema import UserError
+from bitnet.schema import UserError, user_input
 from bitnet.tokenizer import Tokenizer, check_text, read_model
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
@@ -75,6 +75,10 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, path: Path | str, model_bytes: bytes | None = None) -> None:
         self.path = Path(path)
         self.model_bytes = read_model(self.path) if model_bytes is None else model_bytes
+        with user_input(f"{self.path}: not a tokenizer.json, or a damaged one"):
+            self._load()
+
+    def _load(self) -> None:
         self._backend = _backend(self.path, self.model_bytes)
         pieces: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(pieces.values(), default=-1) + 1
@@ -140,10 +144,11 @@ class JsonTokenizer(Tokenizer):
         for text in texts:
             check_text(text)
             self._check_bytes(text)
-        if threads == 1:
-            return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
-        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encoded]
+        with user_input(f"{self.path}: the text cannot be encoded"):  # a costly regex panics
+            if threads == 1:
+                return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
+            encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [encoding.ids for encoding in encoded]
 
     def _check_bytes(self, text: str) -> None:
         if lacking := text.encode().translate(None, self._bytes):

@@ -307,3 +307,30 @@ def test_given_tokenizers(tmp_path: Path, options: dict[str, object]) -> None:
         assert tokenizer.count_bytes([tokenizer.eos_id, *ids]) == len(text.encode())
         if "\u2581" not in text:
             assert ids == plain.encode(text)
+
+
+def test_any_damaged_byte_is_one_line(tmp_path: Path) -> None:
+    """A flipped bit anywhere: the model loads, or one line names the file. sentencepiece has pieces
+    that are no UTF-8, which fail only when they are read."""
+    path = tmp_path / "tokenizer.model"
+    data = train_tokenizer(["to be or not to be\n" * 20], 280, path, 1).model_bytes
+    failed = 0
+    for at in range(0, len(data), 13):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 0x80]) + data[at + 1 :])
+        try:
+            Tokenizer(path)
+        except UserError as error:
+            failed += str(error).startswith(f"{path}: ")
+    assert failed > 100
+
+
+def test_a_tokenizer_file_is_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="not a regular file"):
+        Tokenizer(path)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(20 * 10**9)
+    with pytest.raises(UserError, match=r"20,000,000,000 bytes; at most"):
+        Tokenizer(path)

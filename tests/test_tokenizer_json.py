@@ -410,3 +410,15 @@ def test_prepared_data(path: Path, tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_bytes(with_eos(made(), "<|im_end|>"))
     with pytest.raises(UserError, match="not the tokenizer this set was prepared with"):
         TokenDataset(folder, "val").tokenizer()
+
+
+def test_a_regular_expression_too_costly_for_a_text(path: Path) -> None:
+    """The library panics over it, which is not even an Exception; the file is named."""
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated"}
+    steps = [split | {"invert": False}, json.loads(made())["pre_tokenizer"]]
+    content = changed(pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    tokenizer = JsonTokenizer(path, content)
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    for threads in (0, 1):
+        with pytest.raises(UserError, match=r"text cannot be encoded: .*retry-limit"):
+            tokenizer.encode_batch(["x" * 5000], threads)
