@@ -13,6 +13,10 @@
 
 A frozen observer no longer moves, so neither does the scale. A batch with NaN or infinity, or with
 no values, leaves the range as it was.
+
+Where ``torch.distributed`` is initialized a batch is what all ranks see together, so that they keep
+one range: minimum and maximum over the ranks, sums of squared errors added, and of the averages the
+mean of the ranks' ranges. As with ``nn.SyncBatchNorm`` every rank has to run the forward.
 """
 
 import math
@@ -21,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from bitnet.qat.quantizers import static_codes, static_range
 from bitnet.qat.recipe import Recipe
@@ -56,16 +61,20 @@ class Observer(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """Take a float batch of any shape into account; nothing where frozen or disabled."""
-        if not self.moves or x.numel() == 0:
+        if not self.moves or (x.numel() == 0 and not _distributed(x)):
             return
         x = x.detach().float()
         finite = x.isfinite().all()
+        seen = torch.full_like(finite, x.numel() > 0)
+        if _distributed(x):  # one bad batch spoils what all ranks see, one with values counts
+            bad, seen = _over_ranks(torch.stack([~finite, seen]).int(), dist.ReduceOp.MAX).bool()
+            x, finite = torch.where(finite, x, 0.0), ~bad
         # Both sides are computed and one is taken: a branch would wait for the device.
         new = self._update(torch.where(finite, x, 0.0))
         for name, value in new.items():
             buffer: Tensor = getattr(self, name)
-            buffer.copy_(torch.where(finite, value, buffer))
-        self.n_seen += finite
+            buffer.copy_(torch.where(finite & seen, value, buffer))
+        self.n_seen += finite & seen
         self.bad += ~finite
 
     def _update(self, x: Tensor) -> dict[str, Tensor]:
@@ -133,7 +142,7 @@ class MinMax(Observer):
     """The range of all values seen."""
 
     def _update(self, x: Tensor) -> dict[str, Tensor]:
-        low, high = x.aminmax()
+        low, high = _ends(x)
         first = self.n_seen == 0
         return {
             "low": torch.where(first, low, torch.minimum(self.low, low)),
@@ -151,7 +160,12 @@ class MovingAverage(Observer):
     def _update(self, x: Tensor) -> dict[str, Tensor]:
         first = self.n_seen == 0
         averaged = {}
-        for name, new in zip(("low", "high"), self._batch_range(x), strict=True):
+        low, high = self._batch_range(x) if x.numel() else (x.new_zeros(()), x.new_zeros(()))
+        if _distributed(x):
+            counts = x.new_full((), float(x.numel() > 0))
+            low, high, ranks = _over_ranks(torch.stack([low, high, counts]), dist.ReduceOp.SUM)
+            low, high = low / ranks, high / ranks
+        for name, new in (("low", low), ("high", high)):
             moved = self.momentum * getattr(self, name) + (1 - self.momentum) * new
             averaged[name] = torch.where(first, new, moved)
         return averaged
@@ -212,7 +226,7 @@ class MeanSquaredError(Observer):
         )
 
     def _update(self, x: Tensor) -> dict[str, Tensor]:
-        low, high = x.aminmax()
+        low, high = _ends(x)
         low, high = torch.minimum(self.seen_low, low), torch.maximum(self.seen_high, high)
         absmax = torch.maximum(-low, high).clamp(min=EPS)
         top = torch.maximum(self.top, (absmax.log2() * self.PER_OCTAVE).ceil().long())
@@ -222,9 +236,8 @@ class MeanSquaredError(Observer):
         errors = errors * torch.exp2(new.double() * (2 / self.PER_OCTAVE))
         clips = torch.exp2((top - below).double() / self.PER_OCTAVE).float()
         lows, highs = torch.maximum(-clips, low), torch.minimum(clips, high)
-        errors = errors + torch.stack(
-            [self._error(x, *ends) for ends in zip(lows, highs, strict=True)]
-        )
+        added = torch.stack([self._error(x, *ends) for ends in zip(lows, highs, strict=True)])
+        errors = errors + _over_ranks(added, dist.ReduceOp.SUM)
         best = errors.argmin(0, keepdim=True)  # to select by: an index of [] would be read back
         return {
             "low": lows.index_select(0, best)[0],
@@ -241,6 +254,28 @@ class MeanSquaredError(Observer):
         if zero_point is not None:
             values = values - zero_point
         return (x - values * scale).square().sum(dtype=torch.float64)
+
+
+def _distributed(x: Tensor) -> bool:
+    """Whether other ranks see batches too."""
+    together = dist.is_available() and dist.is_initialized() and not x.is_meta
+    return together and dist.get_world_size() > 1
+
+
+def _over_ranks(values: Tensor, op: "dist.ReduceOp.RedOpType") -> Tensor:
+    if _distributed(values):
+        dist.all_reduce(values, op)
+    return values
+
+
+def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest value, over all ranks."""
+    if not _distributed(x):
+        return x.aminmax()
+    none = x.new_full((), -math.inf)
+    ends = torch.stack([-x.amin(), x.amax()] if x.numel() else [none, none])
+    low, high = _over_ranks(ends, dist.ReduceOp.MAX)
+    return -low, high
 
 
 def make_observer(recipe: Recipe) -> Observer:

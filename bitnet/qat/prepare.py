@@ -123,6 +123,8 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[object, ...]]) 
     The model runs in eval mode and full precision (both lambdas 0), and is left in the modes it
     was in. What observers have seen before counts on. Without static activations there is nothing
     to find, and no batch is read.
+    Where ``torch.distributed`` is initialized all ranks calibrate together, with as many batches
+    each, and find one range.
 
     Arguments:
         batches: each a tensor, the model's input, or a tuple of its forward's arguments.
