@@ -20,6 +20,7 @@ from bitnet.bench import exact as checking
 from bitnet.bench import gpu
 from bitnet.bench.exact import COLUMNS
 from bitnet.bench.gpu import Ending, Part, Report, Result
+from bitnet_kernels.bench import contenders as contending
 from bitnet_kernels.bench import exact as cases
 from bitnet_kernels.bench.rows import COLUMNS as KERNEL_COLUMNS
 from bitnet_kernels.bench.verify import Inexact
@@ -475,6 +476,28 @@ def test_what_is_wrong_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
         cases.check(case, CPU)
 
 
+def test_what_is_timed_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where each kernel is a contender."""
+
+    def contenders(device: Any, kernels: Any, dtypes: Any, whats: Any, m: int) -> Any:
+        (kernel,), (dtype,) = kernels, dtypes
+        return [
+            contending.Contender(
+                "bitnet", "dot", kernel, what, dtype, 2, None, contending._ours(kernel, what, dtype)
+            )
+            for what in whats
+        ]
+
+    monkeypatch.setattr(cases, "contenders", contenders)
+    (case,) = (one for one in cases.timed_cases([(33, 300)], [3]) if one.kernel == "gemm")
+    assert checking.verdict(case, CPU) == ("yes", "")
+    right = contending.ternary_matmul
+    monkeypatch.setattr(contending, "ternary_matmul", lambda *args: right(*args) + 1)
+    verdict, why = checking.verdict(case, CPU)
+    assert verdict == "no"
+    assert "99 of 99 outputs are wrong" in why
+
+
 PRETENDER = """
 import os, sys, time
 from bitnet_minutes_stand_in import serve
@@ -486,7 +509,8 @@ def check(operator, *rest):
         time.sleep(60)
     return ["no" if operator == "spoils" else "yes", str(os.getpid()), operator != "spoils"]
 
-serve(lambda: {"check": check})
+time.sleep(0.4)  # what starting takes is not the case's
+serve(lambda: {"check": check, "ready": lambda: True})
 """
 
 

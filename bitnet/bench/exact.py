@@ -11,7 +11,8 @@ worker goes on. The cases are those of :mod:`bitnet_kernels.bench.exact`.
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from tempfile import TemporaryDirectory
@@ -32,6 +33,9 @@ COLUMNS = (
 kernel is not for the device, and ``why``. ``seconds``: with the compilation."""
 LONGEST = 300
 """Characters of ``why`` that are kept."""
+
+STARTING = 120.0
+"""Seconds that a worker may take to import torch and to find its GPU, sixteen at a time."""
 
 
 def check_all(
@@ -55,18 +59,20 @@ def check_all(
                 if stopped.is_set():
                     return
                 begun = time.monotonic()
-                if place not in workers:
+                is_fresh = place not in workers
+                if is_fresh:
                     workers[place] = _start(f"worker {place}.{count}", device, folder)
-                timer = threading.Timer(limit, workers[place].kill)
-                timer.start()
                 try:
-                    exact, why, is_usable = workers[place].ask("check", *case)
+                    if is_fresh:
+                        with _ended_after(STARTING, workers[place]):
+                            workers[place].ask("ready")
+                    begun = time.monotonic()
+                    with _ended_after(limit, workers[place]):
+                        exact, why, is_usable = workers[place].ask("check", *case)
                 except WorkerDied as error:
                     is_late = time.monotonic() - begun >= limit
                     said = f"not done after {limit:.0f} s" if is_late else str(error)
                     exact, why, is_usable = "no", " ".join(said.split()), False
-                finally:
-                    timer.cancel()
                 if not is_usable:
                     workers.pop(place).close()
                 figures = [*map(str, case), exact, why[:LONGEST], f"{time.monotonic() - begun:.2f}"]
@@ -100,6 +106,16 @@ def check_all(
                 worker.close()
 
 
+@contextmanager
+def _ended_after(seconds: float, worker: Worker) -> Iterator[None]:
+    timer = threading.Timer(seconds, worker.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _start(name: str, device: str, folder: Path) -> Worker:
     """What is expected is small: one thread computes it while others compile."""
     return Worker(name, "bitnet.bench.exact", [device], folder, "--jobs", {"OMP_NUM_THREADS": "1"})
@@ -127,7 +143,7 @@ def main(device: str) -> None:
             exact, why = verdict(Case(*values), target)
             return exact, why, _is_usable(target)
 
-        return {"check": check_one}
+        return {"ready": lambda: _is_usable(target), "check": check_one}
 
     serve(make)
 
