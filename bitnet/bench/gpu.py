@@ -70,7 +70,7 @@ class Part(NamedTuple):
     """Behind the Python."""
     share: float = 1.0
     """Of the whole time, at most."""
-    least: float = 0.0
+    least: float = 1.0
     """Seconds; with less it is not begun."""
     needs: tuple[str, ...] = ()
     """Packages without which it is left."""
@@ -222,7 +222,7 @@ def carry_out(
         if lacking := [name for name in part.needs if name in missing]:
             each(Result(part.name, "left", f"no {', '.join(lacking)} here", 0.0))
             continue
-        if left is not None and left < max(part.least, 1.0):
+        if left is not None and left < part.least:
             why = f"needs {part.least:.0f} s, {max(left, 0.0):.0f} s were left"
             each(Result(part.name, "left", why, 0.0))
             continue
