@@ -23,6 +23,8 @@ run that is resumed must see what it saw before.
 
 import hashlib
 import heapq
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,7 +50,7 @@ from bitnet.data import (
     read_index,
 )
 from bitnet.durable import new_folder
-from bitnet.schema import UserError
+from bitnet.schema import UserError, check_file, user_input
 from bitnet.sources import HUB, cut, documents, local_files
 from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet.tokenizer_json import load_tokenizer
@@ -82,10 +84,12 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if _is_prepared(path, config, given, console):
         return path
-    place = path.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    lock_path = place.with_name(f".{place.name}.lock")
-    lock_path.touch()  # an unwritable folder is an error here, and not a wait below
+    with user_input(f"data.path: {path}"):
+        place = path.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock_path = place.with_name(f".{place.name}.lock")
+        lock_path.touch()  # an unwritable folder is an error here, and not a wait below
+        check_file(lock_path)
     lock = FileLock(lock_path)
     try:
         lock.acquire(blocking=False)
@@ -149,7 +153,8 @@ def _settings(config: DataConfig, given: Tokenizer | None) -> dict[str, Any]:
 
 def _digest(files: Iterable[Path]) -> str:
     entries = sorted(f"{file.stat().st_size} {file.name}" for file in files)
-    return hashlib.blake2b("\0".join(entries).encode(), digest_size=16).hexdigest()
+    # a name that is no UTF-8 has lone surrogates
+    return hashlib.blake2b(os.fsencode("\0".join(entries)), digest_size=16).hexdigest()
 
 
 def _summary(path: Path, index: Index) -> str:
@@ -163,7 +168,11 @@ def _summary(path: Path, index: Index) -> str:
 
 def _make(folder: Path, config: DataConfig, given: Tokenizer | None, console: Console) -> Index:
     """Write a whole set into an empty folder, its index last."""
-    digest = _digest(local_files(config.sources))
+    left_out: Counter[str] = Counter()
+    digest = _digest(local_files(config.sources, left_out))
+    if left_out.total():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(8) if count)
+        console.print(f"note: not read in the folders of data.sources: {kinds}")
     with Progress(
         TextColumn("{task.description:>18}"),
         BarColumn(),
@@ -235,7 +244,8 @@ def _survey(config: DataConfig, sample_bytes: int, bars: Progress) -> _Survey:
     n_bytes = held_out_bytes = kept_bytes = 0
     lowest, highest = _HASHES, -1
     kept: list[tuple[int, str]] = []  # a heap, the greatest hash first
-    for text in documents(config.sources, config.text_field, hub_bytes):
+    left_out: Counter[str] = Counter()
+    for text in documents(config.sources, config.text_field, hub_bytes, left_out):
         size = len(text.encode())
         n_bytes += size
         held_out_bytes += size if _hash(text) < threshold else 0
@@ -251,6 +261,8 @@ def _survey(config: DataConfig, sample_bytes: int, bars: Progress) -> _Survey:
     if not n_bytes:
         raise UserError(f"data.sources: there is no text in {', '.join(config.sources)}")
     bars.update(bar, total=n_bytes)
+    if without_text := left_out["without text"]:
+        bars.console.print(f"note: {without_text} documents have no text (blanks or null)")
 
     share = held_out_bytes / n_bytes
     if config.val_fraction / 2 <= share <= config.val_fraction * 2 and share < 1:

@@ -47,6 +47,8 @@ def check_file(path: Path, limit: int | None = None) -> None:
     Nothing is opened: a FIFO would wait for its writer, and a device may never end.
     """
     with user_input(str(path)):
+        if path.is_symlink() and not path.exists():
+            raise UserError(f"{path}: is a link to {path.readlink()}, which does not exist")
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
             raise UserError(f"{path}: is a folder, not a file")

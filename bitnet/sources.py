@@ -1,18 +1,22 @@
 """Where text comes from: files, globs, folders, the standard library, Hugging Face datasets.
 
 Everything becomes a stream of documents (str), never held in memory together. A .txt, .md or .py
-file is one document, a row of .jsonl or .parquet or of a Hugging Face dataset is one. What is read
-depends on the sources and nothing else: folders are walked in sorted order, hidden folders and
-``__pycache__`` left out, and a file reached twice is read once.
+file is one document, a row of .jsonl or .parquet or of a Hugging Face dataset is one. Upper case
+in a file's ending does not matter. What is read depends on the sources and nothing else: folders
+are walked in sorted order, links to folders too, and a file or folder reached twice, in a circle of
+links for example, is read once.
+
+Text that is left out silently is missed only after the training. A folder that cannot be listed and
+a text file that cannot be read are errors, a link to nothing among them. Hidden files,
+``__pycache__``, files with other endings and documents without text are left out and counted.
 
 Files are UTF-8 (a byte order mark is dropped) and .py files what their coding line says. Anything
-else is an error that names the file, as is a damaged or a truncated archive: text that is replaced
-or left out silently is missed only after the training. Two repairs are made: lone surrogates, which
-JSON can carry and UTF-8 cannot, become U+FFFD, and documents beyond 2 Mi characters are cut at a
-paragraph, so that a dump in one file neither fills the memory nor lands in one split.
+else is an error that names the file, as is a damaged or a truncated archive. Two repairs are made:
+lone surrogates, which JSON can carry and UTF-8 cannot, become U+FFFD, and documents beyond 2 Mi
+characters are cut at a paragraph, so that a dump in one file neither fills the memory nor lands in
+one split.
 """
 
-import gzip
 import io
 import json
 import lzma
@@ -21,40 +25,59 @@ import os
 import sysconfig
 import tokenize
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from glob import glob
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
 import zstandard
 
-from bitnet.schema import UserError
+from bitnet.schema import UserError, check_file, user_input
 
 STDLIB = "python-stdlib"
 HUB = "hf:"
 _KINDS = (".txt", ".md", ".py", ".jsonl", ".parquet")
-_COMPRESSIONS = (".gz", ".xz", ".zst")
+_COMPRESSIONS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(wbits=31),  # with gzip's header and checksum
+    ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+    ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
+}
+"""Ending -> what decompresses one member (gzip), stream (xz) or frame (zstd)."""
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"} | {
     "encodings",  # generated tables, not code that somebody wrote: a sixth of the library
     "pydoc_data",
 }
+_MAGIC = "*?["
 _MAX_DOCUMENT = 2**21
+_MAX_ROW = 2**27
+"""Characters of a .jsonl row, and bytes of a .py file, beyond which it is refused."""
 _BLOCK = 2**20
+_PACKED_BLOCK = 2**12
+"""Bytes decompressed at once: 4 KiB of a hostile archive are at most 128 MiB of zeros."""
 
 
-def local_files(sources: Sequence[str]) -> list[Path]:
+def local_files(sources: Sequence[str], left_out: Counter[str] | None = None) -> list[Path]:
     """The files that the local ones of some sources name, each once, in order.
 
+    Arguments:
+        sources: as ``DataConfig.sources``.
+        left_out: counts what folders hold and is not read, by kind (".csv", "hidden", ...).
     Raises:
-        UserError: one is missing (the nearest name is given), is of no known kind, or holds none.
+        UserError: one is missing (the nearest name is given), is of no known kind, holds none, or
+            cannot be read.
     """
-    local = (source for source in sources if not source.startswith(HUB))
-    return list({path.resolve(): path for source in local for path in _files(source)}.values())
+    return [item for item in _in_order(sources, left_out) if isinstance(item, Path)]
 
 
-def documents(sources: Sequence[str], field: str, hub_bytes: float = math.inf) -> Iterator[str]:
+def documents(
+    sources: Sequence[str],
+    field: str,
+    hub_bytes: float = math.inf,
+    left_out: Counter[str] | None = None,
+) -> Iterator[str]:
     """The documents of all sources, in order: none empty, none with a lone surrogate.
 
     Arguments:
@@ -62,9 +85,9 @@ def documents(sources: Sequence[str], field: str, hub_bytes: float = math.inf) -
         field: which field of a row holds the text.
         hub_bytes: read about this much of each Hugging Face dataset (a second pass over one is a
             second download).
+        left_out: counts documents of blanks or null.
     Raises:
         UserError: a source is missing, unreadable, damaged, or has no such field.
-        OSError: of reading.
     """
     for item in _in_order(sources):
         if isinstance(item, Path):
@@ -72,6 +95,8 @@ def documents(sources: Sequence[str], field: str, hub_bytes: float = math.inf) -
         else:
             texts = _limited(_hub_rows(item, field), hub_bytes)
         for text in texts:
+            if left_out is not None and not text.strip():
+                left_out["without text"] += 1
             for part in cut(_encodable(text), _MAX_DOCUMENT):
                 if part.strip():
                     yield part
@@ -95,36 +120,42 @@ def cut(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
-def _in_order(sources: Sequence[str]) -> Iterator[Path | str]:
+def _in_order(sources: Sequence[str], left_out: Counter[str] | None = None) -> Iterator[Path | str]:
     """Files, and Hugging Face sources as they are written."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for source in sources:
         if source.startswith(HUB):
             yield source
             continue
-        for path in _files(source):
-            if (real := path.resolve()) not in seen:
+        with user_input(f"data.sources: {source!r}"):
+            found = _files(source, Counter() if left_out is None else left_out)
+        for path in found:
+            if (real := os.path.realpath(path)) not in seen:
                 seen.add(real)
                 yield path
 
 
-def _files(source: str) -> list[Path]:
+def _files(source: str, left_out: Counter[str]) -> list[Path]:
     if source == STDLIB:
-        return _walk(Path(sysconfig.get_path("stdlib")), (".py",), _NOT_LIBRARY)
-    path = Path(source).expanduser()
+        library = Path(sysconfig.get_path("stdlib"))
+        return _walk(library, (".py",), _NOT_LIBRARY, Counter())
+    path = Path(source)
+    if source.startswith("~") and not path.exists():
+        path = path.expanduser()
     if path.is_dir():
         endings = tuple(kind + end for kind in _KINDS for end in ("", *_COMPRESSIONS))
-        return _walk(path, endings, set())
-    if path.exists():
+        return _walk(path, endings, set(), left_out)
+    if path.exists() or path.is_symlink():
         found = [path]
-    elif any(sign in source for sign in "*?["):
-        names = glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute path
-        found = [Path(name) for name in sorted(names) if Path(name).is_file()]
+    elif any(sign in source for sign in _MAGIC):
+        parts = path.relative_to(path.anchor).parts
+        found = sorted(set(_matching(Path(path.anchor), parts, frozenset())))
     else:
         raise _missing(source, path)
     if not found:
         raise UserError(f"data.sources: no file matches {source!r}")
     for file in found:
+        check_file(file)
         if _kind(file) not in _KINDS:
             raise UserError(
                 f"data.sources: {file}: cannot tell what it holds; expected {', '.join(_KINDS)}, "
@@ -133,16 +164,63 @@ def _files(source: str) -> list[Path]:
     return found
 
 
-def _walk(folder: Path, endings: tuple[str, ...], left_out: set[str]) -> list[Path]:
-    found = []
-    for root, folders, names in os.walk(folder):
-        skipped = {name for name in folders if name[0] == "."} | {"__pycache__"} | left_out
-        folders[:] = sorted(set(folders) - skipped)
-        chosen = sorted(name for name in names if name.endswith(endings) and name[0] != ".")
-        found += [path for name in chosen if (path := Path(root, name)).is_file()]
+def _matching(folder: Path, parts: Sequence[str], above: frozenset[Path]) -> Iterator[Path]:
+    """What matches the pattern ``parts`` below a folder and is no folder itself, as ``glob`` has it
+    (``**``: any folders; hidden names only where the pattern has their dot). Unlike ``glob`` it
+    raises OSError where a folder cannot be listed, and does not go round in a circle of links.
+
+    Arguments:
+        above: the real paths of the folders that a ``**`` has entered.
+    """
+    if not parts:
+        if not folder.is_dir():
+            yield folder
+        return
+    first, rest = parts[0], parts[1:]
+    if first == "**":
+        yield from _matching(folder, rest or "*", above)
+        for name in sorted(os.listdir(folder)):  # noqa: PTH208 - as names, to match them
+            child, real = folder / name, Path(os.path.realpath(folder / name))
+            if name[0] != "." and child.is_dir() and real not in above:
+                yield from _matching(child, parts, above | {real})
+    elif any(sign in first for sign in _MAGIC):
+        for name in sorted(os.listdir(folder)):  # noqa: PTH208
+            visible = name[0] != "." or first[0] == "."
+            if visible and fnmatchcase(name, first) and (not rest or (folder / name).is_dir()):
+                yield from _matching(folder / name, rest, above)
+    elif os.path.lexists(folder / first) and (not rest or (folder / first).is_dir()):
+        yield from _matching(folder / first, rest, above)
+
+
+def _walk(
+    folder: Path, endings: tuple[str, ...], no_folders: set[str], left_out: Counter[str]
+) -> list[Path]:
+    """The files of these endings, each folder's before its folders', in sorted order."""
+    found: list[Path] = []
+    walked: set[tuple[int, int]] = set()
+    for root, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        status = Path(root).stat()
+        if (status.st_dev, status.st_ino) in walked:  # two links, or a link to a folder above
+            folders.clear()
+            continue
+        walked.add((status.st_dev, status.st_ino))
+        hidden = {name for name in (*folders, *names) if name[0] == "."}
+        left_out["hidden"] += len(hidden)
+        folders[:] = sorted(set(folders) - hidden - {"__pycache__"} - no_folders)
+        for name in sorted(set(names) - hidden):
+            path = Path(root, name)
+            if name.lower().endswith(endings):
+                check_file(path)
+                found.append(path)
+            else:
+                left_out[path.suffix or "without an ending"] += 1
     if not found:
         raise UserError(f"data.sources: the folder {folder} holds no {', '.join(_KINDS)} file")
     return found
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"data.sources: {error.filename}: {error.strerror}") from error
 
 
 def _missing(source: str, path: Path) -> UserError:
@@ -158,24 +236,35 @@ def _missing(source: str, path: Path) -> UserError:
 
 
 def _kind(path: Path) -> str:
+    path = Path(path.name.lower())
     return path.with_suffix("").suffix if path.suffix in _COMPRESSIONS else path.suffix
 
 
 def _file_texts(path: Path, field: str) -> Iterator[str]:
     kind = _kind(path)
-    with _explained(path):
+    check_file(path)
+    with user_input(str(path)), _explained(path):
         if kind == ".parquet":
             yield from _parquet_rows(path, field)
             return
         with _open(path) as stream:
             if kind == ".py":
-                source = stream.read()
-                encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
-                yield source.decode(encoding)
+                yield _python_text(stream.read(_MAX_ROW + 1))
                 return
             newline = "\n" if kind == ".jsonl" else ""  # of neither is any translated
             with io.TextIOWrapper(stream, "utf-8-sig", newline=newline) as text:
                 yield from _json_rows(path, text, field) if kind == ".jsonl" else _blocks(text)
+
+
+def _python_text(source: bytes) -> str:
+    """A Python file decoded as its coding line says, in an encoding that leaves ASCII as it is."""
+    if len(source) > _MAX_ROW:
+        raise ValueError(f"is no Python source: it has more than {_MAX_ROW:,} bytes")
+    encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
+    ascii_line = b"# -*- coding: x.xn--bcher-kva -*-"  # punycode and idna read "ü" in it
+    if ascii_line.decode(encoding) != ascii_line.decode():
+        raise ValueError(f"{encoding} is no encoding of Python source")
+    return source.decode(encoding)
 
 
 @contextmanager
@@ -190,26 +279,26 @@ def _explained(path: Path) -> Iterator[None]:
         ) from error
     except SyntaxError as error:  # a .py file's coding line
         raise UserError(f"{path}: {error.msg} (without one, a .py file is UTF-8)") from error
-    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise UserError(f"{path}: damaged or truncated: {error}") from error
 
 
 def _open(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        return io.BufferedReader(gzip.open(path))
-    if path.suffix == ".xz":
-        return lzma.open(path)
-    if path.suffix == ".zst":
-        return io.BufferedReader(_Zstandard(path.open("rb")))
-    return path.open("rb")
+    """The file's bytes, decompressed."""
+    decoder = _COMPRESSIONS.get(path.suffix.lower())
+    return io.BufferedReader(_Decompressed(path, decoder)) if decoder else path.open("rb")
 
 
-class _Zstandard(io.RawIOBase):
-    """Reads all frames of a file; zstandard's own reader takes a truncated file for a whole one."""
+class _Decompressed(io.RawIOBase):
+    """Reads all members of an archive, and nothing but whole members.
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._blocks = self._decompressed()
+    The readers of the standard library and of zstandard take some cut archives for whole ones: no
+    bytes at all (.gz, .zst), a cut last frame (.zst), or a damaged second stream (.xz).
+    """
+
+    def __init__(self, path: Path, decoder: Callable[[], Any]) -> None:
+        self._file = path.open("rb")
+        self._blocks = self._decompressed(decoder)
         self._rest = memoryview(b"")
 
     def readable(self) -> bool:
@@ -228,15 +317,19 @@ class _Zstandard(io.RawIOBase):
         self._file.close()
         super().close()
 
-    def _decompressed(self) -> Iterator[bytes]:
-        frame = None
-        while block := self._file.read(_BLOCK):
+    def _decompressed(self, decoder: Callable[[], Any]) -> Iterator[bytes]:
+        member, members = None, 0
+        while block := self._file.read(_PACKED_BLOCK):
             while block:
-                frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
-                yield frame.decompress(block)
-                block, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        if frame:
-            raise EOFError("the last frame is not whole")
+                if member is None:
+                    # zeros between members are padding, which gzip and xz allow
+                    if members and not (block := block.lstrip(b"\0")):
+                        break
+                    member, members = decoder(), members + 1
+                yield member.decompress(block)
+                block, member = (member.unused_data, None) if member.eof else (b"", member)
+        if member or not members:
+            raise EOFError("its end is missing" if members else "it has no bytes")
 
 
 def _blocks(stream: io.TextIOWrapper) -> Iterator[str]:
@@ -247,11 +340,14 @@ def _blocks(stream: io.TextIOWrapper) -> Iterator[str]:
     yield rest
 
 
-def _json_rows(path: Path, lines: Iterable[str], field: str) -> Iterator[str]:
+def _json_rows(path: Path, stream: io.TextIOWrapper, field: str) -> Iterator[str]:
+    lines = iter(lambda: stream.readline(_MAX_ROW), "")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
+        if len(line) == _MAX_ROW:
+            raise UserError(f"{where}: the row has {_MAX_ROW:,} characters or more")
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

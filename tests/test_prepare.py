@@ -447,3 +447,18 @@ def test_the_standard_library(tmp_path: Path) -> None:
     assert train.n_bytes / train.n_tokens > 3
     known = Path(sysconfig.get_path("stdlib"), "textwrap.py").read_bytes().decode()
     assert known in texts_of(path, "train") + texts_of(path, "val")
+
+
+def test_what_is_left_out_is_reported(
+    tmp_path: Path, many: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / os.fsdecode(b"\xff.txt")).write_text("\n\n".join(many), encoding="utf-8")
+    for name in ("a.csv", "b.csv", "c.pdf", ".hidden.txt"):
+        (texts / name).touch()
+    (texts / "rows.jsonl").write_text('{"text": null}\n{"text": " "}\n')
+    prepare(DataConfig(path=str(tmp_path / "set"), sources=[str(texts)], vocab_size=300))
+    err = " ".join(capsys.readouterr().err.split())
+    assert "not read in the folders of data.sources: 2 .csv, 1 hidden, 1 .pdf" in err
+    assert "2 documents have no text" in err

@@ -6,7 +6,9 @@ import lzma
 import os
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,6 +85,34 @@ def test_damaged_archives_are_named(tmp_path: Path, ending: str, kind: str) -> N
             read(path)
 
 
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_archives_hold_nothing_but_whole_members(tmp_path: Path, ending: str) -> None:
+    """Each of these is taken for a whole archive by one of the libraries' own readers."""
+    one = COMPRESS[ending](b"one" * 50)
+    path = tmp_path / f"a.txt{ending}"
+    for content in (
+        b"",
+        b"\0" * 64,
+        one + b"garbage",
+        one + one[:-2],
+        one + one[:4] + b"damaged header" + one[18:],
+        b"\0\0\0\0" + one,
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"a\.txt{ending}: damaged or truncated: \S"):
+            read(path)
+    path.write_bytes(one + b"\0" * 8 + one + b"\0" * 8)  # padding, as tape drives and xz write it
+    assert read(path) == ["one" * 100]
+
+
+@pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
+def test_an_archive_of_zeros_does_not_fill_the_memory(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.py{ending}"
+    path.write_bytes(COMPRESS[ending](bytes(2**20)) * 160)
+    with pytest.raises(UserError, match="more than 134,217,728 bytes"):
+        read(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no parquet file at all", None])
 def test_damaged_parquet_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "a.parquet"
@@ -144,6 +174,25 @@ def test_lone_surrogates_are_replaced_and_pairs_joined(tmp_path: Path) -> None:
     assert read(path) == ["a\ufffdb😀c\ufffd"]
 
 
+@pytest.mark.parametrize(
+    "coding",
+    ["rot13", "undefined", "punycode", "base64", "hex", "zip", "idna", "utf-16", "cp037", "no-such",
+     "x" * 5000],
+)  # fmt: skip
+def test_coding_lines_that_are_no_encoding_of_source(tmp_path: Path, coding: str) -> None:
+    path = tmp_path / "a.py"
+    path.write_text(f"# -*- coding: {coding} -*-\nx = 'a-b' # caf\n")
+    with pytest.raises(UserError, match=r"a\.py: \S"):
+        read(path)
+
+
+@pytest.mark.parametrize("coding", ["latin-1", "koi8-r", "cp1252", "utf8", "euc_jp", "shift_jis"])
+def test_coding_lines_that_are(tmp_path: Path, coding: str) -> None:
+    text = f"# -*- coding: {coding} -*-\nx = 'a-b'\n"
+    (tmp_path / "a.py").write_bytes(text.encode(coding))
+    assert read(tmp_path) == [text]
+
+
 def test_long_documents_are_cut_and_none_is_lost(tmp_path: Path) -> None:
     paragraph = "The quick brown fox jumps over the lazy dog. " * 20 + "\n\n"
     text = paragraph * 6000
@@ -181,7 +230,7 @@ def tree(tmp_path: Path) -> Path:
         path = tmp_path / "tree" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jsonl({"text": name}) if name.endswith("jsonl") else name.encode())
-    (tmp_path / "tree" / "dangling.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "tree" / "dangling").symlink_to(tmp_path / "nowhere")
     return tmp_path / "tree"
 
 
@@ -208,6 +257,101 @@ def test_a_file_reached_twice_is_read_once(tree: Path) -> None:
     assert [path.name for path in local_files([str(tree / "b.txt"), f"{tree}/b*", "hf:x"])] == [
         "b.txt"
     ]
+
+
+def test_linked_folders_are_read_and_circles_end(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "else" / "deep").mkdir(parents=True)
+    (tmp_path / "else" / "deep" / "x.txt").write_text("linked")
+    before = read(tree)
+    (tree / "z").symlink_to(tmp_path / "else")
+    assert read(tree) == [*before, "linked"]
+    for link, target in [
+        ("again", "z"), ("up", ".."), ("sub/self", "."), ("sub/top", "../.."), ("loop", "loop"),
+    ]:  # fmt: skip
+        (tree / link).symlink_to(target)
+    assert sorted(read(tree)) == sorted([*before, "linked"])
+    assert sorted(read(f"{tree}/**/*.txt")) == ["B.txt", "b.txt", "linked", "sub/[x].txt"]
+    assert read(f"{tree}/*/deep/*") == ["linked", "sub/deep/c.py"]
+    assert read(f"{tree}/sub/**/c.py") == ["sub/deep/c.py"]
+
+
+def test_many_links_to_the_folder_itself_take_no_time(tmp_path: Path) -> None:
+    """Forty of them would be 40^40 paths."""
+    (tmp_path / "a.txt").write_text("one")
+    for number in range(40):
+        (tmp_path / f"link{number}").symlink_to(".")
+    assert read(tmp_path) == ["one"]
+    assert read(f"{tmp_path}/**/*.txt") == ["one"]
+
+
+@pytest.mark.parametrize("source", ["", "/**/*.txt", "/sub/*/c.py"])
+def test_a_folder_that_cannot_be_listed_is_an_error(
+    tree: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions do not bind root, which tests may run as: so the system call is made to fail."""
+
+    def refusing(listing: Callable[[Any], Any], path: Any = ".") -> Any:
+        if Path(path).name in ("deep", "sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    for name in ("scandir", "listdir"):
+        monkeypatch.setattr(os, name, partial(refusing, getattr(os, name)))
+    with pytest.raises(UserError, match=r"data\.sources: .*Permission denied"):
+        read(f"{tree}{source}")
+
+
+@pytest.mark.parametrize("name", ["A.TXT", "b.Md", "C.PY", "d.JsonL", "e.TXT.GZ", "f.jsonl.ZST"])
+def test_upper_case_endings(tmp_path: Path, name: str) -> None:
+    data = jsonl({"text": "x"}) if "jsonl" in name.lower() else b"x"
+    path = tmp_path / name
+    path.write_bytes(COMPRESS[path.suffix.lower() if name.count(".") > 1 else ""](data))
+    assert read(path) == read(tmp_path) == ["x"]
+
+
+def test_upper_case_parquet(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"text": ["x"]}), tmp_path / "A.PARQUET")
+    assert read(tmp_path) == ["x"]
+
+
+def test_what_is_left_out_is_counted(tree: Path) -> None:
+    left_out: Counter[str] = Counter()
+    local_files([str(tree)], left_out)
+    assert left_out == {".csv": 1, "without an ending": 2, "hidden": 2}
+    rows = jsonl({"text": None}, {"text": " "}, {"text": "x"}, {"text": ""})
+    (tree / "e.jsonl").write_bytes(rows)
+    (tree / "blank.txt").write_text("\n")
+    left_out = Counter()
+    list(documents([str(tree)], "text", left_out=left_out))
+    assert left_out == {"without text": 4}
+
+
+def test_what_is_no_file_is_an_error(tree: Path) -> None:
+    os.mkfifo(tree / "sub" / "fifo.txt")
+    (tree / "sub" / "deep" / "gone.txt").symlink_to("nowhere")
+    for source, message in [
+        (tree / "sub", r"fifo\.txt: is not a regular file"),
+        (tree / "sub" / "fifo.txt", "not a regular file"),
+        (f"{tree}/*/*.txt", "not a regular file"),
+        (tree / "sub" / "deep", r"gone\.txt: is a link to nowhere, which does not exist"),
+        (tree / "sub" / "deep" / "gone.txt", "does not exist"),
+        (f"{tree}/**/gone.txt", "does not exist"),
+        ("/dev/zero", "not a regular file"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            read(source)
+
+
+def test_names_that_are_no_utf8_are_read(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff\xe9.txt")
+    (tmp_path / name).write_text("x")
+    assert read(tmp_path) == read(f"{tmp_path}/*.txt") == ["x"]
+
+
+@pytest.mark.parametrize("source", ["a" * 300, "~nobody-here/x", "x\0y.txt", "a/" * 2000, "\udcff"])
+def test_absurd_sources_are_one_line(source: str) -> None:
+    with pytest.raises(UserError, match=r"data\.sources"):
+        read(source)
 
 
 def test_missing_files_are_named_with_the_nearest(tree: Path) -> None:
