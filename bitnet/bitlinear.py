@@ -258,6 +258,8 @@ def computed_parameter(module: nn.Module) -> str:
     for name in ("weight", "bias"):
         if is_parametrized(module, name):
             return name
+        if isinstance(getattr(type(module), name, None), property):
+            continue  # a packed layer's own, which its forward does not use
         if not isinstance(getattr(module, name, None), nn.Parameter | None):
             return name
     return ""
