@@ -32,6 +32,7 @@ from bitnet.export.proof import prove
 from bitnet.linear import BitLinear, Kernel, pack
 from bitnet.model import Transformer, as_transformer
 from bitnet.prepare import prepare
+from bitnet.progress import Reports
 from bitnet.qat.prepare import convert
 from bitnet.schema import UserError
 from bitnet.shell import run
@@ -194,9 +195,11 @@ def pack_command(
             packed = as_transformer(convert(packed))
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from error
-    save_model(target, packed, tokenizer, config.quant)
-    packed, _ = load(target)
-    proof = prove(model, packed, ids, max(0, min(tokens, room)))
+    with Reports() as bars:
+        bars.add_task("packing and proving", total=None)
+        save_model(target, packed, tokenizer, config.quant)
+        packed, _ = load(target)
+        proof = prove(model, packed, ids, max(0, min(tokens, room)))
 
     console = Console()
     before, after = sizes(target).fp32, sizes(target).stored
@@ -327,7 +330,9 @@ def eval_command(
     model, tokenizer = load_for_inference(folder, device, kernel)
     if text:
         content = read_text(Path(text))
-        result = evaluate_text(model, tokenizer, content)
+        with Reports() as bars:
+            bars.add_task(f"evaluating {folder}", total=None)
+            result = evaluate_text(model, tokenizer, content)
     else:
         dataset = TokenDataset(Path(data), split)
         if dataset.tokenizer().hash != tokenizer.hash:
@@ -336,7 +341,9 @@ def eval_command(
         if baselines:
             content = tokenizer.decode(dataset.tokens(0, dataset.n_tokens).tolist())
         windows = sequential_windows(dataset, model.config.max_seq_len)
-        result = evaluate_windows(model, windows, tokenizer.count_bytes)
+        with Reports() as bars:
+            shown = bars.track(windows, total=None, description=f"evaluating {folder}")
+            result = evaluate_windows(model, shown, tokenizer.count_bytes)
     table = Table("", "bits per byte", "loss", "perplexity", title=f"{result.bytes:,} bytes")
     table.add_row(
         str(folder), f"{result.bits_per_byte:.4f}", f"{result.loss:.4f}", f"{result.perplexity:.2f}"

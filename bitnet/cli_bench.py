@@ -16,7 +16,6 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
 
 from bitnet.bench import decode_table, train_rows
 from bitnet.bench.exact import COLUMNS, check_all
@@ -33,6 +32,7 @@ from bitnet.cli_bench_train import (
     train_command,
     valid_names,
 )
+from bitnet.progress import Reports
 from bitnet.schema import UserError
 from bitnet_kernels.bench import estimate as estimating
 from bitnet_kernels.bench import machine, report, rows
@@ -383,7 +383,7 @@ def tune_command(
     shapes = tuple(dict.fromkeys([*_given(shape), *_shapes_of(model)])) or tuple(GOALS)
     tokens = tuple(dict.fromkeys(m or TABLE_TOKENS))
     console = Console()
-    with Progress(console=console) as bar:
+    with Reports(console=console) as bar:
         task = bar.add_task("", total=len(shapes) * len(tokens))
         begun = -1
 

@@ -28,6 +28,7 @@ from bitnet.bench.train_rows import COLUMNS, KEY, as_text, figures, table
 from bitnet.bench.worker import WorkerDied
 from bitnet.cli_convert import pick_device
 from bitnet.config import Config, load_config
+from bitnet.progress import Reports
 from bitnet.schema import UserError
 from bitnet.throughput import peak_flops
 from bitnet_kernels.bench import machine
@@ -300,7 +301,7 @@ def _names(overrides: Sequence[str], keys: Sequence[str]) -> bool:
 def progress(console: Console) -> Progress:
     """The bar of every benchmark. The rest of the time is estimated over an hour, since a step may
     take longer than the half minute that is usual."""
-    return Progress(
+    return Reports(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),

@@ -9,7 +9,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from bitnet.evaluate import EvalResult, evaluate_windows
 from bitnet.export.folder import CONFIG, is_ours, load, read_config, save_model
 from bitnet.export.hf import add_sub_norms, check_no_adapter, load_hf
 from bitnet.model import ModelConfig, Transformer
+from bitnet.progress import Reports
 from bitnet.qat.prepare import calibrate, prepare
 from bitnet.qat.recipe import Recipe
 from bitnet.schema import UserError
@@ -74,7 +74,7 @@ def convert_command(
     if context:
         model.config = _shortened(model, context, source)
     rows: list[tuple[str, EvalResult]] = []
-    with progress_bar() as progress:
+    with Reports() as progress:
         if text:
             result = _evaluate(model, tokenizer, texts[text], progress, "before")
             rows.append((str(source), result))
@@ -107,14 +107,8 @@ def convert_command(
         print("the added norms change what the model computes: train it before you judge it")
 
 
-def progress_bar() -> Progress:
-    """For what may take minutes: on stderr, where that is a terminal, and gone in the end."""
-    errors = Console(stderr=True)
-    return Progress(console=errors, transient=True, disable=not errors.is_terminal)
-
-
 def _evaluate(
-    model: Transformer, tokenizer: Tokenizer, text: str, progress: Progress, when: str
+    model: Transformer, tokenizer: Tokenizer, text: str, progress: Reports, when: str
 ) -> EvalResult:
     """``evaluate.evaluate_text``, with progress."""
     ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)], dtype=torch.int64, device="cpu")

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
+from bitnet.progress import Reports
 from bitnet.schema import UserError
 from bitnet_kernels.sass import ARCHS, Arch, Report, inspect, listing
 
@@ -56,8 +56,7 @@ def inspect_kernels(
         raise UserError(f"--kernel {kernel!r}: no kernel's name contains it; nearest: {nearest[0]}")
 
     reports: list[Report] = []
-    errors = Console(stderr=True)
-    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
+    with Reports() as progress:
         task = progress.add_task("compiling", total=len(archs) * len(names))
         for arch_name, target in archs.items():
             for name in names:

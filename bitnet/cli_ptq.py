@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bitnet.cli_convert import load_source, pick_device, progress_bar, read_text
+from bitnet.cli_convert import load_source, pick_device, read_text
 from bitnet.data import TokenDataset, sequential_windows
 from bitnet.durable import write_atomic
 from bitnet.evaluate import evaluate_windows
 from bitnet.export.folder import save_model
 from bitnet.linear import TernaryLinear
 from bitnet.model import Transformer
+from bitnet.progress import Reports
 from bitnet.qat.awq import awq
 from bitnet.qat.gptq import gptq
 from bitnet.qat.integer import IntLayer
@@ -151,13 +152,17 @@ def ptq_command(
             *(size, seconds, result.tokens, str(recipe)),
         )
         rows.append(row)
+        progress.console.print(
+            f"{method}, {row.bits:g} bits: perplexity {row.perplexity:.5g}"
+            + ("" if method == FULL else f" ({grown(row.growth)})")
+        )
         if csv_file:
             write_csv(Path(csv_file), rows)
 
     rows: list[Row] = []
     if csv_file:
         write_csv(Path(csv_file), rows)  # a path that cannot be written shows now, not at the end
-    with progress_bar() as progress:
+    with Reports() as progress:
         task = progress.add_task(f"{FULL}: evaluation", total=None)
         measure(FULL, Recipe(), source, 0.0)
         for (width, recipe), method in itertools.product(recipes.items(), wanted_methods):

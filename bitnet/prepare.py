@@ -50,6 +50,7 @@ from bitnet.data import (
     read_index,
 )
 from bitnet.durable import new_folder
+from bitnet.progress import Reports
 from bitnet.schema import UserError, check_file, user_input
 from bitnet.sources import HUB, cut, documents, local_files
 from bitnet.tokenizer import Tokenizer, train_tokenizer
@@ -173,7 +174,7 @@ def _make(folder: Path, config: DataConfig, given: Tokenizer | None, console: Co
     if left_out.total():
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(8) if count)
         console.print(f"note: not read in the folders of data.sources: {kinds}")
-    with Progress(
+    with Reports(
         TextColumn("{task.description:>18}"),
         BarColumn(),
         DownloadColumn(),

@@ -16,7 +16,7 @@ from bitnet.export.folder import load, load_model, read_config, save_model
 from bitnet.linear import BitLinear, pack
 from bitnet.model import ModelConfig, Transformer
 from bitnet.optim import OptimConfig, param_groups
-from bitnet.qat.layers import QATLinear
+from bitnet.qat.layers import QATEmbedding, QATLinear
 from bitnet.qat.prepare import prepare as quantize
 from bitnet.qat.quantizers import initial_step
 from bitnet.qat.recipe import Recipe
@@ -430,3 +430,23 @@ def test_packed_folders_do_not_train(run: Run, pretrained: Path, tmp_path: Path)
     save_model(tmp_path / "packed", pack(model), tokenizer)
     with pytest.raises(UserError, match="its weights are packed; training needs latent ones"):
         run("run.name=second", f"train.init_from={tmp_path / 'packed'}")
+
+
+EMBEDDED = (
+    *(*FP, "quant.weights=int", "quant.bits=4", "quant.keep_first_last=false"),
+    'quant.modules=["linear","embedding"]',
+)
+
+
+def test_a_recipe_with_embeddings_trains_resumes_and_teaches(run: Run, tmp_path: Path) -> None:
+    """Evaluations write a sample, so the engine reads the embedding in training, too."""
+    expected = run("run.name=whole", "train.steps=12", *EMBEDDED)
+    run("train.steps=12", *EMBEDDED)
+    shutil.rmtree(tmp_path / "tiny" / "checkpoints" / "step_00000012")
+    assert exact(run("train.steps=12", *EMBEDDED)) == exact(expected)
+    assert all("no sample" not in row.get("sample", "") for row in expected)
+    folder = tmp_path / "tiny" / "model"
+    assert isinstance(load(folder)[0].embed_tokens, QATEmbedding)
+    assert run("run.name=begun", "train.steps=3", *FP, f"train.init_from={folder}")
+    taught = run("run.name=taught", "train.steps=3", *FP, f"distill.teacher={folder}")
+    assert len(losses(taught)) == 3

@@ -1,0 +1,60 @@
+"""Progress of what may take minutes, on stderr: bars on a terminal, elsewhere a line now and then.
+
+A log or a pipe gets a line about each task that is under way every :data:`EVERY` seconds, from a
+thread of its own, so that a loop need not know. What ends sooner says nothing.
+"""
+
+import sys
+import threading
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn, Task
+
+EVERY = 15.0
+"""Seconds between lines where there is no terminal."""
+
+
+class Reports(Progress):
+    """rich's ``Progress`` that is not mute where there is no terminal.
+
+    Arguments:
+        columns, options: as rich's. console: default stderr, and the bars go in the end.
+    """
+
+    def __init__(
+        self, *columns: str | ProgressColumn, console: Console | None = None, **options: Any
+    ) -> None:
+        if console is None:
+            console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+            options = {"transient": True, "disable": not console.is_terminal} | options
+        super().__init__(*columns, console=console, **options)
+        self._ended = threading.Event()
+        self._reporter: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to show; called by ``with``."""
+        super().start()
+        if not self.console.is_terminal and self._reporter is None:
+            self._ended.clear()
+            self._reporter = threading.Thread(target=self._report, daemon=True)
+            self._reporter.start()
+
+    def stop(self) -> None:
+        """End it; called by ``with``."""
+        self._ended.set()
+        if self._reporter is not None:
+            self._reporter.join()
+            self._reporter = None
+        super().stop()
+
+    def _report(self) -> None:
+        while not self._ended.wait(EVERY):
+            for task in self.tasks:
+                if not (task.finished or self.console.quiet):
+                    print(_line(task), file=sys.stderr, flush=True)
+
+
+def _line(task: Task) -> str:
+    done = "" if not task.total else f", {task.completed / task.total:.0%}"
+    return f"{task.description}{done} after {task.elapsed or 0:.0f} s"
