@@ -39,10 +39,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from bitnet.durable import load_tensors, new_folder, recover, remove_folder, save_tensors, sha256
-from bitnet.schema import STRICT, UserError
+from bitnet.schema import STRICT, UserError, check_file, read_file
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
+_MAX_MANIFEST_BYTES = 2**26
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -141,7 +142,7 @@ def save(
 
 
 def _read_manifest(path: Path) -> _Manifest:
-    data = (path / MANIFEST).read_bytes()
+    data = read_file(path / MANIFEST, _MAX_MANIFEST_BYTES)
     try:
         manifest = _MANIFEST.validate_json(data)
     except ValidationError as error:
@@ -162,11 +163,14 @@ def load(path: Path) -> Checkpoint:
     """
     name = MANIFEST
     try:
-        manifest = _read_manifest(path)
         present = {entry.name for entry in path.iterdir()}
+        if MANIFEST not in present:
+            raise ValueError("it is missing")
+        manifest = _read_manifest(path)
         for name in sorted(present ^ {*manifest.files, MANIFEST}):
             raise ValueError("it is not in the manifest" if name in present else "it is missing")
         for name, expected in manifest.files.items():
+            check_file(path / name)
             if (size := (path / name).stat().st_size) != expected.bytes:
                 raise ValueError(f"it has {size} bytes, {expected.bytes} were written")
             if sha256(path / name) != expected.sha256:

@@ -5,7 +5,6 @@ A mistake of the user ends in one line on stderr and exit code 2.
 """
 
 import copy
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -129,8 +128,8 @@ def prepare_command(
         "val_fraction": val_fraction,
         "text_field": text_field,
     }
-    overrides = [f"data.{key}={json.dumps(value)}" for key, value in given.items() if value]
-    folder = prepare(load_config([config] if config else [], overrides).data)
+    data = {key: value for key, value in given.items() if value}
+    folder = prepare(load_config([config] if config else [], data=data).data)
     table = Table("split", "documents", "tokens", "bytes", "bytes a token", title=str(folder))
     for split in ("train", "val"):
         dataset = TokenDataset(folder, split)

@@ -33,7 +33,7 @@ import dataclasses
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
@@ -54,10 +54,12 @@ from bitnet.qat.adapters import AdapterConfig
 from bitnet.qat.distill import DistillConfig
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import QATConfig, first_step, lambdas, optimal_share
-from bitnet.schema import STRICT, UserError
+from bitnet.schema import STRICT, UserError, read_file, user_input
 from bitnet.tokenizer_json import load_tokenizer
 
 Count = Annotated[int, Field(ge=0)]
+_MAX_BYTES = 2**24
+"""Of a config file."""
 _Files = list[tuple[str, dict[str, Any]]]
 
 
@@ -305,12 +307,17 @@ def default_batch_tokens(n_parameters: int) -> int:
     return int(2 ** min(20, max(14, exponent)))
 
 
-def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    paths: Sequence[Path | str],
+    overrides: Sequence[str] = (),
+    data: Mapping[str, Any] | None = None,
+) -> Config:
     """Read, merge and check; nothing is resolved yet.
 
     Arguments:
         paths: TOML files, later ones win. overrides: ``section.key=value``, which win over files;
             the value is TOML (``3e-4``, ``true``, ``["a", "b"]``), a bare word is a string.
+        data: values of ``[data]`` keys as they are, which win over all.
     Raises:
         UserError: one line that names the file or argument, the key and the nearest valid name.
     """
@@ -320,6 +327,9 @@ def load_config(paths: Sequence[Path | str], overrides: Sequence[str] = ()) -> C
         _merge(values, origins, _read_toml(Path(path)))
     for override in overrides:
         _override(values, origins, override)
+    for key, value in (data or {}).items():
+        values.setdefault("data", {})[key] = value
+        origins["data"] = origins[f"data.{key}"] = "command line"
     if paths and not values.get("run", {}).get("name"):
         values.setdefault("run", {})["name"] = Path(paths[-1]).stem
     return _validate(values, origins)
@@ -357,14 +367,13 @@ def describe() -> Iterator[tuple[str, str, object, str]]:
 
 def _read_toml(path: Path, extending: tuple[Path, ...] = ()) -> _Files:
     """The file's tables, those it extends first."""
-    if not path.is_file():
+    if not path.exists():
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
         hint = f"; the nearest is {path.parent / near[0]}" if near else ""
         raise UserError(f"{path}: no such config file{hint}")
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
+    text = read_file(path, _MAX_BYTES)
+    with user_input(f"{path}: not valid TOML"):
+        values = tomllib.loads(text.decode("utf-8"))
     base = values.pop("extends", None)
     if base is None:
         return [(str(path), values)]
@@ -395,7 +404,7 @@ def _override(values: dict[str, Any], origins: dict[str, str], override: str) ->
     hint = get_type_hints(_sections()[section]).get(key) if section in _sections() else None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, too many digits, too many brackets
         value = text
     if hint is str and not isinstance(value, str):
         value = text

@@ -32,8 +32,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from bitnet.durable import sha256
-from bitnet.schema import STRICT, UserError
-from bitnet.tokenizer import Tokenizer
+from bitnet.schema import STRICT, UserError, read_file
+from bitnet.tokenizer import Tokenizer, read_model
 from bitnet.tokenizer_json import load_tokenizer, tokenizer_path
 
 INDEX = "index.json"
@@ -137,7 +137,7 @@ def read_index(path: Path) -> Index:
         what = "is not a prepared set (it has no index.json)" if path.exists() else "does not exist"
         raise UserError(f"data.path: {path} {what}; make one with `bitnet prepare`")
     try:
-        raw = file.read_bytes()
+        raw = read_file(file, 2**26)
         content = json.loads(raw)
         if isinstance(content, dict) and content.get("version", VERSION) != VERSION:
             raise UserError(
@@ -204,9 +204,10 @@ class TokenDataset:
         Raises:
             UserError: its file is missing, damaged or another.
         """
-        tokenizer = load_tokenizer(tokenizer_path(self.path))
-        if tokenizer.hash != self._tokenizer_sha256:
-            raise UserError(f"{tokenizer.path}: is not the tokenizer this set was prepared with")
+        path = tokenizer_path(self.path)
+        if hashlib.sha256(read_model(path)).hexdigest() != self._tokenizer_sha256:
+            raise UserError(f"{path}: is not the tokenizer this set was prepared with")
+        tokenizer = load_tokenizer(path)
         if (tokenizer.vocab_size, tokenizer.eos_id) != (self.vocab_size, self.eos_id):
             raise UserError(
                 f"{self.path / INDEX}: damaged: another tokenizer's vocab_size or eos_id"

@@ -31,7 +31,7 @@ from rich.live import Live
 from rich.text import Text
 
 from bitnet.durable import write_atomic
-from bitnet.schema import STRICT, UserError
+from bitnet.schema import STRICT, UserError, read_file
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -98,7 +98,7 @@ class MetricsFile:
                 that is damage, not a kill.
         """
         with _user_error(self.path):
-            data = self.path.read_bytes() if self.path.exists() else b""
+            data = read_file(self.path, 2**30) if self.path.exists() else b""
         kept, damaged = [], 0
         for number, line in enumerate(data.split(b"\n")[:-1], 1):
             line_step = _step_of(line)

@@ -302,6 +302,20 @@ def test_signed_garbage_is_damage_too(tmp_path: Path, file: str, data: bytes) ->
         load(path)
 
 
+def test_sparse_manifests_and_fifos_are_not_read(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    sparse, fifo = write(tmp_path, 4) / "manifest.json", write(tmp_path, 5) / "state.json"
+    with sparse.open("r+b") as file:
+        file.truncate(20 * 2**30)
+    fifo.unlink()
+    os.mkfifo(fifo)
+    newest = load_newest(tmp_path)
+    assert newest is not None
+    assert newest.step == 3
+    assert "not a regular file" in newest.damaged[0]
+    assert "21,474,836,480 bytes" in newest.damaged[1]
+
+
 def test_none_whole_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
     for step in (1, 2):
         _missing_tensors(write(tmp_path, step))

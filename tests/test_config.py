@@ -221,3 +221,17 @@ def test_every_key_is_documented_in_help() -> None:
 def test_keys_without_effect_are_mistakes(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config([CONFIGS / "quickstart.toml"], ["model.linear=fp", *override.split()]).resolve()
+
+
+@pytest.mark.parametrize("path", ["é/😀", 'a"b', "a\\b", "a=b#c", " a ", "a\nb", "'a'", "[1]"])
+def test_data_values_reach_the_config_as_they_are(path: str) -> None:
+    config = load_config([], data={"path": path, "sources": [path]})
+    assert (config.data.path, config.data.sources) == (path, [path])
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "1" * 5000, "a = 1e400\n" * 2, "\0"])
+def test_hostile_toml_is_one_line(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(f"[train]\nsteps = {text}\n")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_config([path])
