@@ -15,10 +15,10 @@ RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 QUICK := runs/quickstart/model
 
-.PHONY: help quickstart test slow gpu lint types format clean
+.PHONY: help quickstart test slow test-machines gpu lint types format clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 	@echo 'make PYTHON=python3.12 ... takes another Python; the head of Makefile tells more'
 
 quickstart: $(RUN)  ## train a small ternary model on a CPU in minutes, pack it, let it write
@@ -46,43 +46,6 @@ gpu:  ## check and measure everything on a GPU; MINUTES=12, OUT= and WHEELS= fol
 	done; \
 	$(MAKE_COMMAND) --no-print-directory $(DEV) && exec $(BIN)/python "$$@"
 
-lint: $(DEV)  ## check style and format
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test-machines: $(DEV)  ## run the tests as on other CPUs: make test-machines ENVS="avx2 threads2"
+	$(BIN)/python tests/machines.py $(ENVS)
 
-types: $(DEV)  ## check types
-	$(BIN)/mypy
-
-format: $(DEV)  ## format the code and mend what ruff can
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
-
-clean:  ## remove caches and builds; keeps .venv, data and runs
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find bitnet kernels tests -name __pycache__ -prune -exec rm -rf {} +
-
-# A virtual environment that can install: the one that is there, a new one, or, where half of one
-# cannot be completed, one from scratch.
-define venv
-	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
-	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	    echo 'error: $(PYTHON) is missing or older than Python 3.11; try: make PYTHON=python3.12 ...' >&2; \
-	    exit 2; }; \
-	  $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
-	    echo 'error: $(PYTHON) has no venv module (Debian, Ubuntu: apt install python3-venv)' >&2; \
-	    exit 2; }; \
-	  echo 'making $(VENV)'; \
-	  { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip --version >/dev/null; } \
-	    || $(PYTHON) -m venv --clear $(VENV); \
-	fi
-endef
-
-$(RUN): pyproject.toml
-	$(venv)
-	$(BIN)/python -m pip install --disable-pip-version-check -e .
-	@touch $@
-
-$(DEV): pyproject.toml
-	$(venv)
-	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
-	@touch $(RUN) $@

@@ -24,7 +24,7 @@ import math
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -46,7 +46,7 @@ from bitnet.evaluate import EvalResult, evaluate_windows
 from bitnet.export.folder import read_config, save_model
 from bitnet.generate import encode_prompt, generate
 from bitnet.linear import weights_quantized
-from bitnet.loss import next_token_loss
+from bitnet.loss import compiled_loss, next_token_loss
 from bitnet.metrics import Console, MetricsFile, Tracker
 from bitnet.model import Transformer
 from bitnet.optim import build_optimizer, clip_gradients, learning_rate_factor, weight_decay_at
@@ -102,9 +102,9 @@ def train(config: Config, command: str) -> None:
     torch.manual_seed(config.run.seed)
     model = build_model(config, tokenizer.hash, fresh=saved is None)
     model.to(device)
-    loss_of = next_token_loss
+    loss_of: Callable[..., torch.Tensor] = next_token_loss
     if config.train.compile:  # forward and loss are one graph
-        loss_of = torch.compile(next_token_loss, fullgraph=True)
+        loss_of = compiled_loss()
     optimizers = build_optimizer(model, config.optim)
     telemetry = Telemetry(model)
     distiller, teacher_hash = None, ""

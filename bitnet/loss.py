@@ -16,6 +16,7 @@ sums: products in the autocast dtype, softmax in fp32, the gradient of W summed 
 M tokens, D width of the hidden states, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -93,6 +94,20 @@ def next_token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -
             model.hidden(inputs_BT).flatten(0, 1), model.lm_head.weight, targets
         )
     return F.cross_entropy(model(inputs_BT).flatten(0, 1).float(), targets)
+
+
+def compiled_loss() -> Callable[[Transformer, Tensor, Tensor], Tensor]:
+    """:func:`next_token_loss`, compiled: forward and loss are one graph.
+
+    torch (2.13) keeps compiled graphs in a folder, under a key that does not hold the vector width
+    of the CPU. A graph written for AVX-512 is then read where the folder is shared with a machine
+    that has AVX2 only, or where ATEN_CPU_CAPABILITY says so, and gives wrong numbers or a
+    segmentation fault. So the width goes into the key, as torch's own tag.
+    """
+    width, tag = torch.backends.cpu.get_cpu_capability(), torch.compiler.config.cache_key_tag
+    if width not in tag.split():
+        torch.compiler.config.cache_key_tag = f"{tag} {width}".strip()
+    return torch.compile(next_token_loss, fullgraph=True)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What every test can count on: the same seeds, one thread, no network, no accounts.
+"""What every test can count on: the same seeds and threads, no network, no accounts.
 
 The environment is set here, before torch, Triton or a tracker is imported, and holds for child
 processes too.
@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, on any machine
+THREADS = int(os.environ.setdefault("BITNET_TEST_THREADS", "1"))
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
+# torch's cache of compiled graphs does not know the vector width (see bitnet.loss.compiled_loss).
+os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = os.environ.get("ATEN_CPU_CAPABILITY", "")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing network is otherwise retried for 23 s
 os.environ["WANDB_MODE"] = "offline"
 os.environ["NETRC"] = os.devnull  # where wandb finds a key
@@ -31,13 +34,21 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # run Triton's kernels on the CPU
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker that crashes is not replaced. With --dist loadfile the new one would wait for ever
+    for the old one's tests; so the run fails, names the test that crashed, and ends."""
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.maxworkerrestart = "0"
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Each test begins with the same random state and thread count, whatever ran before it."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
 
 
 def _is_local(address: Any) -> bool:

@@ -72,8 +72,19 @@ def test_memory_by_kind() -> None:
     assert sizes["cache"] == layers * 2 * 3 * columns * (kv + 2 * 4)
     tied = Decoder(small_model(tie_embeddings=True), 1, CONTEXT).memory()
     assert (tied["head"], tied["embedding"]) == (0, 4 * VOCAB * d)
-    sizes = Decoder(model, 1, CONTEXT, head="int8").memory()
-    assert sizes["head"] == VOCAB * (d + 4)
+
+
+def test_memory_of_an_int8_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted on any CPU, and refused where the CPU has no exact product of int8."""
+    model = packed_model()
+    for exact in (True, False):
+        monkeypatch.setattr("bitnet.engine.plan.int_mm_takes_any_int8", lambda exact=exact: exact)
+        if exact:
+            sizes = Decoder(model, 1, CONTEXT, head="int8").memory()
+            assert sizes["head"] == VOCAB * (32 + 4)
+        else:
+            with pytest.raises(ValueError, match="head: 'int8' needs a CPU with AVX-512 VNNI"):
+                Decoder(model, 1, CONTEXT, head="int8")
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_dtype": "int8"}, {"head": "bf16"}], ids=str)

@@ -150,14 +150,10 @@ def test_a_damaged_row_is_told_and_harms_no_other_nor_the_next(cache_dtype: Any)
         sound.step(3)
         assert decoder.chosen[[0, 2]].tolist() == [-1, -1]
         assert torch.equal(decoder.logits[1], sound.logits[1])
-    for row in (0, 2):
-        decoder.set_length(row, 0)
-        decoder.prefill(torch.tensor([[1], [1], [1]][: row + 1]), [0] * row + [1])
-        decoder.tokens[row] = 5
-    sound.set_length(0, 0)
-    sound.prefill(torch.tensor([[1]]), [1])
-    sound.tokens[0] = 5
-    decoder.step(3)
-    sound.step(3)
-    assert torch.equal(decoder.logits[0], sound.logits[0])
-    assert torch.equal(decoder.logits[2], sound.logits[0])
+    for one in (decoder, sound):  # each row beside its like: a row's sums may depend on its place
+        for row in (0, 2):
+            one.set_length(row, 0)
+            one.prefill(torch.tensor([[1], [1], [1]][: row + 1]), [0] * row + [1])
+            one.tokens[row] = 5
+        one.step(3)
+    assert torch.equal(decoder.logits[[0, 2]], sound.logits[[0, 2]])

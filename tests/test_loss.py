@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitnet.loss
-from bitnet.loss import linear_cross_entropy, next_token_loss
+from bitnet.loss import compiled_loss, linear_cross_entropy, next_token_loss
 from bitnet.model import ModelConfig, Transformer
 
 SHAPES = [(1, 3, 2), (64, 16, 100), (63, 17, 101), (5, 2, 1), (130, 33, 7), (3, 2, 300_000)]
@@ -324,3 +324,15 @@ def test_next_token_loss_is_that_of_the_logits(
     found = with_gradients(loss, *parameters)
     for ours, theirs in zip(found, with_gradients(expected, *parameters), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # 24 to 33 products
+
+
+def test_graphs_of_another_vector_width_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's cache key holds its tag and not the width: each width gets one."""
+    tags = []
+    for width in ("AVX512", "AVX2", "AVX2"):
+        monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda width=width: width)
+        compiled_loss()
+        compiled_loss()
+        tags.append(torch.compiler.config.cache_key_tag)
+    assert tags == ["mine AVX512", "mine AVX2", "mine AVX2"]

@@ -40,7 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 from bitnet.bench.worker import Worker, serve
 from bitnet.config import Config, load_config, to_toml
 from bitnet.linear import replace_modules, weights_quantized
-from bitnet.loss import next_token_loss
+from bitnet.loss import compiled_loss, next_token_loss
 from bitnet.model import Transformer
 from bitnet.optim import build_optimizer, clip_gradients, learning_rate_factor, weight_decay_at
 from bitnet.schema import UserError
@@ -190,7 +190,7 @@ class Stepper:
         self.optimizers = build_optimizer(self.model, config.optim)
         self.loss: Callable[[Transformer, Tensor, Tensor], Tensor] = next_token_loss
         if variant.endswith(COMPILED):
-            self.loss = torch.compile(next_token_loss, fullgraph=True)
+            self.loss = compiled_loss()
         draw = torch.Generator().manual_seed(config.run.seed)
         shape = (config.batch_sequences, config.data.seq_len + 1)
         tokens = torch.randint(config.model.vocab_size, shape, generator=draw, device="cpu").to(

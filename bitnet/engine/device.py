@@ -28,7 +28,7 @@ from bitnet_kernels import (
     rmsnorm_quant,
 )
 from bitnet_kernels.ops_decode import decode_attention, rope_append
-from bitnet_kernels.reference import absmax_int8, int8_matmul, rescale
+from bitnet_kernels.reference import absmax_int8, any_int8_matmul, rescale
 
 _Input = Tensor | tuple[Tensor, Tensor, Tensor]
 """What a matrix reads: float, or for a ternary one codes, scales and row sums."""
@@ -202,7 +202,7 @@ class Graphs:
         head = self.plan.head
         if isinstance(head, Int8):
             codes, scale = absmax_int8(x)
-            acc = int8_matmul(codes, head.weight)
+            acc = any_int8_matmul(codes, head.weight)
             return rescale(acc, scale, head.scale, None, torch.float32)
         if isinstance(head, Dense):
             x, weight = x.to(head.weight.dtype), head.weight.t()
