@@ -57,7 +57,7 @@ from bitnet.qat.schedule import QATConfig, first_step, lambdas, optimal_share
 from bitnet.schema import STRICT, UserError, read_file, user_input
 from bitnet.tokenizer_json import load_tokenizer
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
 _MAX_BYTES = 2**24
 """Of a config file."""
 _Files = list[tuple[str, dict[str, Any]]]
@@ -135,12 +135,16 @@ class Config:
                 f"run.name = {self.run.name!r}: expected a name, not a path; see run.dir"
             )
         folder = self.train.init_from
-        return (_from_folder(self, Path(folder)) if folder else self)._resolve()
+        with user_input(f"train.init_from = {folder}"):
+            config = _from_folder(self, Path(folder)) if folder else self
+        with user_input("the config cannot be computed"):
+            return config._resolve()
 
     def _resolve(self) -> "Config":
         vocab_size = self.data.vocab_size
         if self.data.tokenizer:
-            vocab_size = load_tokenizer(Path(self.data.tokenizer)).vocab_size
+            with user_input(f"data.tokenizer = {self.data.tokenizer}"):
+                vocab_size = load_tokenizer(Path(self.data.tokenizer)).vocab_size
         model = self.model.resolve(vocab_size, self.data.seq_len)
         rows_to_spare = self.train.init_from and model.vocab_size > vocab_size
         if model.vocab_size != vocab_size and not rows_to_spare:
@@ -431,10 +435,11 @@ def _validate(values: dict[str, Any], origins: dict[str, str]) -> Config:
     for section, table in values.items():
         if section not in sections:
             _unknown(origins[section], section, "is no section; sections are", sections)
-        try:
-            built[section] = sections[section](**table)
-        except ValidationError as error:
-            raise UserError(_one_line(error, section, origins)) from None
+        with user_input(f"{origins.get(section, section)}: [{section}]"):
+            try:
+                built[section] = sections[section](**table)
+            except ValidationError as error:
+                raise UserError(_one_line(error, section, origins)) from None
     return Config(**built)
 
 

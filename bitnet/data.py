@@ -40,8 +40,8 @@ INDEX = "index.json"
 VERSION: Literal[1] = 1
 """Of the folder's format."""
 SplitName = Literal["train", "val"]
-_Count = Annotated[int, Field(ge=0)]
-_Positive = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=0, le=2**53)]
+_Positive = Annotated[int, Field(ge=1, le=2**53)]
 
 
 @dataclass(frozen=True, config=STRICT)

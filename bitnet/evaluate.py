@@ -33,7 +33,7 @@ from bitnet.model import Transformer
 from bitnet.schema import STRICT, UserError
 from bitnet.tokenizer import Tokenizer
 
-_Count = Annotated[int, Field(ge=0)]
+_Count = Annotated[int, Field(ge=0, le=2**53)]
 
 _CPU_LOGITS, _GPU_LOGITS = 2**23, 2**28
 """Logits computed together where the batch size is left open: 32 MiB and 1 GiB in fp32, and the

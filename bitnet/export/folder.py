@@ -400,7 +400,7 @@ def read_config(folder: Path) -> FolderConfig:
     """config.json, checked; raises UserError where there is none, or a damaged or foreign one."""
     path = folder / CONFIG
     if not path.is_file():
-        old = folder.with_name(f".old-{folder.name}")
+        old = folder.parent / f".old-{folder.name}"
         if not folder.exists() and old.is_dir():
             raise UserError(
                 f"{folder}: a crash while it was replaced left its previous version in {old}; "
