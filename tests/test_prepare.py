@@ -346,7 +346,7 @@ def test_a_failed_write_names_the_file_and_leaves_nothing(
         make(tmp_path / "set", source, **options)
     assert not isinstance(error.value, UserError)
     assert {path.name for path in tmp_path.iterdir()} == {"docs.jsonl", ".set.lock"}
-    with pytest.raises(OSError, match=r"docs\.jsonl"):
+    with pytest.raises(UserError, match=r"docs\.jsonl"):
         make(Path(source) / "deep" / "set", source, **options)
     make(tmp_path / "set", source, **options)
 
