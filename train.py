@@ -26,6 +26,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -57,8 +58,8 @@ from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import QATConfig, set_step
 from bitnet.schema import UserError
 from bitnet.summary import human, one_line, quantization_lines
-from bitnet.telemetry import Telemetry
-from bitnet.throughput import Throughput, busy_hint, mfu, peak_flops, peak_memory
+from bitnet.telemetry import Telemetry, undisturbed
+from bitnet.throughput import CoreWatch, Throughput, mfu, peak_flops, peak_memory
 from bitnet.tokenizer import Tokenizer
 
 FIXED = (
@@ -169,7 +170,11 @@ def train(config: Config, command: str) -> None:
         with autocast:
             return evaluate_windows(model, windows, tokenizer.count_bytes, config.eval.micro_batch)
 
-    throughput = Throughput()
+    def forward(inputs_BT: torch.Tensor) -> None:
+        with undisturbed(model, device), torch.no_grad(), autocast:
+            model(inputs_BT)
+
+    throughput, watch = Throughput(), CoreWatch()
     peak, peak_source = peak_flops(device, torch.bfloat16 if bf16 else torch.float32)
     flops_per_token = config.model.flops_per_token(seq_len)
 
@@ -191,8 +196,6 @@ def train(config: Config, command: str) -> None:
             console.warn(f"changed since this run was last started: {'; '.join(changes)}")
         for line in quantization_lines(config):
             console.print(line)
-        if hint := busy_hint(device):
-            console.warn(hint)
         if config.train.compile:
             console.print("the first step compiles, which takes minutes; its tokens/s and ETA too")
         if config.train.init_from and saved is None:
@@ -211,6 +214,7 @@ def train(config: Config, command: str) -> None:
 
         # -- The loop ---------------------------------------------------------------------------
         while step < total_steps and not stop:
+            watch.begin()
             inputs, targets = (t.to(device) for t in loader.batch(step))
             model.train()
             schedule = {}
@@ -274,6 +278,10 @@ def train(config: Config, command: str) -> None:
             }
             val_loss = None
             with throughput.pause():
+                if device.type == "cpu" and (
+                    hint := watch.end(partial(forward, micro_batches[0][0]))
+                ):
+                    console.warn(hint)
                 if config.log.telemetry_every and step % config.log.telemetry_every == 0:
                     with autocast:
                         row |= telemetry.read(micro_batches[0][0])

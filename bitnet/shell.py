@@ -22,6 +22,10 @@ from typing import Any, Never
 
 from bitnet.schema import UserError, debugging
 
+SPINS = "10000"
+"""GOMP_SPINCOUNT where the user sets none: turns that a thread of OpenMP waits before it gives up
+its core. libgomp's own 300,000 are several ms: beside busy programs threads then mostly wait for
+each other. On an idle machine 10,000 are about as fast (docs/training.md)."""
 LONGEST_LINE = 2_000
 """Characters of an error line; of a longer one the middle is left out."""
 _WIDTHS = range(20, 10_001)
@@ -34,7 +38,10 @@ def start() -> None:
     Until :func:`run`, Ctrl-C ends the process at once with exit code 130. Where the locale knows
     nothing but ASCII (``LC_ALL=C`` with Python's own remedies switched off), the process starts
     again in UTF-8 mode: file names and arguments would otherwise not be the text that they are.
+    OpenMP reads how long its threads are to spin when torch is imported; see :data:`SPINS`.
     """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, _leave_at_once)
     ascii_only = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"

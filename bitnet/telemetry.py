@@ -138,7 +138,7 @@ class Telemetry:
     def _read_activations(self, inputs: Tensor) -> dict[str, "_Activations"]:
         activations = {name: _Activations() for name in self._layers}
         with ExitStack() as stack:
-            stack.enter_context(_undisturbed(self._model, inputs.device))
+            stack.enter_context(undisturbed(self._model, inputs.device))
             for name, layer in self._layers.items():
                 hook = layer.register_forward_pre_hook(activations[name].hook, with_kwargs=True)
                 stack.callback(hook.remove)
@@ -178,8 +178,8 @@ class _Activations:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, eager, and nothing left changed."""
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, eager; random state and modes come back as they were."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()

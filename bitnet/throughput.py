@@ -1,9 +1,9 @@
 """How fast a run is and what it needs: tokens a second, MFU, peak memory."""
 
 import math
-import os
 import re
 import resource
+import statistics
 import sys
 import time
 from collections import deque
@@ -96,19 +96,90 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return 2 * n**3 / best, f"measured, {n}x{n} matmul, {str(dtype).removeprefix('torch.')}"
 
 
-def busy_hint(device: torch.device) -> str:
-    """What to say where other programs keep the CPU's cores busy: two OpenMP threads then wait for
-    each other, and training takes several times as long. "" where it does not matter."""
-    cores, threads = os.cpu_count() or 1, torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or not hasattr(os, "getloadavg"):
-        return ""
-    load = os.getloadavg()[0]  # of the last minute
-    if load < 0.75 * cores:
-        return ""
-    return (
-        f"other programs keep the {cores} cores busy (load {load:.1f}): train.threads=1 may be "
-        "several times as fast (stop with Ctrl-C; the same command with it goes on)"
-    )
+class CoreWatch:
+    """Finds out from a run itself whether other programs take its CPU cores away.
+
+    Threads of OpenMP wait for each other at the end of each operator, so a step takes several times
+    as long where one of them has no core. The thread that trains is then without a core for much of
+    the time, on an idle machine hardly ever: its CPU time is compared with the time that passed, in
+    windows of at least :data:`WINDOW` seconds and steps. That only raises the question. The answer
+    is measured: a forward pass with the run's threads and with one, in turns.
+
+    Arguments:
+        clock, cpu_clock: seconds that passed, and seconds the calling thread had a core.
+    """
+
+    WINDOW: float = 3
+    """Steps, and seconds of steps, that are looked at together."""
+    SHARE = 0.85
+    """Of the time: a thread that had a core for more is not disturbed."""
+    GAIN = 1.25
+    """What one thread must gain to be worth a line; another line needs this much more or less."""
+    COST = 100
+    """Steps take this many times as long as a measurement before the next one."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        cpu_clock: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._clock, self._cpu_clock = clock, cpu_clock
+        self._wall = self._cpu = self._until_next = self._told = 0.0
+        self._mark = 0.0, 0.0
+        self._steps = -1  # the first step warms up, and may compile
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._mark = self._clock(), self._cpu_clock()
+
+    def end(self, forward: Callable[[], object]) -> str:
+        """The step has ended: the line that says what would be faster and by how much; mostly "".
+
+        ``forward`` is a forward pass that leaves no trace; it is called a few times where the
+        question is up.
+        """
+        wall, cpu = self._mark
+        self._steps += 1
+        if self._steps:
+            self._wall += self._clock() - wall
+            self._cpu += self._cpu_clock() - cpu
+        if self._steps < self.WINDOW or self._wall < self.WINDOW:
+            return ""
+        share, self._until_next = self._cpu / self._wall, self._until_next - self._wall
+        self._steps, self._wall, self._cpu = 0, 0.0, 0.0
+        threads = torch.get_num_threads()
+        if share > self.SHARE or threads == 1 or self._until_next > 0:
+            return ""
+        begin = self._clock()
+        many, one = _in_turns(forward, threads, self._clock)
+        self._until_next = self.COST * (self._clock() - begin)
+        gain = many / one
+        if gain < self.GAIN or (self._told and 1 / self.GAIN < gain / self._told < self.GAIN):
+            return ""
+        self._told = gain
+        return (
+            f"other programs keep the CPU busy (this run had a core for {share:.0%} of its last "
+            f"steps): a forward pass takes {1000 * many:.0f} ms with {threads} threads, "
+            f"{1000 * one:.0f} ms with one, so train.threads=1 would be {gain:.1f} times as fast "
+            "(stop with Ctrl-C; the same command with it goes on)"
+        )
+
+
+def _in_turns(
+    work: Callable[[], object], threads: int, clock: Callable[[], float]
+) -> tuple[float, float]:
+    """Median seconds of ``work`` with this many threads and with one; the number is kept."""
+    seconds: dict[int, list[float]] = {threads: [], 1: []}
+    try:
+        for _ in range(3):
+            for n, taken in seconds.items():
+                torch.set_num_threads(n)
+                begin = clock()
+                work()
+                taken.append(clock() - begin)
+    finally:
+        torch.set_num_threads(threads)
+    return statistics.median(seconds[threads]), statistics.median(seconds[1])
 
 
 def mfu(flops_per_token: float, tokens_per_second: float, peak: float) -> float:

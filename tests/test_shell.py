@@ -14,7 +14,7 @@ import torch
 import typer
 
 from bitnet.schema import UserError, user_input
-from bitnet.shell import LONGEST_LINE, cut, one_line_errors, run
+from bitnet.shell import LONGEST_LINE, cut, one_line_errors, run, start
 
 ROOT = Path(__file__).parents[1]
 Captured = pytest.CaptureFixture[str]
@@ -217,3 +217,21 @@ def test_a_posix_locale_takes_and_prints_any_character(encoding: str, tmp_path: 
     posix = child(code, str(file), "é", **POSIX, PYTHONIOENCODING=encoding)
     assert posix.communicate() == (f"'\\xe9' {'?' if encoding else 'é'}\n", "")
     assert [path.name for path in tmp_path.iterdir()] == ["é😀"]
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+)
+def test_threads_give_up_their_core_soon_unless_the_user_says_otherwise(
+    given: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # comes back as it was
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "utf-8")
+    start()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins

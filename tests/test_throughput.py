@@ -11,8 +11,8 @@ import torch
 from bitnet import throughput
 from bitnet.schema import UserError
 from bitnet.throughput import (
+    CoreWatch,
     Throughput,
-    busy_hint,
     datasheet_peak,
     mfu,
     peak_flops,
@@ -28,17 +28,88 @@ class Clock:
         return self.now
 
 
-def test_a_busy_cpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    monkeypatch.setattr("os.cpu_count", lambda: 4)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr("os.getloadavg", lambda: (2.9, 9.0, 9.0))
-    assert busy_hint(cpu) == ""
-    monkeypatch.setattr("os.getloadavg", lambda: (3.1, 0.0, 0.0))
-    assert "4 cores busy (load 3.1): train.threads=1" in busy_hint(cpu)
-    assert busy_hint(torch.device("cuda")) == ""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert busy_hint(cpu) == ""
+class Machine:
+    """A CPU on which a step takes a second of which the run has a core for ``share``; a forward
+    pass takes ``seconds[threads]``. Reads as three clocks of one time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, threads: int = 2) -> None:
+        self.wall = self.cpu = 0.0
+        self.share, self.threads, self.measured = 0.99, threads, 0
+        self.seconds = {threads: 0.2, 1: 0.3}
+        monkeypatch.setattr(torch, "get_num_threads", lambda: self.threads)
+        monkeypatch.setattr(torch, "set_num_threads", lambda n: setattr(self, "threads", n))
+        # the load average of a run that has just ended, which is not to matter
+        monkeypatch.setattr("os.getloadavg", lambda: (99.0, 99.0, 99.0))
+        self.watch = CoreWatch(lambda: self.wall, lambda: self.cpu)
+
+    def forward(self) -> None:
+        self.measured += 1
+        self.wall += self.seconds[self.threads]
+
+    def run(self, steps: int) -> list[str]:
+        hints = []
+        for _ in range(steps):
+            self.wall += 10  # between steps: evaluations, checkpoints
+            self.watch.begin()
+            self.wall += 1
+            self.cpu += self.share
+            hints.append(self.watch.end(self.forward))
+        return [hint for hint in hints if hint]
+
+
+def test_an_idle_machine_is_neither_told_nor_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    machine.seconds = {2: 9.0, 1: 0.1}
+    assert machine.run(500) == []
+    assert machine.measured == 0
+
+
+def test_a_busy_machine_is_measured_and_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    machine.share, machine.seconds = 0.4, {2: 0.9, 1: 0.3}
+    assert machine.run(3) == []  # the first step warms up
+    (hint,) = machine.run(1)
+    assert "had a core for 40% of its last steps" in hint
+    assert "900 ms with 2 threads, 300 ms with one, so train.threads=1" in hint
+    assert "3.0 times as fast" in hint
+    assert machine.threads == 2
+    begin, machine.measured = machine.wall, 0
+    assert machine.run(2000) == []
+    spent = machine.wall - begin - 2000 * 11
+    assert machine.measured > 0
+    assert 0 < spent < 0.02 * 2000
+
+
+def test_a_machine_that_gets_busy_later_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    assert machine.run(100) == []
+    machine.share, machine.seconds = 0.5, {2: 0.9, 1: 0.3}
+    assert len(machine.run(7)) == 1
+    machine.seconds = {2: 3.0, 1: 0.3}  # much worse: 10 times instead of 3
+    assert len(machine.run(1000)) == 1
+
+
+def test_no_gain_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch)
+    machine.share, machine.seconds = 0.4, {2: 0.35, 1: 0.3}
+    assert machine.run(100) == []
+    assert machine.measured > 0
+
+
+def test_one_thread_has_nobody_to_wait_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, threads=1)
+    machine.share = 0.3
+    assert machine.run(100) == []
+    assert machine.measured == 0
+
+
+def test_threads_come_back_where_the_forward_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, threads=4)
+    machine.share = 0.4
+    machine.seconds = {4: 0.2}  # one thread: KeyError
+    with pytest.raises(KeyError):
+        machine.run(4)
+    assert machine.threads == 4
 
 
 def test_throughput_leaves_pauses_out() -> None:

@@ -125,6 +125,33 @@ def exact(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
 
 
+def test_measuring_a_busy_machine_changes_no_loss(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On two threads, with a CPU that seems to be taken away all the time."""
+    threads, measured = torch.get_num_threads(), []
+
+    class Busy(train.CoreWatch):  # type: ignore[name-defined, misc]
+        WINDOW, GAIN, COST = 1e-9, 1e-9, 0
+
+        def __init__(self) -> None:
+            super().__init__(cpu_clock=lambda: 0.0)
+
+        def end(self, forward: Callable[[], object]) -> str:
+            measured.append(super().end(forward))
+            return measured[-1]
+
+    short = ("train.threads=2", "train.steps=6", "model.int8_backward=both")
+    try:
+        plain = run("run.name=plain", *short)
+        monkeypatch.setattr(train, "CoreWatch", Busy)
+        watched = run("run.name=watched", *short)
+    finally:
+        torch.set_num_threads(threads)
+    assert any("train.threads=1 would be" in hint for hint in measured)
+    assert exact(watched) == exact(plain)
+
+
 def test_a_run_learns_and_leaves_what_it_should(run: Run, tmp_path: Path) -> None:
     rows = run()
     steps = [row for row in rows if "loss" in row]
