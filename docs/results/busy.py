@@ -16,12 +16,15 @@ import re
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 CSV = Path(__file__).parent / "busy.csv"
 LOADS = (0, 1, 2)
-BUSY = "while True: pass"
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"
+LIMIT = 480.0
+"""Seconds of all rounds: another one begins only if it fits, by those before it."""
 STEP = """
 import sys, time
 start = None
@@ -43,7 +46,7 @@ torch.manual_seed(0)
 model = Transformer(ModelConfig(depth=3, vocab_size=4096, max_seq_len=256))
 optimizers = build_optimizer(model, OptimConfig(optimizer="muon", lr=4e-3, muon_ns_steps=3))
 steps, begin = -1, 0.0
-while steps < 2 or time.perf_counter() - begin < seconds:
+while steps < 1 or time.perf_counter() - begin < seconds:
     tokens = torch.randint(4096, (4, 257))
     with weights_quantized(model):
         next_token_loss(model, tokens[:, :-1], tokens[:, 1:]).backward()
@@ -79,7 +82,11 @@ def measure(before: Path, rounds: int, seconds: float) -> list[dict[str, str | i
         for root in (before, ROOT)
     }
     rows: list[dict[str, str | int | float]] = []
+    begin = time.monotonic()
     for turn in range(rounds):
+        if turn and (time.monotonic() - begin) * (turn + 1) / turn > LIMIT:
+            print(f"{turn} rounds, no time for more")
+            break
         for load in LOADS:
             others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(load)]
             try:
