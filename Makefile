@@ -49,3 +49,43 @@ gpu:  ## check and measure everything on a GPU; MINUTES=12, OUT= and WHEELS= fol
 test-machines: $(DEV)  ## run the tests as on other CPUs: make test-machines ENVS="avx2 threads2"
 	$(BIN)/python tests/machines.py $(ENVS)
 
+lint: $(DEV)  ## check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(DEV)  ## check types
+	$(BIN)/mypy
+
+format: $(DEV)  ## format the code and mend what ruff can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove caches and builds; keeps .venv, data and runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find bitnet kernels tests -name __pycache__ -prune -exec rm -rf {} +
+
+# A virtual environment that can install: the one that is there, a new one, or, where half of one
+# cannot be completed, one from scratch.
+define venv
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo 'error: $(PYTHON) is missing or older than Python 3.11; try: make PYTHON=python3.12 ...' >&2; \
+	    exit 2; }; \
+	  $(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	    echo 'error: $(PYTHON) has no venv module (Debian, Ubuntu: apt install python3-venv)' >&2; \
+	    exit 2; }; \
+	  echo 'making $(VENV)'; \
+	  { $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip --version >/dev/null; } \
+	    || $(PYTHON) -m venv --clear $(VENV); \
+	fi
+endef
+
+$(RUN): pyproject.toml
+	$(venv)
+	$(BIN)/python -m pip install --disable-pip-version-check -e .
+	@touch $@
+
+$(DEV): pyproject.toml
+	$(venv)
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
+	@touch $(RUN) $@

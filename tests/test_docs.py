@@ -1,6 +1,7 @@
 """Every number and table that the docs show comes from a run: these are the runs."""
 
 import doctest
+import re
 import runpy
 import shutil
 from collections.abc import Callable
@@ -64,3 +65,12 @@ def test_a_report_draws_the_page_on_training(
     assert drawn.startswith(f"head\n<!-- training:begin -->\n**{model}** (")
     assert drawn.endswith(" |\n<!-- training:end -->\ntail\n")
     assert bitnet("bench", "report", "--check", "--root", tmp_path)[0] == 0
+
+
+def test_every_target_of_make_has_a_recipe() -> None:
+    """A phony target without a rule does nothing and succeeds."""
+    makefile = (DOCS.parent / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY:(.*)$", makefile, re.MULTILINE)
+    assert phony is not None
+    for target in phony[1].split():
+        assert re.search(rf"^{target}:.*##.*\n\t", makefile, re.MULTILINE), target
