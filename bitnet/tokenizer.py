@@ -34,16 +34,16 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from functools import cached_property
-from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 
 from bitnet.durable import write_atomic
 from bitnet.schema import UserError, read_file, user_input
+from bitnet.tokenizer_training import train_model
 
 _SPACE = "\u2581"
 _SEGMENT = 4096
@@ -220,33 +220,32 @@ def train_tokenizer(
     are. The same texts in the same order give the same file.
 
     Arguments:
-        texts: documents, any number and length; the trainer holds them in memory.
+        texts: documents, any number and length; the trainer, a process of its own, holds them in
+            memory.
         vocab_size: number of ids, all included.
         threads: 0 = one for each core; does not change the result.
     Raises:
         UserError: the texts are too few for this vocabulary, or it is too small for them.
         OSError: ``out`` cannot be written.
     """
-    model = BytesIO()
+    options: dict[str, str | int | bool] = {
+        "model_type": "bpe",
+        "vocab_size": vocab_size,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "allow_whitespace_only_pieces": True,
+        "split_digits": True,
+        "max_sentence_length": 2**30,
+        "num_threads": min(threads or os.cpu_count() or 1, 128),
+        "minloglevel": 2,
+    }
     try:
-        SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            max_sentence_length=2**30,
-            num_threads=min(threads or os.cpu_count() or 1, 128),
-            minloglevel=2,
-        )
+        model = train_model(_sentences(texts), options)
     except RuntimeError as error:
         raise _training_error(str(error), vocab_size) from error
-    patched = SentencePieceProcessor(model_proto=model.getvalue() + _PREFIX_ON + _DEFAULT_THREADS)
+    patched = SentencePieceProcessor(model_proto=model + _PREFIX_ON + _DEFAULT_THREADS)
     write_atomic(out, patched.serialized_model_proto())
     return Tokenizer(out)
 

@@ -1,0 +1,111 @@
+"""sentencepiece's trainer in a process of its own, both of its ends.
+
+The trainer is one call of C++ that takes minutes and hears no signal. In a process of its own it
+can be killed: by an exception of any kind here (Ctrl-C, SIGTERM), and by the end of this process,
+however it comes. The child leads a session of its own, so that Ctrl-C of a terminal reaches the
+parent alone.
+
+The parent writes frames: a length in 8 bytes, then as many bytes. The first is the options in
+JSON, the others are sentences, and the length -1 ends them. The child answers with the model and
+exit code 0, or with a message and exit code 1. The parent keeps its end of the pipe open until
+then: where that closes, the child ends.
+
+The child runs this file, which therefore imports nothing but sentencepiece.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from io import BytesIO
+from itertools import chain
+from struct import Struct
+from typing import IO
+
+_LENGTH = Struct("<q")
+_END = -1
+
+
+def train_model(sentences: Iterable[str], options: dict[str, str | int | bool]) -> bytes:
+    """``SentencePieceTrainer.train`` of these sentences, which nobody need hold at once.
+
+    Arguments:
+        options: as sentencepiece's, but for those of input and output.
+    Returns:
+        the model file's bytes.
+    Raises:
+        RuntimeError: what the trainer says, or how its process ended.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-P", __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    requests, replies = child.stdin, child.stdout
+    assert requests is not None
+    assert replies is not None
+    try:
+        with suppress(BrokenPipeError):  # where it has ended, its exit code says why
+            for text in chain([json.dumps(options)], sentences):
+                data = text.encode()
+                requests.write(_LENGTH.pack(len(data)))
+                requests.write(data)
+            requests.write(_LENGTH.pack(_END))
+            requests.flush()
+        reply, code = replies.read(), child.wait()
+    finally:
+        child.kill()
+        child.wait()
+        replies.close()
+        with suppress(BrokenPipeError):
+            requests.close()
+    if code == 1:
+        raise RuntimeError(reply.decode(errors="replace"))
+    if code:
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise RuntimeError(
+            f"its process ended early ({how}); where memory is short, a lower "
+            "data.max_tokenizer_mb takes less"
+        )
+    return reply
+
+
+def _frames(requests: IO[bytes]) -> Iterator[bytes]:
+    """What the parent sends, to the end; where it breaks off, so does this process."""
+    while header := requests.read(_LENGTH.size):
+        (length,) = _LENGTH.unpack(header)
+        if length == _END:
+            return
+        yield requests.read(length)
+    os._exit(2)
+
+
+def _end_with_the_parent() -> None:
+    os.read(0, 1)  # nothing comes any more but the end
+    os._exit(2)
+
+
+def _serve() -> None:
+    frames = _frames(sys.stdin.buffer)
+    options, model = json.loads(next(frames)), BytesIO()
+
+    def sentences() -> Iterator[bytes]:
+        yield from frames
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+    try:
+        from sentencepiece import SentencePieceTrainer
+
+        SentencePieceTrainer.train(sentence_iterator=sentences(), model_writer=model, **options)
+    except Exception as error:
+        sys.stdout.buffer.write((str(error) or repr(error)).encode(errors="replace"))
+        sys.exit(1)
+    sys.stdout.buffer.write(model.getvalue())
+
+
+if __name__ == "__main__":
+    _serve()
