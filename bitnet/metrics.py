@@ -227,7 +227,7 @@ def _wandb_id(path: Path) -> str:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, secrets.token_hex(4).encode())  # not `random`, whose state is the run's
-    return path.read_text().strip()
+    return path.read_text(encoding="utf-8").strip()
 
 
 _CONTROL_CODES = (*range(9), *range(11, 32), *range(127, 160))  # all but tab and newline

@@ -181,6 +181,55 @@ def test_nothing_that_is_loaded_may_execute_code(module: str) -> None:
             assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords)
 
 
+def text_without_encoding(node: ast.Call) -> bool:
+    """Whether a call opens text in whatever encoding the locale has."""
+    called, arguments = ast.unparse(node.func), [ast.unparse(one) for one in node.args]
+    given = {one.arg: ast.unparse(one.value) for one in node.keywords}
+    name = called.rpartition(".")[2]
+    if "encoding" in given:
+        return False
+    if name in ("read_text", "write_text"):  # where it is an argument without a name
+        return len(arguments) <= (name == "write_text")
+    if given.get("text") == "True" or given.get("universal_newlines") == "True":
+        return True
+    if name not in ("open", "fdopen") or called == "os.open":
+        return False
+    modes = [
+        one for one in [*arguments, given.get("mode", "")] if re.fullmatch("'[rwxabt+]+'", one)
+    ]
+    return not any("b" in one for one in modes)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_text_names_its_encoding(module: str) -> None:
+    """The locale's may be ASCII, and a file of ours must read the same on every machine."""
+    for node, _ in nodes(tree(module)):
+        if isinstance(node, ast.Call):
+            where = f"{FILES[module].name}:{node.lineno}: {ast.unparse(node)}"
+            assert not text_without_encoding(node), where
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open(x)",
+        "open(x, 'w', newline='')",
+        "path.open()",
+        "os.fdopen(1, mode='a')",
+        "gzip.open(x, 'rt')",
+        "path.read_text()",
+        "path.read_text(errors='replace')",
+        "path.write_text('utf-8')",
+        "subprocess.run(x, text=True)",
+        "Popen(x, universal_newlines=True)",
+    ],
+)
+def test_text_without_its_encoding_is_found(code: str) -> None:
+    call = ast.parse(code, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert text_without_encoding(call)
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_annotations_are_complete(module: str) -> None:
     for node, _ in nodes(tree(module)):

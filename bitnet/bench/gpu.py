@@ -345,7 +345,9 @@ def descendants(pid: int) -> list[int]:
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):  # it has ended
-            parent = int(path.read_text(errors="replace").rpartition(")")[2].split()[1])
+            parent = int(
+                path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
+            )
             children.setdefault(parent, []).append(int(path.parent.name))
     found = children.get(pid, [])
     for child in found:  # grows on the way
@@ -572,7 +574,7 @@ def _probe(variables: Mapping[str, str], rehearse: bool) -> tuple[str, str]:
             env=dict(variables),
             stdin=subprocess.DEVNULL,
             capture_output=True,
-            text=True,
+            encoding="utf-8",
             timeout=180,
             check=False,
         )

@@ -52,7 +52,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=said,
-                text=True,
+                encoding="utf-8",
                 env={**os.environ, **(environment or {})},
                 start_new_session=True,
             )
@@ -90,7 +90,7 @@ class Worker:
     def _last_words(self) -> str:
         code = self.process.wait()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
-        said = self._said.read_text(errors="replace").strip().splitlines()
+        said = self._said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         hint = ""
         if code == -signal.SIGKILL or any("OutOfMemory" in line for line in said):
             hint = f"\nout of memory? All are alive together: fewer {self._fewer}"
@@ -104,7 +104,7 @@ def serve(make: Callable[[], Mapping[str, Callable[..., Any]]]) -> None:
     Arguments:
         make: gives the methods by name; called when what a library prints no longer is a reply.
     """
-    replies = os.fdopen(os.dup(1), "w")
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     methods = make()
     for line in sys.stdin:

@@ -210,7 +210,7 @@ def tune(
 def _write(path: Path, text: str) -> None:
     """All or nothing: a reader never meets half a table."""
     draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     draft.replace(path)
 
 

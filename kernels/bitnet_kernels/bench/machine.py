@@ -74,7 +74,9 @@ def describe(device: torch.device) -> Machine:
 
 def _cpu_name() -> str:
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M
+        )
     except OSError:
         found = None
     name = found[1].strip() if found else platform.processor() or platform.machine()
@@ -84,14 +86,14 @@ def _cpu_name() -> str:
 def _cpu_cache() -> int:
     sizes = [32 * 2**20]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        if match := re.fullmatch(r"(\d+)K", path.read_text().strip()):
+        if match := re.fullmatch(r"(\d+)K", path.read_text(encoding="utf-8").strip()):
             sizes.append(int(match[1]) * 2**10)
     return max(sizes)
 
 
 def _driver() -> str:
     try:
-        text = Path("/proc/driver/nvidia/version").read_text()
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
         return ""
     found = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", text)
@@ -126,7 +128,7 @@ def commit() -> str:
     def git(*args: str) -> str:
         try:
             done = subprocess.run(
-                ["git", *args], cwd=_PACKAGE, capture_output=True, text=True, check=True
+                ["git", *args], cwd=_PACKAGE, capture_output=True, encoding="utf-8", check=True
             )
         except (OSError, subprocess.CalledProcessError):
             return ""

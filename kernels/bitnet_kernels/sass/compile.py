@@ -113,4 +113,4 @@ def _as_if_here(target: Any) -> Iterator[None]:
 
 def _output(*command: str) -> str:
     """stdout of a tool; nvdisasm warns on stderr that sm_80 files are of an older format."""
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
