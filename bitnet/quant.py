@@ -101,7 +101,7 @@ def absmean_ternary(
     group_size: int = 128,
     alpha: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """Ternary codes and their scale, statistics in fp32 (arXiv 2402.17764, eqs. 1-3).
+    """Ternary codes and their scale, statistics in fp32 or better (arXiv 2402.17764, eqs. 1-3).
 
     Arguments:
         weight: float ``[N, K]``.
@@ -119,7 +119,8 @@ def absmean_ternary(
     _check_weight(weight)
     check_granularity(granularity, group_size)
     w = weight.float()
-    magnitude = w.abs()
+    # fp64 weights are averaged in fp64, so that no order of the sum shows in the fp32 mean.
+    magnitude = w.abs().to(torch.promote_types(weight.dtype, torch.float32))
     if granularity == "tensor":
         gamma = _clamped(magnitude.mean())
         threshold = alpha * gamma
@@ -136,7 +137,7 @@ def absmean_ternary(
 
 
 def _clamped(mean: Tensor) -> Tensor:
-    return torch.where(mean.isfinite(), mean.clamp(min=EPS), torch.nan)
+    return torch.where(mean.isfinite(), mean.clamp(min=EPS), torch.nan).float()
 
 
 def spread_groups(gamma: Tensor, group_size: int, in_features: int) -> Tensor:
