@@ -6,13 +6,9 @@ process of its own whose memory is measured.
 
 import hashlib
 import json
-import os
 import random
-import resource
 import shutil
 import struct
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,48 +26,12 @@ from bitnet.qat.prepare import convert, prepare
 from bitnet.qat.recipe import Recipe
 from bitnet.schema import UserError
 from bitnet.tokenizer import train_tokenizer
+from tests.hostile import damaged, in_a_process, odd_file, somewhere
 from tests.test_gguf_import import write as write_gguf
 
 pytest.importorskip("transformers")
 TEXT = "to be or not to be, that is the question\n" * 20
-ROOT = Path(__file__).parents[1]
-VALUES: list[Any] = [
-    *(None, True, False, 0, -1, 1, 3, 1.5, 2**24, 2**24 + 1, 2**31, 2**63, 10**9, 10**400),
-    *(float("nan"), float("inf"), -float("inf"), 1e308, 1e-320, "", "x", "\0", "é😀", "../x", "1"),
-    *([], [1], [[]], ["x"], {}, {"a": 1}, {"rope_type": "yarn", "factor": 2.0}, "x" * 10_000),
-]
 NUMBERS = (0, 1, -1, 2**31, 2**40, 2**63, 255)
-
-
-def somewhere(value: Any, rng: random.Random) -> Any:
-    """The value with one of its parts, at any depth, replaced, removed, renamed or added."""
-    if isinstance(value, dict) and value and rng.random() < 0.9:
-        key = rng.choice(sorted(value))
-        what = rng.randrange(6)
-        if what < 3:
-            return value | {key: somewhere(value[key], rng)}
-        rest = {k: v for k, v in value.items() if k != key}
-        return [value | {key: rng.choice(VALUES)}, rest, rest | {f"{key}x": value[key]}][what - 3]
-    if isinstance(value, list) and value and rng.random() < 0.8:
-        i = rng.randrange(len(value))
-        return [*value[:i], somewhere(value[i], rng), *value[i + rng.randrange(2) :]]
-    return rng.choice(VALUES)
-
-
-def damaged(data: bytes, rng: random.Random) -> bytes:
-    """Bytes flipped, cut, repeated or inserted."""
-    what, at = rng.randrange(5), rng.randrange(max(1, len(data)))
-    if what == 0:
-        return data[:at]
-    if what == 1:
-        return data[:at] + rng.randbytes(rng.randint(1, 9)) + data[at:]
-    if what == 2:
-        return data[:at] + data[at // 2 :]
-    changed = bytearray(data)
-    for _ in range(1 if what == 3 else 20):
-        if changed:
-            changed[rng.randrange(min(len(changed), 2000))] ^= 1 << rng.randrange(8)
-    return bytes(changed)
 
 
 def odd_text(data: bytes, rng: random.Random) -> bytes:
@@ -90,24 +50,6 @@ def odd_text(data: bytes, rng: random.Random) -> bytes:
         data.decode().encode("utf-16"),
     ]
     return rng.choice(choices)
-
-
-def odd_file(path: Path, rng: random.Random) -> None:
-    """Something else in a file's place: a folder, a FIFO, a device, a circle, 20 GB of nothing."""
-    data = path.read_bytes() if path.is_file() else b""
-    path.unlink(missing_ok=True)
-    what = rng.randrange(7)
-    if what == 0:
-        path.mkdir()
-    elif what == 1:
-        os.mkfifo(path)
-    elif what == 2:
-        path.symlink_to(path.name)
-    elif what == 3:
-        path.symlink_to("/dev/zero")
-    elif what < 6:
-        path.write_bytes(data if what == 4 else b"")
-        os.truncate(path, 20 * 10**9)
 
 
 def odd_header(data: bytes, rng: random.Random) -> bytes:
@@ -312,25 +254,6 @@ def test_hostile_gguf_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("which", ["fuzz_folders", "fuzz_gguf"])
 def test_the_full_form(tmp_path: Path, which: str) -> None:
     """300 of each, in a process that never holds 2 GB."""
-    code = (
-        "import resource, sys, warnings; warnings.simplefilter('ignore'); from pathlib import Path;"
-        "resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32));"  # anonymous memory, not files
-        f"from tests.test_import_fuzz import {which}, peak;"
-        f"print({which}(Path(sys.argv[1]), 300, 0), peak())"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "full")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=550,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    loaded, gigabytes = run.stdout.split()[-2:]
-    assert int(loaded) < 200
-    assert float(gigabytes) < 2
-
-
-def peak() -> float:
-    """The most that this process held, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    loaded, gigabytes = in_a_process("tests.test_import_fuzz", which, tmp_path / "full", 300)
+    assert loaded < 200
+    assert gigabytes < 2
