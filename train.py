@@ -56,7 +56,7 @@ from bitnet.qat.adapters import merge_adapters
 from bitnet.qat.distill import Distiller, load_teacher
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import QATConfig, set_step
-from bitnet.schema import UserError
+from bitnet.schema import UserError, check_file, user_input
 from bitnet.summary import human, one_line, quantization_lines
 from bitnet.telemetry import Telemetry, undisturbed
 from bitnet.throughput import CoreWatch, Throughput, mfu, peak_flops, peak_memory
@@ -415,10 +415,13 @@ def stop_signals() -> Iterator[list[int]]:
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
     """Hold the run folder: two processes that train in one would destroy each other's work."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / ".lock").touch()  # an unwritable folder is an error here, and not a wait below
+    lock = run_dir / ".lock"
+    with user_input(f"run.dir: {run_dir}"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.touch()  # an unwritable folder is an error here, and not a wait below
+        check_file(lock)
     try:
-        with FileLock(run_dir / ".lock", timeout=0):
+        with FileLock(lock, timeout=0):
             yield
     except Timeout:
         raise UserError(f"{run_dir}: another process is training in this folder") from None

@@ -29,30 +29,31 @@ import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from torch import Tensor
 
 from bitnet.durable import load_tensors, new_folder, recover, remove_folder, save_tensors, sha256
-from bitnet.schema import STRICT, UserError, check_file, read_file
+from bitnet.schema import STRICT, Positive, UserError, check_file, read_file
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-_MAX_MANIFEST_BYTES = 2**26
+_MAX_BYTES = 2**26
+"""Of a file that is not tensors."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
     """When checkpoints are written and which are kept."""
 
-    every: Annotated[int, Field(ge=1)] = 500
+    every: Positive = 500
     """Steps between checkpoints. One is always written at the end and when the run is stopped."""
-    keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_last: Positive = 2
     """How many of the newest are kept; the second is what a damaged newest falls back to."""
     keep_best: bool = True
     """Also keep the one with the lowest validation loss."""
@@ -142,7 +143,7 @@ def save(
 
 
 def _read_manifest(path: Path) -> _Manifest:
-    data = read_file(path / MANIFEST, _MAX_MANIFEST_BYTES)
+    data = read_file(path / MANIFEST, _MAX_BYTES)
     try:
         manifest = _MANIFEST.validate_json(data)
     except ValidationError as error:
@@ -170,18 +171,19 @@ def load(path: Path) -> Checkpoint:
         for name in sorted(present ^ {*manifest.files, MANIFEST}):
             raise ValueError("it is not in the manifest" if name in present else "it is missing")
         for name, expected in manifest.files.items():
-            check_file(path / name)
+            check_file(path / name, None if name.endswith(".safetensors") else _MAX_BYTES)
             if (size := (path / name).stat().st_size) != expected.bytes:
                 raise ValueError(f"it has {size} bytes, {expected.bytes} were written")
             if sha256(path / name) != expected.sha256:
                 raise ValueError("its sha256 is not that of what was written")
         tensors: dict[str, dict[str, Tensor]] = {}
         for group, aliases in manifest.aliases.items():
-            name = f"{group}.safetensors"
+            if (name := f"{group}.safetensors") not in manifest.files:
+                raise ValueError("it is not in the manifest")
             named = load_tensors(path / name)
             tensors[group] = named | {alias: named[stored] for alias, stored in aliases.items()}
         name = STATE
-        state = json.loads((path / name).read_bytes())
+        state = json.loads(read_file(path / name, _MAX_BYTES))
     except FileNotFoundError as error:
         raise DamagedError(f"{path}: damaged: {name}: it is missing") from error
     except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:

@@ -5,6 +5,7 @@ A mistake of the user ends in one line on stderr and exit code 2.
 """
 
 import copy
+import os
 import sys
 import textwrap
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -31,7 +31,7 @@ from bitnet.export.proof import prove
 from bitnet.linear import BitLinear, Kernel, pack
 from bitnet.model import Transformer, as_transformer
 from bitnet.prepare import prepare
-from bitnet.progress import Reports
+from bitnet.progress import Reports, plain_console
 from bitnet.qat.prepare import convert
 from bitnet.schema import UserError
 from bitnet.shell import run
@@ -135,7 +135,7 @@ def prepare_command(
         dataset = TokenDataset(folder, split)
         row = (dataset.n_documents, dataset.n_tokens, dataset.n_bytes)
         table.add_row(split, *(f"{n:,}" for n in row), f"{row[2] / row[1]:.2f}")
-    Console().print(table)
+    plain_console().print(table)
 
 
 @inspect_app.command("config")
@@ -146,15 +146,20 @@ def inspect_command(
 
     Nothing is built or downloaded. Try: bitnet inspect configs/15m.toml model.depth=8
     """
-    if folder := next((arg for arg in args if (Path(arg) / CONFIG).is_file()), ""):
+    if folder := next((arg for arg in args if is_file(f"{arg}/{CONFIG}")), ""):
         raise UserError(f"{folder}: is a model folder: bitnet inspect model {folder}")
     for table in tables(load_config(*split_args(args))):
-        Console().print(table)
+        plain_console().print(table)
+
+
+def is_file(path: str) -> bool:
+    """Whether it is one; a word too long for a path is none."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file() raises OSError
 
 
 def split_args(args: list[str]) -> tuple[list[str], list[str]]:
-    """Config files and ``section.key=value`` overrides, told apart."""
-    paths = [arg for arg in args if arg.endswith(".toml") and "=" not in arg]
+    """Config files and ``section.key=value`` overrides, told apart; a file that exists is one."""
+    paths = [a for a in args if a.endswith(".toml") and ("=" not in a or is_file(a))]
     return paths, [arg for arg in args if arg not in paths]
 
 
@@ -200,7 +205,7 @@ def pack_command(
         packed, _ = load(target)
         proof = prove(model, packed, ids, max(0, min(tokens, room)))
 
-    console = Console()
+    console = plain_console()
     before, after = sizes(target).fp32, sizes(target).stored
     table = Table("weights", "fp32", "packed", "ratio", title=str(target))
     for kind, fp32 in before.items():
@@ -350,7 +355,7 @@ def eval_command(
     if baselines:
         for name, bits in compressor_baselines(content.encode()).items():
             table.add_row(name, f"{bits:.4f}", "", "")
-    Console().print(table)
+    plain_console().print(table)
 
 
 def load_for_inference(folder: Path, device: str, kernel: Kernel) -> tuple[Transformer, Tokenizer]:

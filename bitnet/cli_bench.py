@@ -32,8 +32,8 @@ from bitnet.cli_bench_train import (
     train_command,
     valid_names,
 )
-from bitnet.progress import Reports
-from bitnet.schema import UserError
+from bitnet.progress import Reports, plain_console
+from bitnet.schema import UserError, check_file
 from bitnet_kernels.bench import estimate as estimating
 from bitnet_kernels.bench import machine, report, rows
 from bitnet_kernels.bench.contenders import DTYPES, choices, missing
@@ -138,7 +138,7 @@ def kernels_command(
     here = machine.describe(target)
     path = results_path(out, f"kernels_{here.slug}.csv")
     kept = _read(path)
-    console = Console()
+    console = plain_console()
     meter, why = machine.find_meter(target)
     for line in filter(None, [*missing(asked.kernels, target), why]):
         say(console, line)
@@ -187,7 +187,7 @@ def exact_command(
     path = results_path(out, f"exact_{here.slug}.csv")
     columns = common_columns(here.name) | {"device": here.name, "driver": here.driver}
     common = {name: str(columns[name]) for name in COLUMNS if name in columns}
-    console, rows_had = Console(), list[Figures]()
+    console, rows_had = plain_console(), list[Figures]()
     jobs = min(jobs or min(os.cpu_count() or 1, 16), len(cases))
 
     def kept_so_far() -> str:
@@ -321,6 +321,8 @@ def _measure(console: Console, path: Path, kept: list[rows.Row], bench: Bench) -
 
 
 def _read(path: Path) -> list[rows.Row]:
+    if path.exists():
+        check_file(path)
     try:
         return rows.read(path)
     except ValueError as error:
@@ -382,7 +384,7 @@ def tune_command(
 
     shapes = tuple(dict.fromkeys([*_given(shape), *_shapes_of(model)])) or tuple(GOALS)
     tokens = tuple(dict.fromkeys(m or TABLE_TOKENS))
-    console = Console()
+    console = plain_console()
     with Reports(console=console) as bar:
         task = bar.add_task("", total=len(shapes) * len(tokens))
         begun = -1
@@ -419,7 +421,7 @@ def report_command(
     folder = Path(root) / RESULTS
     if not folder.is_dir():
         raise UserError(f"--root: {root} has no {RESULTS}; name a checkout of the project")
-    console = Console()
+    console = plain_console()
     try:
         figures = report.load(folder)
         if not check:

@@ -48,6 +48,7 @@ from bitnet.cli_convert import pick_device
 from bitnet.engine.decoder import LARGEST_BATCH
 from bitnet.export.folder import read_config
 from bitnet.model import ModelConfig
+from bitnet.progress import plain_console
 from bitnet.schema import UserError
 from bitnet.summary import human
 from bitnet_kernels.bench import machine
@@ -186,7 +187,7 @@ def decode_command(
     here = machine.describe(target)
     name = f"{'profile_' if profile else ''}decode_{here.slug}.csv"
     path = results_path(out, name) if out or not quick else None
-    run = _Run(Console(), here, names, cases, rounds or asked.rounds, seed, threads, path)
+    run = _Run(plain_console(), here, names, cases, rounds or asked.rounds, seed, threads, path)
     if profile:
         _profile(run, subjects)
         return

@@ -28,7 +28,7 @@ from bitnet.bench.train_rows import COLUMNS, KEY, as_text, figures, table
 from bitnet.bench.worker import WorkerDied
 from bitnet.cli_convert import pick_device
 from bitnet.config import Config, load_config
-from bitnet.progress import Reports
+from bitnet.progress import Reports, plain_console
 from bitnet.schema import UserError
 from bitnet.throughput import peak_flops
 from bitnet_kernels.bench import machine
@@ -159,7 +159,7 @@ def train_command(
     path = results_path(out, f"train_{here.slug}.csv") if out or not quick else None
     kept = read(path, COLUMNS) if path else []
     _, no_energy = machine.find_meter(target)
-    console = Console()
+    console = plain_console()
     for label, configs in runs.items():
         train = next(iter(configs.values())).train
         lines.append(

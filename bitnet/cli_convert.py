@@ -8,7 +8,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -17,10 +16,10 @@ from bitnet.evaluate import EvalResult, evaluate_windows
 from bitnet.export.folder import CONFIG, is_ours, load, read_config, save_model
 from bitnet.export.hf import add_sub_norms, check_no_adapter, load_hf
 from bitnet.model import ModelConfig, Transformer
-from bitnet.progress import Reports
+from bitnet.progress import Reports, plain_console
 from bitnet.qat.prepare import calibrate, prepare
 from bitnet.qat.recipe import Recipe
-from bitnet.schema import UserError
+from bitnet.schema import UserError, read_file
 from bitnet.tokenizer import Tokenizer
 
 CALIBRATION_TOKENS, CALIBRATION_WINDOW = 65_536, 512
@@ -102,7 +101,7 @@ def convert_command(
         for name, result in rows:
             numbers = (result.loss, result.perplexity, result.bits_per_byte)
             table.add_row(name, *(f"{number:.4f}" for number in numbers))
-        Console().print(table)
+        plain_console().print(table)
     if sub_norm:
         print("the added norms change what the model computes: train it before you judge it")
 
@@ -174,7 +173,7 @@ def calibration_windows(model: Transformer, tokenizer: Tokenizer, text: str) -> 
 def read_text(path: Path) -> str:
     """A UTF-8 file's text; raises UserError naming it where it is not one."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return read_file(path, 2**30).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error}") from error
 

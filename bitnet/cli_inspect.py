@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from bitnet.energy import zero_share
 from bitnet.export.folder import load_model, read_config
+from bitnet.progress import plain_console
 from bitnet.qat.recipe import TERNARY
 from bitnet.schema import UserError
 from bitnet.summary import energy_tables
@@ -33,4 +33,4 @@ def inspect_model(
     model = load_model(folder)
     context = context or model.config.max_seq_len
     for table in energy_tables(model.config, context, zero_share(model)):
-        Console().print(table)
+        plain_console().print(table)

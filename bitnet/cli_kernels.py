@@ -12,10 +12,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from bitnet.progress import Reports
+from bitnet.progress import Reports, plain_console
 from bitnet.schema import UserError
 from bitnet_kernels.sass import ARCHS, Arch, Report, inspect, listing
 
@@ -68,7 +67,7 @@ def inspect_kernels(
     if csv_file:
         write_csv(Path(csv_file), reports)
 
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:  # a file or a pipe has room for the whole table
         console.width = max(console.width, 120)
     for arch_name, target in archs.items():

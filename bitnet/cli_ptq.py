@@ -13,7 +13,6 @@ from typing import Annotated, NamedTuple
 import torch
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -24,14 +23,14 @@ from bitnet.evaluate import evaluate_windows
 from bitnet.export.folder import save_model
 from bitnet.linear import TernaryLinear
 from bitnet.model import Transformer
-from bitnet.progress import Reports
+from bitnet.progress import Reports, plain_console
 from bitnet.qat.awq import awq
 from bitnet.qat.gptq import gptq
 from bitnet.qat.integer import IntLayer
 from bitnet.qat.ptq import OnLayer, check_model, round_to_nearest
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.smoothquant import smoothquant
-from bitnet.schema import UserError
+from bitnet.schema import UserError, check_file
 from bitnet.tokenizer import Tokenizer
 
 FULL = "full precision"
@@ -182,7 +181,7 @@ def ptq_command(
             if out:
                 save_model(out, quantized, tokenizer, recipe)
 
-    console = Console()
+    console = plain_console()
     if not console.is_terminal:  # a file or a pipe has room for the whole table
         console.width = max(console.width, 120)
     activations = f"activations of {activation_bits} bits" if activation_bits else "weights only"
@@ -309,8 +308,12 @@ def check_csv(path: Path) -> None:
     """Raise UserError where --csv would replace what this command has not written."""
     if not path.parent.is_dir():
         raise UserError(f"--csv {path}: there is no folder {path.parent}")
-    head = path.read_bytes()[:100].decode("utf-8", "replace") if path.is_file() else ""
-    if path.exists() and not head.startswith(",".join(Row._fields)):
+    if not path.exists():
+        return
+    check_file(path)
+    with path.open("rb") as file:
+        head = file.read(100).decode("utf-8", "replace")
+    if not head.startswith(",".join(Row._fields)):
         raise UserError(f"--csv {path}: exists and is no result of bitnet ptq; choose another")
 
 

@@ -54,10 +54,9 @@ from bitnet.qat.adapters import AdapterConfig
 from bitnet.qat.distill import DistillConfig
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import QATConfig, first_step, lambdas, optimal_share
-from bitnet.schema import STRICT, UserError, read_file, user_input
+from bitnet.schema import STRICT, Count, Positive, UserError, read_file, user_input
 from bitnet.tokenizer_json import load_tokenizer
 
-Count = Annotated[int, Field(ge=0, le=2**53)]
 _MAX_BYTES = 2**24
 """Of a config file."""
 _Files = list[tuple[str, dict[str, Any]]]
@@ -97,7 +96,7 @@ class TrainConfig:
     """Optimizer steps in the run. 0: tokens / batch_tokens, rounded up."""
     init_from: str = ""
     """Folder of a saved model to start from, whose shape, tokenizer and [quant] it gives."""
-    max_bad_steps: Annotated[int, Field(ge=1)] = 10
+    max_bad_steps: Positive = 10
     """Steps in a row with a non-finite loss or gradient that end the run; each is skipped."""
 
 
@@ -130,10 +129,7 @@ class Config:
 
     def resolve(self) -> "Config":
         """Fill every 0 that the dial computes; raises UserError for what cannot be."""
-        if Path(self.run.name).name != self.run.name or self.run.name == "..":
-            raise UserError(
-                f"run.name = {self.run.name!r}: expected a name, not a path; see run.dir"
-            )
+        _check_name(self.run.name)
         folder = self.train.init_from
         with user_input(f"train.init_from = {folder}"):
             config = _from_folder(self, Path(folder)) if folder else self
@@ -188,6 +184,16 @@ class Config:
             micro = math.gcd(micro, max(1, 2048 // seq_len))
         return dataclasses.replace(
             train, batch_tokens=batch, micro_batch=micro, tokens=tokens, steps=steps
+        )
+
+
+def _check_name(name: str) -> None:
+    """Raise UserError for what cannot be a folder's name everywhere and a word of a command."""
+    a_path = Path(name).name != name or name == ".."
+    if a_path or name.startswith("-") or not name.isprintable() or len(name.encode()) > 200:
+        raise UserError(
+            f"run.name = {name[:80]!r}: expected a folder's name: no path (see run.dir), no dash "
+            "in front, printable, at most 200 bytes"
         )
 
 
@@ -320,7 +326,8 @@ def load_config(
 
     Arguments:
         paths: TOML files, later ones win. overrides: ``section.key=value``, which win over files;
-            the value is TOML (``3e-4``, ``true``, ``["a", "b"]``), a bare word is a string.
+            the value is TOML (``3e-4``, ``true``, ``["a", "b"]``) if the whole of it is, else a
+            string as it stands.
         data: values of ``[data]`` keys as they are, which win over all.
     Raises:
         UserError: one line that names the file or argument, the key and the nearest valid name.
@@ -371,7 +378,9 @@ def describe() -> Iterator[tuple[str, str, object, str]]:
 
 def _read_toml(path: Path, extending: tuple[Path, ...] = ()) -> _Files:
     """The file's tables, those it extends first."""
-    if not path.exists():
+    with user_input(str(path)):
+        found = path.exists()
+    if not found:
         near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
         hint = f"; the nearest is {path.parent / near[0]}" if near else ""
         raise UserError(f"{path}: no such config file{hint}")
@@ -382,8 +391,11 @@ def _read_toml(path: Path, extending: tuple[Path, ...] = ()) -> _Files:
     if base is None:
         return [(str(path), values)]
     extending = (*extending, path.resolve())
-    if not isinstance(base, str) or (path.parent / base).resolve() in extending:
-        raise UserError(f"{path}: extends = {base!r} must name another config file, not a circle")
+    with user_input(f"{path}: extends"):
+        if not isinstance(base, str) or (path.parent / base).resolve() in extending:
+            raise UserError(
+                f"{path}: extends = {base!r} must name another config file, not a circle"
+            )
     return [*_read_toml(path.parent / base, extending), (str(path), values)]
 
 
@@ -406,16 +418,24 @@ def _override(values: dict[str, Any], origins: dict[str, str], override: str) ->
             f"{override!r}: expected section.key=value (such as optim.lr=1e-3) or a .toml file"
         )
     hint = get_type_hints(_sections()[section]).get(key) if section in _sections() else None
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # no TOML, too many digits, too many brackets
-        value = text
+    value = _toml_value(text)
     if hint is str and not isinstance(value, str):
         value = text
-    if get_origin(hint) is list and not isinstance(value, list):
-        value = [value]
+    if get_origin(hint) is list and not isinstance(value, list):  # all lists are of strings
+        value = [value if isinstance(value, str) else text]
     values.setdefault(section, {})[key] = value
     origins[section] = origins[f"{section}.{key}"] = "command line"
+
+
+def _toml_value(text: str) -> Any:
+    """The TOML value that the whole text is; the text itself where it is none, or has more than a
+    value: a second key, or a comment, which hides the bracket after it."""
+    try:
+        tomllib.loads(f"value = {text}")
+        (value,) = tomllib.loads(f"value = [{text}]")["value"]
+    except (ValueError, RecursionError):  # no TOML, too many digits, too many brackets
+        return text
+    return value
 
 
 def _sections() -> dict[str, type]:

@@ -32,7 +32,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from bitnet.durable import sha256
-from bitnet.schema import STRICT, UserError, read_file
+from bitnet.schema import STRICT, Count, Positive, UserError, read_file
 from bitnet.tokenizer import Tokenizer, read_model
 from bitnet.tokenizer_json import load_tokenizer, tokenizer_path
 
@@ -40,8 +40,6 @@ INDEX = "index.json"
 VERSION: Literal[1] = 1
 """Of the folder's format."""
 SplitName = Literal["train", "val"]
-_Count = Annotated[int, Field(ge=0, le=2**53)]
-_Positive = Annotated[int, Field(ge=1, le=2**53)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -63,16 +61,16 @@ class DataConfig:
     train one on the training split"""
     vocab_size: Annotated[int, Field(ge=260, le=2**24)] = 8192
     """tokens of the tokenizer to train, 256 of them bytes; a given tokenizer has its own"""
-    max_tokenizer_mb: _Positive = 100
+    max_tokenizer_mb: Positive = 100
     """megabytes of text, sampled over all of it, that the tokenizer is trained on"""
     val_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.01
     """share of the documents held out for validation, chosen by a hash of their text; of a few
     long documents, passages are held out"""
-    shard_tokens: _Positive = 100_000_000
+    shard_tokens: Positive = 100_000_000
     """tokens in a file of the prepared set"""
-    seq_len: _Positive = 512
+    seq_len: Positive = 512
     """tokens in a training sequence"""
-    threads: _Count = 0
+    threads: Count = 0
     """for tokenization; 0 = one for each core"""
 
 
@@ -82,7 +80,7 @@ class Shard:
 
     file: str
     """its name in the folder"""
-    n_tokens: _Positive
+    n_tokens: Positive
     """how many, EOS included"""
     sha256: str
     """of the file, in hex"""
@@ -92,11 +90,11 @@ class Shard:
 class Split:
     """What one split holds."""
 
-    n_tokens: _Positive
+    n_tokens: Positive
     """EOS included"""
-    n_bytes: _Positive
+    n_bytes: Positive
     """exact UTF-8 bytes of the text"""
-    n_documents: _Positive
+    n_documents: Positive
     """as many as there are EOS tokens"""
     shards: list[Shard]
     """in order"""
@@ -110,9 +108,9 @@ class Index:
     """of the format"""
     dtype: Literal["uint16", "uint32"]
     """of an id, little-endian"""
-    vocab_size: _Positive
+    vocab_size: Positive
     """of the tokenizer"""
-    eos_id: _Count
+    eos_id: Count
     """the token that ends each document"""
     tokenizer_sha256: str
     """of the tokenizer's file, in hex"""

@@ -20,20 +20,17 @@ import lzma
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.linear import is_plain, weights_quantized
 from bitnet.model import Transformer
-from bitnet.schema import STRICT, UserError
+from bitnet.schema import STRICT, Count, Positive, UserError
 from bitnet.tokenizer import Tokenizer
-
-_Count = Annotated[int, Field(ge=0, le=2**53)]
 
 _CPU_LOGITS, _GPU_LOGITS = 2**23, 2**28
 """Logits computed together where the batch size is left open: 32 MiB and 1 GiB in fp32, and the
@@ -45,15 +42,15 @@ vocabulary of 4096, 64 windows at once take up to 3 times as long a token as 8 (
 class EvalConfig:
     """The ``[eval]`` section: what is measured on the validation split during a run."""
 
-    every: Annotated[int, Field(ge=1)] = 250
+    every: Positive = 250
     """steps between evaluations (the last step is always evaluated)"""
-    max_tokens: _Count = 0
+    max_tokens: Count = 0
     """validation tokens predicted in an evaluation, in windows spread over the split; 0 = all"""
-    micro_batch: _Count = 0
+    micro_batch: Count = 0
     """sequences at once; 0 = as many as keep the logits within 32 MiB (CPU) or 1 GiB (GPU)"""
     sample_prompt: str = ""
     """text that the sample of each evaluation continues; "" = the start of a document"""
-    sample_tokens: _Count = 64
+    sample_tokens: Count = 64
     """tokens of the sample; 0 = no sample"""
 
 

@@ -31,16 +31,16 @@ from rich.live import Live
 from rich.text import Text
 
 from bitnet.durable import write_atomic
-from bitnet.schema import STRICT, UserError, read_file
+from bitnet.schema import STRICT, Count, Positive, UserError, read_file
 
 
 @dataclass(frozen=True, config=STRICT)
 class LogConfig:
     """What is logged, how often and where to."""
 
-    every: Annotated[int, Field(ge=1)] = 10
+    every: Positive = 10
     """Steps between lines of metrics.jsonl (and of the console, where it is not a terminal)."""
-    telemetry_every: Annotated[int, Field(ge=0)] = 100
+    telemetry_every: Count = 100
     """Steps between readings of the ternary weights (zeros, flips, ...); 0 turns them off."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
     """offline: under the run folder, for `wandb sync`; online needs an API key; disabled."""
@@ -227,7 +227,7 @@ def _wandb_id(path: Path) -> str:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, secrets.token_hex(4).encode())  # not `random`, whose state is the run's
-    return path.read_text(encoding="utf-8").strip()
+    return read_file(path, 1000).decode().strip()
 
 
 _CONTROL_CODES = (*range(9), *range(11, 32), *range(127, 160))  # all but tab and newline

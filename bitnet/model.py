@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from bitnet.elementwise import RMSNorm, relu2_mul
 from bitnet.linear import BitLinear, is_plain, shared_tokens
 from bitnet.quant import GradMask, Granularity, Int8Backward
-from bitnet.schema import STRICT, UserError
+from bitnet.schema import STRICT, Positive, UserError
 
 Count = Annotated[int, Field(ge=0, le=2**24)]
 
@@ -73,7 +73,7 @@ class ModelConfig:
     """Added to the mean square in every RMSNorm."""
     granularity: Granularity = "tensor"
     """One weight scale a "tensor" (b1.58), a "row" or a "group" of columns."""
-    group_size: Annotated[int, Field(ge=1)] = 128
+    group_size: Positive = 128
     """Columns a group, for granularity = "group"."""
     grad_mask: GradMask = "none"
     """Latent weights that receive no gradient: "none", "clip" or "trust" (bitnet/quant.py)."""

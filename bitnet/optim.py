@@ -28,7 +28,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
-from bitnet.schema import STRICT
+from bitnet.schema import STRICT, Count
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -57,7 +57,7 @@ class OptimConfig:
     lr_schedule: Literal["wsd", "cosine", "linear", "two_stage", "constant"] = "wsd"
     """wsd: flat, then linear to the minimum over the last decay_fraction; cosine and linear: over
     the whole run; two_stage: linear, and the peak drops by second_stage_ratio at the half"""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: Count = 0
     """steps of linear warmup; 0 = 5% of the run, at most 375; 1 = none"""
     decay_fraction: _Fraction = 0.33
     """wsd: the share of the run, at its end, in which the learning rate decays"""

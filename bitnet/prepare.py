@@ -50,7 +50,7 @@ from bitnet.data import (
     read_index,
 )
 from bitnet.durable import new_folder
-from bitnet.progress import Reports
+from bitnet.progress import Reports, plain_console
 from bitnet.schema import UserError, check_file, user_input
 from bitnet.sources import HUB, cut, documents, local_files
 from bitnet.tokenizer import Tokenizer, train_tokenizer
@@ -79,9 +79,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
         OSError: of writing; it names the file.
     """
     path = Path(config.path)
-    console = Console(
-        stderr=True, quiet=not progress, markup=False, highlight=False, soft_wrap=True
-    )
+    console = plain_console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if _is_prepared(path, config, given, console):
         return path
@@ -175,7 +173,7 @@ def _make(folder: Path, config: DataConfig, given: Tokenizer | None, console: Co
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(8) if count)
         console.print(f"note: not read in the folders of data.sources: {kinds}")
     with Reports(
-        TextColumn("{task.description:>18}"),
+        TextColumn("{task.description:>18}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

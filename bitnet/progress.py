@@ -9,10 +9,27 @@ import threading
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, ProgressColumn, Task
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 EVERY = 15.0
 """Seconds between lines where there is no terminal."""
+
+
+def plain_console(**options: Any) -> Console:
+    """A console that prints names as they are: brackets are no markup, ``:smile:`` is no emoji.
+
+    Arguments:
+        options: as rich's.
+    """
+    return Console(markup=False, emoji=False, **options)
 
 
 class Reports(Progress):
@@ -26,11 +43,17 @@ class Reports(Progress):
         self, *columns: str | ProgressColumn, console: Console | None = None, **options: Any
     ) -> None:
         if console is None:
-            console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+            console = plain_console(stderr=True, highlight=False, soft_wrap=True)
             options = {"transient": True, "disable": not console.is_terminal} | options
         super().__init__(*columns, console=console, **options)
         self._ended = threading.Event()
         self._reporter: threading.Thread | None = None
+
+    @classmethod
+    def get_default_columns(cls) -> tuple[ProgressColumn, ...]:
+        """rich's, but that a description, which may hold a folder's name, is no markup."""
+        text = TextColumn("{task.description}", markup=False)
+        return (text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
 
     def start(self) -> None:
         """Begin to show; called by ``with``."""

@@ -12,12 +12,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator, ConfigDict, Field
+
+_CONTROL_CODES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
 class UserError(ValueError):
     """A mistake of the user's that one line explains: it names the file, the key and, where there
-    is one, the nearest valid name. The command line prints the line and exits with code 2."""
+    is one, the nearest valid name. The command line prints the line and exits with code 2.
+
+    The message becomes one line whatever a name in it holds: line breaks become spaces, and other
+    control characters become their codes.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(part.strip() for part in message.splitlines())
+        super().__init__(line.translate(_CONTROL_CODES))
 
 
 @contextmanager
@@ -37,8 +47,7 @@ def user_input(what: str) -> Iterator[None]:
     except RecursionError as error:
         raise UserError(f"{what}: is nested too deeply") from error
     except BaseException as error:
-        message = " ".join(str(error).split())  # the whole of it, in one line
-        raise UserError(f"{what}: {message or type(error).__name__}") from error
+        raise UserError(f"{what}: {str(error) or type(error).__name__}") from error
 
 
 def check_file(path: Path, limit: int | None = None) -> None:
@@ -74,6 +83,11 @@ def debugging() -> bool:
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 """Config dataclasses: no unknown keys, no silent conversions ("1" is not 1), and the string under
 each field is its documentation, which ``--help`` prints."""
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""A number of steps, tokens, ... A float holds every integer up to 2^53."""
+Positive = Annotated[int, Field(ge=1, le=2**53)]
+"""A :data:`Count` of 1 or more."""
 
 _Item = TypeVar("_Item")
 ListOf = Annotated[list[_Item], BeforeValidator(lambda v: list(v) if isinstance(v, tuple) else v)]

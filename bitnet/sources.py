@@ -55,8 +55,11 @@ _MAX_DOCUMENT = 2**21
 _MAX_ROW = 2**27
 """Characters of a .jsonl row, and bytes of a .py file, beyond which it is refused."""
 _BLOCK = 2**20
+_HOLE = "\0" * _BLOCK
 _PACKED_BLOCK = 2**12
 """Bytes decompressed at once: 4 KiB of a hostile archive are at most 128 MiB of zeros."""
+_MAX_PADDING = 2**12
+"""Blocks of zeros between an archive's members or after them."""
 
 
 def local_files(sources: Sequence[str], left_out: Counter[str] | None = None) -> list[Path]:
@@ -318,13 +321,16 @@ class _Decompressed(io.RawIOBase):
         super().close()
 
     def _decompressed(self, decoder: Callable[[], Any]) -> Iterator[bytes]:
-        member, members = None, 0
+        member, members, padding = None, 0, 0
         while block := self._file.read(_PACKED_BLOCK):
             while block:
                 if member is None:
                     # zeros between members are padding, which gzip and xz allow
                     if members and not (block := block.lstrip(b"\0")):
+                        if (padding := padding + 1) > _MAX_PADDING:
+                            raise EOFError("it ends in zeros, more than padding has")
                         break
+                    padding = 0
                     member, members = decoder(), members + 1
                 yield member.decompress(block)
                 block, member = (member.unused_data, None) if member.eof else (b"", member)
@@ -335,6 +341,8 @@ class _Decompressed(io.RawIOBase):
 def _blocks(stream: io.TextIOWrapper) -> Iterator[str]:
     rest = ""
     while block := stream.read(_BLOCK):
+        if block == _HOLE:
+            raise ValueError("is no text: it has a mebibyte of zeros (an unfinished download?)")
         *whole, rest = cut(rest + block, _MAX_DOCUMENT)
         yield from whole
     yield rest

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bitnet.cli import config_help
+from bitnet.cli import config_help, split_args
 from bitnet.config import (
     Config,
     default_batch_tokens,
@@ -247,3 +247,76 @@ def test_hostile_toml_is_one_line(tmp_path: Path, text: str) -> None:
 def test_absurd_values_are_one_line(override: str) -> None:
     with pytest.raises(UserError, match=f"{override.partition('=')[0]}|not a model folder"):
         load_config([], [override]).resolve()
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("run.name=a#b", "a#b"),
+        ('run.dir="a" # b', '"a" # b'),
+        ('run.dir="a#b"', "a#b"),
+        ("run.dir=a\nseed=3", "a\nseed=3"),
+        ('run.dir="a"\n', "a"),
+        ("run.dir=", ""),
+        ("run.dir=a=b", "a=b"),
+        ("run.dir=1,", "1,"),
+        ("run.dir=1]\nx=[2", "1]\nx=[2"),
+        ('run.dir="""a\nb"""', "a\nb"),
+        ("data.sources=2024", ["2024"]),
+        ("data.sources=a#b", ["a#b"]),
+        ("data.sources=[", ["["]),
+        ('data.sources=["a",\n"b"]', ["a", "b"]),
+    ],
+)
+def test_an_override_is_taken_whole(override: str, value: object) -> None:
+    config = load_config([], [override])
+    section, _, key = override.partition("=")[0].partition(".")
+    assert getattr(getattr(config, section), key) == value
+    assert config.run.seed == 0
+
+
+@pytest.mark.parametrize(
+    "override", ["train.steps=5 # five", "train.steps=5\nseed=3", "train.steps=5\n[run]\nseed=3"]
+)
+def test_more_than_a_value_is_refused(override: str) -> None:
+    with pytest.raises(UserError, match=r"train\.steps = '5.*': expected a valid integer"):
+        load_config([], [override])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["\0", "a\nb", "\x1b[31m", "a/b", "..", ".", "/", "/a", "n" * 300, "é" * 101, "-x", "\udcff"],
+)
+def test_a_run_has_the_name_of_a_folder(name: str) -> None:
+    with pytest.raises(UserError, match=r"run\.name = .*expected a folder's name") as caught:
+        load_config([], ["train.steps=9", f"run.name={name}"]).resolve()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x", "é😀", "[b]", "a b", "a=b#c", ".x", "n" * 200])
+def test_other_names_are_kept(name: str) -> None:
+    assert load_config([], [f"run.name={name}"]).resolve().run.name == name
+
+
+def test_every_count_has_a_limit() -> None:
+    for section, key, default, _ in describe():
+        if type(default) is int:
+            for value in ("1" + "0" * 30, "-1" + "0" * 30):
+                with pytest.raises(UserError, match=f"{section}.{key} = -?10"):
+                    load_config([], [f"{section}.{key}={value}"])
+
+
+@pytest.mark.parametrize("base", ["\\u0000", "x" * 5000, "", "."])
+def test_a_hostile_extends_is_one_line(tmp_path: Path, base: str) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text(f'extends = "{base}"\n')
+    with pytest.raises(UserError, match=str(tmp_path)):
+        load_config([path])
+
+
+def test_a_config_file_with_an_equals_sign_in_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "lr=3e-4.toml"
+    path.write_text("[model]\ndepth = 3\n")
+    words = [str(path), "run.dir=x.toml", "optim.lr=1e-3", "data.path=" + "a" * 5000 + ".toml"]
+    assert split_args(words) == (words[:1], words[1:])
+    assert load_config(*split_args(words[:3])).model.depth == 3

@@ -67,3 +67,15 @@ def test_debugging(value: str | None, expected: bool, monkeypatch: pytest.Monkey
     if value is not None:
         monkeypatch.setenv("BITNET_DEBUG", value)
     assert debugging() is expected
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("a\nb.toml: no\r\n  such file\n", "a b.toml: no such file"),
+        ("\x1b[31m\0\x7f.toml: \x85 \u2028x", "\\x1b[31m\\x00\\x7f.toml:  x"),
+        ("two  spaces, é😀", "two  spaces, é😀"),
+    ],
+)
+def test_a_message_is_one_line_whatever_a_name_in_it_holds(message: str, line: str) -> None:
+    assert str(UserError(message)) == line

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.durable import write_atomic
-from bitnet.schema import UserError
+from bitnet.schema import UserError, read_file
 
 Figures = dict[str, str]
 """A row."""
@@ -51,8 +51,8 @@ def read(path: Path, columns: tuple[str, ...]) -> list[Figures]:
     if not path.exists():
         return []
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, strict=True))
+        text = io.StringIO(read_file(path).decode("utf-8"), newline="")
+        rows = list(csv.DictReader(text, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: {error}; move the file away or name another: --out") from error
     if not rows or any(tuple(row) != columns or None in row.values() for row in rows):

@@ -41,7 +41,7 @@ from bitnet.qat.quantizers import dequantize
 from bitnet.qat.recipe import Recipe
 from bitnet.quant import absmean_ternary
 from bitnet.quant import dequantize as dequantize_ternary
-from bitnet.schema import STRICT, ListOf
+from bitnet.schema import STRICT, ListOf, Positive
 from bitnet_kernels import pack_ternary, unpack_ternary
 from bitnet_kernels.packing import packed_columns
 
@@ -57,7 +57,7 @@ class AdapterConfig:
     kind: Literal["none", "lora", "qlora"] = "none"
     """"lora": beside the model's own layers, quantizing ones too; "qlora": beside a frozen base of
     few bits"""
-    rank: Annotated[int, Field(ge=1)] = 16
+    rank: Positive = 16
     """of the adapters; above in_features or out_features it is allowed and buys nothing"""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     """adapters count alpha / rank times"""

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from bitnet.export.folder import load
 from bitnet.model import Transformer
-from bitnet.schema import STRICT, UserError
+from bitnet.schema import STRICT, Positive, UserError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -55,13 +55,13 @@ class DistillConfig:
     """that both distributions are softened by"""
     attention: _Weight = 1.0
     """weight of the relations among queries, keys and values; 0 = off"""
-    attention_layer: Annotated[int, Field(lt=0)] = -1
+    attention_layer: Annotated[int, Field(lt=0, ge=-1000)] = -1
     """the layer whose relations are learned, counted from the last of either model, -1"""
-    relation_heads: Annotated[int, Field(ge=1)] = 8
+    relation_heads: Positive = 8
     """parts that a projection's outputs are cut into; divides its width in either model"""
     balance: bool = True
     """weights are multiples of the cross-entropy's gradient norm; false: of the plain terms"""
-    balance_every: Annotated[int, Field(ge=1)] = 50
+    balance_every: Positive = 50
     """steps between measurements of those norms"""
 
 

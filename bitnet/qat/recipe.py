@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from bitnet.inventory import is_conv1d, kept_weights, why_full_precision
 from bitnet.linear import check_patterns, matches
 from bitnet.quant import GradMask, Granularity
-from bitnet.schema import STRICT, ListOf
+from bitnet.schema import STRICT, ListOf, Positive
 
 WeightQuantizer = Literal[
     "none", "int", "absmean", "absmedian", "twn", "sign", "lsq", "seq", "seq_ternary"
@@ -60,7 +60,7 @@ class Recipe:
     """integer weights: codes around 0 ("int"); false: affine, with a zero point"""
     granularity: Granularity = "row"
     """one weight scale a "tensor", a "row" (output channel) or a "group" of columns"""
-    group_size: Annotated[int, Field(ge=1)] = 128
+    group_size: Positive = 128
     """columns a group, for granularity "group"."""
     alpha: Annotated[float, Field(gt=0, lt=2)] = 0.5
     """ternary thresholds in units of the statistic ("absmean", "absmedian"); "twn" has 0.7"""

@@ -178,7 +178,7 @@ def tuned(device_name: str) -> Table:
     that can be read: tuning again writes them anew)."""
     path = cache_file(device_name)
     try:
-        if path.stat().st_size > _LARGEST:
+        if not path.is_file() or path.stat().st_size > _LARGEST:  # a FIFO would be waited for
             return Table("", ())
         table = table_from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
