@@ -78,7 +78,7 @@ def train(config: Config, command: str) -> None:
     # -- Set up: device, data, model, optimizer -----------------------------------------------
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    device = pick_device(config.train.device)
+    device = pick_device(config.train.device, "train.device")
     bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -110,7 +110,9 @@ def train(config: Config, command: str) -> None:
     telemetry = Telemetry(model)
     distiller, teacher_hash = None, ""
     if config.distill.teacher:
-        teacher_device = pick_device(config.distill.device) if config.distill.device else device
+        teacher_device = device
+        if config.distill.device:
+            teacher_device = pick_device(config.distill.device, "distill.device")
         teacher = load_teacher(config.distill, model, tokenizer.hash, seq_len, teacher_device)
         teacher_hash = read_config(Path(config.distill.teacher)).config_sha256
         distiller = Distiller(teacher, model, config.distill, bf16)

@@ -170,7 +170,7 @@ def pack_command(
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text for the proof; repeatable.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Greedy tokens a prompt in the proof.")] = 32,
+    tokens: Annotated[int, typer.Option(help="Greedy tokens a prompt in the proof.", min=0)] = 32,
 ) -> None:
     """Pack a trained ternary model, or one with a [quant] recipe, and prove that it computes the
     same.
@@ -203,7 +203,7 @@ def pack_command(
         bars.add_task("packing and proving", total=None)
         save_model(target, packed, tokenizer, config.quant)
         packed, _ = load(target)
-        proof = prove(model, packed, ids, max(0, min(tokens, room)))
+        proof = prove(model, packed, ids, min(tokens, room))
 
     console = plain_console()
     before, after = sizes(target).fp32, sizes(target).stored

@@ -32,6 +32,7 @@ from bitnet.cli_bench_train import (
     train_command,
     valid_names,
 )
+from bitnet.cli_convert import pick_device
 from bitnet.progress import Reports, plain_console
 from bitnet.schema import UserError, check_file
 from bitnet_kernels.bench import estimate as estimating
@@ -158,7 +159,8 @@ def exact_command(
         int, typer.Option(help="Processes that compile. 0: one a CPU, 16 at most.", min=0, max=256)
     ] = 0,
     limit: Annotated[
-        float, typer.Option(help="Seconds of a case before its process is ended.", min=1)
+        float,
+        typer.Option(help="Seconds of a case before its process is ended.", min=1, max=1e6),
     ] = 120.0,
     device: Device = "auto",
     quick: Annotated[
@@ -177,12 +179,12 @@ def exact_command(
 
     Example: bitnet bench exact --shape 2560x6912 --m 1 --m 16
     """
-    target = _device(device)
+    shapes, target = _given(shape), _device(device)
     cases = small_cases()
     if quick:
         cases = [case for case in cases if case.m == 1]
     elif target.type == "cuda":
-        cases += timed_cases(_given(shape) or tuple(GOALS), m or GOAL_TOKENS)
+        cases += timed_cases(shapes or tuple(GOALS), m or GOAL_TOKENS)
     here = machine.describe(target)
     path = results_path(out, f"exact_{here.slug}.csv")
     columns = common_columns(here.name) | {"device": here.name, "driver": here.driver}
@@ -250,18 +252,7 @@ class _Asked(NamedTuple):
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("neither a CPU nor CUDA")
-        torch.empty(0, device=device, dtype=torch.float32)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(": ")[0]
-        raise UserError(
-            f"--device: {name!r} cannot be used here ({reason}); expected cpu, cuda, cuda:N or auto"
-        ) from error
+    device = pick_device(name)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # streams, graphs and events are of the current device
     return device
@@ -374,6 +365,7 @@ def tune_command(
 
     Example: bitnet bench tune --model bitnet-2b4t --m 1 --m 16
     """
+    shapes = tuple(dict.fromkeys([*_given(shape), *_shapes_of(model)])) or tuple(GOALS)
     target = _device(device)
     if target.type != "cuda":
         raise UserError("--device: tuning times kernels on a GPU; expected cuda or cuda:N")
@@ -382,7 +374,6 @@ def tune_command(
     from bitnet_kernels.tune import TOKENS as TABLE_TOKENS
     from bitnet_kernels.tune import Timer, tune
 
-    shapes = tuple(dict.fromkeys([*_given(shape), *_shapes_of(model)])) or tuple(GOALS)
     tokens = tuple(dict.fromkeys(m or TABLE_TOKENS))
     console = plain_console()
     with Reports(console=console) as bar:

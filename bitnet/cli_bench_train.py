@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Annotated, NamedTuple
 
 import torch
@@ -28,6 +27,7 @@ from bitnet.bench.train_rows import COLUMNS, KEY, as_text, figures, table
 from bitnet.bench.worker import WorkerDied
 from bitnet.cli_convert import pick_device
 from bitnet.config import Config, load_config
+from bitnet.durable import check_output
 from bitnet.progress import Reports, plain_console
 from bitnet.schema import UserError
 from bitnet.throughput import peak_flops
@@ -190,12 +190,7 @@ def results_path(out: str, name: str) -> Path:
     """The file that was named, else ``name`` beside the published figures or here; its folder is
     made. UserError where nothing can be written there: not after hours of measuring."""
     path = Path(out) if out else (RESULTS if RESULTS.is_dir() else Path()) / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-"):
-            pass
-    except OSError as error:
-        raise UserError(f"--out: cannot write {path}: {error.strerror}") from error
+    check_output("--out", path)
     return path
 
 

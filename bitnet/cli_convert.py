@@ -178,18 +178,21 @@ def read_text(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text: {error}") from error
 
 
-def pick_device(name: str) -> torch.device:
-    """A device by name, ``"auto"``: a GPU if there is one. UserError where it is not here."""
+def pick_device(name: str, option: str = "--device") -> torch.device:
+    """A device by name, ``"auto"``: a GPU if there is one. UserError, which names the option, where
+    it is not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
+        if device.type == "cpu" and device.index:
+            raise RuntimeError("CPUs have no numbers")
         torch.empty(0, device=device, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0].partition(": ")[0]
         raise UserError(
-            f"device {name!r} cannot be used here ({reason}); expected cpu, cuda, cuda:N or auto"
+            f"{option}: {name!r} cannot be used here ({reason}); expected cpu, cuda, cuda:N or auto"
         ) from error
     return device

@@ -16,7 +16,7 @@ from bitnet.summary import energy_tables
 def inspect_model(
     folder: Annotated[Path, typer.Argument(help="A model folder, trained or packed.")],
     context: Annotated[
-        int, typer.Option(help="Positions in view. 0: the model's longest.", min=0)
+        int, typer.Option(help="Positions in view. 0: the model's longest.", min=0, max=1 << 40)
     ] = 0,
 ) -> None:
     """Print operations, bytes and energy of a generated token, with the zeros of the real codes.

@@ -14,6 +14,7 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from bitnet.durable import check_output
 from bitnet.progress import Reports, plain_console
 from bitnet.schema import UserError
 from bitnet_kernels.sass import ARCHS, Arch, Report, inspect, listing
@@ -40,6 +41,9 @@ def inspect_kernels(
 
     Example: bitnet inspect kernels --arch sm_80 --arch sm_90 --kernel "M=1" --sass listings
     """
+    for option, path in (("--csv", csv_file), ("--sass", sass and f"{sass}/listing")):
+        if path:
+            check_output(option, Path(path))
     archs = {name: known_arch(name) for name in arch or ["sm_90"]}
     if find_spec("triton") is None:
         raise UserError("inspecting kernels needs Triton, which is not installed")

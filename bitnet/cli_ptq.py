@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bitnet.cli_convert import load_source, pick_device, read_text
 from bitnet.data import TokenDataset, sequential_windows
-from bitnet.durable import write_atomic
+from bitnet.durable import check_output, write_atomic
 from bitnet.evaluate import evaluate_windows
 from bitnet.export.folder import save_model
 from bitnet.linear import TernaryLinear
@@ -30,7 +30,7 @@ from bitnet.qat.integer import IntLayer
 from bitnet.qat.ptq import OnLayer, check_model, round_to_nearest
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.smoothquant import smoothquant
-from bitnet.schema import UserError, check_file
+from bitnet.schema import UserError
 from bitnet.tokenizer import Tokenizer
 
 FULL = "full precision"
@@ -75,7 +75,7 @@ def ptq_command(
     bits: Annotated[str, typer.Option(help=f"Bits a weight, of {', '.join(BITS)}.")] = "8,4,3,2",
     methods: Annotated[str, typer.Option(help="In any order.")] = ",".join(METHODS),
     group_size: Annotated[
-        int, typer.Option(help="Columns that share a scale. 0: a whole row.", min=0)
+        int, typer.Option(help="Columns that share a scale. 0: a whole row.", min=0, max=1 << 24)
     ] = 128,
     activation_bits: Annotated[
         int, typer.Option(help="4 to 8, a scale a token. 0: weights only.", min=0, max=8)
@@ -308,9 +308,9 @@ def check_csv(path: Path) -> None:
     """Raise UserError where --csv would replace what this command has not written."""
     if not path.parent.is_dir():
         raise UserError(f"--csv {path}: there is no folder {path.parent}")
+    check_output("--csv", path)
     if not path.exists():
         return
-    check_file(path)
     with path.open("rb") as file:
         head = file.read(100).decode("utf-8", "replace")
     if not head.startswith(",".join(Row._fields)):

@@ -204,7 +204,10 @@ _ADOPTED = {field.name for field in dataclasses.fields(ModelConfig)} - {
 
 def _from_folder(config: Config, folder: Path) -> Config:
     """The config with what ``train.init_from`` gives in place of defaults."""
-    saved, default = read_config(folder), ModelConfig()
+    try:
+        saved, default = read_config(folder), ModelConfig()
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from error
     where = f"train.init_from = {folder}"
     if saved.weights != "latent":
         raise UserError(f"{where}: its weights are {saved.weights}; training needs latent ones")
@@ -418,6 +421,8 @@ def _override(values: dict[str, Any], origins: dict[str, str], override: str) ->
             f"{override!r}: expected section.key=value (such as optim.lr=1e-3) or a .toml file"
         )
     hint = get_type_hints(_sections()[section]).get(key) if section in _sections() else None
+    with user_input(f"command line: {section}.{key}"):  # checkpoints and config.toml keep it
+        text.encode()
     value = _toml_value(text)
     if hint is str and not isinstance(value, str):
         value = text
@@ -473,7 +478,8 @@ def _one_line(error: ValidationError, section: str, origins: dict[str, str]) -> 
         hint = f"the nearest is {section}.{near[0]}" if near else "valid are " + ", ".join(hints)
         return f"{origin}: unknown key {section}.{name}; {hint}"
     # a union (a number or a word) has an error for each of its types; a list, for each item
-    same = [e for e in errors if e["loc"][0] == name and e["input"] == first["input"]]
+    value = repr(first["input"])  # NaN does not equal itself
+    same = [e for e in errors if e["loc"][0] == name and repr(e["input"]) == value]
     message = " or ".join(e["msg"].replace("Input should be ", "") for e in same)
     message = f"expected {message}" if "Input should be" in first["msg"] else message
     if first["type"] == "literal_error" and isinstance(first["input"], str):
@@ -481,4 +487,4 @@ def _one_line(error: ValidationError, section: str, origins: dict[str, str]) -> 
         near = get_close_matches(first["input"], valid, 1, 0.4)
         message += f"; the nearest is {near[0]!r}" if near else ""
     more = f" (and {len(errors) - len(same)} more)" if len(errors) > len(same) else ""
-    return f"{origin}: {section}.{name} = {first['input']!r}: {message}{more}"
+    return f"{origin}: {section}.{name} = {value}: {message}{more}"

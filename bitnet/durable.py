@@ -17,11 +17,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from bitnet.schema import check_file, user_input
 
 
 def sha256(path: Path) -> str:
@@ -63,6 +66,17 @@ def write_atomic(path: Path, data: bytes) -> None:
         aside.unlink(missing_ok=True)
         raise
     _fsync(path.parent)
+
+
+def check_output(option: str, path: Path) -> None:
+    """Raise UserError, naming the option, where a file cannot be written: before the work whose
+    results it is to hold. Its folder is made."""
+    with user_input(f"{option}: cannot write {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:64]}-"):
+            pass
+        if path.exists():
+            check_file(path)
 
 
 @contextmanager

@@ -139,9 +139,13 @@ def _is_prepared(path: Path, config: DataConfig, given: Tokenizer | None, consol
 
 def _settings(config: DataConfig, given: Tokenizer | None) -> dict[str, Any]:
     """The settings that decide what a set contains; a given tokenizer counts by its hash."""
+
+    def text(name: str) -> str:  # a file name that is no UTF-8 has lone surrogates, JSON has none
+        return name.encode(errors="backslashreplace").decode()
+
     settings: dict[str, Any] = {
-        "sources": config.sources,
-        "text_field": config.text_field,
+        "sources": [text(source) for source in config.sources],
+        "text_field": text(config.text_field),
         "val_fraction": config.val_fraction,
         "tokenizer": given.hash if given else "",
     }

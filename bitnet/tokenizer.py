@@ -250,13 +250,13 @@ def train_tokenizer(
     return Tokenizer(out)
 
 
-def check_text(text: str) -> None:
-    """Raise UserError where a text holds a lone surrogate, which has no UTF-8."""
+def check_text(text: str, name: str = "text") -> None:
+    """Raise UserError, naming the text, where it holds a lone surrogate, which has no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(
-            f"text: character {error.start} is a lone surrogate ({text[error.start]!r}), "
+            f"{name}: character {error.start} is a lone surrogate ({text[error.start]!r}), "
             "which has no UTF-8"
         ) from None
 

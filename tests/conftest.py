@@ -10,6 +10,7 @@ import random
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def bitnet(
         monkeypatch.setattr(sys, "argv", ["bitnet", *map(str, args)])
         monkeypatch.setenv("COLUMNS", "160")
         capsys.readouterr()
+        assert isinstance(sys.stderr, TextIOWrapper)
+        sys.stderr.reconfigure(errors="backslashreplace")  # as a program has it; capsys has not
         with pytest.raises(SystemExit) as caught:
             cli.main()
         out, err = capsys.readouterr()

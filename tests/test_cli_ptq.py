@@ -256,7 +256,7 @@ def test_rows_survive_a_failure(ptq: Ptq, root: Path, tmp_path: Path, monkeypatc
         (["fp", "--text", "none.txt", "--methods", "rtn"], "none.txt: No such file"),
         (["fp", "--data", "none"], "none does not exist"),
         (["nothing", "--data", "data"], "no such model folder"),
-        (["fp", "--data", "data", "--device", "tpu"], "device 'tpu' cannot be used"),
+        (["fp", "--data", "data", "--device", "tpu"], "--device: 'tpu' cannot be used"),
         (["fp", "--data", "data", "--csv", "no/where.csv"], "there is no folder no"),
         (["fp", "--data", "data", "--csv", "fp/config.json"], "is no result of bitnet ptq"),
         (["fp", "--data", "data", "--text", "fp/config.json"], "not both"),

@@ -449,6 +449,16 @@ def test_the_standard_library(tmp_path: Path) -> None:
     assert known in texts_of(path, "train") + texts_of(path, "val")
 
 
+def test_a_source_whose_name_is_no_utf8(tmp_path: Path, many: list[str]) -> None:
+    source = tmp_path / os.fsdecode(b"\xff.txt")
+    source.write_text("\n\n".join(many), encoding="utf-8")
+    for _ in range(2):  # made, and used as it is
+        path = make(tmp_path / "set", str(source), vocab_size=300)
+    assert json.loads((path / "index.json").read_bytes())["settings"]["sources"] == [
+        str(tmp_path / "\\udcff.txt")
+    ]
+
+
 def test_what_is_left_out_is_reported(
     tmp_path: Path, many: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from bitnet.engine.text import TextStream
 from bitnet.schema import UserError
-from bitnet.tokenizer import Tokenizer
+from bitnet.tokenizer import Tokenizer, check_text
 
 StopReason = Literal["eos", "stop", "length", "context"]
 """Why a row ended: end of document, a stop string, ``max_new_tokens`` reached, or the context is
@@ -60,6 +60,8 @@ class Options:
             stop = tuple(stop)  # an iterator can be read but once
         if not isinstance(stop, tuple) or not all(isinstance(one, str) and one for one in stop):
             raise UserError(f"stop must be a list of strings, none empty, got {stop!r}")
+        for one in stop:
+            check_text(one, "stop")
         object.__setattr__(self, "stop", stop)
 
 

@@ -367,6 +367,8 @@ def _check_vocab(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
 
 def _refuse_to_replace(folder: Path) -> None:
     """Replacing deletes, so only an empty folder or one that we wrote, and nothing else, goes."""
+    with user_input(str(folder)):  # no path, or a circle of links
+        folder.resolve()
     if folder.is_dir():
         present = {path.name for path in folder.iterdir()}
         for name in sorted(present - {CONFIG, TENSORS, *TOKENIZER_FILES}):
