@@ -346,7 +346,11 @@ def load_config(
         origins["data"] = origins[f"data.{key}"] = "command line"
     if paths and not values.get("run", {}).get("name"):
         values.setdefault("run", {})["name"] = Path(paths[-1]).stem
-    return _validate(values, origins)
+    config = _validate(values, origins)
+    for override in overrides:  # checkpoints and config.toml keep them
+        with user_input(f"command line: {override}"):
+            override.encode()
+    return config
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
@@ -421,8 +425,6 @@ def _override(values: dict[str, Any], origins: dict[str, str], override: str) ->
             f"{override!r}: expected section.key=value (such as optim.lr=1e-3) or a .toml file"
         )
     hint = get_type_hints(_sections()[section]).get(key) if section in _sections() else None
-    with user_input(f"command line: {section}.{key}"):  # checkpoints and config.toml keep it
-        text.encode()
     value = _toml_value(text)
     if hint is str and not isinstance(value, str):
         value = text
