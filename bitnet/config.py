@@ -130,6 +130,7 @@ class Config:
     def resolve(self) -> "Config":
         """Fill every 0 that the dial computes; raises UserError for what cannot be."""
         _check_name(self.run.name)
+        _check_encoding(self)
         folder = self.train.init_from
         with user_input(f"train.init_from = {folder}"):
             config = _from_folder(self, Path(folder)) if folder else self
@@ -185,6 +186,15 @@ class Config:
         return dataclasses.replace(
             train, batch_tokens=batch, micro_batch=micro, tokens=tokens, steps=steps
         )
+
+
+def _check_encoding(config: "Config") -> None:
+    """Raise UserError for text that config.toml and checkpoints cannot keep: a file name that is no
+    UTF-8, which `bitnet prepare` takes."""
+    for section, table in to_dict(config).items():
+        for key, value in table.items():
+            with user_input(f"{section}.{key}"):
+                ("".join(value) if isinstance(value, list) else str(value)).encode()
 
 
 def _check_name(name: str) -> None:
@@ -346,11 +356,7 @@ def load_config(
         origins["data"] = origins[f"data.{key}"] = "command line"
     if paths and not values.get("run", {}).get("name"):
         values.setdefault("run", {})["name"] = Path(paths[-1]).stem
-    config = _validate(values, origins)
-    for override in overrides:  # checkpoints and config.toml keep them
-        with user_input(f"command line: {override}"):
-            override.encode()
-    return config
+    return _validate(values, origins)
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:

@@ -241,8 +241,9 @@ def test_hostile_toml_is_one_line(tmp_path: Path, text: str) -> None:
     "override",
     ["train.tokens=1" + "0" * 400, "train.batch_tokens=1" + "0" * 30, "train.steps=1" + "0" * 5000,
      "data.seq_len=1" + "0" * 400, "data.tokenizer=" + "a" * 4000, "train.init_from=.",
-     "optim.lr=1e400", "train.steps=" + "[" * 5000, "train.steps=true"],
-    ids=lambda override: override[:24],
+     "optim.lr=1e400", "train.steps=" + "[" * 5000, "train.steps=true", "optim.lr=nan",
+     "data.sources=\udcff", "data.text_field=\udcff", "train.init_from=\udcff"],
+    ids=lambda override: ascii(override[:24]),
 )  # fmt: skip
 def test_absurd_values_are_one_line(override: str) -> None:
     with pytest.raises(UserError, match=f"{override.partition('=')[0]}|not a model folder"):
