@@ -20,7 +20,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from bitnet.elementwise import RMSNorm
-from bitnet.placement import CalledLayer, each_part
+from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.quant import (
     GradMask,
     Granularity,
@@ -98,10 +98,10 @@ class BitLinear(CalledLayer, nn.Linear):
 
         A layer without a norm inside takes :func:`bitnet.quant.quantize_tokens` of it as well.
         """
-        if not torch.compiler.is_compiling() and not self.called:
+        if not self.called and not torch.compiler.is_compiling():
             self.called = True
-        if isinstance(input, Tensor) and input.is_nested:
-            return each_part(self, input)
+        if isinstance(input, Tensor) and is_unusual(input):
+            return by_its_kind(self, input)
         if self.rms_norm is not None:
             if isinstance(input, Tokens):
                 raise TypeError("input: expected a tensor, which the layer's norm is yet to change")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.nn.utils.parametrize import type_before_parametrizations
 
@@ -48,6 +49,15 @@ def check_whole(model: nn.Module, remedy: str) -> None:
             raise ValueError(f"{name}: is sharded over ranks (a DTensor); {remedy}")
 
 
+def check_forward(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise ValueError for a subclass of ``kind`` whose own forward a conversion would lose."""
+    if type(module).forward is not kind.forward:
+        raise ValueError(
+            f"forward: {type(module).__name__} has one of its own, which would be lost; call the "
+            f"{kind.__name__} from a module instead"
+        )
+
+
 GATHER = (
     "gather first: load torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
     "options=StateDictOptions(full_state_dict=True)) into a model that is not sharded"
@@ -75,6 +85,8 @@ def why_full_precision(module: nn.Module) -> str:
         return "has no weights yet: run the model once first"
     if kind is nn.Linear or is_conv1d(module):
         return "in skip, or added later"
+    if kind is NonDynamicallyQuantizableLinear:
+        return "nn.MultiheadAttention uses its weight itself"
     if isinstance(module, nn.Linear):
         return (
             "a subclass of nn.Linear may use its weight in its own way; if its forward is that of "
@@ -95,4 +107,4 @@ def kept_weights(model: nn.Module) -> str:
         kinds[kind] = count + 1, total + weights, why_full_precision(module)
     largest = sorted(kinds.items(), key=lambda item: -item[1][1])
     lines = [f"{n} {kind} of {w:,} weights ({why})" for kind, (n, w, why) in largest]
-    return "; ".join(lines) or "it has no weights"
+    return "; ".join(lines) or "no weights"

@@ -35,6 +35,7 @@ from bitnet.elementwise import RMSNorm
 from bitnet.inventory import (
     GATHER,
     REPLACE_FIRST,
+    check_forward,
     check_whole,
     holders,
     is_conv1d,
@@ -42,7 +43,7 @@ from bitnet.inventory import (
     plain_linear,
     why_full_precision,
 )
-from bitnet.placement import CalledLayer, each_part
+from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.quant import Granularity, Tokens, dequantize, output_dtype
 from bitnet_kernels import bit_planes, pack_ternary, ternary_linear, unpack_ternary
 from bitnet_kernels.packing import codes_of, packed_columns
@@ -54,7 +55,7 @@ __all__ = [
     "TernaryLinear",
     "check_patterns",
     "computed_parameter",
-    "disable_fused_encoder",
+    "disable_nested_tensors",
     "hooked",
     "is_plain",
     "matches",
@@ -210,8 +211,8 @@ class TernaryLinear(CalledLayer, nn.Module):
 
     def forward(self, input: Tensor | Tokens) -> Tensor:
         """float ``[..., in_features]`` -> ``[..., out_features]``; no gradient."""
-        if isinstance(input, Tensor) and input.is_nested:
-            return each_part(self, input)
+        if isinstance(input, Tensor) and is_unusual(input):
+            return by_its_kind(self, input)
         x = input.values if isinstance(input, Tokens) else input  # kernels find the same codes
         if x.dim() == 0 or x.shape[-1] != self.in_features:  # packed rows are padded
             raise ValueError(
@@ -267,8 +268,7 @@ def replace_linear(
     would change nothing). The ``Conv1D`` of transformers (GPT-2) is replaced too, with a new weight
     that is its transposed: checkpoints from before the replacement no longer fit.
     :func:`bitnet.coverage` says what was replaced and what was not. Hooks on a replaced module are
-    not carried over. The fused inference path of ``nn.TransformerEncoder`` reads its layers'
-    weights past their forward; it is switched off where a layer is replaced.
+    not carried over.
 
     Arguments:
         model: any module; an ``nn.Linear`` itself is replaced by the returned BitLinear.
@@ -326,7 +326,7 @@ def replace_linear(
 
     model = replace_modules(model, convert)
     _check_replaced(model, skipped)
-    disable_fused_encoder(model)
+    disable_nested_tensors(model)
     return model
 
 
@@ -379,8 +379,8 @@ def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
         model: any module; a BitLinear itself is replaced by the returned TernaryLinear.
         kernel: which kernel the packed layers use.
     Raises:
-        ValueError: a layer whose weights are not finite (named); a model that FSDP or tensor
-            parallelism has sharded.
+        ValueError: a layer whose weights are not finite, or of a subclass with a forward of its
+            own (named); a model that FSDP or tensor parallelism has sharded.
     Warns:
         UserWarning: a layer that no forward has called, though it called others (named).
     """
@@ -391,6 +391,7 @@ def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
         if not isinstance(module, BitLinear):
             return None
         try:
+            check_forward(module, BitLinear)
             return TernaryLinear.from_bitlinear(module, kernel)
         except ValueError as error:
             raise ValueError(f"{name or 'model'}.{error}") from error
@@ -416,13 +417,11 @@ def replace_modules(
     return model
 
 
-def disable_fused_encoder(model: nn.Module) -> None:
-    """Keep ``nn.TransformerEncoder`` from reading its layers' weights past their forward, as its
-    fused inference path does."""
+def disable_nested_tensors(model: nn.Module) -> None:
+    """Keep ``nn.TransformerEncoder`` from making a nested tensor of a padded batch, which replaced
+    layers would take part by part."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0  # the fused path runs only for 1 and 2
-        elif isinstance(module, nn.TransformerEncoder):
+        if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
 
 

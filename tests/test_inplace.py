@@ -1,6 +1,7 @@
 """In-place operators behind every layer: the bits of the same operators out of place."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from bitnet.elementwise import RMSNorm, relu2_mul
 from bitnet.linear import BitLinear, pack, shared_tokens, weights_quantized
 from bitnet.loss import linear_cross_entropy
 from bitnet.qat.adapters import AdapterConfig, add_adapters
+from bitnet.qat.nf4 import NF4Linear
 from bitnet.qat.prepare import calibrate, convert, prepare
 from bitnet.qat.quantizers import fake_quantize_activation, fake_quantize_weight
 from bitnet.qat.recipe import ActivationQuantizer, Recipe, WeightQuantizer
@@ -304,3 +306,33 @@ def test_a_residual_network_trains() -> None:
         model(x).square().mean().backward()
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+class Meta(Tensor):
+    """What MONAI and others hand on: a tensor that stays of its class."""
+
+
+@pytest.mark.parametrize("kind", ["bitlinear", "norm", "qat", "conv", "none", "nf4"])
+def test_a_subclass_of_tensor_goes_through(kind: str) -> None:
+    """As through nn.Linear: the output is one too, may be modified in place, and has gradients."""
+    recipe = Recipe(weights="int", modules=["linear", "conv1d"], keep_first_last=False)
+    layers: dict[str, Callable[[], nn.Module]] = {
+        "bitlinear": lambda: BitLinear(8, 4),
+        "norm": lambda: BitLinear(8, 4, norm=True),
+        "qat": lambda: prepare(nn.Linear(8, 4), recipe),
+        "conv": lambda: prepare(nn.Conv1d(3, 4, 3), recipe),
+        "none": lambda: prepare(nn.Linear(8, 4), dataclasses.replace(recipe, activations="none")),
+        "nf4": lambda: NF4Linear(nn.Linear(8, 4)),
+    }
+    layer = layers[kind]()
+    results = []
+    for cls in (Tensor, Meta):
+        x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y = layer(x.as_subclass(cls))
+        assert type(y) is cls
+        y.relu_().square().sum().backward()
+        assert x.grad is not None
+        results.append([y.as_subclass(Tensor), x.grad, *(p.grad for p in layer.parameters())])
+        layer.zero_grad()
+    for of_tensor, of_subclass in zip(*results, strict=True):
+        assert (of_tensor is of_subclass is None) or torch.equal(of_tensor, of_subclass)

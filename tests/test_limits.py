@@ -2,6 +2,7 @@
 
 Sharding runs on gloo with one rank, in this process."""
 
+import io
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,11 @@ LIMITS: dict[str, Callable[..., Any]] = {
     "gradients of gradients": twice,
     "`torch.jit.script`": lambda: torch.jit.script(BitLinear(4, 3)),  # type: ignore[no-untyped-call]
     "`torch.onnx.export`": onnx,
+    "`torch.fx.symbolic_trace`": lambda: torch.fx.symbolic_trace(nn.Sequential(BitLinear(4, 3))),
+    "`torch.jit.save` of a trace": lambda: torch.jit.save(  # type: ignore[no-untyped-call]
+        torch.jit.trace(BitLinear(4, 3), X),  # type: ignore[no-untyped-call]
+        io.BytesIO(),
+    ),
     "tensor parallelism (`parallelize_module`)": parallel,
     "`replace_linear` after `fully_shard`": lambda mesh: replace_linear(
         sharded(nn.Sequential(nn.Linear(4, 4)), mesh)

@@ -349,3 +349,24 @@ def test_packed_layers_refuse_other_widths_and_group_scales_without_a_kernel() -
     for kernel in ("addsub", "dot"):
         with pytest.raises(ValueError, match=f"kernel: '{kernel}' has no group-wise scales"):
             TernaryLinear(200, 96, granularity="group", kernel=kernel)  # type: ignore[arg-type]
+
+
+def test_packing_does_not_lose_a_forward() -> None:
+    """A subclass with a forward of its own is refused by name; a parametrized layer is packed."""
+
+    class Shifted(BitLinear):
+        def forward(self, input: Any) -> Tensor:
+            return super().forward(input) + 1
+
+    with pytest.raises(ValueError, match=r"^1\.forward: Shifted has one of its own"):
+        pack(nn.Sequential(BitLinear(4, 4), Shifted(4, 4)))
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(BitLinear(4, 4)))
+    x = torch.randn(3, 4)
+    y = model(x)
+    assert torch.equal(pack(model)(x), y)
+    assert isinstance(model[0], TernaryLinear)
+
+
+def test_a_model_without_weights() -> None:
+    with pytest.raises(ValueError, match=r"^model: no layer was replaced; it has no weights$"):
+        replace_linear(nn.ReLU())

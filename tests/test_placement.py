@@ -2,13 +2,15 @@
 
 import copy
 import io
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.nn.quantizable import MultiheadAttention
 
-from bitnet.linear import BitLinear, pack
+from bitnet.linear import BitLinear, hooked, pack
 from bitnet.qat.adapters import LoRALinear
 from bitnet.qat.nf4 import NF4Linear
 from bitnet.qat.prepare import convert, prepare
@@ -31,7 +33,7 @@ def encoder_layer() -> nn.TransformerEncoderLayer:
 
 
 def quantize(layer: nn.TransformerEncoderLayer, kind: str) -> None:
-    layer.linear1 = KINDS[kind](layer.linear1)
+    layer._modules["linear1"] = KINDS[kind](layer.linear1)  # as libraries do it
     layer.add_module("linear2", KINDS[kind](layer.linear2))
 
 
@@ -54,6 +56,45 @@ def test_an_encoder_layer_calls_what_is_put_into_it(kind: str) -> None:
         expected = by_hand(layer, x)
         for model in (layer, copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
             assert torch.equal(model.eval()(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
+def test_a_compiled_encoder_layer_calls_what_is_put_into_it() -> None:
+    layer = encoder_layer().eval()
+    layer.linear1 = BitLinear(16, 32)
+    nn.init.zeros_(layer.self_attn.out_proj.weight)  # compiled, attention rounds in another way
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), by_hand(layer, x))
+
+
+def test_an_encoder_layer_calls_one_that_was_pickled_without_the_mark() -> None:
+    layer = encoder_layer().eval()
+    linear = BitLinear(16, 32)
+    state = linear.__getstate__() | {"_forward_pre_hooks": OrderedDict()}
+    layer.linear1 = BitLinear.__new__(BitLinear)
+    layer.linear1.__setstate__(state)
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        assert torch.equal(layer(x), by_hand(layer, x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_mark_is_no_hook(kind: str) -> None:
+    """A layer counts as hooked, and pays for hooks, only where somebody else has added one."""
+    layer = KINDS[kind](nn.Linear(8, 8))
+    assert not hooked(layer)
+    seen: list[nn.Module] = []
+    handle = copy.deepcopy(layer).register_forward_pre_hook(lambda module, _: seen.append(module))
+    assert not hooked(layer)
+    handle.remove()
+    handle = layer.register_forward_pre_hook(lambda module, _: seen.append(module))
+    layer(torch.randn(2, 8))
+    assert seen == [layer]
+    assert hooked(layer)
+    handle.remove()
+    assert not hooked(layer)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,3 +125,11 @@ def test_the_projection_of_an_attention_is_refused(kind: str) -> None:
         with pytest.raises(ValueError, match=r"out_proj: nn\.MultiheadAttention .* never calls it"):
             place()
     assert isinstance(attention.out_proj, nn.Linear)
+
+
+def test_an_attention_that_calls_its_projection_may_have_one() -> None:
+    attention = MultiheadAttention(8, 2)
+    attention.out_proj = BitLinear(8, 8)
+    x = torch.randn(3, 2, 8)
+    assert attention(x, x, x)[0].shape == x.shape
+    assert attention.out_proj.called

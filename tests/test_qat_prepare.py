@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bitnet.linear import BitLinear, TernaryLinear, pack, replace_linear
 from bitnet.model import ModelConfig, Transformer
 from bitnet.qat.adapters import AdapterConfig, add_adapters, merge_adapters
-from bitnet.qat.integer import IntConv1d, IntConv2d, IntEmbedding, IntLinear
+from bitnet.qat.integer import IntConv1d, IntConv2d, IntEmbedding, IntLayer, IntLinear
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
 from bitnet.qat.observers import Observer
 from bitnet.qat.prepare import (
@@ -683,3 +683,29 @@ def test_batch_norms_fold_before_and_after_replace_linear(
         factor = norm.weight / (norm.running_var + norm.eps).sqrt()  # type: ignore[operator]
         assert torch.equal(new_codes, codes * factor.sign()[:, None].to(torch.int8))
         torch.testing.assert_close(new_scale, scale * factor.abs().detach())
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+def test_parametrized_layers_are_converted(kind: Any) -> None:
+    recipe = Recipe(weights="int", bits=4, modules=[kind], keep_first_last=False)
+    layers = {
+        "linear": nn.Linear(8, 4),
+        "conv1d": nn.Conv1d(8, 4, 1),
+        "embedding": nn.Embedding(9, 8),
+    }
+    model = prepare(nn.Sequential(layers[kind]), recipe).eval()
+    nn.utils.parametrizations.weight_norm(model[0])  # type: ignore[index]
+    x = torch.tensor([[1, 7]]) if kind == "embedding" else torch.randn(2, 8, 8)
+    y = model(x)
+    assert torch.equal(convert(model)(x), y)
+    assert isinstance(model[0], IntLayer)  # type: ignore[index]
+
+
+def test_conversion_does_not_lose_a_forward() -> None:
+    class Shifted(QATLinear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + 1
+
+    layer = Shifted.from_float(nn.Linear(4, 4), Recipe(weights="int"))
+    with pytest.raises(ValueError, match=r"^0\.forward: Shifted has one of its own"):
+        convert(nn.Sequential(layer))

@@ -1,6 +1,7 @@
 """What torch.jit.trace and torch.export make of a layer takes other batch sizes, as nn.Linear's."""
 
 import copy
+import io
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from bitnet.qat.recipe import ActivationQuantizer, Recipe
 
 # Checks of shapes, which a trace does not hold; and torch.jit's own notice.
 TRACES = pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace.*:DeprecationWarning"
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning"
 )
 
 
@@ -132,3 +133,19 @@ def test_a_traced_layer_trains_with_another_batch() -> None:
         for model in (layer, traced)
     ]
     assert all(map(torch.equal, *gradients))
+
+
+@TRACES
+def test_traces_of_packed_and_integer_layers_can_be_saved() -> None:
+    recipe = Recipe(weights="int", modules=["linear", "conv2d"], keep_first_last=False)
+    conv = nn.Conv2d(4, 6, 3)
+    cases = [
+        (pack(BitLinear(8, 5)), torch.randn(3, 8), torch.randn(7, 8)),
+        (convert(prepare(nn.Linear(8, 5), recipe)), torch.randn(3, 8), torch.randn(7, 8)),
+        (convert(prepare(conv, recipe)), torch.randn(2, 4, 5, 5), torch.randn(1, 4, 6, 9)),
+    ]
+    for layer, example, other in cases:
+        buffer = io.BytesIO()
+        torch.jit.save(torch.jit.trace(layer, example), buffer)  # type: ignore[no-untyped-call]
+        buffer.seek(0)
+        assert torch.equal(torch.jit.load(buffer)(other), layer(other))  # type: ignore[no-untyped-call]

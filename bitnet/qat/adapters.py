@@ -30,11 +30,11 @@ from bitnet.dequantized import dequantized
 from bitnet.linear import (
     BitLinear,
     check_patterns,
-    disable_fused_encoder,
+    disable_nested_tensors,
     matches,
     replace_modules,
 )
-from bitnet.placement import CalledLayer, each_part
+from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.qat.layers import QATLinear
 from bitnet.qat.nf4 import FrozenLinear, NF4Linear
 from bitnet.qat.quantizers import dequantize
@@ -165,8 +165,8 @@ class LoRALinear(CalledLayer, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """float ``[..., K]`` -> ``[..., N]``, differentiable."""
-        if input.is_nested:
-            return each_part(self, input)
+        if is_unusual(input):
+            return by_its_kind(self, input)
         low = F.linear(input, self.lora_a.to(input.dtype))
         adapted = F.linear(low * self.scaling, self.lora_b.to(low.dtype))
         y: Tensor = self.base(input)
@@ -226,7 +226,7 @@ def add_adapters(model: nn.Module, config: AdapterConfig, recipe: Recipe = BITNE
         return LoRALinear(base, config.rank, config.alpha)
 
     replace_modules(model, convert)
-    disable_fused_encoder(model)
+    disable_nested_tensors(model)
     if not config.train_base:
         model.requires_grad_(False)
         for tensor in _tensors(model).values():

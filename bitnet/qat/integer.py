@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.dequantized import dequantized
+from bitnet.inventory import check_forward
 from bitnet.linear import TernaryLinear
-from bitnet.placement import CalledLayer, each_part
+from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
 from bitnet.qat.product import Codes, ConvOp, LinearOp, Op
-from bitnet.qat.quantizers import dequantize, fake_quantize_activation
+from bitnet.qat.quantizers import activation_codes, dequantize
 from bitnet.qat.recipe import TERNARY, Recipe
 from bitnet.quant import output_dtype
 
@@ -239,17 +240,15 @@ class _IntProduct(IntLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """As the QAT layer's in eval mode; no gradient for the weights."""
-        if input.is_nested:
-            return each_part(self, input)
+        if is_unusual(input):
+            return by_its_kind(self, input)
         x, recipe = self.op.batched(input), self.recipe
         w, dtype = Codes(*self.quantize()), output_dtype(input)
         if recipe.activations == "none":
             y = self.op.floating(x, dequantize(*w, recipe.group_size), self.bias, dtype)
         else:
-            codes, scale, zero_point, _ = fake_quantize_activation(
-                x, recipe, self.input_scale, self.input_zero_point, self.op.per_sample
-            )
-            x_codes = Codes(codes, scale, zero_point)
+            static = self.input_scale, self.input_zero_point
+            x_codes = Codes(*activation_codes(x, recipe, *static, self.op.per_sample))
             y = self.op.exact(x_codes, w, self.bias, dtype, recipe.group_size)
         return self.op.unbatched(y, input)
 
@@ -370,9 +369,11 @@ def integer_layer(
     has kernels; all others the ``Int`` form of their kind.
 
     Raises:
-        ValueError: weights that are not finite, static activations that nothing has calibrated.
+        ValueError: weights that are not finite, static activations that nothing has calibrated; a
+            subclass with a forward of its own.
     """
     recipe = layer.recipe
+    check_forward(layer, _kind(layer))
     if (
         isinstance(layer, QATLinear)
         and recipe.weights in TERNARY
@@ -382,7 +383,11 @@ def integer_layer(
         ternary = _ternary(layer, codes, scale)
         ternary.dtype = layer.weight.dtype
         return ternary.train(layer.training)
-    return _FORMS[type(layer)]._of(layer, codes, scale, zero_point)
+    return _FORMS[_kind(layer)]._of(layer, codes, scale, zero_point)
+
+
+def _kind(layer: QATLayer) -> type[QATLayer]:
+    return next(kind for kind in _FORMS if isinstance(layer, kind))
 
 
 def _ternary(layer: QATLinear, codes: Tensor, scale: Tensor) -> TernaryLinear:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitnet.placement import CalledLayer, each_part
+from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.qat.observers import Observer, make_observer
 from bitnet.qat.product import Codes, ConvOp, LinearOp, Op, exact_product
 from bitnet.qat.quantizers import (
@@ -60,7 +60,7 @@ class QATLayer(CalledLayer, nn.Module):
     """Whether a forward has run that was not compiled: see :func:`bitnet.coverage`."""
 
     def _mark_called(self) -> None:
-        if not torch.compiler.is_compiling() and not self.called:
+        if not self.called and not torch.compiler.is_compiling():
             self.called = True
 
     def _adopt(self, module: nn.Module, recipe: Recipe, observed: bool) -> Self:
@@ -135,8 +135,8 @@ class _ProductLayer(QATLayer):
             has calibrated (in training mode only where its observer is frozen or disabled).
         """
         self._mark_called()
-        if input.is_nested:
-            return each_part(self, input)
+        if is_unusual(input):
+            return by_its_kind(self, input)
         observer, recipe = self.input_observer, self.recipe
         if observer is not None and self.training:
             observer.observe(input.detach())

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from bitnet.dequantized import dequantized
-from bitnet.placement import CalledLayer, each_part
+from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.quant import output_dtype
 
 BLOCK = 64
@@ -169,8 +169,8 @@ class FrozenLinear(CalledLayer, nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """float ``[..., K]`` -> ``[..., N]``, differentiable in the input."""
-        if input.is_nested:
-            return each_part(self, input)
+        if is_unusual(input):
+            return by_its_kind(self, input)
         dtype = output_dtype(input)
         y: Tensor = _FrozenProduct.apply(input, self, dtype)
         return y if self.bias is None else y + self.bias.to(dtype)

@@ -26,7 +26,7 @@ from bitnet.linear import (
     BitLinear,
     TernaryLinear,
     computed_parameter,
-    disable_fused_encoder,
+    disable_nested_tensors,
     replace_modules,
     warn_never_called,
 )
@@ -52,8 +52,7 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
     it is empty) and ``skip`` does not. With ``keep_first_last`` the first and the last of *all*
     linear layers, convolutions and embeddings, in the order of registration, stay as they are; one
     that is registered twice counts in both places.
-    Tied weights stay tied, and share a learned scale. The fused inference path of
-    ``nn.TransformerEncoder``, which reads weights past its layers' forward, is switched off.
+    Tied weights stay tied, and share a learned scale.
 
     Arguments:
         model: float; a layer itself is replaced by the returned one. Each layer keeps its train or
@@ -101,7 +100,7 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
         return layer
 
     model = replace_modules(model, convert_one)
-    disable_fused_encoder(model)
+    disable_nested_tensors(model)
     return model
 
 

@@ -402,14 +402,14 @@ def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int)
     return to_int8(codes, *code_range(bits, zero_point is None))
 
 
-def fake_quantize_activation(
+def activation_codes(
     x: Tensor,
     recipe: Recipe,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     per_sample: bool = False,
-) -> Quantized:
-    """Quantize activations by ``recipe.activations`` and ``recipe.activation_bits``.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes of activations by ``recipe.activations`` and ``recipe.activation_bits``.
 
     Arguments:
         x: float ``[..., K]``.
@@ -417,9 +417,9 @@ def fake_quantize_activation(
         per_sample: for "absmax": one scale an index of the first axis (what a convolution needs)
             instead of one a token.
     Returns:
-        codes of x's shape; scale fp32: "absmax" ``x.shape[:-1]`` or ``x.shape[:1]``, with the
-        identity as gradient; "static" ``[]``, and a gradient of 0 outside the range. Where x holds
-        NaN or infinity that scale is NaN, as are all static ones then: codes would hide it.
+        codes int8 of x's shape; scale fp32: "absmax" ``x.shape[:-1]`` or ``x.shape[:1]``, "static"
+        ``[]``; the zero point. Where x holds NaN or infinity that scale is NaN, as are all static
+        ones then: codes would hide it.
     Raises:
         ValueError: "none" has no codes; a scale missing or superfluous. TypeError: x is not
         floating point.
@@ -430,20 +430,35 @@ def fake_quantize_activation(
         raise ValueError("recipe: activations 'none' have no codes")
     if (scale is None) == (recipe.activations == "static"):
         raise ValueError("scale: expected for static activations, and only for them")
-    bits, passes = recipe.activation_bits, None
-    with torch.no_grad():
-        if scale is None:
-            codes, scale = absmax_codes(x.flatten(1) if per_sample else x, bits)
-            codes = codes.reshape(x.shape)
-        else:
-            codes = static_codes(x, scale, zero_point, bits)
-            passes = within(unclamped(x, scale, zero_point), *code_range(bits, zero_point is None))
-            scale = torch.where(x.isfinite().all(), scale, torch.nan)
-    per_value = (
-        scale.reshape(*scale.shape, *(x.dim() - scale.dim()) * [1]) if scale.dim() else scale
-    )
+    bits = recipe.activation_bits
+    if scale is None:
+        codes, scale = absmax_codes(x.flatten(1) if per_sample else x, bits)
+        return codes.reshape(x.shape), scale, zero_point
+    codes = static_codes(x, scale, zero_point, bits)
+    return codes, torch.where(x.isfinite().all(), scale, torch.nan), zero_point
+
+
+def fake_quantize_activation(
+    x: Tensor,
+    recipe: Recipe,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    per_sample: bool = False,
+) -> Quantized:
+    """:func:`activation_codes` and their value, with the identity as gradient; "static": with a
+    gradient of 0 outside the range.
+
+    Arguments, errors: as :func:`activation_codes`.
+    """
+    codes, used, _ = activation_codes(x, recipe, scale, zero_point, per_sample)
+    passes = None
+    if scale is not None:
+        with torch.no_grad():
+            ends = code_range(recipe.activation_bits, zero_point is None)
+            passes = within(unclamped(x, scale, zero_point), *ends)
+    per_value = used.reshape(*used.shape, *(x.dim() - used.dim()) * [1]) if used.dim() else used
     hat = _StraightThrough.apply(x, codes, per_value, zero_point, passes)
-    return Quantized(codes, scale, zero_point, hat)
+    return Quantized(codes, used, zero_point, hat)
 
 
 def _check_weight(weight: Tensor) -> None:
