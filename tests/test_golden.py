@@ -32,6 +32,7 @@ from bitnet.optim import (
     learning_rate_factor,
     weight_decay_at,
 )
+from tests.double import rotary64
 
 GOLDEN = Path(__file__).with_name("golden_losses.txt")
 STEPS, VOCABULARY, SEQ_LEN = 50, 96, 33
@@ -94,14 +95,6 @@ def golden() -> dict[str, list[float]]:
 
 
 CLOSE_STEPS, CLOSE = 5, 1e-8
-
-
-def rotary64(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """bitnet.model.rotary in fp64: a cosine in fp32 is another one on another CPU."""
-    pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
-    angles = positions.double().unsqueeze(-1) * theta ** (-pairs / head_dim)
-    angles = torch.cat((angles, angles), -1)
-    return angles.cos(), angles.sin()
 
 
 @pytest.fixture(autouse=True)
