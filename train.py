@@ -52,6 +52,7 @@ from bitnet.metrics import Console, MetricsFile, Tracker
 from bitnet.model import Transformer
 from bitnet.optim import build_optimizer, clip_gradients, learning_rate_factor, weight_decay_at
 from bitnet.prepare import prepare
+from bitnet.progress import reporting
 from bitnet.qat.adapters import merge_adapters
 from bitnet.qat.distill import Distiller, load_teacher
 from bitnet.qat.recipe import Recipe
@@ -113,7 +114,8 @@ def train(config: Config, command: str) -> None:
         teacher_device = device
         if config.distill.device:
             teacher_device = pick_device(config.distill.device, "distill.device")
-        teacher = load_teacher(config.distill, model, tokenizer.hash, seq_len, teacher_device)
+        with reporting("loading the teacher"):
+            teacher = load_teacher(config.distill, model, tokenizer.hash, seq_len, teacher_device)
         teacher_hash = read_config(Path(config.distill.teacher)).config_sha256
         distiller = Distiller(teacher, model, config.distill, bf16)
 
@@ -215,7 +217,10 @@ def train(config: Config, command: str) -> None:
         tracker = Tracker(config.log, run_dir, config.run.name, to_dict(config), console.warn)
 
         # -- The loop ---------------------------------------------------------------------------
+        compiles = config.train.compile
         while step < total_steps and not stop:
+            console.doing(f"step {step + 1}{', which compiles' if compiles else ''}")
+            compiles = False
             watch.begin()
             inputs, targets = (t.to(device) for t in loader.batch(step))
             model.train()
@@ -304,6 +309,7 @@ def train(config: Config, command: str) -> None:
                             "optim.grad_clip often helps; both may change on resume"
                         )
                 if step % config.eval.every == 0 or last:
+                    console.doing(f"step {step}: evaluation")
                     result = validate()
                     with autocast:
                         sample = sample_text(model, tokenizer, sample_prompt, config)

@@ -8,6 +8,7 @@ import copy
 import os
 import sys
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ from bitnet.export.proof import prove
 from bitnet.linear import BitLinear, Kernel, pack
 from bitnet.model import Transformer, as_transformer
 from bitnet.prepare import prepare
-from bitnet.progress import Reports, plain_console
+from bitnet.progress import Reports, plain_console, reporting
 from bitnet.qat.prepare import convert
 from bitnet.schema import UserError
 from bitnet.shell import run
@@ -199,8 +200,7 @@ def pack_command(
             packed = as_transformer(convert(packed))
         except ValueError as error:
             raise UserError(f"{folder}: {error}") from error
-    with Reports() as bars:
-        bars.add_task("packing and proving", total=None)
+    with reporting("packing and proving"):
         save_model(target, packed, tokenizer, config.quant)
         packed, _ = load(target)
         proof = prove(model, packed, ids, min(tokens, room))
@@ -283,18 +283,20 @@ def generate_command(
         model, prompts, max_new_tokens, tokenizer, cache_dtype=kv, head=head, kernel=kernel
     )
     interrupted = False
+    several = reporting(f"generating {len(prompts)} texts") if len(prompts) > 1 else nullcontext()
     try:
-        engine.generate(
-            prompts,
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            eos_id=tokenizer.eos_ids,
-            stop=stop or (),
-            on_text=on_text,
-        )
+        with several:
+            engine.generate(
+                prompts,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                eos_id=tokenizer.eos_ids,
+                stop=stop or (),
+                on_text=on_text,
+            )
     except KeyboardInterrupt:
         interrupted = True
     if len(prompts) == 1:
@@ -334,8 +336,7 @@ def eval_command(
     model, tokenizer = load_for_inference(folder, device, kernel)
     if text:
         content = read_text(Path(text))
-        with Reports() as bars:
-            bars.add_task(f"evaluating {folder}", total=None)
+        with reporting(f"evaluating {folder}"):
             result = evaluate_text(model, tokenizer, content)
     else:
         dataset = TokenDataset(Path(data), split)
@@ -353,7 +354,9 @@ def eval_command(
         str(folder), f"{result.bits_per_byte:.4f}", f"{result.loss:.4f}", f"{result.perplexity:.2f}"
     )
     if baselines:
-        for name, bits in compressor_baselines(content.encode()).items():
+        with reporting("compressing by gzip and xz"):
+            compressed = compressor_baselines(content.encode())
+        for name, bits in compressed.items():
             table.add_row(name, f"{bits:.4f}", "", "")
     plain_console().print(table)
 

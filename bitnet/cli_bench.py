@@ -33,7 +33,7 @@ from bitnet.cli_bench_train import (
     valid_names,
 )
 from bitnet.cli_convert import pick_device
-from bitnet.progress import Reports, plain_console
+from bitnet.progress import Reports, plain_console, reporting
 from bitnet.schema import UserError, check_file
 from bitnet_kernels.bench import estimate as estimating
 from bitnet_kernels.bench import machine, report, rows
@@ -339,7 +339,7 @@ def _line(group: Group, new: list[rows.Row]) -> str:
 def _estimate(console: Console, path: Path, archs: tuple[str, ...], choice: Choice) -> None:
     common = common_columns("") | {"driver": ""}
     try:
-        with console.status("compiling kernels for GPUs that are not here"):
+        with reporting("compiling kernels for GPUs that are not here"):
             new = list(
                 estimating.estimates(archs, choice.shapes, choice.tokens, choice.kernels, common)
             )

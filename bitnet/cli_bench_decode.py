@@ -48,7 +48,7 @@ from bitnet.cli_convert import pick_device
 from bitnet.engine.decoder import LARGEST_BATCH
 from bitnet.export.folder import read_config
 from bitnet.model import ModelConfig
-from bitnet.progress import plain_console
+from bitnet.progress import plain_console, reporting
 from bitnet.schema import UserError
 from bitnet.summary import human
 from bitnet_kernels.bench import machine
@@ -344,7 +344,7 @@ def _profile(run: _Run, subjects: list[Subject]) -> None:
     subject, case = subjects[0], run.cases[0]
     (job,) = run.jobs(subject, [])
     read(run.path, PROFILE_COLUMNS)  # a file of something else is found before the work
-    with run.console.status(f"profiling {job.contender}, {subject.name}"):
+    with reporting(f"profiling {job.contender}, {subject.name}"):
         found: Profile = measure(job, case, run.here)
     common = common_columns(run.here, 1)
     write_profile(run.path, subject, case, job, found, common)

@@ -31,6 +31,7 @@ from rich.live import Live
 from rich.text import Text
 
 from bitnet.durable import write_atomic
+from bitnet.progress import Reports
 from bitnet.schema import STRICT, Count, Positive, UserError, read_file
 
 
@@ -268,13 +269,17 @@ class Console:
         )
         terminal = self._rich.is_terminal and not self._rich.is_dumb_terminal and not quiet
         self._live = Live(console=self._rich, refresh_per_second=4) if terminal else None
+        self._reports = Reports(console=self._rich, disable=True)  # its lines, but no bars
+        self._doing = self._reports.add_task("starting", total=None)
 
     def __enter__(self) -> "Console":
         if self._live is not None:
             self._live.start()
+        self._reports.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._reports.stop()
         if self._live is not None:
             self._live.stop()
 
@@ -310,6 +315,12 @@ class Console:
         encoding = self._rich.encoding
         text = text.translate(_PRINTABLE).encode(encoding, "replace").decode(encoding)
         self._rich.print(Text(text, style=style), soft_wrap=True)
+        self._reports.reset(self._doing)
+
+    def doing(self, what: str) -> None:
+        """Name what begins. Where there is no terminal, a line on stderr says so after some time
+        without another line."""
+        self._reports.update(self._doing, description=what)
 
     def warn(self, text: str) -> None:
         """Print a warning line."""

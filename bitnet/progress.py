@@ -1,11 +1,14 @@
 """Progress of what may take minutes, on stderr: bars on a terminal, elsewhere a line now and then.
 
-A log or a pipe gets a line about each task that is under way every :data:`EVERY` seconds, from a
-thread of its own, so that a loop need not know. What ends sooner says nothing.
+A log or a pipe gets a line about each task that has been under way, since it began or was reset,
+for another :data:`EVERY` seconds. A thread of its own writes it, so that a loop need not know. What
+ends sooner says nothing.
 """
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -14,13 +17,14 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     Task,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 
 EVERY = 15.0
-"""Seconds between lines where there is no terminal."""
+"""Seconds between lines about a task where there is no terminal."""
 
 
 def plain_console(**options: Any) -> Console:
@@ -72,10 +76,21 @@ class Reports(Progress):
         super().stop()
 
     def _report(self) -> None:
-        while not self._ended.wait(EVERY):
+        told: dict[TaskID, int] = {}
+        while not self._ended.wait(EVERY / 15):
             for task in self.tasks:
-                if not (task.finished or self.console.quiet):
+                due = int((task.elapsed or 0) // EVERY)
+                if due > told.get(task.id, 0) and not (task.finished or self.console.quiet):
                     print(_line(task), file=sys.stderr, flush=True)
+                told[task.id] = due
+
+
+@contextmanager
+def reporting(what: str) -> Iterator[None]:
+    """Report one task of unknown length while the block runs."""
+    with Reports() as bars:
+        bars.add_task(what, total=None)
+        yield
 
 
 def _line(task: Task) -> str:

@@ -2,13 +2,16 @@
 
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bitnet import cli
+from bitnet.engine.engine import Engine
 from bitnet.export.folder import load, save_model
 from bitnet.generate import encode_prompt, generate
 from bitnet.linear import BitLinear, TernaryLinear
@@ -97,6 +100,29 @@ def test_generate_streams_what_it_returns(bitnet: Bitnet, folders: Path) -> None
     assert code == 0
     assert "--- 1\ndef f" in both
     assert "--- 2\nx = ☃" in both
+
+
+def test_long_work_is_reported_where_there_is_no_terminal(
+    bitnet: Bitnet, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitnet.progress.EVERY", 0.05)
+    generated, compressed = Engine.generate, cli.compressor_baselines
+
+    def slow_generate(*args: Any, **options: Any) -> Any:
+        time.sleep(0.2)
+        return generated(*args, **options)
+
+    def slow_baselines(text: bytes) -> dict[str, float]:
+        time.sleep(0.2)
+        return compressed(text)
+
+    monkeypatch.setattr(Engine, "generate", slow_generate)
+    monkeypatch.setattr(cli, "compressor_baselines", slow_baselines)
+    words = ("generate", folders / "model", "--max-new-tokens", "2", "--prompt", "def")
+    assert "generating 2 texts after 0 s\n" in bitnet(*words, "--prompt", "x")[2]
+    assert "generating" not in bitnet(*words)[2]  # its text comes as it is generated
+    text = ("--text", folders / "text.txt", "--baselines")
+    assert "compressing by gzip and xz after" in bitnet("eval", folders / "model", *text)[2]
 
 
 def test_extreme_sampling_is_greedy(bitnet: Bitnet, folders: Path) -> None:
