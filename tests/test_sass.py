@@ -259,6 +259,74 @@ def test_what_multiplies_and_what_moves() -> None:
     )
 
 
+def test_a_constant_in_a_register_shifts_as_one_in_the_instruction() -> None:
+    """R4 is data. A register counts where every path moves such a constant into it, and nothing
+    that is unknown writes it on the way."""
+    text = """
+        LDG.E R4, [R2.64]
+        MOV R10, 0x4
+        IMAD.MOV.U32 R11, RZ, RZ, 0x8
+        UMOV UR5, 0x2
+        MOV R12, 0x5
+        MOV R13, R10
+        IMAD.WIDE R30, R4, R10, UR38
+        IMAD R32, R4, -R11, RZ
+        IMAD R33, R4.reuse, UR5, RZ
+        IMAD R34, R4, R12, RZ
+        IMAD R35, R4, R13, RZ
+        IMAD R36, R4, R9, RZ
+        FMUL R37, R4, R10
+        @P0 MOV R10, 0x3
+        IMAD R38, R4, R10, RZ
+        @P0 MOV R11, 0x10
+        IMAD R39, R4, R11.reuse, RZ
+        @P0 MOV R9, 0x4
+        IMAD R40, R4, R9, RZ
+        MOV R14, 0x4
+        head:
+        IMAD R41, R4, R14, RZ
+        IMAD R42, R4, R11, RZ
+        IADD3 R14, R14, R2, RZ
+        @P1 BRA `(.head)
+        CALL.REL.NOINC `(.function)
+        IMAD R43, R4, R11, RZ
+        EXIT
+        function:
+        IMAD R44, R4, R11, RZ
+        MOV R11, 0x3
+        RET.REL.NODEC R20 `(k)
+    """
+    on_data, moving, _ = sorted_out(text)
+    assert moving == ["R30", "R32", "R33", "R39", "R42"]
+    assert on_data == ["R34", "R35", "R36", "R37", "R38", "R40", "R41", "R43", "R44"]
+
+
+def test_local_memory_is_data_once_data_was_stored_there() -> None:
+    """A spilled address is none, also where it is read back in a loop; anything is, after data."""
+    assert sorted_out("""
+        STL [R1], R2
+        LDL.LU R10, [R1]
+        IMAD R30, R10, R9, RZ
+        LDG.E R4, [R6.64]
+        LDL R11, [R1+0x4]
+        IMAD R31, R11, R9, RZ
+        STL.64 [R1+0x8], R4
+        LDL R12, [R1]
+        IMAD R32, R12, R9, RZ
+        STL [R1], R2
+        LDL.64 R14, [R1]
+        IMAD R33, R15, R9, RZ
+    """) == (["R32", "R33"], [], ["R30", "R31"])
+    for store in ("STL [R4], R2", "@P0 STL [R1], R4", "ST.E [R2.64], R4"):
+        on_data, _, _ = sorted_out(f"""
+            LDG.E R4, [R2.64]
+            {store}
+            LDL R10, [R1]
+            IMAD R30, R10, R9, RZ
+        """)
+        assert on_data == ["R30"], store
+
+
 def test_tensor_cores_always_multiply_data() -> None:
     on_data, _, _ = sorted_out("""
         IMMA.16832.S8.S8 R4, R8.ROW, R12.COL, R4

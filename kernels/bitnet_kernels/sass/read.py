@@ -124,6 +124,15 @@ def successors(code: list[Instruction]) -> list[list[int]]:
     return following
 
 
+def predecessors(code: list[Instruction]) -> list[list[int]]:
+    """Which instructions may come right before each one, by :func:`successors`."""
+    before: list[list[int]] = [[] for _ in code]
+    for i, targets in enumerate(successors(code)):
+        for target in targets:
+            before[target].append(i)
+    return before
+
+
 def functions(code: list[Instruction]) -> frozenset[int]:
     """Indices of what calls lead to and returns from: of the functions that the kernel calls. (A
     call that never returns is a jump.)"""
@@ -139,11 +148,7 @@ def functions(code: list[Instruction]) -> frozenset[int]:
 
 def loops(code: list[Instruction]) -> list[Loop]:
     """Every loop, those of one head as one."""
-    following = successors(code)
-    before: list[list[int]] = [[] for _ in code]
-    for i, targets in enumerate(following):
-        for target in targets:
-            before[target].append(i)
+    following, before = successors(code), predecessors(code)
     reachable = _reach(following, 0)
     bodies: dict[int, set[int]] = {}
     for tail in sorted(reachable):

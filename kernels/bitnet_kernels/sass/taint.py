@@ -1,16 +1,18 @@
 """Which multipliers touch data: taint analysis of SASS.
 
-Data is what a load from memory fills (global, shared, local, tensor memory, atomics) and whatever
-any instruction makes of data: in registers, uniform registers and predicates, vectors register by
+Data is what a load from memory fills (global, shared, tensor memory, atomics) and whatever any
+instruction makes of data: in registers, uniform registers and predicates, vectors register by
 register, and also where a predicate made of data guards the instruction. Constant memory holds
-kernel parameters and is none. The analysis follows the control flow of the whole kernel, since
-registers are reused: a register stops being data where an unguarded instruction writes it anew.
-Branches on data are not followed.
+kernel parameters and is none. Local memory is a thread's own, and registers are spilled there: all
+of it is data once any data was stored in it, and none before. The analysis follows the control flow
+of the whole kernel, since registers are reused: a register stops being data where an unguarded
+instruction writes it anew. Branches on data are not followed.
 
 Multiplier units also move, shift and add: ptxas writes ``R4 = R5`` as IMAD.MOV and a shift by two
 as IMAD.SHL by 4, to spread work over pipes. So for *integer* multiply-adds on data it matters what
-the other factor is: 0, or a power of two up to sign, is told apart as moving; anything else, and
-every floating-point multiplier, dot product and tensor-core instruction, multiplies data.
+the other factor is: 0, or a power of two up to sign, is told apart as moving, whether it stands in
+the instruction or in a register that holds it on every path; anything else, and every
+floating-point multiplier, dot product and tensor-core instruction, multiplies data.
 """
 
 import re
@@ -18,13 +20,14 @@ from collections.abc import Iterable
 from itertools import takewhile
 from typing import NamedTuple
 
-from bitnet_kernels.sass.read import Instruction, Loop, functions, loops, successors
+from bitnet_kernels.sass.read import Instruction, Loop, functions, loops, predecessors, successors
 
 _REGISTER = re.compile(r"\b(UR|UP|R|P)(\d+)(\.64)?\b")
 _FIRST_BIT = {"R": 0, "UR": 256, "P": 512, "UP": 528}
 _ALL_PREDICATES = {"PR": 0xFF << 512, "UPR": 0xFF << 528}
+_LOCAL_MEMORY = 1 << 544
 
-_LOAD = re.compile(r"LD(G|S|SM|L|TM|GMC)?|ATOM[GS]?|SULD|TEX|TLD4?|B2R")  # B2R: of a barrier
+_LOAD = re.compile(r"LD(G|S|SM|TM|GMC)?|ATOM[GS]?|SULD|TEX|TLD4?|B2R")  # B2R: of a barrier
 _NO_OUTPUT = re.compile(
     r"(ST|BRA|BRX|JMP|CALL|RET|EXIT|BAR|BSSY|BSYNC|BREAK|WARPSYNC|NANOSLEEP|UTMA|UBLK).*"
     r"|REDG?|WARPGROUP|DEPBAR|LDGDEPBAR|LDGSTS|MEMBAR|FENCE|CCTL|NOP|ERRBAR|YIELD"
@@ -53,7 +56,7 @@ class Multipliers(NamedTuple):
 def multipliers(code: list[Instruction], loop: Loop) -> Multipliers:
     """Sort the multipliers of a loop of ``code``, in order of their addresses."""
     found = Multipliers([], [], [])
-    states = taints(code)
+    states, before = taints(code), predecessors(code)
     for i in sorted(loop.body):
         instruction, state = code[i], states[i]
         if instruction.is_tensor_core:  # reads its operands from memory, or from fragments of it
@@ -61,8 +64,10 @@ def multipliers(code: list[Instruction], loop: Loop) -> Multipliers:
         elif _INTEGER.fullmatch(instruction.base) or _ALWAYS.fullmatch(instruction.base):
             factors = _outputs_and_sources(instruction)[1][:2]
             on_data = any(mask & state for mask in _source_masks(instruction)[:2])
-            shifts = any(_only_shifts(factor) for factor in factors)
-            if on_data and not (shifts and _INTEGER.fullmatch(instruction.base)):
+            integer = _INTEGER.fullmatch(instruction.base)
+            if on_data and not (
+                integer and any(_only_shifts(code, before, i, factor) for factor in factors)
+            ):
                 found.on_data.append(instruction)
             elif _reads(instruction) & state:
                 found.moving.append(instruction)
@@ -147,7 +152,8 @@ def _width(instruction: Instruction) -> int:
 def _writes(instruction: Instruction) -> int:
     """The registers that it may write."""
     outputs, _ = _outputs_and_sources(instruction)
-    return _union(_mask(operand, _width(instruction)) for operand in outputs)
+    local = _LOCAL_MEMORY if instruction.base in ("STL", "ST") else 0
+    return _union(_mask(operand, _width(instruction)) for operand in outputs) | local
 
 
 def _surely_writes(instruction: Instruction) -> int:
@@ -160,7 +166,8 @@ def _surely_writes(instruction: Instruction) -> int:
 
 def _reads(instruction: Instruction) -> int:
     """The registers of all sources, and of the guard."""
-    return _union(_source_masks(instruction)) | _mask(instruction.guard, 1)
+    local = _LOCAL_MEMORY if instruction.base == "LDL" else 0
+    return _union(_source_masks(instruction)) | _mask(instruction.guard, 1) | local
 
 
 def _source_masks(instruction: Instruction) -> list[int]:
@@ -192,12 +199,46 @@ def _union(masks: Iterable[int]) -> int:
     return result
 
 
-def _only_shifts(factor: str) -> bool:
-    """A factor of 0 (RZ) or plus or minus a power of two, as it stands in the instruction."""
-    if factor.strip("-") in ("RZ", "URZ"):
+def _only_shifts(code: list[Instruction], before: list[list[int]], i: int, factor: str) -> bool:
+    """Whether a factor of instruction ``i`` is 0 or a power of two up to sign: as it stands there,
+    or in a register into which every path moves such a constant. ``before`` is
+    :func:`bitnet_kernels.sass.read.predecessors` of ``code``."""
+    if _is_shift(factor):
         return True
-    if not re.fullmatch(r"-?0x[0-9a-f]+", factor):
+    register = re.fullmatch(r"-?(U?R\d+)(\.reuse)?", factor)
+    if register is None:
         return False
-    value = abs(int(factor, 16))
+    mask = _mask(register[1], 1)
+    seen, stack = {i}, [i]
+    while stack:
+        above = before[stack.pop()]
+        if not above:  # the kernel's begin, or code that only calls lead to
+            return False
+        for j in {*above} - seen:
+            seen.add(j)
+            one = code[j]
+            if one.base == "CALL" or (_writes(one) & mask and not _moves_shift(one)):
+                return False
+            if not _surely_writes(one) & mask:
+                stack.append(j)
+    return True
+
+
+def _moves_shift(instruction: Instruction) -> bool:
+    """Whether it writes a constant 0 or power of two, up to sign, into one register."""
+    opcode, operands = instruction.opcode, instruction.operands
+    moves = (opcode in ("MOV", "UMOV") and len(operands) == 2) or (
+        re.fullmatch(r"IMAD\.MOV(\.U32)?", opcode) and operands[1:3] == ("RZ", "RZ")
+    )
+    return bool(moves) and _is_shift(operands[-1])
+
+
+def _is_shift(constant: str) -> bool:
+    """A factor that is 0 (RZ) or plus or minus a power of two, as it stands in the instruction."""
+    if constant.strip("-") in ("RZ", "URZ"):
+        return True
+    if not re.fullmatch(r"-?0x[0-9a-f]+", constant):
+        return False
+    value = abs(int(constant, 16))
     value = min(value, 2**32 - value)  # -2 may be printed as 0xfffffffe
     return value & (value - 1) == 0
