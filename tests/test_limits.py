@@ -20,6 +20,7 @@ from bitnet import BitLinear, pack, replace_linear
 from bitnet.qat import Recipe, convert, prepare
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+QAT = Recipe(weights="int", keep_first_last=False)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,7 @@ def prepare_packed() -> None:
 
 LIMITS: dict[str, Callable[..., Any]] = {
     "`torch.func.vmap`, `jacfwd`": lambda: torch.func.vmap(BitLinear(4, 3))(X),
+    "`torch.func` of a QAT layer": lambda: torch.func.vjp(prepare(nn.Linear(4, 3), QAT), X),
     "forward mode, `torch.func.jvp`": forward_mode,
     "gradients of gradients": twice,
     "`torch.jit.script`": lambda: torch.jit.script(BitLinear(4, 3)),  # type: ignore[no-untyped-call]
