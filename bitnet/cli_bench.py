@@ -34,7 +34,7 @@ from bitnet.cli_bench_train import (
 )
 from bitnet.cli_convert import pick_device
 from bitnet.progress import Reports, plain_console, reporting
-from bitnet.schema import UserError, check_file
+from bitnet.schema import UserError
 from bitnet_kernels.bench import estimate as estimating
 from bitnet_kernels.bench import machine, report, rows
 from bitnet_kernels.bench.contenders import DTYPES, choices, missing
@@ -312,8 +312,6 @@ def _measure(console: Console, path: Path, kept: list[rows.Row], bench: Bench) -
 
 
 def _read(path: Path) -> list[rows.Row]:
-    if path.exists():
-        check_file(path)
     try:
         return rows.read(path)
     except ValueError as error:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from bitnet.durable import check_output
 from bitnet.progress import Reports, plain_console
-from bitnet.schema import UserError
+from bitnet.schema import UserError, user_input
 from bitnet_kernels.sass import ARCHS, Arch, Report, inspect, listing
 
 _PIPES = ("issue", "alu", "imad", "fma", "xu", "lsu", "tensor")
@@ -162,7 +162,8 @@ def shortened(opcodes: list[str]) -> str:
 
 def write_listing(folder: Path, spec: Any, sm: int) -> None:
     """``FOLDER/sad-M=1.sm_90.sass``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with user_input(f"--out {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w=.-]+", "-", spec.name)
     (folder / f"{name}.sm_{sm}.sass").write_text(listing(spec, sm), encoding="utf-8")
 

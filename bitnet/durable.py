@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -43,10 +44,10 @@ def _fsync(path: Path) -> None:
 
 def _make_folder(path: Path) -> None:
     """mkdir -p whose new entries survive a power cut."""
-    if not path.is_dir():
-        _make_folder(path.parent)
-        path.mkdir(exist_ok=True)
-        _fsync(path.parent)
+    missing = takewhile(lambda folder: not folder.is_dir(), (path, *path.parents))
+    for folder in reversed(list(missing)):
+        folder.mkdir(exist_ok=True)
+        _fsync(folder.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -75,7 +76,7 @@ def check_output(option: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:64]}-"):
             pass
-        if path.exists():
+        if os.path.lexists(path):  # a circle of links does not "exist"
             check_file(path)
 
 
@@ -89,9 +90,11 @@ def new_folder(path: Path) -> Iterator[Path]:
     it back.
 
     Raises:
+        UserError: ``path`` cannot be a folder's.
         OSError: and whatever the block raises; what was at ``path`` is untouched then.
     """
-    path = path.resolve()  # a link to a folder stays a link: what it points to is replaced
+    with user_input(str(path)):  # it may be a circle of links
+        path = path.resolve()  # a link to a folder stays a link: what it points to is replaced
     aside, old = path.with_name(f".tmp-{path.name}"), path.with_name(f".old-{path.name}")
     _make_folder(path.parent)
     if aside.exists():

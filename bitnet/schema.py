@@ -22,12 +22,13 @@ class UserError(ValueError):
     is one, the nearest valid name. The command line prints the line and exits with code 2.
 
     The message becomes one line whatever a name in it holds: line breaks become spaces, and other
-    control characters become their codes.
+    control characters, and bytes of a file's name that are no UTF-8, become their codes.
     """
 
     def __init__(self, message: str) -> None:
         line = " ".join(part.strip() for part in message.splitlines())
-        super().__init__(line.translate(_CONTROL_CODES))
+        line = line.translate(_CONTROL_CODES).encode(errors="backslashreplace").decode()
+        super().__init__(line)
 
 
 @contextmanager

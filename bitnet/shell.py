@@ -126,7 +126,7 @@ def _fail(error: BaseException, message: str) -> Never:
     with suppress(BrokenPipeError):
         if debugging():
             traceback.print_exception(error)
-        print(f"error: {cut(' '.join(message.split()))}", file=sys.stderr)
+        print(f"error: {cut(str(UserError(message)))}", file=sys.stderr)
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

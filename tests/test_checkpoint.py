@@ -316,6 +316,26 @@ def test_sparse_manifests_and_fifos_are_not_read(tmp_path: Path) -> None:
     assert "21,474,836,480 bytes" in newest.damaged[1]
 
 
+def test_a_group_outside_the_folder_is_not_read(tmp_path: Path) -> None:
+    path, outside = write(tmp_path, 1), write(tmp_path / "outside", 2)
+    for group in (f"../outside/{outside.name}/model", str(outside / "model"), "", "other"):
+        manifest = json.loads((path / "manifest.json").read_text())
+        manifest["aliases"] = {group: {}}
+        (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        with pytest.raises(DamagedError, match=r"safetensors: it is not in the manifest"):
+            load(path)
+
+
+def test_a_state_of_gigabytes_is_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path, 1)
+    os.truncate(path / "state.json", 20 * 2**30)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.json"]["bytes"] = 20 * 2**30
+    (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    with pytest.raises(DamagedError, match="21,474,836,480 bytes; at most"):
+        load(path)
+
+
 def test_none_whole_is_an_error_not_a_fresh_start(tmp_path: Path) -> None:
     for step in (1, 2):
         _missing_tensors(write(tmp_path, step))

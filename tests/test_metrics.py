@@ -232,6 +232,15 @@ def test_a_resumed_run_keeps_its_id(wandb: FakeWandb, start: Start) -> None:
     assert re.fullmatch("[0-9a-f]{8}", first)
 
 
+def test_an_id_that_is_no_file_is_one_warning(
+    wandb: FakeWandb, start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "wandb").mkdir()
+    os.mkfifo(tmp_path / "wandb" / "id")
+    _, warnings = start()
+    assert "not a regular file" in warnings[0]
+
+
 def test_online_without_a_key_is_offline_and_says_so(wandb: FakeWandb, start: Start) -> None:
     _, warnings = start("online")
     assert wandb.calls[0]["settings"]["mode"] == "offline"

@@ -113,6 +113,23 @@ def test_an_archive_of_zeros_does_not_fill_the_memory(tmp_path: Path, ending: st
         read(path)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.xz", "a.jsonl.zst"])
+def test_gigabytes_of_zeros_are_not_read(tmp_path: Path, name: str) -> None:
+    """As a download leaves them that has its size from the beginning."""
+    path = tmp_path / name
+    pack = COMPRESS.get(path.suffix)
+    path.write_bytes(pack(b'{"text": "one"}') if pack else b"")
+    os.truncate(path, 20 * 2**30)
+    with pytest.raises(UserError, match="zeros"):
+        read(path)
+
+
+def test_zeros_within_a_text_are_kept(tmp_path: Path) -> None:
+    text = "a" + "\0" * 500_000 + "b"
+    (tmp_path / "a.txt").write_text(text)
+    assert read(tmp_path) == [text]
+
+
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"no parquet file at all", None])
 def test_damaged_parquet_is_named(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "a.parquet"
