@@ -1,5 +1,6 @@
 """A recipe with embeddings all the way: generated from, packed, evaluated, started from."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import pytest
 import torch
 
 from bitnet.engine.decoder import Decoder
+from bitnet.export import folder as folders
 from bitnet.export.folder import load, load_model, save_model
 from bitnet.generate import generate
-from bitnet.model import ModelConfig, Transformer
+from bitnet.model import ModelConfig, Transformer, as_transformer
+from bitnet.qat.adapters import AdapterConfig, LoRALinear, add_adapters, merge_adapters
 from bitnet.qat.integer import IntEmbedding
 from bitnet.qat.layers import QATEmbedding
 from bitnet.qat.prepare import calibrate, convert, prepare
@@ -127,6 +130,66 @@ def test_the_commands_take_such_a_folder(
     for command in (["ptq", folder, "--text", text], ["inspect", "model", folder]):
         code, _, err = bitnet(*command)
         assert (code, "Traceback" in err) == (2, False)  # it says that it is quantized already
+
+
+@pytest.mark.parametrize("name", ["int4", "head kept", "embedding only"])
+def test_adapters_beside_a_quantized_embedding(
+    name: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model, prompt, tokens = prepared(RECIPES[name], True), [2, 5, 77], torch.tensor([[2, 5, 77]])
+    with torch.no_grad():
+        before = model(tokens)
+    add_adapters(model, AdapterConfig(kind="lora", rank=2), RECIPES[name])
+    with torch.no_grad():
+        assert torch.equal(model(tokens), before)  # an adapter begins as nothing
+        for layer in model.modules():
+            if isinstance(layer, LoRALinear):
+                layer.lora_b.normal_(std=0.1)
+        assert not torch.equal(model(tokens), before)
+    assert generate(model, [prompt], 4) == [greedy(model, prompt, 4)]
+    merge_adapters(model)
+    text = greedy(model, prompt, 4)
+    save_model(tmp_path / "merged", model, tokenizer, RECIPES[name])
+    assert generate(load_model(tmp_path / "merged"), [prompt], 4) == [text]
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["latent", "integer"])
+@pytest.mark.parametrize("name", ["int4", "groups", "static", "embedding only"])
+def test_in_bfloat16(name: str, converted: bool) -> None:
+    model, prompt = prepared(RECIPES[name], tied=True), [2, 5, 77, 130]
+    model = as_transformer(convert(model)) if converted else model
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        assert model(torch.tensor([prompt])).dtype == torch.bfloat16
+    assert generate(model, [prompt], 3) == [greedy(model, prompt, 3)]
+
+
+def test_the_benchmark_of_ternary_models_refuses_such_a_folder(
+    bitnet: Bitnet, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    save_model(tmp_path / "m", prepared(RECIPES["int4"], True), tokenizer, RECIPES["int4"])
+    code, _, err = bitnet("bench", "decode", "--quick", "--model", tmp_path / "m")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert err.startswith(f"error: --model: {tmp_path / 'm'} is not ternary")
+
+
+def test_packing_that_is_ended_leaves_nothing(
+    bitnet: Bitnet, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM once the tensors are written, before the folder has its name."""
+    save_model(tmp_path / "m", prepared(RECIPES["int4"], True), tokenizer, RECIPES["int4"])
+    save_tensors = folders.save_tensors
+
+    def ended(*args: Any) -> Any:
+        result = save_tensors(*args)
+        assert (tmp_path / ".tmp-m-packed" / "model.safetensors").exists()
+        signal.raise_signal(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(folders, "save_tensors", ended)
+    code, out, err = bitnet("pack", tmp_path / "m", "--tokens", "2")
+    assert (code, out, "Traceback" in err) == (143, "", False)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_another_class_of_embedding_is_still_refused() -> None:
