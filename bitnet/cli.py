@@ -61,7 +61,7 @@ class _ConfigByDefault(TyperGroup):
 
 inspect_app = typer.Typer(
     cls=_ConfigByDefault,
-    help="Show what a config comes to, or what the GPU kernels compile to.\n\n"
+    help="Show the sizes and costs of a config or a model, or the GPU kernels' machine code.\n\n"
     "bitnet inspect CONFIG.toml... [SECTION.KEY=VALUE...]: shapes, parameters, FLOPs, memory, "
     "energy. Try: bitnet inspect configs/15m.toml model.depth=8\n\n"
     "bitnet inspect model FOLDER: what a token of a trained or packed model costs.\n\n"
@@ -143,7 +143,7 @@ def prepare_command(
 def inspect_command(
     args: Annotated[list[str], typer.Argument(metavar="CONFIG.toml... [SECTION.KEY=VALUE...]")],
 ) -> None:
-    """Print what a config comes to: shapes, parameters, FLOPs, memory, energy, the dial's choices.
+    """Print a config's shapes, parameters, FLOPs, memory and energy, and what model.depth chose.
 
     Nothing is built or downloaded. Try: bitnet inspect configs/15m.toml model.depth=8
     """

@@ -258,7 +258,7 @@ def replace_linear(
     model: nn.Module,
     skip: str | Sequence[str] = DEFAULT_SKIP,
     *,
-    also: Sequence[type[nn.Linear]] = (),
+    also: type[nn.Linear] | Sequence[type[nn.Linear]] = (),
     **options: Any,
 ) -> nn.Module:
     """Replace every ``nn.Linear`` by a :class:`BitLinear` with the same parameters, in place.
@@ -277,6 +277,7 @@ def replace_linear(
         also: subclasses of ``nn.Linear`` to replace as well; their own forward is lost.
         options: BitLinear's keywords (``granularity``, ``norm``, ...).
     Raises:
+        TypeError: ``also`` holds something else than subclasses of ``nn.Linear``.
         ValueError: nothing is replaced, and the model has no ternary layer already; a name in
             ``skip`` that no module has; a layer that is empty or lazy, or whose weight or bias a
             hook or a parametrization computes.
@@ -292,6 +293,9 @@ def replace_linear(
         for name, module in model.named_modules(remove_duplicate=False)
         if matches(name, skip)
     }
+    also = (also,) if isinstance(also, type) else tuple(also)
+    if not all(isinstance(kind, type) and issubclass(kind, nn.Linear) for kind in also):
+        raise TypeError(f"also: expected subclasses of nn.Linear, got {also!r}")
     BitLinear(1, 1, device="meta", **options)  # wrong options are no layer's fault
     kinds, transposed = (nn.Linear, *also), dict[int, nn.Parameter]()
 
@@ -305,7 +309,8 @@ def replace_linear(
             return None
         if computed := computed_parameter(module):
             raise ValueError(
-                f"{name or 'model'}: its {computed} is computed by a hook (weight_norm, ...)"
+                f"{name or 'model'}: its {computed} is computed by a hook "
+                "(weight_norm, pruning, ...); remove the hook first"
             )
         module = plain_linear(module, transposed)
         try:

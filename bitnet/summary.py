@@ -1,4 +1,4 @@
-"""What a config comes to, without building it: shapes, parameters, FLOPs, bytes, energy."""
+"""A config's shapes, parameters, FLOPs, bytes and energy, computed without building the model."""
 
 from rich.table import Table
 

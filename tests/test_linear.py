@@ -284,6 +284,16 @@ def test_compile_without_graph_break() -> None:
     assert bitnet_kernels.pack_ternary(layer.quantize()[0]).dtype == torch.uint8
 
 
+def test_also_takes_one_class_and_refuses_what_is_no_linear_class() -> None:
+    class Mine(nn.Linear):
+        pass
+
+    assert type(replace_linear(nn.Sequential(Mine(4, 4)), also=Mine)[0]) is BitLinear
+    for wrong in ("Mine", [nn.Conv2d], [Mine(4, 4)]):
+        with pytest.raises(TypeError, match=r"also: expected subclasses of nn\.Linear, got"):
+            replace_linear(nn.Sequential(nn.Linear(4, 4)), also=wrong)
+
+
 def test_skip_takes_one_name_and_any_name_of_a_shared_module() -> None:
     model = nn.Module()
     model.proj = model.lm_head = nn.Linear(3, 3)

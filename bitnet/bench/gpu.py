@@ -52,7 +52,8 @@ _PROBE = """
 import json, sys, torch
 from bitnet_kernels.bench.machine import describe, package_version
 if not {cpu} and not torch.cuda.is_available():
-    sys.exit(f"error: torch {{torch.__version__}} finds no GPU here")
+    sys.exit(f"error: torch {{torch.__version__}} finds no GPU here. docs/gpu.md says what is "
+             "needed; without a GPU: python3 bitnet/bench/gpu.py --rehearse --out rehearsal")
 here = describe(torch.device("cpu" if {cpu} else "cuda"))
 cc = "" if {cpu} else ", compute capability %d.%d" % torch.cuda.get_device_capability()
 versions = f"torch {{torch.__version__}}, Triton {{package_version('triton') or 'missing'}}"

@@ -82,7 +82,8 @@ def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
             return None
         if computed := computed_parameter(module):
             raise ValueError(
-                f"{name or 'model'}: its {computed} is computed by a hook (weight_norm, ...)"
+                f"{name or 'model'}: its {computed} is computed by a hook "
+                "(weight_norm, pruning, ...); remove the hook first"
             )
         if is_conv1d(module):
             module = plain_linear(module, transposed)
