@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
+from itertools import takewhile
 from types import FrameType
 from typing import Any, Never
 
@@ -59,8 +60,7 @@ def run(app: Callable[..., Any]) -> Never:
     import typer
 
     usage_error: Any = typer.BadParameter.__base__
-    words = sys.argv[1:]
-    if "--debug" in words[: words.index("--") if "--" in words else None]:
+    if "--debug" in takewhile(lambda word: word != "--", sys.argv[1:]):
         sys.argv.remove("--debug")
         os.environ["BITNET_DEBUG"] = "1"
     with one_line_errors():
@@ -92,21 +92,24 @@ def one_line_errors() -> Iterator[None]:
     except BrokenPipeError:
         _drop_output()
         sys.exit(1)
-    except MemoryError as error:
-        _fail(error, "out of memory: lower train.micro_batch, or take a smaller model")
-    except RuntimeError as error:
-        import torch
-
-        if isinstance(error, torch.OutOfMemoryError):
-            advice = f"lower train.micro_batch, or take a smaller model ({error})"
-            _fail(error, f"out of GPU memory: {advice}")
-        # how torch's CPU allocator says it
-        if not any(words in str(error) for words in ("not enough memory", "can't allocate memory")):
+    except (MemoryError, RuntimeError) as error:
+        if not (memory := _exhausted(error)):
             raise
-        _fail(error, "out of memory: lower train.micro_batch, or take a smaller model")
+        _fail(error, f"out of {memory}: lower train.micro_batch, or take a smaller model")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _fail(error, f"{where}{error.strerror or error}")
+
+
+def _exhausted(error: Exception) -> str:
+    """Which memory an error says is used up, with what is known; "" for another error."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"GPU memory ({error})"
+    said = ("not enough memory", "can't allocate memory")  # by torch's CPU allocator
+    out = isinstance(error, MemoryError) or any(words in str(error) for words in said)
+    return "memory" if out else ""
 
 
 def _mend_environment() -> None:
