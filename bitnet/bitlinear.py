@@ -98,7 +98,7 @@ class BitLinear(CalledLayer, nn.Linear):
 
         A layer without a norm inside takes :func:`bitnet.quant.quantize_tokens` of it as well.
         """
-        if not self.called and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self.called:
             self.called = True
         if isinstance(input, Tensor) and is_unusual(input):
             return by_its_kind(self, input)

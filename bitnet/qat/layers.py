@@ -60,7 +60,7 @@ class QATLayer(CalledLayer, nn.Module):
     """Whether a forward has run that was not compiled: see :func:`bitnet.coverage`."""
 
     def _mark_called(self) -> None:
-        if not self.called and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not self.called:
             self.called = True
 
     def _adopt(self, module: nn.Module, recipe: Recipe, observed: bool) -> Self:
