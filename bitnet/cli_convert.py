@@ -146,7 +146,7 @@ def load_source(path: Path | str) -> tuple[Transformer, Tokenizer]:
     file = path / CONFIG
     if path.is_dir():
         check_no_adapter(path)
-    if path.suffix == ".gguf" or (file.is_file() and not is_ours(file)):
+    if path.suffix == ".gguf" or path.is_file() or (file.is_file() and not is_ours(file)):
         return load_hf(path)
     config = read_config(path)
     if config.weights != "latent" or config.quant.enabled or config.model.linear != "fp":

@@ -37,6 +37,8 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 """What the tokenizer of a folder may be called."""
 _SPLITTERS = ("ByteLevel", "Split", "Digits", "Punctuation")
 """Pre-tokenizers that only cut, unless told to add or remove something."""
+_MAX_IDS = 2**24
+"""As many as a model may have."""
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
 
@@ -82,6 +84,11 @@ class JsonTokenizer(Tokenizer):
         self._backend = _backend(self.path, self.model_bytes)
         pieces: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(pieces.values(), default=-1) + 1
+        if self.vocab_size > _MAX_IDS:
+            raise UserError(
+                f"{self.path}: has a token of id {self.vocab_size - 1:,}; at most {_MAX_IDS:,} ids "
+                "are supported"
+            )
         specials = {
             token.content: number
             for number, token in self._backend.get_added_tokens_decoder().items()

@@ -320,6 +320,12 @@ def test_several_ends(tmp_path: Path) -> None:
         fails(path, r"tokenizer\.ggml\.eot_token_id = \S+ is none of its control tokens")
 
 
+def test_a_number_of_the_maths_that_llama_cpp_needs_too(tmp_path: Path) -> None:
+    """llama.cpp refuses a file without rms_epsilon; a guess would change the logits a little."""
+    key = "llama.attention.layer_norm_rms_epsilon"
+    fails(write(tmp_path / "model.gguf", lambda f: f.pop(key)), f"has no {key}")
+
+
 EXTRA = np.ones((D, D), np.float32)
 
 

@@ -524,6 +524,13 @@ def test_damage(folder: Path, tmp_path: Path) -> None:
     fails("not a GGUF file", tmp_path / "model.gguf")
     fails("no such model", tmp_path / "none.gguf")
     fails("expected a Hugging Face folder", folder / "config.json")
+    (tmp_path / "folder.gguf").mkdir()
+    fails("has no config.json", tmp_path / "folder.gguf")
+    (tmp_path / "UPPER.GGUF").write_bytes(b"junk")
+    fails("not a GGUF file", tmp_path / "UPPER.GGUF")
+    for path in (tmp_path / "UPPER.GGUF", folder / "config.json"):
+        with pytest.raises(UserError, match=r"not a GGUF file|or a \.gguf file"):
+            load_source(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -364,6 +364,17 @@ def test_damaged_and_foreign_files(path: Path, tmp_path: Path) -> None:
         JsonTokenizer(path, made()).encode("a\ud800")
 
 
+def test_ids_beyond_any_model(path: Path) -> None:
+    """A table of an entry per id would take gigabytes: 8 for one token of id 10^9."""
+    vocab = json.loads(made())["model"]
+    for number in (2**24, 10**9, 2**32 - 1):
+        path.write_bytes(changed(model=vocab | {"vocab": vocab["vocab"] | {"zzz": number}}))
+        with pytest.raises(
+            UserError, match=f"has a token of id {number:,}; at most 16,777,216 ids"
+        ):
+            load_tokenizer(path)
+
+
 def test_kinds_are_told_apart_by_content(tmp_path: Path) -> None:
     ours = train_tokenizer([TEXT * 20], 300, tmp_path / "tokenizer.model")
     assert type(load_tokenizer(tmp_path / "tokenizer.model")) is Tokenizer

@@ -184,12 +184,12 @@ class _Keys:
             raise UserError(f"{self.source}: {key}: cannot be read: is {value}, expected 1 or more")
         return value
 
-    def real(self, key: str, default: float) -> float:
+    def real(self, key: str, default: float | None = None) -> float:
         """A positive, finite number."""
-        value = float(self.get(key, float, default))
+        value = self.need(key, float) if default is None else self.get(key, float, default)
         if not 0 < value < math.inf:
             raise UserError(f"{self.source}: {key}: cannot be read: is {value}, expected above 0")
-        return value
+        return float(value)
 
 
 def _shape(keys: _Keys) -> Shape:
@@ -242,7 +242,7 @@ def _shape(keys: _Keys) -> Shape:
         vocab_size=keys.size("llama.vocab_size", vocab),
         max_seq_len=context,
         rope_theta=keys.real("llama.rope.freq_base", 10_000.0),
-        norm_eps=keys.real("llama.attention.layer_norm_rms_epsilon", 1e-6),
+        norm_eps=keys.real("llama.attention.layer_norm_rms_epsilon"),
         tied=True,
     )
 

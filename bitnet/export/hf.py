@@ -51,7 +51,7 @@ def load_hf(source: Path | str) -> tuple[Transformer, JsonTokenizer]:
             extra is not installed.
     """
     source = Path(source)
-    if source.suffix == ".gguf" and source.is_file():
+    if source.suffix.lower() == ".gguf" and source.is_file():
         return load_gguf(source)
     _check_files(source)
     theirs = _read_config(source)
@@ -89,7 +89,7 @@ def add_sub_norms(model: Transformer) -> Transformer:
 
 
 def _check_files(source: Path) -> None:
-    if source.suffix == ".gguf" or not source.exists():
+    if not source.exists():
         near = get_close_matches(source.name, _names(source.parent), 1)
         hint = f"; did you mean {source.with_name(near[0])}?" if near else ""
         raise UserError(f"{source}: no such model{hint}")
