@@ -562,6 +562,15 @@ def test_the_command_writes_each_row(
     assert [row["exact"] for row in gpu.read(path)] == ["yes", "no", ""]
 
 
+@pytest.mark.parametrize("text", ["-1", "abc", "nan", "1e999", "", "12min"])
+def test_minutes_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        gpu.main(["--minutes", text])
+    assert caught.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith(f"--minutes: {text!r}: expected a number of minutes, 0 for no limit")
+
+
 @pytest.mark.slow
 def test_rehearsal(tmp_path: Path) -> None:
     """The whole, on a CPU and in the interpreter; minutes."""

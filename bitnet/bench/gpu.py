@@ -518,10 +518,10 @@ def environment(site: Path, rehearse: bool) -> dict[str, str]:
 
 
 def _minutes(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError
-    return value
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r}: expected a number of minutes, 0 for no limit")
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
