@@ -229,7 +229,7 @@ def test_a_peak_can_be_forgotten() -> None:
 
 
 def test_a_system_that_keeps_the_peak_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, data: str) -> int:
+    def refuse(self: Path, data: str, **options: str) -> int:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "write_text", refuse)
