@@ -123,7 +123,7 @@ def _is_prepared(path: Path, config: DataConfig, given: Tokenizer | None, consol
     if differences:
         raise UserError(
             f"data.path: {path} was prepared with other settings: {'; '.join(differences)}; "
-            "delete the folder or choose another data.path"
+            "delete the folder or choose another data.path, or give the settings that it has"
         )
     console.print(f"using {_summary(path, index)}")
     try:

@@ -161,7 +161,7 @@ class CoreWatch:
             f"other programs keep the CPU busy (this run had a core for {share:.0%} of its last "
             f"steps): a forward pass takes {1000 * many:.0f} ms with {threads} threads, "
             f"{1000 * one:.0f} ms with one, so train.threads=1 would be {gain:.1f} times as fast "
-            "(stop with Ctrl-C; the same command with it goes on)"
+            "(stop with Ctrl-C, then add it to the command: the run resumes)"
         )
 
 
