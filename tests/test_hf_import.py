@@ -184,6 +184,16 @@ def test_end_of_document_token(folder: Path) -> None:
     assert load_hf(folder)[1].eos_id == 0
 
 
+def test_an_end_that_the_library_numbers_otherwise(tmp_path: Path) -> None:
+    """An added token behind a gap has another id in the library than in the file."""
+    content = json.loads(tokenizer_json())
+    content["added_tokens"].append(content["added_tokens"][0] | {"id": 310, "content": "<end>"})
+    folder = write(llama(vocab_size=320), tmp_path / "llama", json.dumps(content).encode())
+    edit(folder, lambda c: c.update(eos_token_id=310))
+    with pytest.raises(UserError, match=r"eos_token_id \[310, 2\] cannot be had"):
+        load_hf(folder)
+
+
 def test_every_end_of_a_text_is_kept(folder: Path, tmp_path: Path) -> None:
     """A list in config.json, more in generation_config.json (Llama 3 Instruct has both); the first
     of config.json stays the end of a document. Our folder of it has them too."""

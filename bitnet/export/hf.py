@@ -349,4 +349,10 @@ def _tokenizer(source: Path) -> JsonTokenizer:
             if first is None:
                 first = JsonTokenizer(path, model_bytes).eos_id
             model_bytes = with_eos(model_bytes, added[first], [added[end] for end in ends])
-    return JsonTokenizer(path, model_bytes)
+    tokenizer = JsonTokenizer(path, model_bytes)
+    if ends and {first, *ends} != set(tokenizer.eos_ids):  # the library numbers tokens without gaps
+        raise UserError(
+            f"{source}: its eos_token_id {list(ends)} cannot be had: the tokenizer gives its added "
+            "tokens other ids than the file says"
+        )
+    return tokenizer
