@@ -96,7 +96,7 @@ def test_nothing_replaced_is_an_error_that_says_why() -> None:
     ("model", "words"),
     [
         (nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), "1 Conv2d of 18 weights"),
-        (nn.Sequential(nn.ReLU()), "it has no weights"),
+        (nn.Sequential(nn.ReLU()), "no weights"),
         (nn.ModuleDict({"lm_head": nn.Linear(3, 4)}), r"1 Linear of 12 weights \(in skip"),
         (nn.LSTM(3, 4), "1 LSTM of 112 weights"),
         (nn.MultiheadAttention(4, 2), "MultiheadAttention of 48 weights.*in_proj_weight"),

@@ -8,7 +8,6 @@ from typing import Any, Never
 import pytest
 import typer
 
-import train
 from bitnet import cli_bench, cli_bench_decode, cli_bench_train, cli_kernels, cli_ptq
 from bitnet.config import describe, load_config
 from bitnet.evaluate import EvalResult
@@ -16,6 +15,7 @@ from bitnet.export.folder import save_model
 from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError
 from bitnet.tokenizer import train_tokenizer
+from tests.training_script import train
 
 Bitnet = Callable[..., tuple[int, str, str]]
 TEXT = "\n\n".join(f"def f{i}(x):\n    return x + {i}" for i in range(300))

@@ -17,7 +17,7 @@ from bitnet.prepare import prepare
 from bitnet.schema import UserError
 from bitnet.tokenizer import train_tokenizer
 from bitnet_kernels import dispatch
-from train import locked
+from tests.training_script import train
 
 Bitnet = Callable[..., tuple[int, str, str]]
 TEXT = "\n\n".join(f"def f{i}(x):\n    return x + {i}  # naïve ☃" for i in range(400))
@@ -163,10 +163,10 @@ def test_files_that_a_run_keeps(root: Path, tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match="not a regular file"):
         MetricsFile(tmp_path / "metrics.jsonl").rewind(3)
-    with pytest.raises(UserError, match="not a regular file"), locked(tmp_path):
+    with pytest.raises(UserError, match="not a regular file"), train.locked(tmp_path):
         pass
     for path in (root / "circle", root / "text.txt" / "x", Path("a" * 5000), Path("\0")):
-        with pytest.raises(UserError, match=r"run\.dir"), locked(path):
+        with pytest.raises(UserError, match=r"run\.dir"), train.locked(path):
             pass
 
 

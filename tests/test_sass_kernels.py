@@ -416,7 +416,7 @@ def test_an_addsub_kernel_that_multiplies_is_an_error(worked: dict[str, Any]) ->
     ("command", "message"),
     [
         ("none", "error: --kernel 'sat M=1': no kernel's name contains it; nearest: sad M=1\n"),
-        ("unwritable", "No such file or directory\n"),
+        ("unwritable", "File exists\n"),
     ],
 )
 def test_mistakes_with_kernels(worked: dict[str, Any], command: str, message: str) -> None:

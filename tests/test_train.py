@@ -1,6 +1,5 @@
 """train.py whole: killed and resumed, stopped, damaged, diverging, and started by mistake."""
 
-import importlib.util
 import json
 import os
 import random
@@ -13,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,22 +25,10 @@ from bitnet.export.folder import load
 from bitnet.prepare import prepare
 from bitnet.schema import UserError
 from tests.double import rotary64
+from tests.training_script import TRAIN, train
 
 ROOT = Path(__file__).parent.parent
-TRAIN = ROOT / "train.py"
 WORDS = [*"aeiou", "the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "quietly"]
-
-
-def load_train() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train", TRAIN)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train = load_train()
 
 
 @pytest.fixture(scope="session")
