@@ -33,7 +33,7 @@ class CalledLayer(nn.Module):
 
 
 def _does_nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Is there to be seen by the fused path."""
+    """A hook that the fused path can count."""
 
 
 class _CallMe(OrderedDict[Any, Any]):

@@ -1,8 +1,8 @@
 """Progress of what may take minutes, on stderr: bars on a terminal, elsewhere a line now and then.
 
-A log or a pipe gets a line about each task that has been under way, since it began or was reset,
-for another :data:`EVERY` seconds. A thread of its own writes it, so that a loop need not know. What
-ends sooner says nothing.
+A log or a pipe gets one line per task every :data:`EVERY` seconds, counted from the task's begin or
+its last reset. A background thread writes the lines, so the loops that work contain no timing. A
+task that ends sooner writes nothing.
 """
 
 import sys

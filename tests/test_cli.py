@@ -12,27 +12,20 @@ import torch
 
 from bitnet import cli
 from bitnet.engine.engine import Engine
-from bitnet.export.folder import load, save_model
+from bitnet.export.folder import load
 from bitnet.generate import encode_prompt, generate
 from bitnet.linear import BitLinear, TernaryLinear
-from bitnet.model import ModelConfig, Transformer
-from bitnet.tokenizer import train_tokenizer
+from tests.folders import write_folders
 
 Bitnet = Callable[..., tuple[int, str, str]]
 LARGE = ("model.safetensors", "tokenizer.model")
-TEXT = "\n\n".join(f"def f{i}(x):\n    return x + {i}  # naïve ☃" for i in range(400))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """text.txt, and a small untrained model in model/ and its full-precision twin in fp/."""
     root = tmp_path_factory.mktemp("cli")
-    (root / "text.txt").write_text(TEXT, encoding="utf-8")
-    tokenizer = train_tokenizer([TEXT], 320, root / "tokenizer.model", 1)
-    for name, linear in (("model", "ternary"), ("fp", "fp")):
-        torch.manual_seed(0)
-        config = ModelConfig(depth=1, vocab_size=320, max_seq_len=64, linear=linear)  # type: ignore[arg-type]
-        save_model(root / name, Transformer(config), tokenizer)
+    write_folders(root)
     return root
 
 

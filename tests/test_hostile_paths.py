@@ -7,20 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from bitnet.data import TokenDataset
-from bitnet.export.folder import load, save_model
+from bitnet.export.folder import load
 from bitnet.metrics import MetricsFile
-from bitnet.model import ModelConfig, Transformer
 from bitnet.prepare import prepare
 from bitnet.schema import UserError
-from bitnet.tokenizer import train_tokenizer
 from bitnet_kernels import dispatch
+from tests.folders import write_folders
 from tests.training_script import train
 
 Bitnet = Callable[..., tuple[int, str, str]]
-TEXT = "\n\n".join(f"def f{i}(x):\n    return x + {i}  # naïve ☃" for i in range(400))
 STATIC = ("quant.weights=int", "quant.activations=static")
 
 
@@ -30,12 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from bitnet.config import load_config
 
     root = tmp_path_factory.mktemp("paths")
-    (root / "text.txt").write_text(TEXT, encoding="utf-8")
-    tokenizer = train_tokenizer([TEXT], 320, root / "tokenizer.model", 1)
-    for name, linear in (("model", "ternary"), ("fp", "fp")):
-        torch.manual_seed(0)
-        config = ModelConfig(depth=1, vocab_size=320, max_seq_len=64, linear=linear)  # type: ignore[arg-type]
-        save_model(root / name, Transformer(config), tokenizer)
+    tokenizer = write_folders(root)
     data = {"sources": [str(root / "text.txt")], "path": str(root / "data")}
     data["tokenizer"] = str(tokenizer.path)
     prepare(load_config([], data=data).data, progress=False)

@@ -197,7 +197,7 @@ def test_a_reader_that_goes_away_is_no_traceback() -> None:
     assert piped.returncode == 1
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
 def test_a_full_disk_behind_stdout_is_one_line() -> None:
     full = child("sys.stdout = open('/dev/full', 'w', encoding='utf-8')\n" + PRINTING)
     assert full.communicate()[1] == "error: No space left on device\n"

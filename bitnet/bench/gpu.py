@@ -1,11 +1,11 @@
-"""All that is worth knowing of a GPU, the most telling first, within the minutes that there are.
+"""Check and measure a GPU within a given number of minutes, the most telling parts first.
 
     make gpu MINUTES=12        or: python bitnet/bench/gpu.py --minutes 12 --out results
 
-A list of parts (:func:`parts`), each a command of its own in a process of its own: a part that
-crashes, hangs or fails ends no other. With a limit on the time, each of the telling parts has a
-share of it, so that all of them get their turn whatever the others do; a part that the rest of the
-time is too short for is left. A part that is stopped has written every row that it had.
+It runs a list of parts (:func:`parts`). Each is one command in a separate process, so a part that
+crashes, hangs or fails ends no other. With a time limit, each of the first parts has a share of the
+time, so that all of them get their turn. A part that no longer fits is left. A part that is stopped
+has written every row it had.
 
 This file is run by its path and imports only the standard library, so that it can say what is
 missing where something is. It needs no network: packages that this Python lacks are installed from
@@ -214,7 +214,7 @@ def carry_out(
         run: runs a part's command for so many seconds at most.
         absent: packages that are not here.
         exact: the rows of the check of operators, as far as there are any.
-        each: is told what became of each part.
+        each: called with the result of each part.
     """
     begun, missing = now(), set(absent)
     for part in todo:

@@ -164,8 +164,8 @@ class Engine:
             vocab_size: choose among the ids below this only, for a model with more rows than the
                 tokenizer has tokens; 0 = all.
             stop: strings that end a row (reason "stop"). The name of a special token, such as
-                "<|eot_id|>", is also that token, which has no text of its own. The row's tokens are
-                those that lie wholly before the string; see
+                "<|eot_id|>", stops at that token, which decodes to no text. The row keeps the
+                tokens that lie wholly before the string; see
                 :class:`bitnet.engine.text.TextStream`.
             on_token: called with (row, token) as each token is chosen, the ending one excepted;
                 where there are stop strings, as soon as no stop string can take it back.
