@@ -26,7 +26,7 @@ from bitnet.schema import UserError, debugging
 SPINS = "10000"
 """GOMP_SPINCOUNT where the user sets none: turns that a thread of OpenMP waits before it gives up
 its core. libgomp's own 300,000 are several ms: beside busy programs threads then mostly wait for
-each other. On an idle machine 10,000 are about as fast (docs/training.md)."""
+each other. docs/training.md has the cost on an idle machine and the gain on a busy one."""
 LONGEST_LINE = 2_000
 """Characters of an error line; of a longer one the middle is left out."""
 _WIDTHS = range(20, 10_001)

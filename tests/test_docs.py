@@ -34,7 +34,7 @@ def test_the_guide_shows_the_tables_of_the_csvs(study: str) -> None:
     assert shown == table
 
 
-@pytest.mark.parametrize("study", ["training", "int8_backward"])
+@pytest.mark.parametrize("study", ["training", "int8_backward", "busy"])
 def test_the_page_on_training_shows_the_tables_of_the_csvs(study: str) -> None:
     table = runpy.run_path(str(DOCS / "results" / f"{study}.py"), run_name=study)["table"]()
     page = (DOCS / "training.md").read_text(encoding="utf-8")

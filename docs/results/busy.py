@@ -4,8 +4,8 @@
     python docs/results/busy.py --before DIR --quick # does it run? Prints only
     python docs/results/busy.py table                # prints the table from the CSV
 
-DIR is a checkout of an older commit. The quickstart model trains in processes of its own, each with
-the code and settings of its variant, which take turns: idle, beside one and beside two processes
+DIR is a checkout of an older commit. The quickstart model trains in one process per variant, with
+that variant's code and settings. They take turns: idle, beside one and beside two processes
 that compute. Ratios are of one turn. The machine has to be idle otherwise.
 """
 
@@ -117,8 +117,12 @@ def cpu_name() -> str:
     return re.sub(r"\((R|TM)\)", "", found[1]) if found else platform.processor()
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    """Median ms of a step, and the median of what each round gained over ``before``."""
+def table(rows: list[dict[str, str]] | None = None) -> str:
+    """Median ms of a step, and the median over rounds of its speed against ``before``; of the CSV
+    unless rows are given."""
+    if rows is None:
+        with CSV.open(encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     lines = [
         "| busy processes | " + " | ".join(f"{name}, ms" for name in variants) + " |",
@@ -154,8 +158,7 @@ def main() -> None:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-    with CSV.open() as file:
-        print(table(list(csv.DictReader(file))))
+    print(table())
 
 
 if __name__ == "__main__":
