@@ -15,7 +15,7 @@ line in metrics.jsonl, and last the checkpoint, so that what is in a checkpoint 
 metrics too.
 """
 
-from bitnet.shell import run, start
+from bitnet.cli.shell import run, start
 
 if __name__ == "__main__":  # Ctrl-C during the imports below is no traceback
     start()
@@ -36,32 +36,37 @@ import typer
 from filelock import FileLock, Timeout
 from torch.nn import functional as F
 
-from bitnet import checkpoint
 from bitnet.build import as_saved, build_model
-from bitnet.cli import config_help, split_args
-from bitnet.cli_convert import pick_device
+from bitnet.cli.convert import pick_device
+from bitnet.cli.main import config_help, split_args
 from bitnet.config import Config, differences, load_config, to_dict, to_toml
-from bitnet.data import INDEX, Loader, TokenDataset, sequential_windows
+from bitnet.data.loader import INDEX, Loader, TokenDataset, sequential_windows
+from bitnet.data.prepare import prepare
+from bitnet.data.tokenizer import Tokenizer
 from bitnet.durable import sha256, write_atomic
 from bitnet.evaluate import EvalResult, evaluate_windows
 from bitnet.export.folder import read_config, save_model
 from bitnet.generate import encode_prompt, generate
 from bitnet.linear import weights_quantized
 from bitnet.loss import compiled_loss, next_token_loss
-from bitnet.metrics import Console, MetricsFile, Tracker
 from bitnet.model import Transformer
-from bitnet.optim import build_optimizer, clip_gradients, learning_rate_factor, weight_decay_at
-from bitnet.prepare import prepare
 from bitnet.progress import reporting
 from bitnet.qat.adapters import merge_adapters
-from bitnet.qat.distill import Distiller, load_teacher
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import QATConfig, set_step
 from bitnet.schema import UserError, check_file, user_input
 from bitnet.summary import human, one_line, quantization_lines
-from bitnet.telemetry import Telemetry, undisturbed
-from bitnet.throughput import CoreWatch, Throughput, mfu, peak_flops, peak_memory
-from bitnet.tokenizer import Tokenizer
+from bitnet.training import checkpoint
+from bitnet.training.distill import Distiller, load_teacher
+from bitnet.training.metrics import Console, MetricsFile, Tracker
+from bitnet.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate_factor,
+    weight_decay_at,
+)
+from bitnet.training.telemetry import Telemetry, undisturbed
+from bitnet.training.throughput import CoreWatch, Throughput, mfu, peak_flops, peak_memory
 
 FIXED = (
     *("model", "data", "run.seed", "train.batch_tokens", "train.dtype", "train.init_from"),
@@ -457,7 +462,7 @@ def main(
 
 
 def command() -> None:
-    """The command line, which ends as bitnet/shell.py says."""
+    """The command line, which ends as bitnet/cli/shell.py says."""
     app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     app.command(epilog=config_help())(main)
     run(app)

@@ -3,7 +3,7 @@
 from bitnet import BitLinear, replace_linear, coverage, pack, load
 
 The names are imported when they are first used: torch takes seconds, and a command has to hear
-Ctrl-C before (bitnet/shell.py).
+Ctrl-C before (bitnet/cli/shell.py).
 """
 
 from importlib import import_module
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitnet.export.folder import load
+    from bitnet.inventory import Coverage, coverage
     from bitnet.linear import BitLinear, TernaryLinear, pack, replace_linear, weights_quantized
     from bitnet.model import Transformer
-    from bitnet.report import Coverage, coverage
 
 __all__ = [
     "BitLinear",
@@ -34,7 +34,7 @@ if not TYPE_CHECKING:  # a checker reads the imports above
         """A public name from its module, or a module of the package."""
         if name in __all__:
             homes = {"load": "export.folder", "Transformer": "model"}
-            homes |= {"Coverage": "report", "coverage": "report"}
+            homes |= {"Coverage": "inventory", "coverage": "inventory"}
             value = getattr(import_module(f"bitnet.{homes.get(name, 'linear')}"), name)
             globals()[name] = value  # looked up once
             return value

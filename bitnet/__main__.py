@@ -1,12 +1,12 @@
 """The ``bitnet`` command, and ``python -m bitnet``: Ctrl-C is heard before torch is imported."""
 
-from bitnet.shell import start
+from bitnet.cli.shell import start
 
 
 def main() -> None:
     """The console script."""
     start()
-    from bitnet import cli
+    from bitnet.cli import main as cli
 
     cli.main()
 

@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from bitnet.elementwise import RMSNorm
+from bitnet.modules import computed_parameter, is_plain
 from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.quant import (
     GradMask,
@@ -236,33 +235,6 @@ def shared_tokens(x: Tensor, *layers: nn.Module) -> Tensor | Tokens:
         for layer in layers
     )
     return quantize_tokens(x) if shared else x
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module runs the forward of ``kind`` and nothing else: no subclass (which a
-    parametrized module is), not :func:`hooked`, no hooks in the backward."""
-    backward = module._backward_pre_hooks or module._backward_hooks
-    return type(module) is kind and not hooked(module) and not backward
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether calling a module runs more than the forward of its class, or another: hooks of its
-    forward, any hooks of all modules, a forward of its own."""
-    own = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
-    return bool(own) or bool(_has_any_global_hook())
-
-
-def computed_parameter(module: nn.Module) -> str:
-    """Which of ``weight`` and ``bias`` is no parameter of a layer but computed from others in each
-    forward, by a hook or a parametrization (weight_norm, pruning, ...); "" where neither is."""
-    for name in ("weight", "bias"):
-        if is_parametrized(module, name):
-            return name
-        if isinstance(getattr(type(module), name, None), property):
-            continue  # a packed layer's own, which its forward does not use
-        if not isinstance(getattr(module, name, None), nn.Parameter | None):
-            return name
-    return ""
 
 
 def check_options(

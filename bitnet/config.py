@@ -43,19 +43,19 @@ import torch
 from pydantic import Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from bitnet.checkpoint import CheckpointConfig
-from bitnet.data import INDEX, DataConfig, read_index
+from bitnet.data.loader import INDEX, DataConfig, read_index
+from bitnet.data.tokenizer_json import load_tokenizer
 from bitnet.evaluate import EvalConfig
 from bitnet.export.folder import read_config
-from bitnet.metrics import LogConfig
 from bitnet.model import ModelConfig
-from bitnet.optim import OptimConfig
 from bitnet.qat.adapters import AdapterConfig
-from bitnet.qat.distill import DistillConfig
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import QATConfig, first_step, lambdas, optimal_share
 from bitnet.schema import STRICT, Count, Positive, UserError, read_file, user_input
-from bitnet.tokenizer_json import load_tokenizer
+from bitnet.training.checkpoint import CheckpointConfig
+from bitnet.training.distill import DistillConfig
+from bitnet.training.metrics import LogConfig
+from bitnet.training.optim import OptimConfig
 
 _MAX_BYTES = 2**24
 """Of a config file."""

@@ -27,10 +27,11 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitnet.linear import is_plain, weights_quantized
+from bitnet.data.tokenizer import Tokenizer
+from bitnet.linear import weights_quantized
 from bitnet.model import Transformer
+from bitnet.modules import is_plain
 from bitnet.schema import STRICT, Count, Positive, UserError
-from bitnet.tokenizer import Tokenizer
 
 _CPU_LOGITS, _GPU_LOGITS = 2**23, 2**28
 """Logits computed together where the batch size is left open: 32 MiB and 1 GiB in fp32, and the
@@ -78,7 +79,7 @@ def evaluate_windows(
     count_bytes: Callable[[Tensor], int],
     batch_size: int = 0,
 ) -> EvalResult:
-    """Evaluate on windows of tokens, as ``bitnet.data.sequential_windows`` cuts them.
+    """Evaluate on windows of tokens, as ``bitnet.data.loader.sequential_windows`` cuts them.
 
     End-of-document tokens are predictions like any other and stand for no bytes.
 

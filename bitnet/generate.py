@@ -6,6 +6,7 @@ once, and remembers what it has computed. See docs/generation.md.
 
 from collections.abc import Callable, Sequence
 
+from bitnet.data.tokenizer import Tokenizer
 from bitnet.engine.decoder import LARGEST_BATCH, CacheDtype, HeadDtype
 from bitnet.engine.engine import Engine
 from bitnet.engine.request import StopReason, integer, sequence
@@ -13,7 +14,6 @@ from bitnet.engine.sampling import next_token_probabilities
 from bitnet.engine.text import TextStream, encode_prompt
 from bitnet.linear import Kernel
 from bitnet.model import Transformer
-from bitnet.tokenizer import Tokenizer
 
 __all__ = [
     "StopReason",

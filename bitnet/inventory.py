@@ -1,110 +1,90 @@
-"""Which modules of a model hold its weights, and why a layer of theirs stays in full precision.
+"""What share of a model became ternary, or integer, and why the rest did not.
 
-A weight here is an element of a parameter with at least two dimensions: a matrix, a kernel, a
-table. Biases and the weights of norms are none.
+model = replace_linear(model)
+print(coverage(model))
 """
 
-from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.parameter import UninitializedParameter, is_lazy
-from torch.nn.utils.parametrize import type_before_parametrizations
+
+from bitnet.bitlinear import BitLinear
+from bitnet.linear import TernaryLinear
+from bitnet.modules import holders, never_called, why_full_precision
+from bitnet.qat.integer import IntLayer
+from bitnet.qat.layers import QATLayer
+from bitnet.qat.nf4 import FrozenLinear
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' ``Conv1D``, a linear layer of transposed weight, known by
-    its name since transformers need not be installed."""
-    kind = type_before_parametrizations(module)
-    return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
+class Kept(NamedTuple):
+    """A module that holds weights in full precision."""
+
+    kind: str
+    """its class"""
+    weights: int
+    reason: str
 
 
-def plain_linear(module: nn.Module, transposed: dict[int, nn.Parameter]) -> nn.Linear:
-    """A linear layer as an ``nn.Linear`` that computes the same: itself, or of a ``Conv1D`` one
-    with the same bias and a new, transposed weight.
+class Coverage(NamedTuple):
+    """The modules that hold a model's weights, by path; ``str()`` is a table.
 
-    Arguments:
-        transposed: new weights by the id of the old, so that a shared weight stays shared.
+    A weight is an element of a parameter with at least two dimensions; biases and norms do not
+    count. One that modules share counts in the first.
     """
-    if not is_conv1d(module):
-        assert isinstance(module, nn.Linear)
-        return module
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
-    new = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
-    linear.weight = transposed.setdefault(id(weight), new)
-    linear.register_parameter("bias", module.bias)  # type: ignore[arg-type]
-    return linear.train(module.training)
+
+    replaced: dict[str, int]
+    """layers of ternary or integer weights, and how many weights each has"""
+    kept: dict[str, Kept]
+    """what stays in full precision"""
+    never_called: list[str]
+    """replaced layers that no forward has called since, though it called others. Where the model
+    uses their weight by itself, that is in full precision. Compiled forwards are not counted."""
+
+    @property
+    def share(self) -> float:
+        """Of the weights, in the replaced layers: 0 to 1."""
+        replaced = sum(self.replaced.values())
+        total = replaced + sum(kept.weights for kept in self.kept.values())
+        return replaced / total if total else 0.0
+
+    def __str__(self) -> str:
+        """A line for the replaced layers, one for each reason why others are kept."""
+        replaced = sum(self.replaced.values())
+        lines = [
+            f"replaced: {len(self.replaced)} layers, {replaced:,} weights, {self.share:.1%} of all"
+        ]
+        groups: dict[tuple[str, str], list[str]] = {}
+        for name, kept in self.kept.items():
+            groups.setdefault((kept.kind, kept.reason), []).append(name)
+        for (kind, reason), names in groups.items():
+            weights = sum(self.kept[name].weights for name in names)
+            lines.append(f"kept: {kind} {_some(names)}, {weights:,} weights: {reason}")
+        if self.never_called:
+            lines.append(
+                f"never called: {_some(self.never_called)}: if the model uses their weight itself, "
+                "that is in full precision; leave them in skip"
+            )
+        return "\n".join(lines)
 
 
-def check_whole(model: nn.Module, remedy: str) -> None:
-    """Raise ValueError, naming the first, where parameters are sharded over ranks."""
+def _some(names: list[str], most: int = 3) -> str:
+    shown = ", ".join(name or "(the model)" for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def coverage(model: nn.Module) -> Coverage:
+    """Count the weights of a model by what they are now: after ``replace_linear`` or ``prepare``,
+    in training or after it, after ``pack`` or ``convert``."""
+    replaced: dict[str, int] = {}
+    kept: dict[str, Kept] = {}
     for name, module in model.named_modules():
-        if type(module).__name__ == "FullyShardedDataParallel":
-            raise ValueError(f"{name or 'model'}: is sharded (FSDP); {remedy}")
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "full_tensor"):
-            raise ValueError(f"{name}: is sharded over ranks (a DTensor); {remedy}")
-
-
-def check_forward(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Raise ValueError for a subclass of ``kind`` whose own forward a conversion would lose."""
-    if type(module).forward is not kind.forward:
-        raise ValueError(
-            f"forward: {type(module).__name__} has one of its own, which would be lost; call the "
-            f"{kind.__name__} from a module instead"
-        )
-
-
-GATHER = (
-    "gather first: load torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
-    "options=StateDictOptions(full_state_dict=True)) into a model that is not sharded"
-)
-REPLACE_FIRST = "replace its layers first, then shard"
-
-
-def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
-    """``(path, module, weights)`` of each module that holds weights itself. A weight that several
-    share counts in the first. Of a lazy module, which has none yet, 0."""
-    seen: set[int] = set()
-    for name, module in model.named_modules():
-        own = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
-        seen |= {id(parameter) for parameter in own}
-        lazy = any(isinstance(parameter, UninitializedParameter) for parameter in own)
-        weights = sum(p.numel() for p in own if not is_lazy(p) and p.dim() >= 2)
-        if weights or lazy:
-            yield name, module, weights
-
-
-def why_full_precision(module: nn.Module) -> str:
-    """Why a module that holds weights has none of few bits."""
-    kind = type_before_parametrizations(module)
-    if isinstance(module, LazyModuleMixin):
-        return "has no weights yet: run the model once first"
-    if kind is nn.Linear or is_conv1d(module):
-        return "in skip, or added later"
-    if kind is NonDynamicallyQuantizableLinear:
-        return "nn.MultiheadAttention uses its weight itself"
-    if isinstance(module, nn.Linear):
-        return (
-            "a subclass of nn.Linear may use its weight in its own way; if its forward is that of "
-            f"nn.Linear, name it: also=({kind.__name__},)"
-        )
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "a table, which multiplies nothing"
-    names = ", ".join(n for n, p in module._parameters.items() if p is not None and p.dim() >= 2)
-    return f"no nn.Linear: it holds and uses {names} itself"
-
-
-def kept_weights(model: nn.Module) -> str:
-    """One line of the modules that hold weights, by class, the largest first, with the reason."""
-    kinds: dict[str, tuple[int, int, str]] = {}
-    for _, module, weights in holders(model):
-        kind = type_before_parametrizations(module).__name__
-        count, total, _ = kinds.get(kind, (0, 0, ""))
-        kinds[kind] = count + 1, total + weights, why_full_precision(module)
-    largest = sorted(kinds.items(), key=lambda item: -item[1][1])
-    lines = [f"{n} {kind} of {w:,} weights ({why})" for kind, (n, w, why) in largest]
-    return "; ".join(lines) or "no weights"
+        if isinstance(module, TernaryLinear | FrozenLinear):
+            replaced[name] = module.in_features * module.out_features
+        elif isinstance(module, IntLayer):
+            replaced[name] = module.packed.shape[0] * module.columns
+    for name, module, weights in holders(model):
+        if isinstance(module, BitLinear | QATLayer):
+            replaced[name] = weights
+        elif name not in replaced:
+            kept[name] = Kept(type(module).__name__, weights, why_full_precision(module))
+    return Coverage(replaced, kept, never_called(model, (BitLinear, QATLayer)))

@@ -12,8 +12,6 @@ integers.
 
 import warnings
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
-from fnmatch import fnmatch
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,23 +22,26 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from bitnet.bitlinear import (
     BitLinear,
     check_options,
-    computed_parameter,
-    hooked,
-    is_plain,
     shared_tokens,
     weights_quantized,
 )
 from bitnet.dequantized import dequantized
 from bitnet.elementwise import RMSNorm
-from bitnet.inventory import (
+from bitnet.modules import (
     GATHER,
     REPLACE_FIRST,
     check_forward,
+    check_patterns,
     check_whole,
+    computed_parameter,
+    disable_nested_tensors,
     holders,
     is_conv1d,
     kept_weights,
+    matches,
     plain_linear,
+    replace_modules,
+    warn_never_called,
     why_full_precision,
 )
 from bitnet.placement import CalledLayer, by_its_kind, is_unusual
@@ -53,16 +54,8 @@ __all__ = [
     "Kernel",
     "RMSNorm",
     "TernaryLinear",
-    "check_patterns",
-    "computed_parameter",
-    "disable_nested_tensors",
-    "hooked",
-    "is_plain",
-    "matches",
-    "never_called",
     "pack",
     "replace_linear",
-    "replace_modules",
     "shared_tokens",
     "weights_quantized",
 ]
@@ -354,29 +347,6 @@ def _check_replaced(model: nn.Module, skipped: set[int]) -> None:
         )
 
 
-def never_called(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
-    """Paths of the layers of ``kinds`` that no forward has called, though it called others. A
-    compiled forward leaves no trace, so that of a compiled model nothing is said."""
-    modules = dict(model.named_modules())
-    if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules.values()):
-        return []
-    layers = {name: module for name, module in modules.items() if isinstance(module, kinds)}
-    idle = [name for name, module in layers.items() if not module.called]
-    return idle if len(idle) < len(layers) else []
-
-
-def warn_never_called(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Warn of layers whose weight the model may use past their forward, as :func:`never_called`
-    finds them: it trained in full precision and will not do so any more."""
-    if idle := never_called(model, (kind,)):
-        warnings.warn(
-            f"{', '.join(idle[:3])}: never called, though other layers were ({len(idle)} such): "
-            "if the model uses their weight itself, it trained in full precision; leave them in "
-            "skip",
-            stacklevel=3,
-        )
-
-
 def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
     """Replace every :class:`BitLinear` by its packed :class:`TernaryLinear`, in place.
 
@@ -402,47 +372,3 @@ def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
             raise ValueError(f"{name or 'model'}.{error}") from error
 
     return replace_modules(model, convert)
-
-
-def replace_modules(
-    model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]
-) -> nn.Module:
-    """Swap modules for what ``convert(name, module)`` returns (None: keep it), in place; a module
-    used twice stays one module. Returns the model, or what it was itself replaced by."""
-    replaced: dict[int, nn.Module] = {}
-    for name, module in list(model.named_modules()):
-        if (new := convert(name, module)) is not None:
-            replaced[id(module)] = new
-    if id(model) in replaced:
-        return replaced[id(model)]
-    for parent in list(model.modules()):
-        for child_name, child in list(parent._modules.items()):
-            if id(child) in replaced:
-                setattr(parent, child_name, replaced[id(child)])
-    return model
-
-
-def disable_nested_tensors(model: nn.Module) -> None:
-    """Keep ``nn.TransformerEncoder`` from making a nested tensor of a padded batch, which replaced
-    layers would take part by part."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a module's path, or its own name, is one of ``patterns``."""
-    own_name = name.rpartition(".")[2]
-    return any(fnmatch(name, pattern) or own_name == pattern for pattern in patterns)
-
-
-def check_patterns(model: nn.Module, patterns: Sequence[str], key: str) -> None:
-    """Raise ValueError, naming ``key`` and the nearest name, for a pattern that no module has."""
-
-    paths = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    known = {*paths, *(path.rpartition(".")[2] for path in paths)}
-    for pattern in patterns:
-        if not any(matches(path, [pattern]) for path in paths):
-            near = get_close_matches(pattern, known, 1)
-            hint = f"; the nearest is {near[0]!r}" if near else ""
-            raise ValueError(f"{key}: no module is named {pattern!r}{hint}")

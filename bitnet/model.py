@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.elementwise import RMSNorm, relu2_mul
-from bitnet.linear import BitLinear, is_plain, shared_tokens
+from bitnet.linear import BitLinear, shared_tokens
+from bitnet.modules import is_plain
 from bitnet.quant import GradMask, Granularity, Int8Backward
 from bitnet.schema import STRICT, Positive, UserError
 

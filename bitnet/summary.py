@@ -16,8 +16,8 @@ from bitnet.energy import (
     token_cost,
 )
 from bitnet.model import ModelConfig
-from bitnet.optim import warmup_steps
 from bitnet.qat.recipe import TERNARY
+from bitnet.training.optim import warmup_steps
 
 _DIALED = (
     (

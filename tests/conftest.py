@@ -104,7 +104,7 @@ def bitnet(
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs a line of the bitnet command in this process, as its words; returns exit code, stdout
     and stderr."""
-    from bitnet import cli  # here, since not every test needs it
+    from bitnet.cli import main as cli  # here, since not every test needs it
 
     def run(*args: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["bitnet", *map(str, args)])

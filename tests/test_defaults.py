@@ -20,16 +20,16 @@ from bitnet.export.proof import prove
 from bitnet.linear import TernaryLinear, pack, replace_linear
 from bitnet.loss import linear_cross_entropy
 from bitnet.model import ModelConfig, Transformer, as_transformer, rotary
-from bitnet.optim import OptimConfig, build_optimizer
 from bitnet.qat import Recipe, calibrate, convert, prepare
 from bitnet.qat.adapters import AdapterConfig, add_adapters, merge_adapters
 from bitnet.qat.awq import awq
-from bitnet.qat.distill import DistillConfig, Distiller
 from bitnet.qat.gptq import gptq
 from bitnet.qat.layers import QATLayer
 from bitnet.qat.smoothquant import smoothquant
 from bitnet.quant import stochastic_int8
-from bitnet.telemetry import Telemetry
+from bitnet.training.distill import DistillConfig, Distiller
+from bitnet.training.optim import OptimConfig, build_optimizer
+from bitnet.training.telemetry import Telemetry
 from bitnet_kernels import pack_base3, unpack_base3
 from bitnet_kernels.reference_decode import decode_attention, rope_append
 from tests.test_architecture import FILES, MODULES, tree

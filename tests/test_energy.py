@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bitnet.cli_inspect import inspect_model
+from bitnet.cli.inspect_model import inspect_model
 from bitnet.config import load_config
 from bitnet.energy import (
     ATTENTION,

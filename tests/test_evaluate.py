@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 import bitnet.quant
-from bitnet.data import TokenDataset, sequential_windows
+from bitnet.data.loader import TokenDataset, sequential_windows
+from bitnet.data.tokenizer import Tokenizer, train_tokenizer
 from bitnet.evaluate import (
     EvalConfig,
     EvalResult,
@@ -25,7 +26,6 @@ from bitnet.evaluate import (
 )
 from bitnet.model import KVCache, ModelConfig, Transformer
 from bitnet.schema import UserError
-from bitnet.tokenizer import Tokenizer, train_tokenizer
 
 
 class Markov(Transformer):

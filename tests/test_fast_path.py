@@ -18,7 +18,7 @@ from bitnet.quant import (
     quantize_tokens,
 )
 from bitnet_kernels import reference
-from tests.small_training import assert_same, batch, small, train
+from tests.helpers.small_training import assert_same, batch, small, train
 
 
 @pytest.mark.parametrize(

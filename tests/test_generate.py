@@ -11,13 +11,13 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from bitnet.data.tokenizer import Tokenizer, train_tokenizer
 from bitnet.engine.decoder import Decoder
 from bitnet.export.folder import save_model
 from bitnet.generate import TextStream, encode_prompt, generate, next_token_probabilities
 from bitnet.linear import pack
 from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError
-from bitnet.tokenizer import Tokenizer, train_tokenizer
 from bitnet_kernels.reference import int_mm_takes_any_int8
 
 EOS = 1

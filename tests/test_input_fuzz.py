@@ -20,12 +20,12 @@ import pytest
 import zstandard
 from rich.console import Console
 
-from bitnet.cli import prepare_command, split_args
+from bitnet.cli.main import prepare_command, split_args
 from bitnet.config import Config, load_config, to_dict
+from bitnet.data.tokenizer import train_tokenizer
 from bitnet.schema import UserError
 from bitnet.summary import one_line, quantization_lines, tables
-from bitnet.tokenizer import train_tokenizer
-from tests.hostile import ROOT, VALUES, damaged, in_a_process, odd_file, somewhere
+from tests.helpers.hostile import ROOT, VALUES, damaged, in_a_process, odd_file, somewhere
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.toml"))
 WORDS = "to be or not to be, that is the question, naïve ☃ 😀 whether 'tis nobler\n\n"

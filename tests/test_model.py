@@ -13,7 +13,7 @@ from bitnet.linear import BitLinear
 from bitnet.model import KVCache, ModelConfig, Transformer
 from bitnet.quant import absmean_ternary
 from bitnet.schema import UserError
-from tests.small_training import SMALL
+from tests.helpers.small_training import SMALL
 
 VARIANTS: list[dict[str, Any]] = [
     {},

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from bitnet.engine.cuda import Graphs
 from bitnet.engine.decoder import Decoder
-from bitnet.engine.device import Graphs
 from bitnet.engine.engine import Engine
-from bitnet.engine.plan import ModelPlan, quantized_head
 from bitnet.engine.state import State
+from bitnet.engine.weights import ModelPlan, quantized_head
 from bitnet.linear import BitLinear, pack
 from bitnet.model import Transformer, as_transformer
-from tests.decoding import VARIANTS, greedy, make_prompts, prefill, small_model
-from tests.on_device import OWN_WARNINGS, device, no_waits, size
-from tests.small_training import assert_same
+from tests.helpers.decoding import VARIANTS, greedy, make_prompts, prefill, small_model
+from tests.helpers.on_device import OWN_WARNINGS, device, no_waits, size
+from tests.helpers.small_training import assert_same
 
 __all__ = ["device"]  # a fixture
 pytestmark = OWN_WARNINGS
@@ -58,7 +58,7 @@ SETUPS = {
 
 
 def model_on(device: torch.device, setup: Setup = SETUPS["ternary"]) -> Transformer:
-    """Packed; as likely to be torn between tokens at any width as tests/decoding.py's."""
+    """Packed; as likely to be torn between tokens at any width as tests/helpers/decoding.py's."""
     model = small_model(**MODEL, **setup.fields)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -94,7 +94,7 @@ def advance(graphs: Graphs, batch: int, captured: bool) -> None:
 @pytest.fixture
 def any_head(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without VNNI a Decoder has no int8 head on a CPU; the operators of a GPU's step have."""
-    monkeypatch.setattr("bitnet.engine.plan.int_mm_takes_any_int8", lambda: True)
+    monkeypatch.setattr("bitnet.engine.weights.int_mm_takes_any_int8", lambda: True)
 
 
 @pytest.mark.usefixtures("any_head")

@@ -17,7 +17,7 @@ from bitnet_kernels import (
     quantized_linear,
     relu2_mul_rmsnorm_quant,
 )
-from tests.on_device import EPS, OWN_WARNINGS, all_equal, device, here, size
+from tests.helpers.on_device import EPS, OWN_WARNINGS, all_equal, device, here, size
 
 __all__ = ["device"]  # a fixture
 pytestmark = OWN_WARNINGS

@@ -31,8 +31,8 @@ from bitnet_kernels import (
     unpack_base3,
     unpack_ternary,
 )
-from tests.findings import hostile_rows, oracle_quant
-from tests.on_device import (
+from tests.helpers.findings import hostile_rows, oracle_quant
+from tests.helpers.on_device import (
     DTYPES,
     EPS,
     OWN_WARNINGS,

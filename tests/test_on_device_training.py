@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from bitnet.linear import BitLinear, pack, weights_quantized
 from bitnet.loss import next_token_loss
 from bitnet.model import Transformer
-from tests.on_device import OWN_WARNINGS, device, size
-from tests.small_training import assert_same, plain_path, small
+from tests.helpers.on_device import OWN_WARNINGS, device, size
+from tests.helpers.small_training import assert_same, plain_path, small
 
 __all__ = ["device"]  # a fixture
 pytestmark = OWN_WARNINGS

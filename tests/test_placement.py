@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantizable import MultiheadAttention
 
-from bitnet.linear import BitLinear, hooked, pack
+from bitnet.linear import BitLinear, pack
+from bitnet.modules import hooked
 from bitnet.qat.adapters import LoRALinear
 from bitnet.qat.nf4 import NF4Linear
 from bitnet.qat.prepare import convert, prepare

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from bitnet import progress
-from bitnet.metrics import Console as TrainingConsole
 from bitnet.progress import Reports, reporting
+from bitnet.training.metrics import Console as TrainingConsole
 
 
 def test_a_pipe_gets_lines_while_the_work_goes_on(

@@ -20,7 +20,7 @@ from bitnet.quant import (
     ternary_linear_ste,
 )
 from bitnet_kernels import reference
-from tests.small_training import assert_same, batch, next_token_loss, small
+from tests.helpers.small_training import assert_same, batch, next_token_loss, small
 
 
 def exact_gradients(x: Tensor, w: Tensor, dy: Tensor, granularity: Any) -> tuple[Tensor, Tensor]:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from bitnet import weights_quantized
 from bitnet.linear import BitLinear, replace_linear
-from bitnet.optim import OptimConfig, build_optimizer
 from bitnet.quant import (
     ternary_linear_ste,
 )
-from tests.small_training import assert_same, batch, next_token_loss, small, train
+from bitnet.training.optim import OptimConfig, build_optimizer
+from tests.helpers.small_training import assert_same, batch, next_token_loss, small, train
 
 
 def sequence() -> nn.Sequential:

@@ -32,10 +32,11 @@ from bitnet.bench.worker import serve
 from bitnet.engine.decoder import HeadDtype
 from bitnet.engine.engine import Engine
 from bitnet.export.folder import load_model
-from bitnet.linear import BitLinear, Kernel, RMSNorm, TernaryLinear, pack, replace_modules
+from bitnet.linear import BitLinear, Kernel, RMSNorm, TernaryLinear, pack
 from bitnet.model import ModelConfig, Transformer, as_transformer
+from bitnet.modules import replace_modules
 from bitnet.schema import UserError
-from bitnet.throughput import peak_memory, reset_peak_memory
+from bitnet.training.throughput import peak_memory, reset_peak_memory
 from bitnet_kernels.bench.machine import Meter, find_meter
 
 BF16_HEAD = "ours-bf16-head"

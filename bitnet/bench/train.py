@@ -39,12 +39,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from bitnet.bench.worker import Worker, serve
 from bitnet.config import Config, load_config, to_toml
-from bitnet.linear import replace_modules, weights_quantized
+from bitnet.linear import weights_quantized
 from bitnet.loss import compiled_loss, next_token_loss
 from bitnet.model import Transformer
-from bitnet.optim import build_optimizer, clip_gradients, learning_rate_factor, weight_decay_at
+from bitnet.modules import replace_modules
 from bitnet.schema import UserError
-from bitnet.throughput import peak_memory, reset_peak_memory
+from bitnet.training.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate_factor,
+    weight_decay_at,
+)
+from bitnet.training.throughput import peak_memory, reset_peak_memory
 from bitnet_kernels.bench.machine import find_meter
 
 FAMILIES = ("fp", "naive", "ours", "ours-int8", "torchao")

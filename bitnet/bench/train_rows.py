@@ -16,7 +16,7 @@ from bitnet.bench.rows import Figures, counted, distinct, origin, percent, read,
 from bitnet.bench.train import COMPILED, Reply
 from bitnet.config import Config
 from bitnet.summary import human
-from bitnet.throughput import mfu
+from bitnet.training.throughput import mfu
 from bitnet_kernels.bench import machine
 from bitnet_kernels.bench.timing import quantile
 

@@ -5,13 +5,13 @@
     decoder.step(batch)                     # as often as wanted: appends, attends, chooses
 
 Everything that a step reads or writes is allocated once: the weights in the form that its products
-read (:mod:`bitnet.engine.plan`), the keys and values, the rows' tokens and lengths, the workspace.
+read (:mod:`bitnet.engine.weights`), keys and values, the rows' tokens and lengths, the workspace.
 A greedy step feeds itself: it leaves the chosen tokens where the next one reads its inputs, so the
 host need only read them. Rows fill independently, each from column 0: no padding and no shared
 position, so a row's tokens depend on no other row.
 
-Two ways to run, one a device: a tape of bound torch calls on CPU (:mod:`bitnet.engine.tape`), one
-CUDA graph a batch size on a GPU (:mod:`bitnet.engine.device`).
+Two ways to run, one a device: a tape of bound torch calls on CPU (:mod:`bitnet.engine.cpu`), one
+CUDA graph a batch size on a GPU (:mod:`bitnet.engine.cuda`).
 
 S rows, T tokens, V vocabulary.
 """
@@ -22,10 +22,17 @@ from typing import Literal, NoReturn, SupportsIndex, get_args
 import torch
 from torch import Tensor
 
-from bitnet.engine.device import Graphs
-from bitnet.engine.plan import Dense, ModelPlan, Versions, embedding_of, quantized_head, tensors_of
+from bitnet.engine.cpu import Tapes
+from bitnet.engine.cuda import Graphs
 from bitnet.engine.state import State
-from bitnet.engine.tape import Tapes
+from bitnet.engine.weights import (
+    Dense,
+    ModelPlan,
+    Versions,
+    embedding_of,
+    quantized_head,
+    tensors_of,
+)
 from bitnet.linear import Kernel
 from bitnet.model import Transformer
 
@@ -40,7 +47,7 @@ class Decoder:
 
     Arguments:
         model: read as it is now, on its device, fp32, bf16 or fp16; linear layers that are neither
-            packed, ternary nor plain (:mod:`bitnet.engine.plan`) stay modules, are called in the
+            packed, ternary nor plain (:mod:`bitnet.engine.weights`) stay modules, are called in the
             mode they are in, and allocate what they allocate. The rest of the model may be dropped.
             Once it has been changed, the decoder is of no more use: :meth:`check_weights`.
         max_batch: rows, at most 64. max_len: tokens a row holds, at most the model's context.

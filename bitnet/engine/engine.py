@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bitnet.data.tokenizer import Tokenizer
 from bitnet.engine import sampling
 from bitnet.engine.decoder import CacheDtype, Decoder, HeadDtype
 from bitnet.engine.prefix import keep, place, share
@@ -30,7 +31,6 @@ from bitnet.engine.request import Options, Row, StopReason, integer, make_rows
 from bitnet.linear import Kernel
 from bitnet.model import Transformer
 from bitnet.schema import UserError
-from bitnet.tokenizer import Tokenizer
 
 
 @dataclass

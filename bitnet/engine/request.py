@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal
 
+from bitnet.data.tokenizer import Tokenizer, check_text
 from bitnet.engine.text import TextStream
 from bitnet.schema import UserError
-from bitnet.tokenizer import Tokenizer, check_text
 
 StopReason = Literal["eos", "stop", "length", "context"]
 """Why a row ended: end of document, a stop string, ``max_new_tokens`` reached, or the context is

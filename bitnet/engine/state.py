@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bitnet.engine.plan import Dense, Int8, ModelPlan, Ternary
+from bitnet.engine.weights import Dense, Int8, ModelPlan, Ternary
 from bitnet.model import ModelConfig, rotary
 
 COLUMN_STEP = 64

@@ -8,7 +8,7 @@ and a token is *settled* once all of its text has been handed out.
 
 from collections.abc import Sequence
 
-from bitnet.tokenizer import Tokenizer
+from bitnet.data.tokenizer import Tokenizer
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 _ANCHOR = "a"

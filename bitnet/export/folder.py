@@ -42,6 +42,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bitnet.data.tokenizer import Tokenizer
+from bitnet.data.tokenizer_json import TOKENIZER_FILES, load_tokenizer
 from bitnet.durable import load_tensors, new_folder, save_tensors, sha256
 from bitnet.linear import BitLinear, Kernel, TernaryLinear
 from bitnet.model import ModelConfig, Transformer
@@ -51,8 +53,6 @@ from bitnet.qat.prepare import convert, prepare
 from bitnet.qat.quantizers import weight_range
 from bitnet.qat.recipe import Recipe
 from bitnet.schema import STRICT, UserError, check_file, read_file, user_input
-from bitnet.tokenizer import Tokenizer
-from bitnet.tokenizer_json import TOKENIZER_FILES, load_tokenizer
 from bitnet_kernels import pack_base3, unpack_base3
 
 CONFIG, TENSORS = "config.json", "model.safetensors"

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet.data.tokenizer_json import JsonTokenizer, with_eos
 from bitnet.export.llama import Shape, Stored, build, check_tensors
 from bitnet.model import Transformer
 from bitnet.schema import UserError, check_file, user_input
-from bitnet.tokenizer_json import JsonTokenizer, with_eos
 
 _NAMES = {
     "token_embd.weight": "embed_tokens.weight",

@@ -25,11 +25,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from bitnet.data.tokenizer_json import JsonTokenizer, with_eos
 from bitnet.export.gguf import load_gguf
 from bitnet.export.llama import Shape, Stored, build, check_tensors, check_type
 from bitnet.model import Transformer
 from bitnet.schema import UserError, check_file, read_file, user_input
-from bitnet.tokenizer_json import JsonTokenizer, with_eos
 
 _ROPE_KEYS = {"rope_type", "rope_theta", "type"}
 _FLOATS = ("F64", "F32", "F16", "BF16")

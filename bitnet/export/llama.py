@@ -15,9 +15,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from bitnet.data.tokenizer_json import JsonTokenizer
 from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError, user_input
-from bitnet.tokenizer_json import JsonTokenizer
 
 MODEL_TYPES = ("llama", "mistral")
 """Whose maths is ours, as config.json calls them."""

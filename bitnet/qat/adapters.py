@@ -29,6 +29,8 @@ from torch.nn import functional as F
 from bitnet.dequantized import dequantized
 from bitnet.linear import (
     BitLinear,
+)
+from bitnet.modules import (
     check_patterns,
     disable_nested_tensors,
     matches,

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.dequantized import dequantized
-from bitnet.inventory import check_forward
 from bitnet.linear import TernaryLinear
+from bitnet.modules import check_forward
 from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
 from bitnet.qat.product import Codes, ConvOp, LinearOp, Op

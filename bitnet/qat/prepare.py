@@ -21,12 +21,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from bitnet.elementwise import RMSNorm
-from bitnet.inventory import GATHER, REPLACE_FIRST, check_whole, is_conv1d, plain_linear
 from bitnet.linear import (
     BitLinear,
     TernaryLinear,
+)
+from bitnet.modules import (
+    GATHER,
+    REPLACE_FIRST,
+    check_whole,
     computed_parameter,
     disable_nested_tensors,
+    is_conv1d,
+    plain_linear,
     replace_modules,
     warn_never_called,
 )

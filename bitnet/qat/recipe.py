@@ -17,8 +17,7 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from bitnet.inventory import is_conv1d, kept_weights, why_full_precision
-from bitnet.linear import check_patterns, matches
+from bitnet.modules import check_patterns, is_conv1d, kept_weights, matches, why_full_precision
 from bitnet.quant import GradMask, Granularity
 from bitnet.schema import STRICT, ListOf, Positive
 

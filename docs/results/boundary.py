@@ -31,13 +31,13 @@ import torch
 from torch import Tensor
 
 from bitnet.config import Config, load_config
-from bitnet.data import Loader, TokenDataset, sequential_windows
+from bitnet.data.loader import Loader, TokenDataset, sequential_windows
+from bitnet.data.prepare import prepare
 from bitnet.durable import write_atomic
 from bitnet.evaluate import EvalResult, evaluate_windows
 from bitnet.export.folder import load_model
 from bitnet.linear import pack
 from bitnet.model import Transformer, as_transformer
-from bitnet.prepare import prepare
 from bitnet.qat.awq import awq
 from bitnet.qat.gptq import gptq
 from bitnet.qat.prepare import convert

@@ -29,7 +29,7 @@ STEP = """
 import sys, time
 start = None
 try:
-    from bitnet.shell import start
+    from bitnet.cli.shell import start
 except ImportError:
     pass  # an older commit
 if start is not None:
@@ -38,7 +38,7 @@ import torch
 from bitnet.linear import weights_quantized
 from bitnet.loss import next_token_loss
 from bitnet.model import ModelConfig, Transformer
-from bitnet.optim import OptimConfig, build_optimizer, clip_gradients
+from bitnet.training.optim import OptimConfig, build_optimizer, clip_gradients
 threads, seconds = int(sys.argv[1]), float(sys.argv[2])
 if threads:
     torch.set_num_threads(threads)

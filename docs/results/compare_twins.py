@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from bitnet.data import TokenDataset, sequential_windows
+from bitnet.data.loader import TokenDataset, sequential_windows
 from bitnet.evaluate import evaluate_windows
 from bitnet.export.folder import load, save_model, sizes
 from bitnet.linear import pack

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from bitnet.config import load_config
-from bitnet.data import TokenDataset, sequential_windows
+from bitnet.data.loader import TokenDataset, sequential_windows
 from bitnet.evaluate import evaluate_windows
 from bitnet.export.folder import load_model
 from bitnet.qat.ptq import round_to_nearest

@@ -1,20 +1,20 @@
 """Ternary kernels: packed weights, int8 activations, exact int32 products.
 
-Importing this package touches neither Triton nor a device; :mod:`bitnet_kernels.ops` imports a
-kernel's file when that kernel first runs. It depends on torch alone and never on ``bitnet``.
+Importing this package touches neither Triton nor a device; an operator imports a kernel's file when
+that kernel first runs. The package depends on torch alone and never on ``bitnet``.
 """
 
 from bitnet_kernels.dispatch import KERNELS
-from bitnet_kernels.ops import quantized_linear, ternary_linear, ternary_matmul
-from bitnet_kernels.ops_decode import decode_attention, rope_append
-from bitnet_kernels.ops_quant import (
+from bitnet_kernels.ops.decode import decode_attention, rope_append
+from bitnet_kernels.ops.int8 import int8_linear, int8_matmul
+from bitnet_kernels.ops.quantize import (
     absmean_ternary,
     add_rmsnorm_quant,
     quant,
     relu2_mul_rmsnorm_quant,
     rmsnorm_quant,
 )
-from bitnet_kernels.ops_train import int8_linear, int8_matmul
+from bitnet_kernels.ops.ternary import quantized_linear, ternary_linear, ternary_matmul
 from bitnet_kernels.packing import (
     bit_planes,
     pack_base3,

@@ -1,0 +1,1 @@
+"""The ``bitnet`` command: one file per command; ``main`` gathers them."""

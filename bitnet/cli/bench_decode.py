@@ -1,0 +1,353 @@
+"""``bitnet bench decode``: options, progress and files around :mod:`bitnet.bench.decode`."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+
+from bitnet.bench.decode import (
+    SIZES,
+    Inexact,
+    Race,
+    fitting,
+    free_bytes,
+    held_bytes,
+    refusals,
+    usual,
+)
+from bitnet.bench.decode_profile import COLUMNS as PROFILE_COLUMNS
+from bitnet.bench.decode_profile import Profile, measure, write_profile
+from bitnet.bench.decode_table import (
+    COLUMNS,
+    KEY,
+    Subject,
+    common_columns,
+    figures,
+    stored,
+    table,
+)
+from bitnet.bench.decode_worker import CONTENDERS, Case, Job
+from bitnet.bench.rows import Figures, merge, read, write
+from bitnet.bench.worker import WorkerDied
+from bitnet.cli.bench_train import (
+    NOT_WRITTEN,
+    Device,
+    Seed,
+    Threads,
+    ending,
+    progress,
+    results_path,
+    say,
+    valid_names,
+)
+from bitnet.cli.convert import pick_device
+from bitnet.engine.decoder import LARGEST_BATCH
+from bitnet.export.folder import read_config
+from bitnet.model import ModelConfig
+from bitnet.progress import plain_console, reporting
+from bitnet.schema import UserError
+from bitnet.summary import human
+from bitnet_kernels.bench import machine
+from bitnet_kernels.bench.machine import Machine
+
+
+class _Usual(NamedTuple):
+    """What is measured where nothing is named."""
+
+    sizes: tuple[str, ...]
+    batches: tuple[int, ...]
+    prompts: tuple[int, ...]
+    new: int
+    rounds: int
+
+
+CPU = _Usual(("60m", "110m"), (1, 8), (128,), 32, 5)
+GPU = _Usual(("700m", "2b"), (1, 8, 32), (128,), 128, 7)
+ALL = _Usual(tuple(SIZES), (1, 8, 32), (128, 2048), 128, 7)
+QUICK = _Usual(("60m",), (1,), (32,), 8, 2)
+PROFILE = _Usual(("110m",), (1,), (128,), 16, 1)
+
+
+def decode_command(
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"A model's shape by its size: {', '.join(SIZES)}; repeatable. Default: 60m and "
+            "110m, on a GPU 700m and 2b.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(help="Or a folder with a ternary model. Weights are random otherwise."),
+    ] = "",
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{', '.join(CONTENDERS)}; repeatable. Default: all that can run here."),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Rows generated together; repeatable. Default: 1, 8, on a GPU also 32.",
+            min=1,
+            max=LARGEST_BATCH,
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens of a row's prompt; repeatable. Default: 128.",
+            min=1,
+            max=1 << 20,
+            show_default=False,
+        ),
+    ] = None,
+    new: Annotated[
+        int,
+        typer.Option(help="Tokens to generate, a row. 0: 32, on a GPU 128.", min=0, max=1 << 20),
+    ] = 0,
+    rounds: Annotated[
+        int, typer.Option(help="Timed generations of each. 0: 5, on a GPU 7.", min=0, max=10_000)
+    ] = 0,
+    device: Device = "auto",
+    threads: Threads = 0,
+    seed: Seed = 0,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Does it work? ours-auto and a twin, 60m, 8 tokens, 2 rounds, unless others are "
+            "named. Writes nothing without --out.",
+        ),
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every size, batch 1, 8, 32, prompt 128 and 2048.")
+    ] = False,
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile", help="One contender, one step: where its time goes, by operation."
+        ),
+    ] = False,
+    out: Annotated[
+        str,
+        typer.Option(
+            help="CSV file. Default: docs/results/decode_<device>.csv; of a profile, "
+            "docs/results/profile_decode_<device>.csv."
+        ),
+    ] = "",
+) -> None:
+    """Time generation: packed layers, their twin, and transformers.
+
+    Each contender has a process of its own; they take turns, a generation each, so that a machine
+    that slows down slows all alike. Told are the time to the first token, tokens a second after
+    it, memory, and on a GPU joules a token, with the ratios within a round. Rows are written when
+    a case is done: Ctrl-C loses one at most, and the same command goes on where it was. What is in
+    the file already, measured by the same sources, is shown and not measured again.
+
+    ours-auto is what `bitnet generate` does; -dot and -addsub force a kernel on a GPU, -bf16-head
+    is --head bf16 on a CPU. twin is the same shape with nn.Linear layers in the same engine.
+    transformers is generate() of its BitNet class (autobitlinear) on the same ternary weights,
+    greedy.
+
+    On a GPU: bitnet bench decode --size 700m --size 2b --size 8b
+    """
+    if everything + quick + profile > 1:
+        raise UserError("--all, --quick and --profile exclude each other")
+    if model and size:
+        raise UserError("--model and --size exclude each other")
+    target = pick_device(device)
+    if target.type == "cuda" and target.index is not None:
+        torch.cuda.set_device(target)
+    if threads:
+        torch.set_num_threads(threads)
+    asked = GPU if target.type == "cuda" else CPU
+    for chosen, given in ((everything, ALL), (quick, QUICK), (profile, PROFILE)):
+        asked = given if chosen else asked
+    names, lines = valid_names("--contender", contender or [], CONTENDERS), list[str]()
+    if not names and quick:
+        dtype = "bf16" if target.type == "cuda" else "fp32"
+        names = ["ours-auto", f"twin-{dtype}"]
+        lines.append(f"--quick leaves transformers out; --contender transformers-{dtype} times it")
+    names = names or (["ours-auto"] if profile else list(usual(target)))
+    cases = [
+        Case(rows, tokens, new or asked.new)
+        for tokens in dict.fromkeys(prompt or asked.prompts)
+        for rows in dict.fromkeys(batch or asked.batches)
+    ]
+    if min(case.new for case in cases) < 2:
+        raise UserError("--new: 1 leaves nothing to time after the first token; the nearest is 2")
+    sizes = valid_names("--size", size or [], tuple(SIZES)) or asked.sizes
+    subjects = _subjects(model, sizes, cases)
+    here = machine.describe(target)
+    name = f"{'profile_' if profile else ''}decode_{here.slug}.csv"
+    path = results_path(out, name) if out or not quick else None
+    run = _Run(plain_console(), here, names, cases, rounds or asked.rounds, seed, threads, path)
+    if profile:
+        _profile(run, subjects)
+        return
+    run.kept = read(path, COLUMNS) if path else []
+    _, no_energy = machine.find_meter(target)
+    todo = [
+        (subject, run.fitting(subject, run.jobs(subject, lines), lines)) for subject in subjects
+    ]
+    for line in filter(None, dict.fromkeys([no_energy, *lines])):  # no argument is wrong
+        run.say(line)
+    for subject, jobs in todo:
+        run.race(subject, jobs)
+    run.say("")
+    run.say(table(run.shown))
+    run.say("")
+    run.say(f"figures: {path}" if path else NOT_WRITTEN)
+
+
+def _subjects(folder: str, sizes: Sequence[str], cases: Sequence[Case]) -> list[Subject]:
+    if not folder:
+        shapes = {size: ModelConfig(**SIZES[size], max_seq_len=1).resolve() for size in sizes}
+        return [Subject(size, config, "") for size, config in shapes.items()]
+    config = read_config(Path(folder)).model
+    if config.linear != "ternary":
+        raise UserError(f"--model: {folder} is not ternary (model.linear = {config.linear!r})")
+    longest = max(case.prompt + case.new for case in cases)
+    if longest > config.max_seq_len:
+        raise UserError(
+            f"--prompt, --new: {longest} tokens in all exceed the context of {folder}, which is "
+            f"{config.max_seq_len}"
+        )
+    return [Subject(Path(folder).resolve().parent.name + "/" + Path(folder).name, config, folder)]
+
+
+@dataclasses.dataclass
+class _Run:
+    """What holds for every model of a command, and what they came to."""
+
+    console: Console
+    here: Machine
+    names: list[str]
+    cases: list[Case]
+    rounds: int
+    seed: int
+    threads: int
+    path: Path | None
+    """None: nothing is written."""
+    kept: list[Figures] = dataclasses.field(default_factory=list)
+    """The file's rows."""
+    shown: list[Figures] = dataclasses.field(default_factory=list)
+    """Those of this command, measured now or before."""
+
+    def say(self, text: str) -> None:
+        """A line, or several."""
+        say(self.console, text)
+
+    def kept_so_far(self) -> str:
+        """What a command that is stopped says of its file."""
+        return f"the same command goes on from {self.path}" if self.path and self.shown else ""
+
+    def jobs(self, subject: Subject, lines: list[str]) -> list[Job]:
+        """The contenders that can take part; ``lines`` gets why others cannot."""
+        no = refusals(self.names, self.here.device, subject.config)
+        lines += [f"{name} is left out: {why}" for name, why in no.items()]
+        config = dataclasses.asdict(subject.config)
+        jobs = [
+            Job(name, config, subject.folder, self.seed, str(self.here.device), self.threads)
+            for name in self.names
+            if name not in no
+        ]
+        if not jobs:
+            why = "; ".join(dict.fromkeys(no.values()))
+            raise UserError(f"--contender: none of {', '.join(self.names)} can run here: {why}")
+        return jobs
+
+    def race(self, subject: Subject, jobs: list[Job]) -> None:
+        """Show a model's cases that the file has; measure the others, writing it after each."""
+        common = common_columns(self.here, self.rounds)
+        before = [stored(subject, case, jobs, common, self.kept) for case in self.cases]
+        todo = [case for case, rows in zip(self.cases, before, strict=True) if not rows]
+        if len(todo) < len(self.cases):
+            self.say("measured already by these sources; --out elsewhere repeats it:")
+        for rows in filter(None, before):
+            self._show(rows)
+        if not todo:
+            return
+        bar = progress(self.console)
+        task = bar.add_task(subject.name, total=len(todo) * len(jobs) * (self.rounds + 1))
+        begun, at = -1, todo[0]
+
+        def tick(text: str) -> None:
+            nonlocal begun
+            begun += 1
+            where = f"{subject.name}, batch {at.batch}, prompt {at.prompt}: {text}"
+            bar.update(task, description=where, completed=begun)
+
+        stops = ending(self.console, self.kept_so_far, WorkerDied, Inexact)
+        with stops, bar, Race(jobs, tick) as race:
+            for at in todo:
+                outcomes = race.run(at, self.rounds)
+                new = figures(subject, at, jobs, outcomes, common)
+                if self.path:
+                    self.kept = merge(self.kept, new, KEY)
+                    write(self.path, self.kept, COLUMNS)
+                self._show(new)
+            bar.update(task, description=subject.name, completed=begun + 1)
+
+    def _show(self, rows: list[Figures]) -> None:
+        self.shown += rows
+        self.say(_line(rows))
+
+    def fitting(self, subject: Subject, jobs: list[Job], lines: list[str]) -> list[Job]:
+        """Those that fit into memory together; ``lines`` gets the others."""
+        sizes = [held_bytes(job, subject.config, self.cases) for job in jobs]
+        free = free_bytes(self.here.device)
+        kept = fitting(jobs, sizes, free)
+        for job, size in zip(jobs, sizes, strict=True):
+            if job not in kept:
+                lines.append(
+                    f"{subject.name}: {job.contender} is left out: it needs some "
+                    f"{human(size, 'B')} beside the others, of {human(free or 0, 'B')} free"
+                )
+        if not kept:
+            raise UserError(f"{subject.name} does not fit into memory; choose a smaller --size")
+        return kept
+
+
+def _line(rows: Sequence[Figures]) -> str:
+    """What a case came to, for those who watch."""
+    parts = []
+    for row in rows:
+        notes = []
+        for family in ("twin", "transformers"):
+            base = max(
+                (one for one in rows if one["contender"].startswith(family)),
+                key=lambda one: float(one["tokens_s"]),
+                default=None,
+            )
+            ratio = row[f"over_{family}"]
+            if base and ratio and row["contender"].startswith("ours"):
+                notes.append(f"{float(ratio):.2f}x {base['contender']}")
+        notes.append(f"first token {float(row['first_ms']):,.0f} ms")
+        parts.append(f"{row['contender']} {float(row['tokens_s']):,.1f} ({', '.join(notes)})")
+    one = rows[0]
+    return f"{one['model']} batch {one['batch']} prompt {one['prompt']}, tokens/s: " + ", ".join(
+        parts
+    )
+
+
+def _profile(run: _Run, subjects: list[Subject]) -> None:
+    assert run.path is not None
+    if len(subjects) * len(run.cases) * len(run.names) != 1:
+        raise UserError("--profile: one --contender, --size, --batch and --prompt")
+    subject, case = subjects[0], run.cases[0]
+    (job,) = run.jobs(subject, [])
+    read(run.path, PROFILE_COLUMNS)  # a file of something else is found before the work
+    with reporting(f"profiling {job.contender}, {subject.name}"):
+        found: Profile = measure(job, case, run.here)
+    common = common_columns(run.here, 1)
+    write_profile(run.path, subject, case, job, found, common)
+    run.console.print(found.table(), highlight=False)
+    for line in filter(None, (found.summary(), found.warning(), f"figures: {run.path}")):
+        run.say(line)

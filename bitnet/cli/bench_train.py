@@ -1,0 +1,353 @@
+"""``bitnet bench train``: options, progress and files around :mod:`bitnet.bench.train`."""
+
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from bitnet.bench.rows import counted, merge, read, write
+from bitnet.bench.train import SIZES, USUAL, VARIANTS, Reply, choose_variants, race, variant_config
+from bitnet.bench.train_rows import COLUMNS, KEY, as_text, figures, table
+from bitnet.bench.worker import WorkerDied
+from bitnet.cli.convert import pick_device
+from bitnet.config import Config, load_config
+from bitnet.durable import check_output
+from bitnet.progress import Reports, plain_console
+from bitnet.schema import UserError
+from bitnet.training.throughput import peak_flops
+from bitnet_kernels.bench import machine
+
+RESULTS = Path("docs/results")
+EAGER = ("fp", "naive", "ours")
+"""Measured unless others are named on a CPU, whose compiled steps take minutes to begin."""
+CPU_TOKENS = 2048
+"""A micro-batch of a model by size on a CPU, two a step: seconds instead of minutes."""
+PEAK_TRIES = 5
+NOT_WRITTEN = "nothing is written; --out FILE keeps the figures"
+
+# options that every benchmark has, in one wording
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N. auto: a GPU if any.")]
+Threads = Annotated[
+    int, typer.Option(help="Threads of the CPU. 0: torch's choice.", min=0, max=1024)
+]
+Seed = Annotated[int, typer.Option(help="Of weights and tokens.", min=0, max=1 << 30)]
+
+
+def train_command(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[SECTION.KEY=VALUE]",
+            help="Of the config, for every variant, such as optim.optimizer=muon.",
+            show_default=False,
+        ),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"A model's shape by its size: {', '.join(SIZES)} (8 layers, 2,048 wide); "
+            "repeatable. Default: 15m, on a GPU 350m.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Or a config, such as configs/15m.toml; repeatable. Its data are not read."
+        ),
+    ] = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"{', '.join(VARIANTS)}; repeatable. Default: {', '.join(EAGER)}, on a GPU also "
+            "all compiled ones.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            help=f"Tokens of a micro-batch. 0: the config's; of a --size on a CPU {CPU_TOKENS}.",
+            min=0,
+            max=1 << 24,
+        ),
+    ] = 0,
+    micro_batches: Annotated[
+        int,
+        typer.Option(
+            help="Micro-batches of a step. 0: as many as make the config's step; of a --size on a "
+            f"CPU, {2 * CPU_TOKENS} tokens.",
+            min=0,
+            max=1 << 20,
+        ),
+    ] = 0,
+    steps: Annotated[
+        int, typer.Option(help="Timed steps of each. 0: 5, on a GPU 10.", min=0, max=1 << 20)
+    ] = 0,
+    warmup: Annotated[int, typer.Option(help="Steps before those. 0: 2.", min=0, max=1 << 20)] = 0,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16. auto: bf16 on a GPU.")] = "auto",
+    threads: Threads = 0,
+    seed: Seed = 0,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help=f"Does it work? {', '.join(EAGER)}, 3 steps of one sequence, unless others are "
+            "named. Writes nothing without --out.",
+        ),
+    ] = False,
+    out: Annotated[
+        str, typer.Option(help="CSV file. Default: docs/results/train_<device>.csv.")
+    ] = "",
+) -> None:
+    """Time a training step: ternary layers, their twin, and others.
+
+    \b
+    fp         nn.Linear: the full-precision twin
+    naive      BitLinear as papers print it, fake quantization in floats
+    ours       BitLinear of this package
+    ours-int8  the same with model.int8_backward = "both", an approximation
+    torchao    torchao's bitnet_training, where that package is installed
+    ...-compiled: by torch.compile
+
+    Each variant has a process of its own; they take turns, a step each, so that a machine that
+    slows down slows all alike. Speed is told by the ratios within a round, beside peak memory,
+    loss and compile time. Rows are written when a model is done; those of an earlier run that
+    measured the same thing with as many steps are replaced.
+
+    A step is train.py's. On a CPU that of a --size is 4,096 tokens long, so that the default takes
+    minutes; that of a --config is as long as it says: 131,072 tokens for configs/15m.toml, a minute
+    and a half on 2 cores.
+
+    On a GPU, all there is to know: bitnet bench train --size 350m --size 1b
+    """
+    target = pick_device(device)
+    on_cpu = target.type == "cpu"
+    named = valid_names("--variant", variant or [], VARIANTS)
+    chosen, lines = choose_variants(named or (EAGER if quick or on_cpu else USUAL))
+    if on_cpu and not quick and not named:
+        lines.append(f"on a CPU {', '.join(EAGER)} are measured; --variant names others")
+    steps = steps or (3 if quick else 5 if on_cpu else 10)
+    warmup = warmup or (1 if quick else 2)
+    if threads:
+        torch.set_num_threads(threads)
+    (dtype,) = valid_names("--dtype", [dtype], ("auto", "fp32", "bf16"))
+    more = overrides or []
+    asked = _Asked(tokens, micro_batches, steps + warmup, target, dtype, threads, seed, quick, more)
+    subjects = _subjects(config or [], size or [], "15m" if on_cpu else "350m")
+    runs = {  # every mistake is found before anything is said or timed
+        label: asked.configs(paths, given, chosen) for label, (paths, given) in subjects.items()
+    }
+    here = machine.describe(target)
+    path = results_path(out, f"train_{here.slug}.csv") if out or not quick else None
+    kept = read(path, COLUMNS) if path else []
+    _, no_energy = machine.find_meter(target)
+    console = plain_console()
+    for label, configs in runs.items():
+        train = next(iter(configs.values())).train
+        lines.append(
+            f"{label}: {counted(len(configs), 'variant')} x {counted(steps + warmup, 'step')} of "
+            f"{train.batch_tokens:,} tokens"
+        )
+    for line in [*filter(None, [no_energy]), *lines]:
+        say(console, line)
+    saved: list[str] = []
+
+    def kept_so_far() -> str:
+        return f"{', '.join(saved)}: figures are in {path}" if saved else ""
+
+    for label, configs in runs.items():
+        with ending(console, kept_so_far, WorkerDied):
+            replies, peak = _race(console, label, configs, steps, warmup)
+        name = " ".join([label, *more])
+        new = [as_text(row) for row in figures(name, here, configs, replies, warmup, peak)]
+        if path:
+            kept = merge(kept, new, KEY)
+            write(path, kept, COLUMNS)
+            saved.append(label)
+        say(console, table(new))
+    say(console, f"figures: {path}" if path else NOT_WRITTEN)
+
+
+def results_path(out: str, name: str) -> Path:
+    """The file that was named, else ``name`` beside the published figures or here; its folder is
+    made. UserError where nothing can be written there: not after hours of measuring."""
+    path = Path(out) if out else (RESULTS if RESULTS.is_dir() else Path()) / name
+    check_output("--out", path)
+    return path
+
+
+def valid_names(option: str, names: Sequence[str], valid: Sequence[str]) -> list[str]:
+    """The names, each once. UserError for one that is not valid, with the nearest that is."""
+    for name in names:
+        if name not in valid:
+            near = _nearest(name.lower(), valid)
+            hint = f"did you mean {near}? " if near else ""
+            raise UserError(f"{option}: {name!r} is unknown; {hint}(valid: {', '.join(valid)})")
+    return list(dict.fromkeys(names))
+
+
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    """A size by its number (100m: 110m), another name by how it begins (ours: ours-auto), then by
+    its first word, then by its letters; "" where nothing is alike."""
+    wanted = _parameters(name)
+    sizes = {one: number for one in valid if (number := _parameters(one))}
+    if wanted and sizes:
+        return min(sizes, key=lambda one: abs(math.log(sizes[one] / wanted)))
+    if beginning := [one for one in valid if one.startswith(name)]:
+        return beginning[0]
+    family = [one for one in valid if one.partition("-")[0] == name.partition("-")[0]]
+    return next(iter(get_close_matches(name, family or valid, 1, 0.3)), "")
+
+
+def _parameters(size: str) -> float | None:
+    """``"15m"`` -> 15e6; a number alone is of millions. None for what is no size."""
+    if match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmb]?)", size):
+        return float(match[1]) * {"k": 1e3, "": 1e6, "m": 1e6, "b": 1e9}[match[2]]
+    return None
+
+
+def _subjects(
+    configs: list[Path], sizes: list[str], default: str
+) -> dict[str, tuple[list[Path], list[str]]]:
+    """Label -> config files and overrides."""
+    if not configs and not sizes:
+        sizes = [default]
+    sizes = valid_names("--size", sizes, tuple(SIZES))
+    labels = {size: "1b-8-layers" if size == "1b" else size for size in sizes}
+    named: dict[str, tuple[list[Path], list[str]]] = {str(path): ([path], []) for path in configs}
+    return named | {labels[size]: ([], SIZES[size]) for size in sizes}
+
+
+class _Asked(NamedTuple):
+    """Options as given; zeros are the config's."""
+
+    tokens: int
+    micro_batches: int
+    total_steps: int
+    device: torch.device
+    dtype: str
+    threads: int
+    seed: int
+    quick: bool
+    overrides: list[str]
+
+    def configs(
+        self, paths: Sequence[Path], given: list[str], variants: list[str]
+    ) -> dict[str, Config]:
+        """Variant -> its config, which says all that a worker has to know.
+
+        Arguments:
+            paths, given: config files, or the overrides that make a model of some size.
+        """
+        base = load_config(paths, [*given, *self.overrides]).resolve()
+        seq_len, train = base.data.seq_len, base.train
+        micro, step = seq_len * train.micro_batch, train.batch_tokens
+        own = ("train.micro_batch", "train.batch_tokens")
+        if self.quick:
+            micro = step = seq_len
+        elif self.device.type == "cpu" and not paths and not _names(self.overrides, own):
+            micro = max(1, CPU_TOKENS // seq_len) * seq_len
+            step = 2 * micro
+        tokens = self.tokens or micro
+        if tokens % seq_len:
+            near = max(1, round(tokens / seq_len)) * seq_len
+            raise UserError(
+                f"--tokens: {tokens} is not a multiple of data.seq_len = {seq_len}; the nearest "
+                f"that is: {near}"
+            )
+        n = self.micro_batches or max(1, round(step / tokens))
+        bf16 = "bf16" in (self.dtype, train.dtype) or self.device.type == "cuda"
+        mine = [
+            f"train.micro_batch={tokens // seq_len}",
+            f"train.batch_tokens={tokens * n}",
+            f"train.steps={max(train.steps, self.total_steps)}",
+            "train.tokens=0",
+            f"train.device={self.device}",
+            f"train.dtype={self.dtype if self.dtype != 'auto' else 'bf16' if bf16 else 'fp32'}",
+            f"train.threads={self.threads}",
+            f"run.seed={self.seed}",
+        ]
+        whole = [*given, *self.overrides, *mine]
+        return {name: variant_config(paths, whole, name) for name in variants}
+
+
+def _names(overrides: Sequence[str], keys: Sequence[str]) -> bool:
+    return any(word.partition("=")[0].strip() in keys for word in overrides)
+
+
+def progress(console: Console) -> Progress:
+    """The bar of every benchmark. The rest of the time is estimated over an hour, since a step may
+    take longer than the half minute that is usual."""
+    return Reports(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        speed_estimate_period=3600,
+    )
+
+
+def say(console: Console, text: str) -> None:
+    """Lines as they are, whatever the terminal's width."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def ending(console: Console, kept: Callable[[], str], *failures: type[Exception]) -> Iterator[None]:
+    """How a benchmark ends before its time: by Ctrl-C with exit code 130 and a line that says what
+    is ``kept()``, "" for nothing; by one of the ``failures`` with exit code 1 and its message."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(console, f"stopped; {kept() or 'nothing is written'}")
+        raise typer.Exit(130) from None
+    except failures as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _race(
+    console: Console, label: str, configs: Mapping[str, Config], steps: int, warmup: int
+) -> tuple[dict[str, list[Reply]], tuple[float, str]]:
+    """What the variants say, and the peak that their FLOP/s are compared with: the best of those
+    measured before the first turns, since another program slows one down easily, but not all."""
+    train = next(iter(configs.values())).train
+    device = torch.device(train.device)
+    dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
+    peaks: list[tuple[float, str]] = []
+    with progress(console) as bar:
+        task = bar.add_task(label, total=len(configs) * (steps + warmup))
+        begun = -1
+
+        def tick(name: str) -> None:
+            nonlocal begun
+            begun += 1
+            bar.update(task, description=f"{label} {name}", completed=begun)
+            if len(peaks) < PEAK_TRIES:
+                peaks.append(peak_flops(device, dtype))
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()  # the workers need it
+
+        replies = race(configs, steps, warmup, tick)
+        bar.update(task, description=label, completed=begun + 1)
+    return replies, max(peaks)

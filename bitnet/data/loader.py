@@ -1,0 +1,377 @@
+"""Prepared tokens on disk, and which of them a step trains on.
+
+A prepared set (prepare.py writes it) is a folder:
+
+    index.json         what is in the other files: counts, checksums, the settings it was made with
+    tokenizer.model    the tokenizer its ids belong to (tokenizer.json, where it is of that kind)
+    train_00000.bin    the documents' ids, one after the other, each document ended by EOS:
+    val_00000.bin      little-endian uint16, or uint32 where the vocabulary needs it
+
+Training reads it in windows of ``seq_len + 1`` tokens at a stride of ``seq_len`` (inputs, and the
+same shifted by one as targets), so in an epoch each token is a target once. Documents are not
+padded and not kept apart: the model learns what EOS means.
+
+The order of the windows is a keyed permutation of their numbers, another for each epoch, computed
+for the windows a batch needs and never stored. A batch is therefore a pure function of
+(seed, step): there is no shuffle buffer, no worker and no state in a checkpoint, a resumed run sees
+what it would have seen, and any number of processes divides the same batch. The permutation is a
+Feistel network (Luby and Rackoff, 1988) over the least 4^h >= n, walked along its cycles until it
+is back below n; it uses integer arithmetic alone, so it is the same on every machine.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from bitnet.data.tokenizer import Tokenizer, read_model
+from bitnet.data.tokenizer_json import load_tokenizer, tokenizer_path
+from bitnet.durable import sha256
+from bitnet.schema import STRICT, Count, Positive, UserError, read_file
+
+INDEX = "index.json"
+VERSION: Literal[1] = 1
+"""Of the folder's format."""
+SplitName = Literal["train", "val"]
+
+
+@dataclass(frozen=True, config=STRICT)
+class DataConfig:
+    """The ``[data]`` section: the text, its tokenizer, its validation split, and the windows."""
+
+    path: Annotated[str, Field(min_length=1)] = "data/python-stdlib"
+    """folder of the prepared set; made (as by `bitnet prepare`) where it is missing"""
+    sources: Annotated[list[str], Field(min_length=1)] = Field(
+        default_factory=lambda: ["python-stdlib"]
+    )
+    """files, globs and folders of .txt, .md, .py, .jsonl (each also .gz, .xz, .zst) and .parquet;
+    "python-stdlib", the standard library's own source; "hf:NAME" or "hf:NAME:CONFIG", the train
+    split of a Hugging Face dataset, streamed"""
+    text_field: str = "text"
+    """which field of .jsonl, .parquet and Hugging Face rows holds the text"""
+    tokenizer: str = ""
+    """a sentencepiece model file, or a byte-level BPE tokenizer.json (with the hf extra); "" =
+    train one on the training split"""
+    vocab_size: Annotated[int, Field(ge=260, le=2**24)] = 8192
+    """tokens of the tokenizer to train, 256 of them bytes; a given tokenizer has its own"""
+    max_tokenizer_mb: Positive = 100
+    """megabytes of text, sampled over all of it, that the tokenizer is trained on"""
+    val_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.01
+    """share of the documents held out for validation, chosen by a hash of their text; of a few
+    long documents, passages are held out"""
+    shard_tokens: Positive = 100_000_000
+    """tokens in a file of the prepared set"""
+    seq_len: Positive = 512
+    """tokens in a training sequence"""
+    threads: Count = 0
+    """for tokenization; 0 = one for each core"""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Shard:
+    """A file of tokens."""
+
+    file: str
+    """its name in the folder"""
+    n_tokens: Positive
+    """how many, EOS included"""
+    sha256: str
+    """of the file, in hex"""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Split:
+    """What one split holds."""
+
+    n_tokens: Positive
+    """EOS included"""
+    n_bytes: Positive
+    """exact UTF-8 bytes of the text"""
+    n_documents: Positive
+    """as many as there are EOS tokens"""
+    shards: list[Shard]
+    """in order"""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Index:
+    """The contents of index.json."""
+
+    version: Literal[1]
+    """of the format"""
+    dtype: Literal["uint16", "uint32"]
+    """of an id, little-endian"""
+    vocab_size: Positive
+    """of the tokenizer"""
+    eos_id: Count
+    """the token that ends each document"""
+    tokenizer_sha256: str
+    """of the tokenizer's file, in hex"""
+    held_out: Literal["documents", "passages"]
+    """what the validation split is made of"""
+    sources_digest: str
+    """of the names and sizes of the local source files"""
+    settings: dict[str, Any]
+    """the [data] settings that decide the contents"""
+    splits: dict[SplitName, Split]
+    """train and val"""
+
+
+def read_index(path: Path) -> Index:
+    """Read index.json of a prepared set.
+
+    Raises:
+        UserError: there is no prepared set at ``path``, or its index is damaged or too new.
+    """
+    file = path / INDEX
+    if not file.is_file():
+        what = "is not a prepared set (it has no index.json)" if path.exists() else "does not exist"
+        raise UserError(f"data.path: {path} {what}; make one with `bitnet prepare`")
+    try:
+        raw = read_file(file, 2**26)
+        content = json.loads(raw)
+        if isinstance(content, dict) and content.get("version", VERSION) != VERSION:
+            raise UserError(
+                f"{file}: format version {content['version']}, this program reads {VERSION}; "
+                "delete the folder and prepare it again"
+            )
+        index = TypeAdapter(Index).validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{file}: damaged: {where}: {first['msg']}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: damaged: {error}; delete {path} and prepare it again") from error
+    for shard in (shard for split in index.splits.values() for shard in split.shards):
+        if Path(shard.file).name != shard.file:
+            raise UserError(f"{file}: damaged: {shard.file!r} is not a file of this folder")
+    for name in ("train", "val"):
+        split = index.splits.get(name)
+        if split is None or split.n_tokens != sum(shard.n_tokens for shard in split.shards):
+            raise UserError(f"{file}: damaged: the shards of {name} do not add up")
+    return index
+
+
+class TokenDataset:
+    """One split of a prepared set, mapped into memory.
+
+    Attributes:
+        path, split: as given.
+        n_tokens, n_bytes, n_documents: of the split; bytes are the exact UTF-8 bytes of its text.
+        vocab_size, eos_id: of the tokenizer.
+        held_out: whether the validation split consists of whole "documents" or of "passages".
+
+    Arguments:
+        path: the prepared folder.
+        split: "train" or "val".
+        verify: compare each shard's checksum, which reads all of it (about 1 s a gigabyte); sizes
+            are always compared.
+    Raises:
+        UserError: there is no such set, or a file is missing, damaged or of another set.
+    """
+
+    def __init__(self, path: Path | str, split: SplitName, verify: bool = True) -> None:
+        self.path = Path(path)
+        self.split: SplitName = split
+        index = read_index(self.path)
+        if split not in index.splits:
+            raise ValueError(f"split: expected 'train' or 'val', got {split!r}")
+        self.n_tokens = index.splits[split].n_tokens
+        self.n_bytes = index.splits[split].n_bytes
+        self.n_documents = index.splits[split].n_documents
+        self.vocab_size, self.eos_id = index.vocab_size, index.eos_id
+        self.held_out = index.held_out
+        self._tokenizer_sha256 = index.tokenizer_sha256
+        dtype = np.dtype(index.dtype).newbyteorder("<")
+        shards = index.splits[split].shards
+        self._shards = [_open_shard(self.path, shard, dtype, verify) for shard in shards]
+        self._ends = np.cumsum([shard.n_tokens for shard in shards])
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the ids.
+
+        Raises:
+            UserError: its file is missing, damaged or another.
+        """
+        path = tokenizer_path(self.path)
+        if hashlib.sha256(read_model(path)).hexdigest() != self._tokenizer_sha256:
+            raise UserError(f"{path}: is not the tokenizer this set was prepared with")
+        tokenizer = load_tokenizer(path)
+        if (tokenizer.vocab_size, tokenizer.eos_id) != (self.vocab_size, self.eos_id):
+            raise UserError(
+                f"{self.path / INDEX}: damaged: another tokenizer's vocab_size or eos_id"
+            )
+        return tokenizer
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop`` of the split: int64 ``[stop - start]``.
+
+        Raises:
+            ValueError: the range is not within ``0 <= start <= stop <= n_tokens``.
+        """
+        if not 0 <= start <= stop <= self.n_tokens:
+            raise ValueError(f"tokens {start}..{stop}: the split has {self.n_tokens}")
+        parts = []
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            shard, end = self._shards[number], int(self._ends[number])
+            offset = end - len(shard)
+            parts.append(shard[start - offset : min(stop, end) - offset].astype(np.int64))
+            start, number = min(stop, end), number + 1
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _open_shard(folder: Path, shard: Shard, dtype: np.dtype, verify: bool) -> np.memmap:
+    path = folder / shard.file
+    if not path.is_file():
+        raise UserError(f"{path}: missing; delete {folder} and prepare it again")
+    size = path.stat().st_size
+    if size != shard.n_tokens * dtype.itemsize:
+        problem = f"has {size} bytes, the index says {shard.n_tokens * dtype.itemsize}"
+    elif verify and sha256(path) != shard.sha256:
+        problem = "its checksum is not the index's"
+    else:
+        return np.memmap(path, dtype=dtype, mode="r")
+    raise UserError(f"{path}: damaged: {problem}; delete {folder} and prepare it again")
+
+
+class Loader:
+    """Training batches as a pure function of (seed, step), divided among ranks.
+
+    Batch ``step`` holds windows number ``step * B .. step * B + B - 1`` of an endless sequence:
+    epoch after epoch, each a permutation of all windows. A batch may span two epochs. Tokens after
+    the last whole window are left out, the same ones in every epoch.
+
+    Attributes:
+        n_windows: windows in an epoch.
+
+    Arguments:
+        dataset: where tokens are read.
+        seq_len: T.
+        batch_sequences: B, of the global batch.
+        seed: of the order.
+    Raises:
+        UserError: the split has too few tokens for one window.
+    """
+
+    def __init__(
+        self, dataset: TokenDataset, seq_len: int, batch_sequences: int, seed: int
+    ) -> None:
+        if seq_len < 1 or batch_sequences < 1:
+            raise ValueError(
+                f"seq_len and batch_sequences: expected 1 or more, got {seq_len}, {batch_sequences}"
+            )
+        self.n_windows = (dataset.n_tokens - 1) // seq_len
+        if self.n_windows < 1:
+            raise UserError(
+                f"{dataset.path}: split {dataset.split} has {dataset.n_tokens} tokens, one "
+                f"sequence of data.seq_len = {seq_len} needs {seq_len + 1}; shorten it or add text"
+            )
+        self._dataset, self._seq_len, self._batch = dataset, seq_len, batch_sequences
+        self._seed = seed
+
+    def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step.
+
+        Arguments:
+            step: from 0.
+            rank, world_size: rank r gets the r-th of ``world_size`` contiguous parts of the batch.
+        Returns:
+            int64 ``[B / world_size, T]`` each; targets are the inputs shifted by one.
+        Raises:
+            UserError: B is not divisible by ``world_size``.
+        """
+        if self._batch % world_size:
+            raise UserError(
+                f"a batch of {self._batch} sequences cannot be divided among {world_size} processes"
+            )
+        if not 0 <= rank < world_size or step < 0:
+            raise ValueError(f"step {step}, rank {rank} of {world_size}: out of range")
+        rows = self._batch // world_size
+        first = step * self._batch + rank * rows
+        span = self._seq_len
+        windows_BT = np.empty((rows, span + 1), dtype=np.int64)
+        for row, window in enumerate(self._windows(first, rows)):
+            windows_BT[row] = self._dataset.tokens(window * span, window * span + span + 1)
+        batch_BT = torch.from_numpy(windows_BT)
+        return batch_BT[:, :-1].contiguous(), batch_BT[:, 1:].contiguous()
+
+    def _windows(self, first: int, count: int) -> Iterator[int]:
+        while count:
+            epoch, start = divmod(first, self.n_windows)
+            taken = min(count, self.n_windows - start)
+            key = f"{self._seed}/{epoch}".encode()
+            positions = np.arange(start, start + taken, dtype=np.uint64)
+            yield from permute(positions, self.n_windows, key).tolist()
+            first, count = first + taken, count - taken
+
+
+def permute(positions: np.ndarray, n: int, key: bytes) -> np.ndarray:
+    """Where a keyed permutation of ``range(n)`` puts some positions.
+
+    A Feistel network of 8 rounds whose round function is splitmix64's finalizer, with cycle
+    walking: at most 4 steps on average.
+
+    Arguments:
+        positions: uint64 ``[P]`` below ``n``.
+        n: at least 1.
+        key: any bytes; another key is another permutation.
+    Returns:
+        uint64 ``[P]`` below ``n``.
+    """
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    round_keys = np.frombuffer(hashlib.blake2b(key).digest(), dtype="<u8").astype(np.uint64)
+
+    def network(x: np.ndarray) -> np.ndarray:
+        left, right = x >> half, x & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right + round_key) & mask)
+        return (left << half) | right
+
+    found = network(positions)
+    while (outside := found >= n).any():
+        found[outside] = network(found[outside])
+    return found
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finalizer (Steele, Lea and Flood, 2014), modulo 2^64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def sequential_windows(
+    dataset: TokenDataset, seq_len: int, max_tokens: int = 0
+) -> Iterator[Tensor]:
+    """Windows for evaluation: every token of a split is predicted exactly once, in order.
+
+    The first token's context is EOS, as if a document had just ended, and the last window is as
+    long as what is left. So over the whole split the targets stand for exactly its ``n_bytes``;
+    ``Tokenizer.count_bytes`` of each window adds up to it, and is exact for some windows too.
+
+    Arguments:
+        dataset: N tokens.
+        seq_len: T.
+        max_tokens: only about so many predictions, in windows spread evenly over the split (its
+            beginning may be of one kind); 0 = all.
+    Yields:
+        int64 ``[T + 1]``, the last one maybe shorter: inputs are ``[:-1]``, targets ``[1:]``.
+    """
+    n_windows = -(-dataset.n_tokens // seq_len)
+    count = min(n_windows, max(1, max_tokens // seq_len)) if max_tokens else n_windows
+    for i in range(count):
+        start = i * n_windows // count * seq_len
+        first = np.array([dataset.eos_id]) if start == 0 else dataset.tokens(start - 1, start)
+        tokens = dataset.tokens(start, min(start + seq_len, dataset.n_tokens))
+        yield torch.from_numpy(np.concatenate([first, tokens]))

@@ -1,0 +1,400 @@
+"""Text to a prepared set (data.py describes it): survey, tokenizer, tokens.
+
+The sources are read twice. The *survey* counts, decides how to hold out validation text, and keeps
+a sample for the tokenizer: the documents with the least hashes, so that neither the order of the
+sources nor that of their rows matters. The second pass tokenizes and writes.
+
+*Validation split.* A document is held out when a hash of its text, as a fraction of all hashes, is
+below ``val_fraction``: the same document is on the same side wherever it comes from, and copies
+never straddle the split. With few documents that may hold out nothing, or nearly all. If it gives
+less than half or more than twice the bytes asked for, *passages* are held out instead: documents
+are cut at paragraphs into parts of 2 to 4 Ki characters, hashed each, and the parts between two
+held-out ones stay together as a document. At least one passage is held out. Passages of a book
+resemble the rest of it more than another book does, so the index says which of the two it was.
+
+*Whole or not at all.* The set is written beside its final name and renamed when all is on the
+disk. A lock lets one process prepare while others that want the same set wait for it and use it.
+An interrupted preparation is started anew; what it left is removed then.
+
+*Reuse.* A finished set is used as it is if it was made with the same settings, and refused
+otherwise. Source files that have changed since are only reported: a set stands on its own, and a
+run that is resumed must see what it saw before.
+"""
+
+import hashlib
+import heapq
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self
+
+import numpy as np
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from bitnet.data.loader import (
+    INDEX,
+    VERSION,
+    DataConfig,
+    Index,
+    Shard,
+    Split,
+    SplitName,
+    read_index,
+)
+from bitnet.data.sources import HUB, cut, documents, local_files
+from bitnet.data.tokenizer import Tokenizer, train_tokenizer
+from bitnet.data.tokenizer_json import load_tokenizer
+from bitnet.durable import new_folder
+from bitnet.progress import Reports, plain_console
+from bitnet.schema import UserError, check_file, user_input
+
+_HASHES = 2**64
+_PASSAGE = 2048
+"""Characters, at least, of a passage."""
+_BATCH = 2**23
+"""Characters tokenized at once."""
+_HUB_SURVEY = 4
+"""A Hugging Face dataset is surveyed for this many times the tokenizer's text."""
+
+
+def prepare(config: DataConfig, *, progress: bool = True) -> Path:
+    """Make the prepared set that a config describes, unless it is there.
+
+    Arguments:
+        config: the ``[data]`` section.
+        progress: report on stderr.
+    Returns:
+        the folder of the set.
+    Raises:
+        UserError: a source or the tokenizer is missing or unreadable, there is too little text,
+            or ``data.path`` holds something else.
+        OSError: of writing; it names the file.
+    """
+    path = Path(config.path)
+    console = plain_console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
+    given = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    if _is_prepared(path, config, given, console):
+        return path
+    with user_input(f"data.path: {path}"):
+        place = path.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock_path = place.with_name(f".{place.name}.lock")
+        lock_path.touch()  # an unwritable folder is an error here, and not a wait below
+        check_file(lock_path)
+    lock = FileLock(lock_path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        console.print(f"waiting for another process that prepares {path}")
+        lock.acquire()
+    try:
+        if not _is_prepared(path, config, given, console):
+            with new_folder(path) as folder:
+                index = _make(folder, config, given, console)
+            console.print(f"prepared {_summary(path, index)}")
+    finally:
+        lock.release()
+    return path
+
+
+def _is_prepared(path: Path, config: DataConfig, given: Tokenizer | None, console: Console) -> bool:
+    """Whether the set is there; raises if something else is."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return False
+    if not (path / INDEX).exists():
+        raise UserError(
+            f"data.path: {path} exists and is not a prepared set; choose another data.path"
+        )
+    index = read_index(path)
+    settings = _settings(config, given)
+    differences = [
+        f"{key} is {index.settings[key]!r} there and {settings[key]!r} here"
+        for key in settings
+        if key in index.settings and index.settings[key] != settings[key]
+    ]
+    if differences:
+        raise UserError(
+            f"data.path: {path} was prepared with other settings: {'; '.join(differences)}; "
+            "delete the folder or choose another data.path, or give the settings that it has"
+        )
+    console.print(f"using {_summary(path, index)}")
+    try:
+        changed = _digest(local_files(config.sources)) != index.sources_digest
+    except UserError:  # the sources are gone, and are not needed
+        changed = False
+    if changed:
+        console.print(
+            f"note: files of data.sources have changed since; delete {path} to prepare it again"
+        )
+    return True
+
+
+def _settings(config: DataConfig, given: Tokenizer | None) -> dict[str, Any]:
+    """The settings that decide what a set contains; a given tokenizer counts by its hash."""
+
+    def text(name: str) -> str:  # a file name that is no UTF-8 has lone surrogates, JSON has none
+        return name.encode(errors="backslashreplace").decode()
+
+    settings: dict[str, Any] = {
+        "sources": [text(source) for source in config.sources],
+        "text_field": text(config.text_field),
+        "val_fraction": config.val_fraction,
+        "tokenizer": given.hash if given else "",
+    }
+    if given is None:
+        settings |= {"vocab_size": config.vocab_size, "max_tokenizer_mb": config.max_tokenizer_mb}
+    return settings
+
+
+def _digest(files: Iterable[Path]) -> str:
+    entries = sorted(f"{file.stat().st_size} {file.name}" for file in files)
+    # a name that is no UTF-8 has lone surrogates
+    return hashlib.blake2b(os.fsencode("\0".join(entries)), digest_size=16).hexdigest()
+
+
+def _summary(path: Path, index: Index) -> str:
+    train, val = index.splits["train"], index.splits["val"]
+    return (
+        f"{path}: train {decimal(train.n_bytes)}, {train.n_tokens:,} tokens; validation "
+        f"{decimal(val.n_bytes)} in whole {index.held_out}, {val.n_tokens:,} tokens; "
+        f"{train.n_bytes / train.n_tokens:.2f} bytes a token, vocabulary {index.vocab_size:,}"
+    )
+
+
+def _make(folder: Path, config: DataConfig, given: Tokenizer | None, console: Console) -> Index:
+    """Write a whole set into an empty folder, its index last."""
+    left_out: Counter[str] = Counter()
+    digest = _digest(local_files(config.sources, left_out))
+    if left_out.total():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(8) if count)
+        console.print(f"note: not read in the folders of data.sources: {kinds}")
+    with Reports(
+        TextColumn("{task.description:>18}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+    ) as bars:
+        survey = _survey(config, 0 if given else config.max_tokenizer_mb * 10**6, bars)
+        model = folder / (given or Tokenizer).file_name
+        if given:
+            model.write_bytes(given.model_bytes)
+            tokenizer = load_tokenizer(model)
+        else:
+            bar = bars.add_task("training tokenizer", total=None)
+            parts = (part for text in survey.sample for part in survey.held_out.divide(text))
+            training = (text for split, text in parts if split == "train")
+            tokenizer = train_tokenizer(training, config.vocab_size, model, config.threads)
+            bars.remove_task(bar)
+        dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+        splits = _tokenize(folder, config, tokenizer, np.dtype(dtype), survey, bars)
+    index = Index(
+        version=VERSION,
+        dtype=dtype,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        tokenizer_sha256=tokenizer.hash,
+        held_out=survey.held_out.unit,
+        sources_digest=digest,
+        settings=_settings(config, given),
+        splits=splits,
+    )
+    with _naming(folder / INDEX):
+        (folder / INDEX).write_bytes(TypeAdapter(Index).dump_json(index, indent=1))
+    return index
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Which part of a text is validation."""
+
+    unit: Literal["documents", "passages"]
+    threshold: int
+
+    def divide(self, text: str) -> Iterator[tuple[SplitName, str]]:
+        """The documents that a document of the sources becomes, in order, with their splits."""
+        parts = [text] if self.unit == "documents" else cut(text, _PASSAGE)
+        for held_out, run in groupby(parts, lambda part: _hash(part) < self.threshold):
+            yield "val" if held_out else "train", "".join(run)
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What the first pass found out."""
+
+    n_bytes: int
+    held_out: _HeldOut
+    sample: list[str]
+
+
+def _survey(config: DataConfig, sample_bytes: int, bars: Progress) -> _Survey:
+    """Read all local documents (of a Hugging Face dataset, the first ones).
+
+    Raises:
+        UserError: there is no text, or too little to split.
+    """
+    bar = bars.add_task("reading", total=None)
+    hub_bytes = _HUB_SURVEY * config.max_tokenizer_mb * 10**6
+    threshold = int(config.val_fraction * _HASHES)
+    n_bytes = held_out_bytes = kept_bytes = 0
+    lowest, highest = _HASHES, -1
+    kept: list[tuple[int, str]] = []  # a heap, the greatest hash first
+    left_out: Counter[str] = Counter()
+    for text in documents(config.sources, config.text_field, hub_bytes, left_out):
+        size = len(text.encode())
+        n_bytes += size
+        held_out_bytes += size if _hash(text) < threshold else 0
+        for passage in cut(text, _PASSAGE):
+            lowest, highest = min(lowest, _hash(passage)), max(highest, _hash(passage))
+        if sample_bytes:
+            heapq.heappush(kept, (-_hash(text, b"sample"), text))
+            kept_bytes += size
+            while kept_bytes - (greatest := len(kept[0][1].encode())) >= sample_bytes:
+                heapq.heappop(kept)
+                kept_bytes -= greatest
+        bars.advance(bar, size)
+    if not n_bytes:
+        raise UserError(f"data.sources: there is no text in {', '.join(config.sources)}")
+    bars.update(bar, total=n_bytes)
+    if without_text := left_out["without text"]:
+        bars.console.print(f"note: {without_text} documents have no text (blanks or null)")
+
+    share = held_out_bytes / n_bytes
+    if config.val_fraction / 2 <= share <= config.val_fraction * 2 and share < 1:
+        held_out = _HeldOut("documents", threshold)
+    elif lowest < highest:
+        held_out = _HeldOut("passages", min(max(threshold, lowest + 1), highest))
+    else:
+        raise UserError(
+            f"data.sources: {n_bytes} bytes of text are too little for a training and a "
+            f"validation split; {4 * _PASSAGE} and more are needed"
+        )
+    return _Survey(n_bytes, held_out, [text for _, text in sorted(kept, reverse=True)])
+
+
+def _hash(text: str, purpose: bytes = b"split") -> int:
+    """Below 2^64. By the split's own hash, the least would all be validation: hence a purpose."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=purpose).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _tokenize(
+    folder: Path,
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+    survey: _Survey,
+    bars: Progress,
+) -> dict[SplitName, Split]:
+    streamed = any(source.startswith(HUB) for source in config.sources)
+    bar = bars.add_task("tokenizing", total=None if streamed else survey.n_bytes)
+    with (
+        _SplitWriter(folder, "train", dtype, config.shard_tokens) as train,
+        _SplitWriter(folder, "val", dtype, config.shard_tokens) as val,
+    ):
+        texts = documents(config.sources, config.text_field)
+        for batch in _batches(part for text in texts for part in survey.held_out.divide(text)):
+            encoded = tokenizer.encode_batch([text for _, text in batch], config.threads)
+            for (split, text), tokens in zip(batch, encoded, strict=True):
+                n_bytes = len(text.encode())
+                writer = train if split == "train" else val
+                writer.append([*tokens, tokenizer.eos_id], n_bytes)
+                bars.advance(bar, n_bytes)
+        return {"train": train.finish(), "val": val.finish()}
+
+
+def _batches(
+    parts: Iterable[tuple[SplitName, str]],
+) -> Iterator[list[tuple[SplitName, str]]]:
+    batch, size = [], 0
+    for part in parts:
+        batch.append(part)
+        size += len(part[1])
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class _SplitWriter:
+    """Appends documents to the shards of one split; a document may span two."""
+
+    def __init__(self, folder: Path, split: SplitName, dtype: np.dtype, shard_tokens: int) -> None:
+        self._folder, self._split = folder, split
+        self._dtype, self._shard_tokens = dtype.newbyteorder("<"), shard_tokens
+        self._n_bytes = self._n_documents = 0
+        self._shards: list[Shard] = []
+        self._file: BinaryIO | None = None
+        self._path = folder
+        self._sha256 = hashlib.sha256()
+        self._filled = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file:
+            with _naming(self._path):  # closing tries once more to write what is buffered
+                self._file.close()
+
+    def append(self, tokens: list[int], n_bytes: int) -> None:
+        """Add a document that stands for ``n_bytes`` of text."""
+        self._n_bytes += n_bytes
+        self._n_documents += 1
+        rest = np.array(tokens, dtype=self._dtype)
+        while len(rest):
+            if self._file is None:
+                self._path = self._folder / f"{self._split}_{len(self._shards):05d}.bin"
+                self._file = self._path.open("wb")
+                self._sha256, self._filled = hashlib.sha256(), 0
+            taken = rest[: self._shard_tokens - self._filled].tobytes()
+            with _naming(self._path):
+                self._file.write(taken)
+            self._sha256.update(taken)
+            count = len(taken) // self._dtype.itemsize
+            self._filled, rest = self._filled + count, rest[count:]
+            if self._filled == self._shard_tokens:
+                self._end_shard()
+
+    def finish(self) -> Split:
+        """Close the last shard.
+
+        Raises:
+            UserError: nothing was appended.
+        """
+        if self._file:
+            self._end_shard()
+        if not self._shards:
+            raise UserError(
+                f"data.sources: no text for the {self._split} split; change data.val_fraction or "
+                "add text"
+            )
+        n_tokens = sum(shard.n_tokens for shard in self._shards)
+        return Split(n_tokens, self._n_bytes, self._n_documents, self._shards)
+
+    def _end_shard(self) -> None:
+        assert self._file is not None
+        with _naming(self._path):
+            self._file.close()
+        self._file = None
+        self._shards.append(Shard(self._path.name, self._filled, self._sha256.hexdigest()))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Writing to an open file raises an OSError (a full disk) that does not say which file."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise

@@ -1,0 +1,208 @@
+"""Find, check and replace the layers of any model, and say why one stays in full precision.
+
+A weight here is an element of a parameter with at least two dimensions: a matrix, a kernel, a
+table. Biases and the weights of norms are none.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatch
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D``, a linear layer of transposed weight, known by
+    its name since transformers need not be installed."""
+    kind = type_before_parametrizations(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
+
+
+def plain_linear(module: nn.Module, transposed: dict[int, nn.Parameter]) -> nn.Linear:
+    """A linear layer as an ``nn.Linear`` that computes the same: itself, or of a ``Conv1D`` one
+    with the same bias and a new, transposed weight.
+
+    Arguments:
+        transposed: new weights by the id of the old, so that a shared weight stays shared.
+    """
+    if not is_conv1d(module):
+        assert isinstance(module, nn.Linear)
+        return module
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    linear = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    new = nn.Parameter(weight.detach().t().contiguous(), weight.requires_grad)
+    linear.weight = transposed.setdefault(id(weight), new)
+    linear.register_parameter("bias", module.bias)  # type: ignore[arg-type]
+    return linear.train(module.training)
+
+
+def check_whole(model: nn.Module, remedy: str) -> None:
+    """Raise ValueError, naming the first, where parameters are sharded over ranks."""
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(f"{name or 'model'}: is sharded (FSDP); {remedy}")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor"):
+            raise ValueError(f"{name}: is sharded over ranks (a DTensor); {remedy}")
+
+
+def check_forward(module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise ValueError for a subclass of ``kind`` whose own forward a conversion would lose."""
+    if type(module).forward is not kind.forward:
+        raise ValueError(
+            f"forward: {type(module).__name__} has one of its own, which would be lost; call the "
+            f"{kind.__name__} from a module instead"
+        )
+
+
+GATHER = (
+    "gather first: load torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+    "options=StateDictOptions(full_state_dict=True)) into a model that is not sharded"
+)
+REPLACE_FIRST = "replace its layers first, then shard"
+
+
+def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """``(path, module, weights)`` of each module that holds weights itself. A weight that several
+    share counts in the first. Of a lazy module, which has none yet, 0."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        own = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
+        seen |= {id(parameter) for parameter in own}
+        lazy = any(isinstance(parameter, UninitializedParameter) for parameter in own)
+        weights = sum(p.numel() for p in own if not is_lazy(p) and p.dim() >= 2)
+        if weights or lazy:
+            yield name, module, weights
+
+
+def why_full_precision(module: nn.Module) -> str:
+    """Why a module that holds weights has none of few bits."""
+    kind = type_before_parametrizations(module)
+    if isinstance(module, LazyModuleMixin):
+        return "has no weights yet: run the model once first"
+    if kind is nn.Linear or is_conv1d(module):
+        return "in skip, or added later"
+    if kind is NonDynamicallyQuantizableLinear:
+        return "nn.MultiheadAttention uses its weight itself"
+    if isinstance(module, nn.Linear):
+        return (
+            "a subclass of nn.Linear may use its weight in its own way; if its forward is that of "
+            f"nn.Linear, name it: also=({kind.__name__},)"
+        )
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "a table, which multiplies nothing"
+    names = ", ".join(n for n, p in module._parameters.items() if p is not None and p.dim() >= 2)
+    return f"no nn.Linear: it holds and uses {names} itself"
+
+
+def kept_weights(model: nn.Module) -> str:
+    """One line of the modules that hold weights, by class, the largest first, with the reason."""
+    kinds: dict[str, tuple[int, int, str]] = {}
+    for _, module, weights in holders(model):
+        kind = type_before_parametrizations(module).__name__
+        count, total, _ = kinds.get(kind, (0, 0, ""))
+        kinds[kind] = count + 1, total + weights, why_full_precision(module)
+    largest = sorted(kinds.items(), key=lambda item: -item[1][1])
+    lines = [f"{n} {kind} of {w:,} weights ({why})" for kind, (n, w, why) in largest]
+    return "; ".join(lines) or "no weights"
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module runs the forward of ``kind`` and nothing else: no subclass (which a
+    parametrized module is), not :func:`hooked`, no hooks in the backward."""
+    backward = module._backward_pre_hooks or module._backward_hooks
+    return type(module) is kind and not hooked(module) and not backward
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module runs more than the forward of its class, or another: hooks of its
+    forward, any hooks of all modules, a forward of its own."""
+    own = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+    return bool(own) or bool(_has_any_global_hook())
+
+
+def computed_parameter(module: nn.Module) -> str:
+    """Which of ``weight`` and ``bias`` is no parameter of a layer but computed from others in each
+    forward, by a hook or a parametrization (weight_norm, pruning, ...); "" where neither is."""
+    for name in ("weight", "bias"):
+        if is_parametrized(module, name):
+            return name
+        if isinstance(getattr(type(module), name, None), property):
+            continue  # a packed layer's own, which its forward does not use
+        if not isinstance(getattr(module, name, None), nn.Parameter | None):
+            return name
+    return ""
+
+
+def never_called(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
+    """Paths of the layers of ``kinds`` that no forward has called, though it called others. A
+    compiled forward leaves no trace, so that of a compiled model nothing is said."""
+    modules = dict(model.named_modules())
+    if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules.values()):
+        return []
+    layers = {name: module for name, module in modules.items() if isinstance(module, kinds)}
+    idle = [name for name, module in layers.items() if not module.called]
+    return idle if len(idle) < len(layers) else []
+
+
+def warn_never_called(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Warn of layers whose weight the model may use past their forward, as :func:`never_called`
+    finds them: it trained in full precision and will not do so any more."""
+    if idle := never_called(model, (kind,)):
+        warnings.warn(
+            f"{', '.join(idle[:3])}: never called, though other layers were ({len(idle)} such): "
+            "if the model uses their weight itself, it trained in full precision; leave them in "
+            "skip",
+            stacklevel=3,
+        )
+
+
+def replace_modules(
+    model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]
+) -> nn.Module:
+    """Swap modules for what ``convert(name, module)`` returns (None: keep it), in place; a module
+    used twice stays one module. Returns the model, or what it was itself replaced by."""
+    replaced: dict[int, nn.Module] = {}
+    for name, module in list(model.named_modules()):
+        if (new := convert(name, module)) is not None:
+            replaced[id(module)] = new
+    if id(model) in replaced:
+        return replaced[id(model)]
+    for parent in list(model.modules()):
+        for child_name, child in list(parent._modules.items()):
+            if id(child) in replaced:
+                setattr(parent, child_name, replaced[id(child)])
+    return model
+
+
+def disable_nested_tensors(model: nn.Module) -> None:
+    """Keep ``nn.TransformerEncoder`` from making a nested tensor of a padded batch, which replaced
+    layers would take part by part."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a module's path, or its own name, is one of ``patterns``."""
+    own_name = name.rpartition(".")[2]
+    return any(fnmatch(name, pattern) or own_name == pattern for pattern in patterns)
+
+
+def check_patterns(model: nn.Module, patterns: Sequence[str], key: str) -> None:
+    """Raise ValueError, naming ``key`` and the nearest name, for a pattern that no module has."""
+
+    paths = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    known = {*paths, *(path.rpartition(".")[2] for path in paths)}
+    for pattern in patterns:
+        if not any(matches(path, [pattern]) for path in paths):
+            near = get_close_matches(pattern, known, 1)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise ValueError(f"{key}: no module is named {pattern!r}{hint}")

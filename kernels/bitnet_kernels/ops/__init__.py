@@ -1,0 +1,1 @@
+"""The operators: checked, registered with torch, and given an implementation per device."""

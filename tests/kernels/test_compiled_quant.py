@@ -1,0 +1,68 @@
+"""The quantization kernels compiled for GPUs that are not here: exact arithmetic, wide loads, no
+spills. ``compiled_quant.py`` compiles them in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow  # it compiles for half a minute
+
+SCRIPT = Path(__file__).parents[1] / "helpers" / "compiled_quant.py"
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    command = [sys.executable, "-W", "error", str(SCRIPT)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def regular(compiled: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: form for name, form in compiled.items() if not name.startswith(("ones ", "odd "))}
+
+
+def test_every_form_is_there(compiled: dict[str, dict[str, Any]]) -> None:
+    names = {name.split()[0] for name in regular(compiled)}
+    norms = {"rmsnorm_quant", "add_rmsnorm_quant", "relu2_mul_rmsnorm_quant"}
+    assert names == {"quant", "absmean_ternary"} | norms
+    for sm in (80, 90):
+        assert f"rmsnorm_quant bf16 K=4096 sm_{sm}" in compiled
+        assert f"quant fp32 K=8192 sm_{sm}" in compiled
+    assert len(compiled) - len(regular(compiled)) == 4 + 7
+
+
+def test_nothing_spills(compiled: dict[str, dict[str, Any]]) -> None:
+    for name, form in compiled.items():
+        assert form["spills"] == form["local"] == 0, name
+        assert form["registers"] <= 65536, name  # of an SM: a program fits
+
+
+def test_loads_are_of_16_bytes(compiled: dict[str, dict[str, Any]]) -> None:
+    for name, form in regular(compiled).items():
+        scalar = {""} if "codes" in name else set()  # gamma, one number
+        assert set(form["loads"]) == {".128"} | scalar, name
+    # It can be failed: with rows that are not aligned nothing is wide.
+    assert compiled["odd fp16 quant bf16 K=4096 sm_90"]["loads"] == [".U16"]
+
+
+def test_arithmetic_is_exact(compiled: dict[str, dict[str, Any]]) -> None:
+    """Divisions and roots round to nearest; nothing fuses; nothing is flushed."""
+    norm = ["div.rn.f32", "div.rn.f64", "sqrt.rn.f32"]
+    for name, form in regular(compiled).items():
+        if name.startswith("quant"):
+            assert form["floats"] == ["div.rn.f32"], name
+        elif "rmsnorm" in name:
+            assert form["floats"] == norm, name
+        else:
+            assert form["floats"] == (["div.rn.f64"] if " gamma " in name else []), name
+    for name, form in compiled.items():
+        assert set(form["floats"]) <= set(norm), name
+        assert not form["ftz"], name

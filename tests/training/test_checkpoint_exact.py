@@ -1,0 +1,150 @@
+"""Optimizers and random number generators go on exactly where they were."""
+
+import json
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bitnet.training.checkpoint import (
+    load,
+    load_newest,
+    load_optimizer,
+    optimizer_tensors,
+    rng_state,
+    save,
+    set_rng_state,
+)
+
+MakeOptimizer = Callable[..., torch.optim.Optimizer]
+
+
+def train(make: MakeOptimizer, root: Path) -> tuple[nn.Module, torch.optim.Optimizer, list[float]]:
+    """Six steps with every generator in use and a checkpoint after the third, from which it goes
+    on where there is one."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    model = nn.Sequential(nn.Linear(5, 9, bias=False), nn.ReLU(), nn.Linear(9, 3, bias=False))
+    first, second = model.parameters()
+    optimizer = make([{"params": [first], "lr": 1 / 70}, {"params": [second]}], lr=1 / 30)
+    start, losses = 0, []
+    if (loaded := load_newest(root)) is not None:
+        model.load_state_dict(loaded.tensors["model"])
+        load_optimizer(optimizer, loaded.tensors["optim"], loaded.state["optim"])
+        set_rng_state(loaded.state["rng"])
+        start = loaded.step
+    for step in range(start, 6):
+        if step == 3 and loaded is None:
+            tensors, structure = optimizer_tensors(optimizer)
+            groups = {"model": model.state_dict(), "optim": tensors}
+            save(root, step, groups, {"optim": structure, "rng": rng_state()})
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+        loss = (model(torch.randn(4, 5)) - random.gauss()).square().mean() + np.random.randn()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model, optimizer, losses
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.AdamW, betas=(0.9, 0.95), amsgrad=True),
+        partial(torch.optim.Muon, weight_decay=0.1),
+        torch.optim.SGD,  # without momentum, its states are None
+    ],
+)
+def test_resumed_training_is_bit_identical(tmp_path: Path, make: MakeOptimizer) -> None:
+    model, optimizer, losses = train(make, tmp_path)
+    resumed_model, resumed_optimizer, resumed_losses = train(make, tmp_path)
+    assert resumed_losses == losses[3:]
+    for whole, resumed in zip(model.parameters(), resumed_model.parameters(), strict=True):
+        assert torch.equal(whole, resumed)
+    tensors, structure = optimizer_tensors(optimizer)
+    resumed_tensors, resumed_structure = optimizer_tensors(resumed_optimizer)
+    assert resumed_structure == structure
+    assert resumed_tensors.keys() == tensors.keys()
+    assert all(torch.equal(resumed_tensors[name], tensor) for name, tensor in tensors.items())
+
+
+class Anything:
+    """A state dict of every kind of value."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.state = state_dict
+
+
+def test_state_dicts_are_exact(tmp_path: Path) -> None:
+    state = {
+        "state": {0: {"step": torch.tensor(3.0), "ü.a": torch.ones(2).bfloat16()}, 1: {}},
+        "groups": [{"betas": (0.9, 1 / 3, ()), "none": None, "flag": False, "list": []}],
+        "floats": (5e-324, float("inf"), -0.0, 1e22, 0.1 + 0.2),
+        "ints": [2**80, -1, True],
+        "same names": {"a.b": 1, "a": {"b": 2}, "dict": {}, "tensor": "text", "tuple": 3},
+    }
+    tensors, structure = optimizer_tensors(Anything(state))
+    save(tmp_path, 1, {"optim": tensors}, {"optim": structure})
+    loaded = load(tmp_path / "step_00000001")
+    other = Anything({})
+    load_optimizer(other, loaded.tensors["optim"], loaded.state["optim"])
+    assert repr(other.state) == repr(state), "types and signs of zero too"
+
+
+def test_what_needs_pickle_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"optimizer\.groups\.0\.hook: .* function"):
+        optimizer_tensors(Anything({"groups": [{"hook": lambda: None}]}))
+
+
+def test_a_cast_of_the_state_is_refused() -> None:
+    """PyTorch gives a state its parameter's dtype, silently."""
+
+    def adam(dtype: torch.dtype) -> torch.optim.Optimizer:
+        weight = nn.Parameter(torch.ones(3, dtype=dtype))
+        weight.grad = torch.ones_like(weight)
+        optimizer = torch.optim.AdamW([weight])
+        optimizer.step()
+        return optimizer
+
+    saved = optimizer_tensors(adam(torch.bfloat16))
+    load_optimizer(adam(torch.bfloat16), *saved)
+    with pytest.raises(ValueError, match=r"exp_avg: saved as torch\.bfloat16, loaded as"):
+        load_optimizer(adam(torch.float32), *saved)
+
+
+def test_generators_go_on_where_they_were() -> None:
+    def draw() -> list[float]:
+        return [random.gauss(), np.random.randn(), torch.randn(()).item(), random.random()]
+
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    draw()  # both Gaussians now have a second half pending
+    state = json.loads(json.dumps(rng_state()))
+    expected = [draw() for _ in range(700)]  # past the end of a Mersenne Twister block
+    set_rng_state(state)
+    assert [draw() for _ in range(700)] == expected
+    assert state == json.loads(json.dumps(state)), "setting does not change what was given"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_generators_go_on_where_they_were() -> None:
+    torch.cuda.manual_seed_all(1)
+    state = json.loads(json.dumps(rng_state()))
+    expected = torch.randn(9, device="cuda")
+    set_rng_state(state)
+    assert torch.equal(torch.randn(9, device="cuda"), expected)

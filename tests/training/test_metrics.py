@@ -1,0 +1,444 @@
+"""metrics.jsonl cut at every byte, a wandb that fails in every call, and three kinds of screens."""
+
+import io
+import json
+import math
+import os
+import re
+import resource
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bitnet.schema import UserError
+from bitnet.training.metrics import Console, LogConfig, MetricsFile, Tracker
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# --- metrics.jsonl
+
+
+def test_rows_come_back_bit_for_bit(tmp_path: Path) -> None:
+    rows = [
+        {"step": 1, "loss": 0.1 + 0.2, "tiny": 5e-324, "third": 1 / 3, "sample": "déjà\u2028\n☃"},
+        {"step": 2, "tokens": 2**53 + 1, "nested": {"a": [1.5, {"b": -0.0}]}},
+    ]
+    file = MetricsFile(tmp_path / "new" / "metrics.jsonl")
+    for number, row in enumerate(rows, 1):
+        file.append(row)
+        assert rows_of(file.path) == rows[:number]  # there at once, without a close
+    assert str(rows_of(file.path)[1]["nested"]["a"][1]["b"]) == "-0.0"
+    file.sync()
+
+
+def test_non_finite_numbers_become_null(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.append({"step": 3, "loss": math.nan, "deep": [{"x": math.inf}, -math.inf, 1.0]})
+    assert rows_of(file.path) == [{"step": 3, "loss": None, "deep": [{"x": None}, None, 1.0]}]
+
+
+@pytest.mark.parametrize("checkpoint", [-1, 0, 2, 5])
+def test_killed_at_any_byte_no_step_is_lost_or_doubled(
+    tmp_path: Path, checkpoint: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file that a kill after the checkpoint's sync can leave, continued from there, becomes
+    the file of a run that was never killed."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)  # 250 of them take seconds
+    rows = [{"step": 0, "val_bpb": 8.0}]  # the first evaluation, before any step
+    for step in range(1, 6):
+        rows.append({"step": step, "loss": 1 / step})
+        if step % 2 == 0:
+            rows.append({"step": step, "val_bpb": 1 / step, "sample": "é" * step})
+    whole = MetricsFile(tmp_path / "whole.jsonl")
+    for row in rows:
+        whole.append(row)
+    data = whole.path.read_bytes()
+    later = [row for row in rows if row["step"] > checkpoint]
+    synced = len(b"".join(data.splitlines(keepends=True)[: len(rows) - len(later)]))
+    for cut in range(synced, len(data) + 1):
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(data[:cut])
+        file = MetricsFile(path)
+        file.rewind(checkpoint)
+        for row in later:
+            file.append(row)
+        assert path.read_bytes() == data
+
+
+def test_sync_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.sync()  # nothing yet
+    file.append({"step": 1})
+    synced: list[int] = []
+    monkeypatch.setattr("os.fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    file.sync()
+    assert synced == [file.path.stat().st_ino]
+
+
+def test_rewind_of_nothing(tmp_path: Path) -> None:
+    MetricsFile(tmp_path / "metrics.jsonl").rewind(7)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_append_after_rewind_after_append(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        file.append({"step": step})
+    file.rewind(2)
+    file.append({"step": 3, "again": True})
+    assert rows_of(file.path) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+@pytest.mark.parametrize("damage", [b"\x00\x00", b"{}", b'{"step": "1"}', b"[1]", b"{'step': 1}"])
+def test_damage(tmp_path: Path, damage: bytes) -> None:
+    """Before lines to be kept it is an error that names the line; after them it goes."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is not a JSON object with a step"):
+        MetricsFile(path).rewind(2)
+    MetricsFile(path).rewind(1)
+    assert path.read_bytes() == b'{"step": 1}\n'
+
+
+def test_a_rewind_that_fails_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n')
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(UserError, match=r"metrics\.jsonl: No space left on device"):
+            MetricsFile(path).rewind(1)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_disk_that_fills_within_a_line(tmp_path: Path) -> None:
+    """The operating system takes 5 bytes of the line and refuses the rest."""
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.append({"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.path.stat().st_size + 5, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"metrics\.jsonl: File too large"):
+            file.append({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.path.read_bytes() == b'{"step": 1}\n{"ste'
+    file.rewind(1)
+    file.append({"step": 2})
+    assert rows_of(file.path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: (File exists|Not a directory)"):
+        MetricsFile(tmp_path / "file" / "metrics.jsonl").append({"step": 1})
+
+
+def test_a_line_without_a_step_is_our_bug(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="step"):
+        MetricsFile(tmp_path / "metrics.jsonl").append({"loss": 1.0})
+
+
+# --- wandb
+
+
+class FakeRun:
+    def __init__(self) -> None:
+        self.logged: list[tuple[dict[str, Any], int]] = []
+        self.exit_code: int | None = None
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        if row.get("bad"):
+            raise RuntimeError("server says no\nand much more")
+        self.logged.append((row, step))
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+
+
+class FakeWandb(types.ModuleType):
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.calls: list[dict[str, Any]] = []
+        self.run = FakeRun()
+        self.error: Exception | None = None
+
+    def init(self, **arguments: Any) -> FakeRun:
+        self.calls.append(arguments)
+        if self.error is not None:
+            raise self.error
+        return self.run
+
+    Settings = dict
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return fake
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., tuple[Tracker, list[str]]]:
+    def start(mode: Any = "offline") -> tuple[Tracker, list[str]]:
+        warnings: list[str] = []
+        config = LogConfig(wandb=mode)
+        return Tracker(config, tmp_path, "tiny", {"a": {"b": 1}}, warnings.append), warnings
+
+    return start
+
+
+Start = Callable[..., tuple[Tracker, list[str]]]
+
+
+def test_tracker(wandb: FakeWandb, start: Start, tmp_path: Path) -> None:
+    tracker, warnings = start()
+    tracker.log({"loss": 1.0}, step=3)
+    tracker.finish(1)
+    tracker.finish()
+    tracker.log({"loss": 1.0}, step=4)  # after the end: nothing, quietly
+    assert wandb.run.logged == [({"loss": 1.0}, 3)]
+    assert wandb.run.exit_code == 1
+    assert warnings == []
+    (call,) = wandb.calls
+    assert call["settings"]["mode"] == "offline"
+    assert call["settings"]["finish_timeout"] > 0
+    assert call["dir"] == str(tmp_path)
+    assert call["config"] == {"a": {"b": 1}}
+
+
+def test_a_resumed_run_keeps_its_id(wandb: FakeWandb, start: Start) -> None:
+    start()
+    start()
+    first, second = (call["id"] for call in wandb.calls)
+    assert first == second
+    assert re.fullmatch("[0-9a-f]{8}", first)
+
+
+def test_an_id_that_is_no_file_is_one_warning(
+    wandb: FakeWandb, start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "wandb").mkdir()
+    os.mkfifo(tmp_path / "wandb" / "id")
+    _, warnings = start()
+    assert "not a regular file" in warnings[0]
+
+
+def test_online_without_a_key_is_offline_and_says_so(wandb: FakeWandb, start: Start) -> None:
+    _, warnings = start("online")
+    assert wandb.calls[0]["settings"]["mode"] == "offline"
+    assert len(warnings) == 1
+    assert "no API key" in warnings[0]
+
+
+def test_online_with_a_key(
+    wandb: FakeWandb, start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    start("online")
+    monkeypatch.delenv("WANDB_API_KEY")
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password k\n")
+    start("online")
+    (tmp_path / "netrc").write_text("machine wandb.example.org login user password k\n")
+    start("online")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080/")
+    start("online")
+    (tmp_path / "netrc").write_text("machine machine nonsense\n")
+    start("online")
+    modes = [call["settings"]["mode"] for call in wandb.calls]
+    assert modes == ["online", "online", "offline", "online", "offline"]
+
+
+def test_a_start_that_fails_is_one_warning(wandb: FakeWandb, start: Start) -> None:
+    wandb.error = ValueError("cannot reach\nthe server")
+    tracker, warnings = start()
+    tracker.log({"loss": 1.0}, step=1)
+    tracker.finish()
+    assert warnings == ["wandb: start failed (cannot reach); it is off, metrics.jsonl goes on"]
+
+
+def test_a_log_that_fails_is_one_warning(wandb: FakeWandb, start: Start) -> None:
+    tracker, warnings = start()
+    for step in range(3):
+        tracker.log({"bad": True}, step)
+    tracker.finish()
+    assert warnings == ["wandb: log failed (server says no); it is off, metrics.jsonl goes on"]
+    assert wandb.run.logged == []
+
+
+def test_wandb_that_is_missing(
+    wandb: FakeWandb, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # any import of it raises
+    _, warnings = start()
+    assert len(warnings) == 1
+    assert start("disabled")[1] == []  # does not import it
+
+
+def test_real_wandb_offline(tmp_path: Path) -> None:
+    """Twice over one folder, in processes of their own: quiet, quick to end, one id."""
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from bitnet.training.metrics import LogConfig, Tracker\n"
+        "folder = Path(sys.argv[1])\n"
+        "tracker = Tracker(LogConfig(), folder, 'tiny', {'a': 1}, print)\n"
+        "tracker.log({'loss': 1.0, 'ternary/layers': {'x': {'zeros': 0.3}}}, 1)\n"
+        "tracker.finish()\n"
+    )
+    for _ in range(2):
+        child = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        assert (child.stdout, child.stderr) == ("", "")
+    run_id = (tmp_path / "wandb" / "id").read_text()
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))) in (1, 2)
+
+
+# --- console
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    return Terminal()
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+ROW = {"loss": 3.14159, "val_bpb": 2.25, "tokens_per_second": 12345.6, "lr": 1.5e-3, "other": 1}
+
+
+def test_plain_lines_where_there_is_no_terminal() -> None:
+    out, clock = io.StringIO(), Clock()
+    with Console(5000, start_step=1000, file=out, clock=clock) as console:
+        console.progress(1000, {"loss": 4.0})
+        clock.now = 100.0  # 1,000 steps in 100 s, 3,000 to go
+        console.progress(2000, ROW)
+        clock.now = 400.0
+        console.progress(5000, {"loss": math.nan})
+        console.warn("mind [the] gap")
+    assert out.getvalue().splitlines() == [
+        "step 1000/5000  loss 4.0000  ETA ?",
+        "step 2000/5000  loss 3.1416  ETA 5m00s  val 2.250 bpb  12,346 tok/s  lr 1.50e-03",
+        "step 5000/5000  loss nan  ETA 0m00s  val 2.250 bpb",
+        "warning: mind [the] gap",
+    ]
+
+
+def test_plain_lines_come_every_so_often() -> None:
+    out = io.StringIO()
+    console = Console(7, file=out, every=3)
+    for step in range(1, 8):
+        console.progress(step, {"loss": 1.0})
+        console.progress(step, {"loss": 1.0, "val_bpb": 2.0})  # an evaluation of the same step
+    assert re.findall(r"step (\d)/7", out.getvalue()) == ["3", "6", "7"]
+
+
+def test_long_lines_are_not_broken_in_a_pipe() -> None:
+    out = io.StringIO()
+    Console(1, file=out).print("word " * 100)
+    assert out.getvalue().count("\n") == 1
+
+
+def test_hours() -> None:
+    out, clock = io.StringIO(), Clock()
+    console = Console(1001, file=out, clock=clock)
+    clock.now = 100.0
+    console.progress(1, {})
+    assert "ETA 27h46m" in out.getvalue()
+
+
+def test_live_line(terminal: Terminal) -> None:
+    with Console(10, file=terminal) as console:
+        for step in range(1, 11):
+            console.progress(step, ROW)
+        console.print("a sample")
+    out = terminal.getvalue()
+    assert "step 10/10" in out
+    assert "a sample" in out
+    assert out.count("\n") < 5  # one line, written over and over
+    assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l")  # the cursor is back
+
+
+@pytest.mark.parametrize("columns", [1, 10, 40, 75, 200])
+def test_live_line_fits(terminal: Terminal, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with Console(1000, file=terminal) as console:
+        console.progress(123, ROW)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    lines = re.split("[\r\n]", plain)
+    assert max(map(len, lines)) <= columns
+    assert ("loss 3.1416" in plain) == (columns >= 40)
+    assert ("lr 1.50e-03" in plain) == (columns >= 100)
+
+
+@pytest.mark.parametrize("no_color", [False, True])
+def test_no_color(terminal: Terminal, no_color: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if no_color:
+        monkeypatch.setenv("NO_COLOR", "1")
+    with Console(1000, file=terminal) as console:
+        console.warn("careful")
+    assert ("\x1b[33m" in terminal.getvalue()) != no_color
+
+
+def test_dumb_terminal(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    with Console(1000, file=terminal) as console:
+        console.progress(1, ROW)
+    assert terminal.getvalue().startswith("step 1/1000  loss 3.1416")
+    assert "\x1b" not in terminal.getvalue()
+
+
+def test_quiet(terminal: Terminal) -> None:
+    with Console(10, quiet=True, file=terminal) as console:
+        console.progress(1, ROW)
+        console.print("text")
+    assert terminal.getvalue() == ""
+
+
+def test_a_sample_cannot_write_to_the_terminal() -> None:
+    out = io.StringIO()
+    Console(1, file=out).print("\x1b[2Jgone\x07 \x9b1m\x00 [bold]kept[/bold] :smile:\n\tdéf")
+    assert out.getvalue() == "�[2Jgone� �1m� [bold]kept[/bold] :smile:\n        déf\n"
+
+
+def test_a_stream_that_cannot_say_it() -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Console(1, file=out).print("snow ☃ \ud800")
+    out.flush()
+    assert out.buffer.getvalue() == b"snow ? ?\n"  # type: ignore[attr-defined]
