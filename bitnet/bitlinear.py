@@ -5,7 +5,7 @@ checkpoint moves between the two. Called on its own it quantizes its input and i
 forward. In a training step much of that finds the same again, and is done once, to the same bits:
 
     with weights_quantized(model):            # each weight, for all micro-batches
-        x = shared_tokens(x, q, k, v)         # an input, for all layers that take it
+        x = shared_input(x, q, k, v)         # an input, for all layers that take it
         q(x), k(x), v(x)
 """
 
@@ -24,13 +24,13 @@ from bitnet.quant import (
     GradMask,
     Granularity,
     Int8Backward,
+    QuantizedInput,
     TernaryWeight,
-    Tokens,
     absmean_ternary,
     check_granularity,
     check_int8_backward,
     check_mask,
-    quantize_tokens,
+    quantize_input,
     quantize_weight,
     ternary_linear_ste,
 )
@@ -61,7 +61,7 @@ class BitLinear(CalledLayer, nn.Linear):
 
     rms_norm: RMSNorm | None
     int8_backward: Int8Backward = "none"  # of layers pickled before there was a choice
-    _held: "_Held | None" = None
+    _cached_codes: "_CachedCodes | None" = None
     called = False
     """Whether a forward has run that was not compiled: see :func:`bitnet.coverage`."""
 
@@ -92,17 +92,17 @@ class BitLinear(CalledLayer, nn.Linear):
         self.int8_backward = int8_backward
         self.rms_norm = RMSNorm(in_features, norm_eps, device=device, dtype=dtype) if norm else None
 
-    def forward(self, input: Tensor | Tokens) -> Tensor:
+    def forward(self, input: Tensor | QuantizedInput) -> Tensor:
         """float ``[..., in_features]`` -> ``[..., out_features]``, differentiable.
 
-        A layer without a norm inside takes :func:`bitnet.quant.quantize_tokens` of it as well.
+        A layer without a norm inside takes :func:`bitnet.quant.quantize_input` of it as well.
         """
         if not torch.compiler.is_compiling() and not self.called:
             self.called = True
         if isinstance(input, Tensor) and is_unusual(input):
             return by_its_kind(self, input)
         if self.rms_norm is not None:
-            if isinstance(input, Tokens):
+            if isinstance(input, QuantizedInput):
                 raise TypeError("input: expected a tensor, which the layer's norm is yet to change")
             input = self.rms_norm(input)
         return ternary_linear_ste(
@@ -113,14 +113,14 @@ class BitLinear(CalledLayer, nn.Linear):
             self.group_size,
             self.grad_mask,
             self.grad_mask_c,
-            quantized=self._held_codes(),
+            quantized=self._valid_cached_codes(),
             int8_backward=self.int8_backward,
         )
 
-    def _held_codes(self) -> TernaryWeight | None:
+    def _valid_cached_codes(self) -> TernaryWeight | None:
         """What :func:`weights_quantized` has found for the weight that this forward uses; None
         where the forward outlives the scope, exported or traced."""
-        held = self._held
+        held = self._cached_codes
         if held is None or torch.compiler.is_exporting():
             return None
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -133,7 +133,7 @@ class BitLinear(CalledLayer, nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy made inside :func:`weights_quantized` leaves it on its own."""
-        return self.__dict__ | {"_held": None}
+        return self.__dict__ | {"_cached_codes": None}
 
     @torch.no_grad()
     def quantize(self) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ class BitLinear(CalledLayer, nn.Linear):
         return f"{super().extra_repr()}, granularity={self.granularity}"
 
 
-class _Held(NamedTuple):
+class _CachedCodes(NamedTuple):
     """Codes of a layer's weight, and how to tell that they are no longer those of its weight."""
 
     quantized: TernaryWeight
@@ -156,7 +156,7 @@ class _Held(NamedTuple):
     state: tuple[Any, ...]
 
     @classmethod
-    def of(cls, layer: BitLinear, name: str) -> "_Held":
+    def of(cls, layer: BitLinear, name: str) -> "_CachedCodes":
         weight = layer.weight
         options = layer.granularity, layer.group_size, layer.int8_backward
         quantized = quantize_weight(weight, *options)
@@ -200,30 +200,30 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
     def refuse(optimizer: Optimizer, *_: Any) -> None:
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for layer in entered:
-            if layer._held is not None and id(layer.weight) in stepped:
+            if layer._cached_codes is not None and id(layer.weight) in stepped:
                 raise RuntimeError(
-                    f"{layer._held.layer_name or 'model'}.weight: an optimizer's step inside "
-                    "weights_quantized(), whose codes it would make wrong; step after the block"
+                    f"{layer._cached_codes.layer_name or 'model'}.weight: an optimizer's step "
+                    "inside weights_quantized() would make the cached codes wrong; step after it"
                 )
 
     hook = register_optimizer_step_pre_hook(refuse)
     try:
         for name, layer in model.named_modules():
-            bare = isinstance(layer, BitLinear) and layer._held is None
+            bare = isinstance(layer, BitLinear) and layer._cached_codes is None
             if bare and not computed_parameter(layer):
-                layer._held = _Held.of(layer, name)
+                layer._cached_codes = _CachedCodes.of(layer, name)
                 entered.append(layer)
         yield
         for layer in entered:
-            assert layer._held is not None
-            layer._held.check(layer.weight)
+            assert layer._cached_codes is not None
+            layer._cached_codes.check(layer.weight)
     finally:
         hook.remove()
         for layer in entered:
-            layer._held = None
+            layer._cached_codes = None
 
 
-def shared_tokens(x: Tensor, *layers: nn.Module) -> Tensor | Tokens:
+def shared_input(x: Tensor, *layers: nn.Module) -> Tensor | QuantizedInput:
     """The input that all of ``layers`` are to be called with: quantized once where each is a
     BitLinear without a norm inside, else x itself.
 
@@ -234,7 +234,7 @@ def shared_tokens(x: Tensor, *layers: nn.Module) -> Tensor | Tokens:
         is_plain(layer, BitLinear) and isinstance(layer, BitLinear) and layer.rms_norm is None
         for layer in layers
     )
-    return quantize_tokens(x) if shared else x
+    return quantize_input(x) if shared else x
 
 
 def check_options(

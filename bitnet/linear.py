@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from bitnet.bitlinear import (
     BitLinear,
     check_options,
-    shared_tokens,
+    shared_input,
     weights_quantized,
 )
 from bitnet.dequantized import dequantized
@@ -45,7 +45,7 @@ from bitnet.modules import (
     why_full_precision,
 )
 from bitnet.placement import CalledLayer, by_its_kind, is_unusual
-from bitnet.quant import Granularity, Tokens, dequantize, output_dtype
+from bitnet.quant import Granularity, QuantizedInput, dequantize, output_dtype
 from bitnet_kernels import bit_planes, pack_ternary, ternary_linear, unpack_ternary
 from bitnet_kernels.packing import codes_of, packed_columns
 
@@ -56,7 +56,7 @@ __all__ = [
     "TernaryLinear",
     "pack",
     "replace_linear",
-    "shared_tokens",
+    "shared_input",
     "weights_quantized",
 ]
 
@@ -202,11 +202,13 @@ class TernaryLinear(CalledLayer, nn.Module):
         codes = codes_of(self.packed, self.in_features)  # looks at no value: compiled code cannot
         return dequantize(codes, self.scale, self.group_size)
 
-    def forward(self, input: Tensor | Tokens) -> Tensor:
+    def forward(self, input: Tensor | QuantizedInput) -> Tensor:
         """float ``[..., in_features]`` -> ``[..., out_features]``; no gradient."""
         if isinstance(input, Tensor) and is_unusual(input):
             return by_its_kind(self, input)
-        x = input.values if isinstance(input, Tokens) else input  # kernels find the same codes
+        x = (
+            input.values if isinstance(input, QuantizedInput) else input
+        )  # kernels find the same codes
         if x.dim() == 0 or x.shape[-1] != self.in_features:  # packed rows are padded
             raise ValueError(
                 f"input: expected shape [..., {self.in_features}], got {list(x.shape)}"

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.elementwise import RMSNorm, relu2_mul
-from bitnet.linear import BitLinear, shared_tokens
+from bitnet.linear import BitLinear, shared_input
 from bitnet.modules import is_plain
 from bitnet.quant import GradMask, Granularity, Int8Backward
 from bitnet.schema import STRICT, Positive, UserError
@@ -305,7 +305,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, D]``."""
         projections = self.q_proj, self.k_proj, self.v_proj
-        shared = shared_tokens(x_BTD, *projections)
+        shared = shared_input(x_BTD, *projections)
         q, k, v = (
             rearrange(proj(shared), "b t (h e) -> b h t e", e=self.head_dim) for proj in projections
         )
@@ -333,7 +333,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, D]``."""
-        shared = shared_tokens(x_BTD, self.gate_proj, self.up_proj)
+        shared = shared_input(x_BTD, self.gate_proj, self.up_proj)
         gate, up = self.gate_proj(shared), self.up_proj(shared)
         y = relu2_mul(gate, up) if self.activation == "relu2" else F.silu(gate) * up
         return self.down_proj(self.ffn_sub_norm(y))

@@ -14,7 +14,7 @@ itself rounded and 1.8% of the weights it yields are not ternary. What it keeps 
 are the int8 codes and the scales, never floats of their size.
 
 What is quantized once may serve many times, to the same bits: one input the layers that share it
-(:func:`quantize_tokens`), one weight all forwards until it changes (:func:`quantize_weight`).
+(:func:`quantize_input`), one weight all forwards until it changes (:func:`quantize_weight`).
 
 A scale always *multiplies* codes here. absmean is not idempotent (quantizing W_hat again shrinks
 the scale by mean|codes|), so whoever stores a quantized weight stores codes and scale.
@@ -43,8 +43,8 @@ _TOKENS_A_SUM = 2**16
 """Tokens in one int32 sum of products up to 128^2, half of what int32 holds."""
 
 
-class Tokens(NamedTuple):
-    """Activations that were quantized once, for several layers; see :func:`quantize_tokens`."""
+class QuantizedInput(NamedTuple):
+    """Activations that were quantized once, for several layers; see :func:`quantize_input`."""
 
     values: Tensor
     """float ``[..., K]``: what was quantized. Gradients flow here."""
@@ -65,7 +65,7 @@ class TernaryWeight(NamedTuple):
     """int8 ``[K, N]``: the codes once more, where the backward multiplies integers"""
 
 
-def quantize_tokens(x: Tensor) -> Tokens:
+def quantize_input(x: Tensor) -> QuantizedInput:
     """Absmax int8 codes of each token of a float ``[..., K]``, to be shared by the layers that take
     the same input. Differentiable in ``values`` alone, which is x.
 
@@ -77,7 +77,7 @@ def quantize_tokens(x: Tensor) -> Tokens:
             codes, scale, _ = bitnet_kernels.quant(x)  # one pass; compiled code fuses for itself
         else:
             codes, scale = absmax_int8(x)
-    return Tokens(x, codes, scale)
+    return QuantizedInput(x, codes, scale)
 
 
 @torch.no_grad()
@@ -295,7 +295,7 @@ def _check_float(x: Tensor) -> None:
 
 
 def ternary_linear_ste(
-    x: Tensor | Tokens,
+    x: Tensor | QuantizedInput,
     weight: Tensor,
     bias: Tensor | None = None,
     granularity: Granularity = "tensor",
@@ -310,7 +310,7 @@ def ternary_linear_ste(
 
     Arguments:
         x: float ``[..., K]``; any leading dimensions, empty ones too. Or these as
-            :func:`quantize_tokens` gives them, with the same results to the last bit.
+            :func:`quantize_input` gives them, with the same results to the last bit.
         weight: the latent float ``[N, K]``; bias: ``[N]`` or None, added after the rescale.
         granularity, group_size: of the weight's scale, see :func:`absmean_ternary`.
         mask, mask_c: which latent weights receive a gradient. ``"none"``: all. ``"clip"``: where
@@ -329,7 +329,7 @@ def ternary_linear_ste(
         with K >= 1, or the last dimension of ``x`` is not K; an option that does not exist;
         ``int8_backward`` with granularity "group"; ``quantized`` made with other options.
     """
-    values = x.values if isinstance(x, Tokens) else x
+    values = x.values if isinstance(x, QuantizedInput) else x
     _check_float(values)
     _check_weight(weight)
     check_granularity(granularity, group_size)
@@ -340,7 +340,7 @@ def ternary_linear_ste(
             f"input: expected shape [..., {weight.shape[1]}] (in_features), "
             f"got {list(values.shape)}"
         )
-    tokens = x if isinstance(x, Tokens) else quantize_tokens(x)
+    tokens = x if isinstance(x, QuantizedInput) else quantize_input(x)
     if quantized is None:
         quantized = quantize_weight(weight, granularity, group_size, int8_backward)
     else:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bitnet.quant
-from bitnet.linear import BitLinear, pack, shared_tokens
+from bitnet.linear import BitLinear, pack, shared_input
 from bitnet.model import Transformer
 from bitnet.quant import (
-    Tokens,
+    QuantizedInput,
     absmean_ternary,
-    quantize_tokens,
+    quantize_input,
 )
 from bitnet_kernels import reference
 from tests.helpers.small_training import assert_same, batch, small, train
@@ -84,7 +84,7 @@ def test_tokens_give_what_the_tensor_gives() -> None:
     results = []
     for quantized in (False, True):
         x = torch.randn(2, 5, 37, generator=generator.manual_seed(1), requires_grad=True)
-        y = layer(quantize_tokens(x) if quantized else x)
+        y = layer(quantize_input(x) if quantized else x)
         y.square().sum().backward()
         assert x.grad is not None
         assert layer.weight.grad is not None
@@ -95,7 +95,7 @@ def test_tokens_give_what_the_tensor_gives() -> None:
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0, 5), (3,)])
 def test_shape_of_tokens(leading: tuple[int, ...]) -> None:
-    tokens = quantize_tokens(torch.randn(*leading, 7))
+    tokens = quantize_input(torch.randn(*leading, 7))
     assert tokens.codes.shape == (*leading, 7)
     assert tokens.scale.shape == leading
     assert not tokens.scale.requires_grad
@@ -104,46 +104,46 @@ def test_shape_of_tokens(leading: tuple[int, ...]) -> None:
 
 def test_errors_of_tokens() -> None:
     with pytest.raises(TypeError, match="input: expected a floating-point tensor"):
-        quantize_tokens(torch.ones(2, 4, dtype=torch.int64))
+        quantize_input(torch.ones(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"input: expected shape \[..., 8\]"):
-        BitLinear(8, 3)(quantize_tokens(torch.ones(2, 4)))
+        BitLinear(8, 3)(quantize_input(torch.ones(2, 4)))
     with pytest.raises(TypeError, match="input: expected a tensor"):
-        BitLinear(8, 3, norm=True)(quantize_tokens(torch.ones(2, 8)))
+        BitLinear(8, 3, norm=True)(quantize_input(torch.ones(2, 8)))
 
 
 def test_who_gets_shared_tokens() -> None:
     x, layers = torch.randn(3, 8), [BitLinear(8, 4), BitLinear(8, 2)]
-    assert isinstance(shared_tokens(x, *layers), Tokens)
-    assert shared_tokens(x, *layers, nn.Linear(8, 4)) is x
-    assert shared_tokens(x, *layers, BitLinear(8, 4, norm=True)) is x
+    assert isinstance(shared_input(x, *layers), QuantizedInput)
+    assert shared_input(x, *layers, nn.Linear(8, 4)) is x
+    assert shared_input(x, *layers, BitLinear(8, 4, norm=True)) is x
     seen: list[Any] = []
     kinds = ("forward_pre_hook", "forward_hook", "full_backward_hook", "full_backward_pre_hook")
     for kind in kinds:
         handle = getattr(layers[1], f"register_{kind}")(lambda _, *args: seen.append(args))
-        assert shared_tokens(x, *layers) is x
+        assert shared_input(x, *layers) is x
         handle.remove()
     for kind in kinds:
         register = getattr(nn.modules.module, f"register_module_{kind}")
         handle = register(lambda _, *args: seen.append(args))
-        assert shared_tokens(x, *layers) is x
+        assert shared_input(x, *layers) is x
         handle.remove()
-    assert isinstance(shared_tokens(x, *layers), Tokens)
+    assert isinstance(shared_input(x, *layers), QuantizedInput)
 
     class Scaled(BitLinear):
         def forward(self, input: Any) -> Tensor:
             return super().forward(2 * input)
 
-    assert shared_tokens(x, *layers, Scaled(8, 4)) is x
+    assert shared_input(x, *layers, Scaled(8, 4)) is x
     inner = layers[0].forward
     layers[0].forward = lambda input: inner(2 * input)  # type: ignore[method-assign]
-    assert shared_tokens(x, *layers) is x
+    assert shared_input(x, *layers) is x
 
 
 def test_a_packed_layer_takes_tokens() -> None:
     layer, x = BitLinear(8, 4), torch.randn(3, 8)
     packed = pack(copy.deepcopy(layer))
     with torch.no_grad():
-        assert torch.equal(packed(quantize_tokens(x)), layer(x))
+        assert torch.equal(packed(quantize_input(x)), layer(x))
 
 
 def test_a_hook_in_the_model_sees_a_tensor_and_changes_nothing() -> None:

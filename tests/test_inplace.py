@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.elementwise import RMSNorm, relu2_mul
-from bitnet.linear import BitLinear, pack, shared_tokens, weights_quantized
+from bitnet.linear import BitLinear, pack, shared_input, weights_quantized
 from bitnet.loss import linear_cross_entropy
 from bitnet.qat.adapters import AdapterConfig, add_adapters
 from bitnet.qat.nf4 import NF4Linear
@@ -103,7 +103,7 @@ def test_bitlinear_options(int8_backward: Int8Backward, granularity: Granularity
     layer = BitLinear(8, 5, granularity=granularity, int8_backward=int8_backward, grad_mask="trust")
     with weights_quantized(layer):
         check(layer, an_input((3, 8)))
-        check(layer, an_input((2, 3, 8)), lambda x: layer(shared_tokens(x, layer, layer)))
+        check(layer, an_input((2, 3, 8)), lambda x: layer(shared_input(x, layer, layer)))
     with torch.autocast("cpu", torch.bfloat16):
         check(layer, an_input((3, 8)))
 

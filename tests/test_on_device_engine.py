@@ -17,7 +17,7 @@ from bitnet.engine.cuda import Graphs
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.engine import Engine
 from bitnet.engine.state import State
-from bitnet.engine.weights import ModelPlan, quantized_head
+from bitnet.engine.weights import ModelWeights, quantized_head
 from bitnet.linear import BitLinear, pack
 from bitnet.model import Transformer, as_transformer
 from tests.helpers.decoding import VARIANTS, greedy, make_prompts, prefill, small_model
@@ -75,7 +75,7 @@ def model_on(device: torch.device, setup: Setup = SETUPS["ternary"]) -> Transfor
 
 def graphs_of(model: Transformer, setup: Setup) -> Graphs:
     """Eight rows in four buckets."""
-    plan = ModelPlan.of(model, packed=True)
+    plan = ModelWeights.of(model, packed=True)
     if setup.head != "float":
         plan = replace(plan, head=quantized_head(plan.head, setup.head))  # type: ignore[arg-type]
     state = State.empty(model.config, 8, MAX_LEN, setup.cache, plan.embedding.device)

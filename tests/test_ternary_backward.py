@@ -148,7 +148,7 @@ def test_int8_backward_inside_the_scope() -> None:
     x, dy = torch.randn(5, 24, requires_grad=True), torch.randn(5, 8)
     (exact,) = torch.autograd.grad(ternary_linear_ste(x, layer.weight), x, dy)
     with weights_quantized(layer):
-        held = layer._held_codes()
+        held = layer._valid_cached_codes()
         assert held is not None
         assert held.transposed is not None
         (dx,) = torch.autograd.grad(layer(x), x, dy)

@@ -230,10 +230,10 @@ class Stepper:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
             return Reply(seconds, turn_seconds, loss, peak or 0, None, joules)
-        self.peak = self.peak or self._held() + most_allocated(self._two_micro_batches)
+        self.peak = self.peak or self._held_bytes() + most_allocated(self._two_micro_batches)
         return Reply(seconds, turn_seconds, loss, self.peak, peak, joules)
 
-    def _held(self) -> int:
+    def _held_bytes(self) -> int:
         """Bytes of weights, optimizer state and tokens."""
         tensors = [*self.model.parameters(), *self.model.buffers(), *self.inputs]
         for optimizer in self.optimizers.optimizers:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.engine.state import COLUMN_STEP, State, Workspace
-from bitnet.engine.weights import Dense, LayerPlan, Matrix, ModelPlan, Modules, Norm
+from bitnet.engine.weights import Dense, LayerWeights, Matrix, ModelWeights, Modules, Norm
 from bitnet.model import ModelConfig
 from bitnet_kernels.reference import EPS
 
@@ -63,7 +63,7 @@ class Tapes(Workspace):
         prefill.
     """
 
-    def __init__(self, config: ModelConfig, plan: ModelPlan, state: State, chunk: int) -> None:
+    def __init__(self, config: ModelConfig, plan: ModelWeights, state: State, chunk: int) -> None:
         super().__init__(config, plan, state, chunk)
         self.config, self.plan, self.state = config, plan, state
         self._steps: dict[int, tuple[int, _Calls]] = {}
@@ -236,7 +236,7 @@ class Tapes(Workspace):
         self,
         calls: _Calls,
         i: int,
-        layer: LayerPlan,
+        layer: LayerWeights,
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
@@ -348,7 +348,7 @@ class Tapes(Workspace):
                 calls.add(out.copy_, scaled)
 
     def _rotated(
-        self, calls: _Calls, layer: LayerPlan, qkv: Tensor, cos: Tensor, sin: Tensor
+        self, calls: _Calls, layer: LayerWeights, qkv: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
         """Queries and keys normed and turned by their angles, values as they are: fp32
         ``[M, H + 2G, E]``. ``sin`` is negative in its first half: see bitnet.model.rotate."""

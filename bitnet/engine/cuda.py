@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitnet.engine.state import State
-from bitnet.engine.weights import Dense, Int8, LayerPlan, Matrix, ModelPlan, Modules, Norm, Ternary
+from bitnet.engine.weights import (
+    Dense,
+    Int8,
+    LayerWeights,
+    Matrix,
+    ModelWeights,
+    Modules,
+    Norm,
+    Ternary,
+)
 from bitnet.linear import BitLinear, Kernel
 from bitnet.model import ModelConfig
 from bitnet_kernels import (
@@ -45,7 +54,7 @@ class Graphs:
     def __init__(
         self,
         config: ModelConfig,
-        plan: ModelPlan,
+        plan: ModelWeights,
         state: State,
         buckets: tuple[int, ...],
         kernel: Kernel,
@@ -99,7 +108,7 @@ class Graphs:
         """What a capture reads and the plan does not own: codes that ``weights_quantized`` holds,
         for a while, for layers inside of other modules."""
         layers = (layer for module in self.plan.modules() for layer in module.modules())
-        codes = (layer._held for layer in layers if isinstance(layer, BitLinear))
+        codes = (layer._cached_codes for layer in layers if isinstance(layer, BitLinear))
         return [one for one in codes if one is not None]
 
     def step_body(self, bucket: int) -> None:
@@ -141,7 +150,7 @@ class Graphs:
         x = x[self._rows[: x.shape[0]], last]
         return self._head(_rms(x, self.plan.norm))
 
-    def _attention(self, i: int, layer: LayerPlan, qkv: Tensor, n_valid: Tensor) -> Tensor:
+    def _attention(self, i: int, layer: LayerWeights, qkv: Tensor, n_valid: Tensor) -> Tensor:
         """``[B, T, (H + 2G) E]`` -> ``[B, T, D]``."""
         state, h, g = self.state, self.config.n_heads, self.config.n_kv_heads
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -156,7 +165,7 @@ class Graphs:
         y = decode_attention(q, k, v, lengths, k_scale, v_scale)
         return self._product(layer.o, _read(y, layer.attn_norm, layer.o), y.dtype)
 
-    def _mlp(self, layer: LayerPlan, gate_up: Tensor) -> Tensor:
+    def _mlp(self, layer: LayerWeights, gate_up: Tensor) -> Tensor:
         """``[B, T, 2F]`` -> ``[B, T, D]``."""
         gate, up = gate_up.chunk(2, -1)
         norm, relu2 = layer.ffn_norm, self.config.activation == "relu2"

@@ -27,7 +27,7 @@ from bitnet.engine.cuda import Graphs
 from bitnet.engine.state import State
 from bitnet.engine.weights import (
     Dense,
-    ModelPlan,
+    ModelWeights,
     Versions,
     embedding_of,
     quantized_head,
@@ -120,7 +120,7 @@ class Decoder:
         self, model: Transformer, cache_dtype: CacheDtype, head: HeadDtype, kernel: Kernel
     ) -> None:
         config, on_cpu = model.config, self.device.type == "cpu"
-        plan = ModelPlan.of(model, packed=not on_cpu, planes=kernel == "addsub" and not on_cpu)
+        plan = ModelWeights.of(model, packed=not on_cpu, planes=kernel == "addsub" and not on_cpu)
         if head == "auto" and not on_cpu and isinstance(plan.head, Dense):
             head = "bf16"
         if head == "bf16" or head == "int8":

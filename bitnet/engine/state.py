@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bitnet.engine.weights import Dense, Int8, ModelPlan, Ternary
+from bitnet.engine.weights import Dense, Int8, ModelWeights, Ternary
 from bitnet.model import ModelConfig, rotary
 
 COLUMN_STEP = 64
@@ -130,7 +130,7 @@ class Workspace:
     M tokens at most, K inputs of the widest matrix. Uses of a buffer follow one another.
     """
 
-    def __init__(self, config: ModelConfig, plan: ModelPlan, state: State, chunk: int) -> None:
+    def __init__(self, config: ModelConfig, plan: ModelWeights, state: State, chunk: int) -> None:
         self.dtype = dtype = plan.embedding.dtype
         rows, columns = state.tokens.shape[0], state.kv.shape[4]
         h, g, e = config.n_heads, config.n_kv_heads, config.head_dim

@@ -72,7 +72,7 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerWeights:
     """One layer; a norm is None where the model has none there."""
 
     input_norm: Norm | None
@@ -90,18 +90,18 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class ModelPlan:
+class ModelWeights:
     """A whole model. ``embedding`` is the model's own tensor ``[V, D]``, and so is a dense head
     tied to it; a quantized embedding is dequantized once, and takes the memory of a float one."""
 
     embedding: Tensor
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerWeights, ...]
     norm: Norm
     head: Matrix
 
     @staticmethod
     @torch.no_grad()
-    def of(model: Transformer, packed: bool, planes: bool = False) -> "ModelPlan":
+    def of(model: Transformer, packed: bool, planes: bool = False) -> "ModelWeights":
         """Read a model as it is now.
 
         Arguments:
@@ -138,7 +138,7 @@ class ModelPlan:
                     f"got {mlp.activation!r}"
                 )
             layers.append(
-                LayerPlan(
+                LayerWeights(
                     input_norm=_norm(f"{name}.input_layernorm", block.input_layernorm),
                     qkv=fuse(f"{name}.self_attn.", attention, "q_proj", "k_proj", "v_proj"),
                     q_norm=_norm(f"{name}.self_attn.q_norm", attention.q_norm),
@@ -157,7 +157,7 @@ class ModelPlan:
         if norm is None:
             raise ValueError("norm: expected an RMSNorm, got Identity")
         head = fuse("", model, "lm_head")
-        return ModelPlan(embedding, tuple(layers), norm, head)
+        return ModelWeights(embedding, tuple(layers), norm, head)
 
     def modules(self) -> tuple[nn.Module, ...]:
         """Those that are called as they are."""
@@ -181,12 +181,12 @@ class Versions:
     they may be dropped.
     """
 
-    def __init__(self, model: nn.Module, plan: ModelPlan) -> None:
+    def __init__(self, model: nn.Module, plan: ModelWeights) -> None:
         # A module's buffers may be what it counts in every call.
         free = {id(buffer) for module in plan.modules() for buffer in module.buffers()}
         packed = [module for module in model.modules() if isinstance(module, TernaryLinear)]
         weights = [*model.parameters(), *(t for module in packed for t in module.buffers())]
-        self._held = [
+        self._watched = [
             (tensor, tensor._version)
             for tensor in plan.tensors()
             if id(tensor) not in free and not tensor.is_inference()
@@ -205,7 +205,7 @@ class Versions:
         alive = [
             (tensor, version) for ref, version in self._copied if (tensor := ref()) is not None
         ]
-        if any(tensor._version != version for tensor, version in self._held + alive):
+        if any(tensor._version != version for tensor, version in self._watched + alive):
             return True
         return any(
             (vector := ref()) is not None  # bits: a NaN that is there differs from itself

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from bitnet.linear import BitLinear
 from bitnet.qat.layers import QATLinear
-from bitnet.quant import Tokens, quantize_tokens, spread_groups
+from bitnet.quant import QuantizedInput, quantize_input, spread_groups
 from bitnet_kernels import pack_ternary, unpack_ternary
 
 DEAD_ZONE = 0.05
@@ -155,10 +155,10 @@ class _Activations:
         self._kurtosis: list[Tensor] = []
 
     def hook(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given: Tensor | Tokens = args[0] if args else kwargs["input"]
+        given: Tensor | QuantizedInput = args[0] if args else kwargs["input"]
         if isinstance(layer, BitLinear) and layer.rms_norm is not None:
             given = layer.rms_norm(given)
-        x, codes, _ = given if isinstance(given, Tokens) else quantize_tokens(given)
+        x, codes, _ = given if isinstance(given, QuantizedInput) else quantize_input(given)
         if x.numel() == 0:
             return
         centred = x.float() - x.float().mean()

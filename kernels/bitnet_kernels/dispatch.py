@@ -47,7 +47,7 @@ _LARGEST = 1 << 20
 """Bytes of a user's table: thousands of entries; more would be read at every start for seconds."""
 
 
-class Config(NamedTuple):
+class TileConfig(NamedTuple):
     """How a kernel is cut up: a program computes ``block_m`` by ``block_n`` outputs over a
     ``split_k``-th of K, ``block_k`` columns at a time."""
 
@@ -66,7 +66,7 @@ class Entry(NamedTuple):
     n: int
     k: int
     formulation: str
-    config: Config
+    config: TileConfig
     us: float
 
 
@@ -87,7 +87,7 @@ def table_from_json(text: str) -> Table:
     try:
         data = json.loads(text)
         entries = tuple(
-            Entry(**(row | {"config": Config._make(row["config"])})) for row in data["entries"]
+            Entry(**(row | {"config": TileConfig._make(row["config"])})) for row in data["entries"]
         )
         source = data["source"]
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -120,7 +120,7 @@ def _check(entry: Entry) -> None:
         raise ValueError(f"not a kernel configuration: {entry}")
 
 
-def shared_bytes(formulation: str, config: Config) -> int:
+def shared_bytes(formulation: str, config: TileConfig) -> int:
     """Bytes of shared memory that a configuration takes at most: the pipeline's tiles of packed
     weights and of activations, four of these with packed weights; hardly any for one warp."""
     if formulation in LANE_COLUMNS:
@@ -206,7 +206,7 @@ def allowed(kernel: str, planes: bool) -> tuple[str, ...]:
 @lru_cache(maxsize=65536)
 def choose(
     kernel: str, m: int, n: int, k: int, planes: bool, capability: int, device_name: str
-) -> tuple[str, Config]:
+) -> tuple[str, TileConfig]:
     """The fastest formulation that ``kernel`` allows for a shape, and its configuration.
 
     The user's own measurements decide where they have this N, K and M; else the nearest shape of

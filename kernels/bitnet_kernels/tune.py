@@ -27,9 +27,9 @@ from bitnet_kernels.dispatch import (
     ARCHITECTURES,
     FORMULATIONS,
     LANE_COLUMNS,
-    Config,
     Entry,
     Table,
+    TileConfig,
     bucket,
     cache_file,
     fingerprint,
@@ -44,15 +44,15 @@ from bitnet_kernels.packing import bit_planes, pack_ternary
 SHAPES = ((1024, 1024), (2560, 2560), (4096, 4096), (2560, 6912), (4096, 14336), (8192, 28672))
 """N x K of the shipped tables."""
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-Cost = Callable[[str, list[Config], int, int, int], list[float]]
+Cost = Callable[[str, list[TileConfig], int, int, int], list[float]]
 """(formulation, configurations, M, N, K) -> microseconds of each."""
 
 
-def candidates(formulation: str, m: int, n: int, k: int, limit: int) -> list[Config]:
+def candidates(formulation: str, m: int, n: int, k: int, limit: int) -> list[TileConfig]:
     """The configurations worth trying for a shape, of at most ``limit`` bytes of shared memory;
     none where a formulation has no business."""
     tokens = bucket(m)
-    found: Iterator[Config]
+    found: Iterator[TileConfig]
     if formulation in ("gemm", "unpacked"):
         if formulation == "unpacked" and m < 256:
             return []
@@ -65,7 +65,7 @@ def candidates(formulation: str, m: int, n: int, k: int, limit: int) -> list[Con
         splits = (1, 2, 4, 8) if m <= 64 else (1,)
         warps = 8 if block_m >= 64 else 4
         found = (
-            Config(block_m, block_n, block_k, split, warps, stages)
+            TileConfig(block_m, block_n, block_k, split, warps, stages)
             for (block_n, block_k), split, stages in itertools.product(blocks, splits, (3, 4))
         )
     else:
@@ -74,7 +74,7 @@ def candidates(formulation: str, m: int, n: int, k: int, limit: int) -> list[Con
         longest, sums = LANE_COLUMNS[formulation], 4 if formulation == "popcount" else 8
         block_m = min(tokens, 4)
         found = (
-            Config(block_m, rows * groups, longest // groups, split)
+            TileConfig(block_m, rows * groups, longest // groups, split)
             for rows, groups, split in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8))
             if rows * block_m <= sums
         )
@@ -114,7 +114,7 @@ def static_table(
 
     from bitnet_kernels.sass import estimate_us
 
-    def cost(formulation: str, tried: list[Config], m: int, n: int, k: int) -> list[float]:
+    def cost(formulation: str, tried: list[TileConfig], m: int, n: int, k: int) -> list[float]:
         return [estimate_us(formulation, config, sm, m, n, k) for config in tried]
 
     entries = tuple(best_entries(cost, shapes, tokens, shared_limit(sm), progress))
@@ -133,7 +133,7 @@ class Timer:
         self.codes = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def __call__(
-        self, formulation: str, tried: list[Config], m: int, n: int, k: int
+        self, formulation: str, tried: list[TileConfig], m: int, n: int, k: int
     ) -> list[float]:
         """Median microseconds of each; RuntimeError if one is not exact."""
         generator = torch.Generator(self.device).manual_seed(0)
@@ -156,7 +156,7 @@ class Timer:
         replays = {}
         for config in tried:
 
-            def call(i: int, config: Config = config) -> Tensor:
+            def call(i: int, config: TileConfig = config) -> Tensor:
                 from bitnet_kernels.gpu.matmul import matmul
 
                 packed, planes = self.copies[i]

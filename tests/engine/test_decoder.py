@@ -11,7 +11,7 @@ from torch import Tensor
 from bitnet.engine.cuda import Graphs
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.state import State
-from bitnet.engine.weights import ModelPlan, Modules
+from bitnet.engine.weights import ModelWeights, Modules
 from bitnet.linear import BitLinear, TernaryLinear, pack, weights_quantized
 from bitnet.model import Block, ModelConfig, Transformer
 from tests.helpers.decoding import (
@@ -162,12 +162,12 @@ def test_modules_hold_their_own_codes(variant: str) -> None:
     model.layers[0].mlp.down_proj = adapter  # type: ignore[assignment]
     assert adapter in Decoder(model, 1, 8).modules
     plan, state = (
-        ModelPlan.of(model, packed=True),
+        ModelWeights.of(model, packed=True),
         State.empty(model.config, 1, 8, torch.float32, torch.device("cpu")),
     )
     graphs = Graphs(model.config, plan, state, (1,), "auto")
     with weights_quantized(model):
-        assert graphs.held() == [adapter[0]._held]
+        assert graphs.held() == [adapter[0]._cached_codes]
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "norm", "layers.0.mlp.up_proj"])

@@ -9,7 +9,7 @@ import torch
 from bitnet.engine.cuda import Graphs
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.state import State
-from bitnet.engine.weights import ModelPlan, quantized_head
+from bitnet.engine.weights import ModelWeights, quantized_head
 from bitnet.model import Transformer
 from bitnet_kernels import bit_planes
 from tests.helpers.decoding import CONTEXT, VARIANTS, make_prompts, packed_model, prefill
@@ -22,7 +22,7 @@ def test_the_gpu_body_gives_the_same(variant: str, cache: torch.dtype) -> None:
     model = packed_model(**VARIANTS[variant])
     decoder = Decoder(model, 4, CONTEXT, cache_dtype="fp32" if cache != torch.int8 else "int8")
     state = State.empty(model.config, 4, CONTEXT, cache, torch.device("cpu"))
-    graphs = Graphs(model.config, ModelPlan.of(model, packed=True), state, (4,), "auto")
+    graphs = Graphs(model.config, ModelWeights.of(model, packed=True), state, (4,), "auto")
     prompts = make_prompts([3, 20, 9])
     errors = []
     with torch.inference_mode():
@@ -49,7 +49,7 @@ def test_the_gpu_body_gives_the_same(variant: str, cache: torch.dtype) -> None:
 
 def graphs_of(model: Transformer, max_len: int, head: str = "float") -> tuple[Graphs, State]:
     """Uncaptured, of two rows."""
-    plan = ModelPlan.of(model, packed=True)
+    plan = ModelWeights.of(model, packed=True)
     if head == "int8":
         plan = replace(plan, head=quantized_head(plan.head, "int8"))
     state = State.empty(model.config, 2, max_len, torch.float32, torch.device("cpu"))
@@ -88,7 +88,7 @@ def test_the_gpu_body_with_a_head_of_int8(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_gpu_body_with_bit_planes() -> None:
     model = packed_model()
-    plan = ModelPlan.of(model, packed=True, planes=True)
+    plan = ModelWeights.of(model, packed=True, planes=True)
     qkv: Any = plan.layers[0].qkv
     assert torch.equal(qkv.planes, bit_planes(qkv.weight))
-    assert ModelPlan.of(model, packed=True).layers[0].qkv.planes is None  # type: ignore[union-attr]
+    assert ModelWeights.of(model, packed=True).layers[0].qkv.planes is None  # type: ignore[union-attr]

@@ -18,7 +18,7 @@ import triton.language as tl
 from waits import check
 
 from bitnet.cli import main as cli
-from bitnet_kernels.dispatch import Config
+from bitnet_kernels.dispatch import TileConfig
 from bitnet_kernels.gpu import catalog as gpu_catalog
 from bitnet_kernels.gpu import gemm, gemv, popcount
 from bitnet_kernels.gpu.common import Spec
@@ -182,11 +182,11 @@ def forms() -> list[dict[str, Any]]:
     """Every matmul with K split, and each kind of epilogue: raw sums, a scale a row with a bias,
     other outputs. What they compile to outside the main loop."""
     split = (
-        gemv.spec("sad", Config(1, 8, 2048, 4)),
-        gemv.spec("dp4a", Config(2, 8, 1024, 2)),
-        popcount.spec(Config(2, 2, 4096, 2)),
-        gemm.spec("gemm", Config(16, 128, 256, 4, 4, 3)),
-        gemm.spec("unpacked", Config(64, 128, 64, 2, 8, 3)),
+        gemv.spec("sad", TileConfig(1, 8, 2048, 4)),
+        gemv.spec("dp4a", TileConfig(2, 8, 1024, 2)),
+        popcount.spec(TileConfig(2, 2, 4096, 2)),
+        gemm.spec("gemm", TileConfig(16, 128, 256, 4, 4, 3)),
+        gemm.spec("unpacked", TileConfig(64, 128, 64, 2, 8, 3)),
     )
     scales = ("s_ptr", "gamma_ptr")
     found = []
@@ -232,7 +232,7 @@ if __name__ == "__main__":
         "reports": [report._asdict() for report in reports],
         "listings": {f"sm_{sm}": compile_spec(real["sad M=1"], sm).sass for sm in CAPABILITIES},
         "marked": listing(real["dp4a M=1"], 90),
-        "estimate": estimate_us("sad", Config(1, 8, 2048), 90, 1, 4096, 4096),
+        "estimate": estimate_us("sad", TileConfig(1, 8, 2048), 90, 1, 4096, 4096),
         "forms": forms(),
         "cli": {
             "two": run(

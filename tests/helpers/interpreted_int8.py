@@ -13,7 +13,7 @@ from findings import findings, report, same
 from torch import Tensor
 
 from bitnet_kernels import int8_linear, int8_matmul
-from bitnet_kernels.dispatch import Config
+from bitnet_kernels.dispatch import TileConfig
 from bitnet_kernels.gpu import int8_gemm
 from bitnet_kernels.gpu.common import INTERPRETED, Rescale
 from bitnet_kernels.ops import int8 as ops_train
@@ -23,7 +23,7 @@ SHAPES = (
     (1, 1, 1), (5, 3, 1), (1, 7, 2), (17, 1, 63), (16, 16, 16), (33, 40, 300), (300, 5, 65),
     (64, 64, 128), (129, 257, 129), (2, 70, 31), (7, 100, 600), (1, 1, 1025), (150, 33, 48),
 )  # fmt: skip
-SMALL = (Config(16, 32, 32), Config(32, 16, 64))
+SMALL = (TileConfig(16, 32, 32), TileConfig(32, 16, 64))
 """Several tiles each way, and several steps of K, where the shipped ones make one."""
 
 

@@ -34,7 +34,7 @@ from bitnet_kernels import (
     ternary_linear,
     ternary_matmul,
 )
-from bitnet_kernels.dispatch import FORMULATIONS, Config, shipped
+from bitnet_kernels.dispatch import FORMULATIONS, TileConfig, shipped
 from bitnet_kernels.gpu import matmul
 from bitnet_kernels.gpu.common import INTERPRETED, Rescale
 from bitnet_kernels.gpu.popcount import activation_planes
@@ -181,7 +181,7 @@ def check_long_rows() -> None:
         k = 8192 * 64 + 64
         x = torch.full((1, k), -128, dtype=torch.int8)
         packed = pack_ternary(torch.ones(1, k, dtype=torch.int8))
-        got = matmul.matmul("dp4a", Config(1, 32, 64), x, packed)
+        got = matmul.matmul("dp4a", TileConfig(1, 32, 64), x, packed)
         report("long rows", f"dp4a, K = {k}, all -128", got.item() == -128 * k)
 
 

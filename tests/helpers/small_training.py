@@ -36,7 +36,7 @@ def small(**options: Any) -> Transformer:
 def plain_path() -> Iterator[None]:
     """Every BitLinear on its own: its input and its weight quantized in each call."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bitnet.model, "shared_tokens", lambda x, *_: x)
+        patch.setattr(bitnet.model, "shared_input", lambda x, *_: x)
         yield
 
 

@@ -11,9 +11,9 @@ from bitnet_kernels import dispatch, tune
 from bitnet_kernels.dispatch import (
     ARCHITECTURES,
     FORMULATIONS,
-    Config,
     Entry,
     Table,
+    TileConfig,
     allowed,
     bucket,
     choose,
@@ -93,7 +93,7 @@ def test_unknown_gpus_take_a_table_that_fits() -> None:
 
 
 def entry(us: float, formulation: str = "dp4a", n: int = 64, k: int = 64, m: int = 1) -> Entry:
-    return Entry(m, n, k, formulation, Config(1, 4, 2048), us)
+    return Entry(m, n, k, formulation, TileConfig(1, 4, 2048), us)
 
 
 def write_cache(text: str) -> Path:
@@ -107,9 +107,9 @@ def write_cache(text: str) -> Path:
 def test_own_measurements_come_first_for_their_shape() -> None:
     own = Table(SOURCE, (entry(3.0), entry(2.0, "sad"), entry(1.0, m=16)))
     write_cache(table_to_json(own))
-    assert choose("auto", 1, 64, 64, False, 90, NAME) == ("sad", Config(1, 4, 2048))
+    assert choose("auto", 1, 64, 64, False, 90, NAME) == ("sad", TileConfig(1, 4, 2048))
     assert choose("dot", 1, 64, 64, False, 90, NAME)[0] == "dp4a"
-    assert choose("auto", 9, 64, 64, False, 90, NAME) == ("dp4a", Config(1, 4, 2048))
+    assert choose("auto", 9, 64, 64, False, 90, NAME) == ("dp4a", TileConfig(1, 4, 2048))
     # another M: nothing that was tuned for few tokens runs many
     assert choose("auto", 512, 64, 64, False, 90, NAME)[0] == "gemm"
     # another shape, another GPU, a formulation that was not measured: the shipped table
@@ -187,10 +187,10 @@ def test_what_is_chosen_fits_shared_memory(sm: int) -> None:
 
 def test_shared_bytes_bound_what_was_compiled() -> None:
     """AOT for sm_90 took 311,296 and 114,688 bytes (Triton 3.9)."""
-    assert 311_296 <= dispatch.shared_bytes("gemm", Config(128, 128, 512, 1, 8, 4)) <= 330_000
-    assert 114_688 <= dispatch.shared_bytes("gemm", Config(128, 128, 256, 1, 8, 3)) <= 123_000
-    assert 65_536 <= dispatch.shared_bytes("unpacked", Config(128, 128, 64, 1, 8, 4)) <= 66_000
-    assert dispatch.shared_bytes("sad", Config(1, 8, 2048)) == 0
+    assert 311_296 <= dispatch.shared_bytes("gemm", TileConfig(128, 128, 512, 1, 8, 4)) <= 330_000
+    assert 114_688 <= dispatch.shared_bytes("gemm", TileConfig(128, 128, 256, 1, 8, 3)) <= 123_000
+    assert 65_536 <= dispatch.shared_bytes("unpacked", TileConfig(128, 128, 64, 1, 8, 4)) <= 66_000
+    assert dispatch.shared_bytes("sad", TileConfig(1, 8, 2048)) == 0
 
 
 def test_tables_round_trip() -> None:
@@ -216,7 +216,7 @@ def test_candidates(formulation: str, n: int, k: int) -> None:
 def test_tuning_keeps_the_best_and_other_shapes() -> None:
     """With a stand-in for the timer: what is kept, where, and what survives."""
 
-    def cost(formulation: str, tried: list[Config], m: int, n: int, k: int) -> list[float]:
+    def cost(formulation: str, tried: list[TileConfig], m: int, n: int, k: int) -> list[float]:
         return [abs(c.block_n - 4) + c.split_k + (5 if formulation == "dp4a" else 0) for c in tried]
 
     path = tune.tune([(256, 8192)], [1, 3], NAME, 90, cost)
@@ -234,7 +234,7 @@ def test_tuning_keeps_the_best_and_other_shapes() -> None:
 
 
 def test_tuning_that_is_interrupted_keeps_whole_shapes() -> None:
-    def cost(formulation: str, tried: list[Config], m: int, n: int, k: int) -> list[float]:
+    def cost(formulation: str, tried: list[TileConfig], m: int, n: int, k: int) -> list[float]:
         if n == 512:
             raise RuntimeError("sad is not exact")
         return [1.0 if c.num_stages == 1 else math.inf for c in tried]  # gemm fits nowhere

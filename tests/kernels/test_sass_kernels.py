@@ -18,7 +18,7 @@ import pytest
 
 from bitnet.cli import main as cli
 from bitnet.cli.inspect_kernels import counted, shortened
-from bitnet_kernels.dispatch import Config
+from bitnet_kernels.dispatch import TileConfig
 from bitnet_kernels.sass import (
     ARCHS,
     Compiled,
@@ -193,7 +193,7 @@ def test_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "compile_spec", lambda spec, sm: made)
     real = inspect(Stand(), 80)._replace(weights_per_clock=100.0)  # type: ignore[arg-type]
     monkeypatch.setattr(estimate, "inspect", lambda spec, sm: real)
-    one = Config(1, 8, 2048)
+    one = TileConfig(1, 8, 2048)
     # Large: memory takes longest.
     moved = 8192 * 28672 / 4 + 28672 + 2 * 8192
     assert estimate_us("sad", one, 80, 1, 8192, 28672) == pytest.approx(2.0 + moved / 2.039e6)
@@ -206,7 +206,7 @@ def test_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert estimate_us("sad", split, 80, 1, 64, 4096) == pytest.approx(2.0 + 0.7 + 1.5)
     # Another layout of an operand is another launch, and int8 weights are four times the bytes.
     assert estimate_us("popcount", one, 80, 1, 64, 4096) == pytest.approx(4.0 + 2 * 0.7)
-    whole = Config(128, 128, 64, 1, 8, 4)
+    whole = TileConfig(128, 128, 64, 1, 8, 4)
     fast = real._replace(weights_per_clock=1e9)
     monkeypatch.setattr(estimate, "inspect", lambda spec, sm: fast)
     moved = 2.25 * 8192 * 28672 + 28672 + 2 * 8192

@@ -22,7 +22,7 @@ from bitnet_kernels import (
     ternary_linear,
     ternary_matmul,
 )
-from bitnet_kernels.dispatch import FORMULATIONS, Config
+from bitnet_kernels.dispatch import FORMULATIONS, TileConfig
 from bitnet_kernels.gpu import common
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -148,7 +148,7 @@ class RecordingKernel:
 def test_launch_forbids_fused_multiply_add() -> None:
     kernel = RecordingKernel()
     x_q, w = torch.zeros(9, 128, dtype=torch.int8), torch.zeros(33, 32, dtype=torch.uint8)
-    config = Config(8, 16, 64, split_k=2, num_warps=2, num_stages=3)
+    config = TileConfig(8, 16, 64, split_k=2, num_warps=2, num_stages=3)
     y = common.launch(kernel, config, x_q, w, (9, 33, 32), None, None, PLANES=4)
     assert y.shape == (9, 33)
     assert kernel.grid == (2 * 3 * 2,)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bitnet.linear import BitLinear, replace_linear, weights_quantized
 from bitnet.model import ModelConfig, Transformer
 from bitnet.qat import Recipe, prepare
-from bitnet.quant import quantize_tokens
+from bitnet.quant import quantize_input
 from bitnet.training.telemetry import Telemetry
 
 
@@ -238,7 +238,7 @@ def test_tokens_that_were_quantized_before_read_the_same() -> None:
             self.layer = layer
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.layer(input=quantize_tokens(x))
+            return self.layer(input=quantize_input(x))
 
     early = Telemetry(Early()).read(x)["ternary/layers"]["layer"]
     assert early == Telemetry(layer).read(x)["ternary/layers"][""]

@@ -32,7 +32,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 
-from bitnet_kernels.dispatch import Config
+from bitnet_kernels.dispatch import TileConfig
 
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 """Whether Triton runs kernels in its CPU interpreter. TRITON_INTERPRET is read when a function is
@@ -225,7 +225,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
 def launch(
     kernel: Any,
-    config: Config,
+    config: TileConfig,
     x: Tensor,
     w: Tensor,
     sizes: tuple[int, int, int],
@@ -285,7 +285,7 @@ def describe(
     name: str,
     family: str,
     kernel: Any,
-    config: Config,
+    config: TileConfig,
     x_type: str,
     w_type: str,
     outputs: str = "*bf16",

@@ -15,7 +15,7 @@ are unpacked once to int8 in a scratch buffer, and the same kernel runs on one p
 import triton
 import triton.language as tl
 
-from bitnet_kernels.dispatch import Config
+from bitnet_kernels.dispatch import TileConfig
 from bitnet_kernels.gpu.common import (
     Spec,
     await_inputs,
@@ -91,7 +91,7 @@ def gemm_kernel(
     )  # fmt: skip
 
 
-def spec(name: str, config: Config) -> Spec:
+def spec(name: str, config: TileConfig) -> Spec:
     """``"gemm"`` or ``"unpacked"`` in a configuration, compiled ahead of time."""
     packed = name == "gemm"
     return describe(
@@ -110,8 +110,8 @@ def spec(name: str, config: Config) -> Spec:
 def specs() -> list[Spec]:
     """The forms from 8 tokens to thousands."""
     forms = ((8, 4, 4), (16, 4, 4), (64, 8, 3), (128, 8, 3))
-    configs = [Config(m, 128, 256, 1, warps, stages) for m, warps, stages in forms]
+    configs = [TileConfig(m, 128, 256, 1, warps, stages) for m, warps, stages in forms]
     return [
         *(spec("gemm", config) for config in configs),
-        spec("unpacked", Config(128, 128, 64, 1, 8, 4)),
+        spec("unpacked", TileConfig(128, 128, 64, 1, 8, 4)),
     ]

@@ -27,7 +27,7 @@ x, -x or 0.
 import triton
 import triton.language as tl
 
-from bitnet_kernels.dispatch import Config
+from bitnet_kernels.dispatch import TileConfig
 from bitnet_kernels.gpu.common import (
     Spec,
     await_inputs,
@@ -297,7 +297,7 @@ def gemv_kernel(
     )  # fmt: skip
 
 
-def spec(name: str, config: Config) -> Spec:
+def spec(name: str, config: TileConfig) -> Spec:
     """``"sad"`` or ``"dp4a"`` in a configuration, compiled ahead of time."""
     sad = name == "sad"
     return describe(
@@ -316,7 +316,7 @@ def spec(name: str, config: Config) -> Spec:
 
 def specs() -> list[Spec]:
     """The forms that few tokens run: 8 rows a lane while the sums fit, fewer with more tokens."""
-    configs = [Config(m, rows, 2048) for m, rows in ((1, 8), (2, 4), (4, 2), (8, 2))]
+    configs = [TileConfig(m, rows, 2048) for m, rows in ((1, 8), (2, 4), (4, 2), (8, 2))]
     sad = [spec("sad", config) for config in configs]
     any_int8 = sad[0].constants | {"FULL_RANGE": True}
     sad.append(sad[0]._replace(name="sad M=1, any int8", constants=any_int8))

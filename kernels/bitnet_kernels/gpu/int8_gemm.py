@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bitnet_kernels.dispatch import Config, key_of, shared_limit
+from bitnet_kernels.dispatch import TileConfig, key_of, shared_limit
 from bitnet_kernels.gpu.common import (
     Rescale,
     Spec,
@@ -33,12 +33,12 @@ _L2_BYTES = 32
 """What an SM gets from L2 in a clock, roughly, on any of these GPUs."""
 CONFIGS = {
     90: (
-        Config(128, 256, 128, 1, 8, 4),
-        Config(128, 128, 128, 1, 8, 3),  # two programs fit an SM: one computes while one waits
-        Config(64, 128, 128, 1, 4, 4),
+        TileConfig(128, 256, 128, 1, 8, 4),
+        TileConfig(128, 128, 128, 1, 8, 3),  # two programs fit an SM: one computes while one waits
+        TileConfig(64, 128, 128, 1, 4, 4),
     ),
-    80: (Config(128, 128, 128, 1, 8, 4), Config(64, 128, 128, 1, 4, 4)),  # 128 x 256 spills
-    89: (Config(128, 128, 128, 1, 8, 3), Config(64, 128, 128, 1, 4, 3)),
+    80: (TileConfig(128, 128, 128, 1, 8, 4), TileConfig(64, 128, 128, 1, 4, 4)),  # 128 x 256 spills
+    89: (TileConfig(128, 128, 128, 1, 8, 3), TileConfig(64, 128, 128, 1, 4, 3)),
 }
 """How the product may be cut up, by the compute capability whose shared memory it fits, the largest
 first. For N a multiple of 16 all compile to int8 tensor-core instructions and spill no register.
@@ -104,7 +104,7 @@ def int8_gemm_kernel(
         tl.store(y_ptrs, narrow(y, y_ptr.dtype.element_ty), mask)
 
 
-def int8_gemm(config: Config, x: Tensor, w: Tensor, rescale: Rescale | None = None) -> Tensor:
+def int8_gemm(config: TileConfig, x: Tensor, w: Tensor, rescale: Rescale | None = None) -> Tensor:
     """Exact ``x @ w.T`` of any int8 values: ``[M, K]`` and ``[N, K]``, K >= 1 -> ``[M, N]``, int32
     sums, or with ``rescale`` outputs of its dtype."""
     (m, k), n = x.shape, w.shape[0]
@@ -138,20 +138,20 @@ def int8_gemm(config: Config, x: Tensor, w: Tensor, rescale: Rescale | None = No
     return y
 
 
-def plan(m: int, n: int, device: torch.device) -> Config:
+def plan(m: int, n: int, device: torch.device) -> TileConfig:
     """How a product of M tokens and N outputs is cut up on a GPU."""
     properties = torch.cuda.get_device_properties(device)
     return cut(m, n, key_of(device)[0], properties.multi_processor_count)
 
 
 @lru_cache(maxsize=65536)
-def cut(m: int, n: int, capability: int, n_sms: int) -> Config:
+def cut(m: int, n: int, capability: int, n_sms: int) -> TileConfig:
     """The configuration that takes the fewest clocks by a static model: programs run in waves of
     one an SM, and a program takes as long as its multiply-accumulates or its loads from L2,
     whichever is longer. Large tiles load less, small ones leave fewer SMs idle."""
     fitting = next(one for one in CONFIGS if shared_limit(one) <= shared_limit(capability))
 
-    def clocks(config: Config) -> float:
+    def clocks(config: TileConfig) -> float:
         waves = -(-(-(-m // config.block_m) * -(-n // config.block_n)) // n_sms)
         macs, loads = config.block_m * config.block_n, config.block_m + config.block_n
         return waves * max(macs / _MACS[fitting], loads / _L2_BYTES)
@@ -159,7 +159,7 @@ def cut(m: int, n: int, capability: int, n_sms: int) -> Config:
     return min(CONFIGS[fitting], key=clocks)
 
 
-def spec(config: Config, outputs: str = "*bf16") -> Spec:
+def spec(config: TileConfig, outputs: str = "*bf16") -> Spec:
     """A configuration compiled ahead of time, for K a multiple of its step: outputs with one gamma
     a tensor and no bias, or int32 sums (``outputs`` ``"*i32"``)."""
     types = {"x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": outputs}

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from bitnet_kernels.dispatch import LANE_COLUMNS, Config, choose, key_of
+from bitnet_kernels.dispatch import LANE_COLUMNS, TileConfig, choose, key_of
 from bitnet_kernels.gpu.common import (
     ASSEMBLY,
     INTERPRETED,
@@ -23,7 +23,7 @@ from bitnet_kernels.gpu.popcount import activation_planes, popcount_kernel
 
 def plan(
     kernel: str, m: int, n: int, k: int, planes: bool, device: torch.device
-) -> tuple[str, Config]:
+) -> tuple[str, TileConfig]:
     """The formulation for a shape and its configuration."""
     if not INTERPRETED:
         return choose(kernel, m, n, k, planes, *key_of(device))
@@ -31,21 +31,21 @@ def plan(
     return formulation, interpreted_config(formulation, m, n, k)
 
 
-def interpreted_config(formulation: str, m: int, n: int, k: int) -> Config:
+def interpreted_config(formulation: str, m: int, n: int, k: int) -> TileConfig:
     """The interpreter pays by the operation more than by the lane: few programs, large tiles."""
     tokens = triton.next_power_of_2(max(m, 1))
     rows = triton.next_power_of_2(max(n, 1))
     columns = triton.next_power_of_2(k)
     if formulation in ("gemm", "unpacked"):
-        return Config(min(max(tokens, 8), 128), min(max(rows, 16), 512), 256)
+        return TileConfig(min(max(tokens, 8), 128), min(max(rows, 16), 512), 256)
     longest = LANE_COLUMNS[formulation]
     block_k = min(max(columns, longest // 32), longest)
-    return Config(min(tokens, 4), max(min(rows, 512), longest // block_k), block_k)
+    return TileConfig(min(tokens, 4), max(min(rows, 512), longest // block_k), block_k)
 
 
 def matmul(
     formulation: str,
-    config: Config,
+    config: TileConfig,
     x_q: Tensor,
     packed: Tensor,
     planes: Tensor | None = None,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_kernels.dispatch import Config
+from bitnet_kernels.dispatch import TileConfig
 from bitnet_kernels.gpu.common import (
     INTERPRETED,
     Spec,
@@ -240,7 +240,7 @@ def activation_planes(x_q: Tensor) -> Tensor:
     return planes
 
 
-def spec(config: Config) -> Spec:
+def spec(config: TileConfig) -> Spec:
     """The kernel in a configuration, compiled ahead of time."""
     name = f"popcount M={config.block_m}"
     return describe(name, "addsub", popcount_kernel, config, "*i32", "*i32", ASM=True)
@@ -248,4 +248,4 @@ def spec(config: Config) -> Spec:
 
 def specs() -> list[Spec]:
     """The forms that few tokens run: 4 rows a lane while the sums fit, fewer with more tokens."""
-    return [spec(Config(m, rows, 4096)) for m, rows in ((1, 4), (2, 2), (4, 1))]
+    return [spec(TileConfig(m, rows, 4096)) for m, rows in ((1, 4), (2, 2), (4, 1))]

@@ -5,7 +5,7 @@ bandwidths from data sheets; what is waited for, and how well work spreads, is o
 
 import math
 
-from bitnet_kernels.dispatch import Config, shared_limit
+from bitnet_kernels.dispatch import TileConfig, shared_limit
 from bitnet_kernels.sass.model import ARCHS, inspect
 
 LAUNCH_US, _SPLIT_US, _LATENCY_US = 2.0, 1.5, 0.7
@@ -24,7 +24,7 @@ def sixteen_bit_us(sm: int, m: int, n: int, k: int) -> float:
     return LAUNCH_US + max(memory, arithmetic)
 
 
-def estimate_us(formulation: str, config: Config, sm: int, m: int, n: int, k: int) -> float:
+def estimate_us(formulation: str, config: TileConfig, sm: int, m: int, n: int, k: int) -> float:
     """Microseconds that a formulation takes for ``[M, K] x [N, K]``, by the static model.
 
     The longest of moving the bytes once (weights, int8 activations, 16-bit outputs), of the main
