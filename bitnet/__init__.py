@@ -1,6 +1,6 @@
 """Ternary (BitNet b1.58) language models: layers, models, and what turns one into the other.
 
-from bitnet import BitLinear, replace_linear, coverage, pack, load
+from bitnet import BitLinear, replace_linear, coverage, pack, load, Engine
 
 The names are imported when they are first used: torch takes seconds, and a command has to hear
 Ctrl-C before (bitnet/cli/shell.py).
@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bitnet.engine.engine import Engine
     from bitnet.export.folder import load
     from bitnet.inventory import Coverage, coverage
     from bitnet.linear import BitLinear, TernaryLinear, pack, replace_linear, weights_quantized
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BitLinear",
     "Coverage",
+    "Engine",
     "TernaryLinear",
     "Transformer",
     "coverage",
@@ -33,7 +35,7 @@ if not TYPE_CHECKING:  # a checker reads the imports above
     def __getattr__(name: str) -> Any:
         """A public name from its module, or a module of the package."""
         if name in __all__:
-            homes = {"load": "export.folder", "Transformer": "model"}
+            homes = {"load": "export.folder", "Transformer": "model", "Engine": "engine.engine"}
             homes |= {"Coverage": "inventory", "coverage": "inventory"}
             value = getattr(import_module(f"bitnet.{homes.get(name, 'linear')}"), name)
             globals()[name] = value  # looked up once
