@@ -37,8 +37,7 @@ from filelock import FileLock, Timeout
 from torch.nn import functional as F
 
 from bitnet.build import as_saved, build_model
-from bitnet.cli.convert import pick_device
-from bitnet.cli.main import config_help, split_args
+from bitnet.cli.common import config_help, pick_device, split_args
 from bitnet.config import Config, differences, load_config, to_dict, to_toml
 from bitnet.data.loader import INDEX, Loader, TokenDataset, sequential_windows
 from bitnet.data.prepare import prepare

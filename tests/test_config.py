@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bitnet.cli.main import config_help, split_args
+from bitnet.cli.common import config_help, split_args
 from bitnet.config import (
     Config,
     default_batch_tokens,

@@ -32,7 +32,7 @@ from bitnet.cli.bench_train import (
     train_command,
     valid_names,
 )
-from bitnet.cli.convert import pick_device
+from bitnet.cli.common import pick_device
 from bitnet.progress import Reports, plain_console, reporting
 from bitnet.schema import UserError
 from bitnet_kernels.bench import estimate as estimating

@@ -44,7 +44,7 @@ from bitnet.cli.bench_train import (
     say,
     valid_names,
 )
-from bitnet.cli.convert import pick_device
+from bitnet.cli.common import pick_device
 from bitnet.engine.decoder import LARGEST_BATCH
 from bitnet.export.folder import read_config
 from bitnet.model import ModelConfig

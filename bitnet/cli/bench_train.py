@@ -25,7 +25,7 @@ from bitnet.bench.rows import counted, merge, read, write
 from bitnet.bench.train import SIZES, USUAL, VARIANTS, Reply, choose_variants, race, variant_config
 from bitnet.bench.train_rows import COLUMNS, KEY, as_text, figures, table
 from bitnet.bench.worker import WorkerDied
-from bitnet.cli.convert import pick_device
+from bitnet.cli.common import pick_device
 from bitnet.config import Config, load_config
 from bitnet.durable import check_output
 from bitnet.progress import Reports, plain_console

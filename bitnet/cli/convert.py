@@ -1,5 +1,5 @@
 """``bitnet convert``: a model from elsewhere, or a full-precision one of ours, made ready for
-quantization-aware training. And what several commands are given: a model, a text, a device.
+quantization-aware training.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from torch import Tensor
 
+from bitnet.cli.common import read_text
 from bitnet.config import load_config
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.evaluate import EvalResult, evaluate_windows
@@ -20,7 +21,7 @@ from bitnet.model import ModelConfig, Transformer
 from bitnet.progress import Reports, plain_console
 from bitnet.qat.prepare import calibrate, prepare
 from bitnet.qat.recipe import Recipe
-from bitnet.schema import UserError, read_file
+from bitnet.schema import UserError
 
 CALIBRATION_TOKENS, CALIBRATION_WINDOW = 65_536, 512
 """What observers see of the --calibration text, at most, and in windows of how many tokens."""
@@ -168,31 +169,3 @@ def calibration_windows(model: Transformer, tokenizer: Tokenizer, text: str) -> 
     ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)], dtype=torch.int64, device="cpu")
     ids = ids[:CALIBRATION_TOKENS]
     return list(ids.unsqueeze(0).split(min(CALIBRATION_WINDOW, model.config.max_seq_len), 1))
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file's text; raises UserError naming it where it is not one."""
-    try:
-        return read_file(path, 2**30).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: {error}") from error
-
-
-def pick_device(name: str, option: str = "--device") -> torch.device:
-    """A device by name, ``"auto"``: a GPU if there is one. UserError, which names the option, where
-    it is not here."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("only cpu and cuda are supported")
-        if device.type == "cpu" and device.index:
-            raise RuntimeError("CPUs have no numbers")
-        torch.empty(0, device=device, dtype=torch.float32)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0].partition(": ")[0]
-        raise UserError(
-            f"{option}: {name!r} cannot be used here ({reason}); expected cpu, cuda, cuda:N or auto"
-        ) from error
-    return device

@@ -5,9 +5,7 @@ A mistake of the user ends in one line on stderr and exit code 2.
 """
 
 import copy
-import os
 import sys
-import textwrap
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,15 +17,15 @@ from typer.core import TyperGroup
 
 from bitnet import generate as generation
 from bitnet.cli.bench import app as bench_app
-from bitnet.cli.convert import convert_command, pick_device, read_text
+from bitnet.cli.common import Device, Folder, is_file, load_for_inference, read_text, split_args
+from bitnet.cli.convert import convert_command
 from bitnet.cli.inspect_kernels import inspect_kernels
 from bitnet.cli.inspect_model import inspect_model
 from bitnet.cli.ptq import ptq_command
 from bitnet.cli.shell import run
-from bitnet.config import describe, load_config
+from bitnet.config import load_config
 from bitnet.data.loader import SplitName, TokenDataset, sequential_windows
 from bitnet.data.prepare import prepare
-from bitnet.data.tokenizer import Tokenizer
 from bitnet.engine.decoder import CacheDtype, HeadDtype
 from bitnet.evaluate import compressor_baselines, evaluate_text, evaluate_windows
 from bitnet.export.folder import CONFIG, load, read_config, save_model, sizes
@@ -38,7 +36,6 @@ from bitnet.progress import Reports, plain_console, reporting
 from bitnet.qat.prepare import convert
 from bitnet.schema import UserError
 from bitnet.summary import human, tables
-from bitnet_kernels import pack_ternary, ternary_matmul
 
 app = typer.Typer(
     help="Ternary language models: prepare data, inspect configs, pack, generate, evaluate.\n\n"
@@ -76,22 +73,6 @@ inspect_app.command("kernels")(inspect_kernels)
 inspect_app.command("model")(inspect_model)
 app.command("convert")(convert_command)
 app.command("ptq")(ptq_command)
-
-Folder = Annotated[Path, typer.Argument(help="A model folder, such as runs/quickstart/model.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, ... auto: a GPU if there is one.")]
-
-
-def config_help() -> str:
-    """Every config key with its default and meaning, as text for ``--help``."""
-    sections: dict[str, list[str]] = {}
-    for name, key, default, text in describe():
-        value = f'"{default}"' if isinstance(default, str) else str(default).replace("'", '"')
-        lines = sections.setdefault(name, [f"[{name}]"])
-        lines.append(f"  {key} = {value.lower() if isinstance(default, bool) else value}")
-        lines += [f"      {line}" for line in textwrap.wrap(text, 72)]
-    # a paragraph that begins with \b is not wrapped again
-    keys = ["\b\n" + "\n".join(lines) for lines in sections.values()]
-    return "\n\n".join(["Keys of a config, with their defaults:", *keys])
 
 
 @app.command("prepare")
@@ -151,17 +132,6 @@ def inspect_command(
         raise UserError(f"{folder}: is a model folder: bitnet inspect model {folder}")
     for table in tables(load_config(*split_args(args))):
         plain_console().print(table)
-
-
-def is_file(path: str) -> bool:
-    """Whether it is one; a word too long for a path is none."""
-    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file() raises OSError
-
-
-def split_args(args: list[str]) -> tuple[list[str], list[str]]:
-    """Config files and ``section.key=value`` overrides, told apart; a file that exists is one."""
-    paths = [a for a in args if a.endswith(".toml") and ("=" not in a or is_file(a))]
-    return paths, [arg for arg in args if arg not in paths]
 
 
 @app.command("pack")
@@ -361,20 +331,9 @@ def eval_command(
     plain_console().print(table)
 
 
-def load_for_inference(folder: Path, device: str, kernel: Kernel) -> tuple[Transformer, Tokenizer]:
-    """The model, once the kernel has shown that it runs on the device; raises UserError else."""
-    target = pick_device(device)
-    one = torch.ones(1, 1, dtype=torch.int8, device=target)
-    try:
-        ternary_matmul(one, pack_ternary(one), kernel)
-        return load(folder, target, kernel)
-    except ValueError as error:
-        raise UserError(str(error)) from error
-
-
 def packed_bf16(model: Transformer, kernel: Kernel) -> Transformer:
-    """What a GPU generates with: in bf16, as its kernels are made for. Ternary layers are packed
-    before, so that their codes and scales are those of the fp32 weights."""
+    """The model in bf16, which is what a GPU's kernels are made for. Ternary layers are packed
+    first, so that their codes and scales are those of the fp32 weights."""
     return as_transformer(pack(model, kernel)).to(torch.bfloat16)
 
 

@@ -16,7 +16,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
-from bitnet.cli.convert import load_source, pick_device, read_text
+from bitnet.cli.common import pick_device, read_text
+from bitnet.cli.convert import load_source
 from bitnet.data.loader import TokenDataset, sequential_windows
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.durable import check_output, write_atomic
