@@ -11,7 +11,6 @@ from torch import Tensor
 from bitnet.model import rotary
 from bitnet_kernels import (
     KERNELS,
-    absmean_ternary,
     add_rmsnorm_quant,
     bit_planes,
     decode_attention,
@@ -223,24 +222,6 @@ def test_quantizers(device: torch.device, dtype: torch.dtype, name: str) -> None
                 assert all_equal(op(*changed), want), (m, k, layout)
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_absmean(device: torch.device, granularity: str) -> None:
-    shapes = ((1, 1), (3, 70), (70, 3), (65, 300))
-    for index, (n, k) in enumerate(shapes + size((), ((4096, 4096), (2, 20_000), (9000, 1)))):
-        weight = torch.randn(n, k) * 0.02
-        if index % 2 and granularity == "row":
-            weight[: min(n, 9)] = hostile_rows(k, torch.float32)[:n]
-        weight = weight.to(DTYPES[index % 4])
-        want = reference.absmean_ternary(weight, granularity)
-        for layout in (as_it_is, *LAYOUTS):
-            codes, gamma, codes_t = absmean_ternary(
-                layout(weight.to(device)), granularity, transposed=True
-            )
-            assert all_equal((codes, gamma), want), (n, k, layout)
-            assert codes_t is not None
-            assert equal(codes_t, want[0].t().contiguous()), (n, k, layout)
-
-
 def test_products_of_training(device: torch.device) -> None:
     shapes = [*SHAPES, (2, 3, 2**17 - 1), *size((), (*LARGE, (2048, 4096, 1024)))]
     for index, (m, n, k) in enumerate(shapes):
@@ -450,8 +431,7 @@ def calls(device: torch.device, m: int) -> dict[str, Callable[[], Any]]:
 
 def test_no_operator_waits(device: torch.device) -> None:
     """Once its kernels are compiled."""
-    weight = torch.randn(40, 300, device=device)
-    operators = calls(device, 3) | {"absmean_ternary": lambda: absmean_ternary(weight)}
+    operators = calls(device, 3)
     for call in operators.values():
         call()
     with no_waits(device):

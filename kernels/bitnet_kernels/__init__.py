@@ -8,7 +8,6 @@ from bitnet_kernels.dispatch import KERNELS
 from bitnet_kernels.ops.decode import decode_attention, rope_append
 from bitnet_kernels.ops.int8 import int8_linear, int8_matmul
 from bitnet_kernels.ops.quantize import (
-    absmean_ternary,
     add_rmsnorm_quant,
     quant,
     relu2_mul_rmsnorm_quant,
@@ -25,7 +24,6 @@ from bitnet_kernels.packing import (
 
 __all__ = [
     "KERNELS",
-    "absmean_ternary",
     "add_rmsnorm_quant",
     "bit_planes",
     "decode_attention",

@@ -261,23 +261,3 @@ def relu2_mul_rmsnorm_quant(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`rmsnorm_quant` of ``relu(gate)^2 * up``, each operator rounding to the dtype."""
     return rmsnorm_quant(gate.relu().square() * up, weight, eps)
-
-
-def absmean_ternary(weight: Tensor, granularity: str = "tensor") -> tuple[Tensor, Tensor]:
-    """Ternary codes: ``gamma = max(mean|W|, 1e-5)``, +1 above gamma / 2, -1 below -gamma / 2, else
-    0 (arXiv 2402.17764, eqs. 1-3; the exact form of ``clamp(round(W / gamma), -1, 1)``).
-
-    Arguments:
-        weight: float ``[N, K]``, N, K >= 1. Statistics are taken in fp32 whatever its dtype, sums
-            by :func:`exact_sum`: over each row, then over the rows' sums.
-        granularity: one gamma a ``"tensor"`` or a ``"row"``.
-    Returns:
-        codes int8 ``[N, K]``, gamma fp32 ``[]`` or ``[N]``; gamma is NaN and the codes are 0 where
-        the weights under it hold a NaN or an infinity.
-    """
-    w = weight.float()
-    sums = exact_sum(w.abs())
-    mean = _mean(sums, w.shape[1]) if granularity == "row" else _mean(exact_sum(sums), w.numel())
-    gamma = torch.where(mean.isfinite(), mean.clamp(min=EPS), torch.nan)
-    threshold = 0.5 * (gamma.unsqueeze(1) if granularity == "row" else gamma)
-    return (w > threshold).to(torch.int8) - (w < -threshold).to(torch.int8), gamma

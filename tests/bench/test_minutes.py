@@ -441,7 +441,6 @@ SPOILED: dict[str, Callable[[Any], Any]] = {
     "rmsnorm_quant": lambda out: (out[0].flip(-1), *out[1:]),
     "add_rmsnorm_quant": lambda out: (*out[:3], out[3] + 1),
     "relu2_mul_rmsnorm_quant": lambda out: (out[0], out[1], out[2] + 1),
-    "absmean_ternary": lambda out: (out[0], out[1], out[2].flip(0)),
     "int8_linear": lambda y: y[:-1],
     "int8_matmul": lambda y: y ^ 1,
     "rope_append": lambda q: q.roll(1, -1),

@@ -11,7 +11,7 @@ from typing import Any
 
 from waits import check
 
-from bitnet_kernels.gpu import absmean, norm_quant, quant
+from bitnet_kernels.gpu import norm_quant, quant
 from bitnet_kernels.gpu.common import Spec
 from bitnet_kernels.sass import compile_spec
 
@@ -37,14 +37,14 @@ def summary(spec: Spec, sm: int) -> dict[str, Any]:
 def odd_forms() -> list[Spec]:
     """What a launch specializes to where a size is 1 or divides by nothing, and other dtypes."""
     found = []
-    for spec in (quant.specs()[1], norm_quant.specs()[0], absmean.specs()[0], absmean.specs()[-1]):
+    for spec in (quant.specs()[1], norm_quant.specs()[0]):
         names = spec.kernel.arg_names
-        sizes = [name for name in ("M", "N", "K", "COLUMNS", "COUNT") if name in names]
+        sizes = [name for name in ("M", "K", "COLUMNS") if name in names]
         pointers = tuple(name for name in spec.aligned if name not in sizes)
         ones = spec.constants | dict.fromkeys(sizes, 1)
         found.append(spec._replace(name=f"ones {spec.name}", constants=ones, aligned=pointers))
-        for dtype in ("fp16", "fp64") if "x_ptr" in names else ("fp16",):
-            inputs = [name for name in ("x_ptr", "w_ptr", "weight_ptr") if name in names]
+        for dtype in ("fp16", "fp64"):
+            inputs = [name for name in ("x_ptr", "weight_ptr") if name in names]
             types = spec.types | dict.fromkeys(inputs, f"*{dtype}")
             name = f"odd {dtype} {spec.name}"
             found.append(spec._replace(name=name, types=types, aligned=pointers))
@@ -52,7 +52,7 @@ def odd_forms() -> list[Spec]:
 
 
 if __name__ == "__main__":
-    specs = [*quant.specs(), *norm_quant.specs(), *absmean.specs()]
+    specs = [*quant.specs(), *norm_quant.specs()]
     forms = [(spec, sm) for spec in specs for sm in CAPABILITIES]
     forms += [(spec, 90) for spec in odd_forms()]
     json.dump({f"{spec.name} sm_{sm}": summary(spec, sm) for spec, sm in forms}, sys.stdout)

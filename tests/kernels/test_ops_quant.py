@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.linear import RMSNorm
-from bitnet.quant import absmean_ternary as training_absmean
 from bitnet_kernels import reference
-from bitnet_kernels.gpu import absmean, norm_quant
+from bitnet_kernels.gpu import norm_quant
 from bitnet_kernels.gpu import quant as gpu_quant
 from bitnet_kernels.ops.quantize import (
-    absmean_ternary,
     add_rmsnorm_quant,
     quant,
     relu2_mul_rmsnorm_quant,
@@ -80,10 +78,9 @@ def findings(shapes: int) -> list[dict[str, Any]]:
         ("rmsnorm_quant", 1.0),
         ("add_rmsnorm_quant", 1.0),
         ("relu2_mul_rmsnorm_quant", 1.0),
-        ("absmean_ternary", 1.0),
-        ("grid", 6),
+        ("grid", 2),
         ("conversions", 12),
-        ("CUDA implementations", 40),
+        ("CUDA implementations", 28),
     ],
 )
 def test_interpreted_kernels(
@@ -111,17 +108,14 @@ def test_launches_forbid_fused_multiply_add(monkeypatch: pytest.MonkeyPatch) -> 
     kernel = RecordingKernel()
     monkeypatch.setattr(gpu_quant, "quant_kernel", kernel)
     monkeypatch.setattr(norm_quant, "norm_quant_kernel", kernel)
-    monkeypatch.setattr(absmean, "sum_kernel", kernel)
-    monkeypatch.setattr(absmean, "codes_kernel", kernel)
     x = torch.zeros(3, 4096)
     gpu_quant.quant(x)
     norm_quant.launch(x, None, x[0], EPS, "x")
-    absmean.absmean_ternary(x, False, True)
-    assert len(kernel.launches) == 1 + 1 + 3
+    assert len(kernel.launches) == 2
     assert all(launch["enable_fp_fusion"] is False for launch in kernel.launches)
     gpu_quant.quant(x[:0])
     norm_quant.launch(x[:0], None, x[0], EPS, "x")
-    assert len(kernel.launches) == 5  # nothing to launch for no tokens
+    assert len(kernel.launches) == 2  # nothing to launch for no tokens
 
 
 # --- the references -------------------------------------------------------------------------------
@@ -200,39 +194,6 @@ def test_norms_are_the_models(dtype: torch.dtype) -> None:
     assert torch.equal(h, gate + up)
 
 
-def test_absmean_by_hand() -> None:
-    weight = torch.tensor([[1.5, -0.5, 0.5, -1.5], [2.0, 0.0, -8.0, 2.0]])
-    codes, gamma, codes_t = absmean_ternary(weight, "row", transposed=True)
-    assert gamma.tolist() == [1.0, 3.0]
-    assert codes.tolist() == [[1, 0, 0, -1], [1, 0, -1, 1]]  # 0.5 is a tie
-    assert codes_t is not None
-    assert codes_t.tolist() == [[1, 1], [0, 0], [0, -1], [-1, 1]]
-    codes, gamma, codes_t = absmean_ternary(weight)
-    assert gamma.tolist() == 2.0
-    assert codes.tolist() == [[1, 0, 0, -1], [1, 0, -1, 1]]
-    assert codes_t is None
-
-
-def test_absmean_of_tiny_and_not_finite_weights() -> None:
-    weight = torch.full((3, 5), 1e-9)
-    weight[1, 2], weight[2, 0] = math.nan, -math.inf
-    codes, gamma, _ = absmean_ternary(weight, "row")
-    assert gamma[0] == np.float32(1e-5)
-    assert gamma[1:].isnan().all()
-    assert not codes.any()
-    assert absmean_ternary(weight)[1].isnan()
-
-
-@pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_absmean_is_the_trainings(granularity: Any) -> None:
-    """Training sums in fp32, so its gamma may be ulps off; codes at the threshold alone differ."""
-    weight = torch.randn(120, 333) * 0.02
-    codes, gamma, _ = absmean_ternary(weight, granularity)
-    want_codes, want_gamma = training_absmean(weight, granularity)
-    torch.testing.assert_close(gamma, want_gamma, rtol=1e-6, atol=0)
-    assert (codes != want_codes).sum() <= 1
-
-
 # --- the operators --------------------------------------------------------------------------------
 
 
@@ -291,11 +252,6 @@ WRONG: list[tuple[Op, tuple[Any, ...], type[Exception], str]] = [
     (relu2_mul_rmsnorm_quant, (X, X.half(), W, EPS), TypeError, "^up: expected torch.float32"),
     (relu2_mul_rmsnorm_quant, (X, X[0], W, EPS), ValueError, r"^up: expected shape \[3, 70\]"),
     (relu2_mul_rmsnorm_quant, (X, X.to("meta"), W, EPS), ValueError, "^up: is on meta"),
-    (absmean_ternary, (X.int(),), TypeError, "^weight: expected a float dtype"),
-    (absmean_ternary, (W,), ValueError, r"^weight: expected shape \[N, K\]"),
-    (absmean_ternary, (X[:0],), ValueError, r"^weight: expected shape \[N, K\]"),
-    (absmean_ternary, (X[:, :0],), ValueError, r"^weight: expected shape \[N, K\]"),
-    (absmean_ternary, (X, "group"), ValueError, "^granularity: 'group' is none of tensor, row"),
 ]
 
 
@@ -314,7 +270,6 @@ def test_backward_says_that_there_is_none() -> None:
         rmsnorm_quant(x, W, EPS)[1],
         add_rmsnorm_quant(x, X, W, EPS)[3],
         relu2_mul_rmsnorm_quant(x, X, W, EPS)[1],
-        absmean_ternary(x)[1],
     ):
         with pytest.raises(RuntimeError, match="have no backward: packed weights are for"):
             output.sum().backward()
@@ -329,28 +284,12 @@ def test_opcheck(name: str) -> None:
         torch.library.opcheck(op, (*inputs, *rest_of(name)))
 
 
-def test_opcheck_of_absmean() -> None:
-    op = torch.ops.bitnet.absmean_ternary
-    for weight in (
-        torch.randn(5, K),
-        torch.randn(1, K),
-        torch.randn(5, 1).half(),
-        torch.eye(4).t(),
-    ):
-        for per_row, transposed in itertools.product((False, True), repeat=2):
-            torch.library.opcheck(op, (weight, per_row, transposed))
-
-
 def test_compiles_without_graph_break() -> None:
-    weight = torch.randn(9, K)
-
     def block(x: Tensor, residual: Tensor) -> tuple[Tensor, ...]:
         codes, s_x, _, h = add_rmsnorm_quant(x.sin(), residual, W, EPS)
         middle = relu2_mul_rmsnorm_quant(h, x, W, EPS)
-        codes_w, gamma, codes_t = absmean_ternary(weight, "row", transposed=True)
-        assert codes_t is not None
-        y = (codes.float() * s_x[:, None]) @ (codes_w.float() * gamma[:, None]).t()
-        return y, h, *middle, *rmsnorm_quant(h, W, EPS), *quant(y), codes_t
+        y = codes.float() * s_x[:, None]
+        return y, h, *middle, *rmsnorm_quant(h, W, EPS), *quant(y)
 
     # aot_eager: traces and functionalizes as the default backend does, and needs no C++ compiler.
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -376,7 +315,6 @@ for got, want in (
      reference.add_rmsnorm_quant(x, x, w, 1e-5)),
     (ops_quant._relu2_mul_rmsnorm_quant_cuda(x, x, w, 1e-5),
      reference.relu2_mul_rmsnorm_quant(x, x, w, 1e-5)),
-    (ops_quant._absmean_ternary_cuda(x, True, False), reference.absmean_ternary(x, "row")),
 ):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 """

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from bitnet_kernels import (
-    absmean_ternary,
     add_rmsnorm_quant,
     bit_planes,
     decode_attention,
@@ -88,11 +87,6 @@ def small_cases() -> list[Case]:
         for m, k, dtype in ((1, 2560, "bf16"), (17, 300, "fp32"))
     ]
     found += [Case("packing", "", 1, n, k, "int8") for n, k in ((7, 300), (64, 256))]
-    found += [
-        Case(name, "", 1, n, k, "fp32")
-        for name in ("absmean_ternary", "absmean_ternary by row")
-        for n, k in ((65, 300), (70, 3))
-    ]
     found += [
         Case(name, "", *shape, "bf16")
         for name in ("int8_linear", "int8_matmul")
@@ -233,15 +227,6 @@ def _quantizer(
     return run
 
 
-def _absmean(case: Case, device: torch.device) -> str:
-    granularity = "row" if case.operator.endswith("by row") else "tensor"
-    weight = 0.02 * torch.randn(case.n, case.k, dtype=torch.float32, device="cpu")
-    codes, gamma = reference.absmean_ternary(weight, granularity)
-    got = absmean_ternary(weight.to(device), granularity, transposed=True)
-    assert got[2] is not None
-    return _compare(case, [got[0], got[1], got[2]], [codes, gamma, codes.t().contiguous()])
-
-
 def _int8(case: Case, device: torch.device) -> str:
     x_q = _codes(-128, case.m, case.k)
     if case.operator == "int8_matmul":
@@ -346,8 +331,6 @@ _CHECKS: dict[str, Callable[[Case, torch.device], str]] = {
     "relu2_mul_rmsnorm_quant": _quantizer(
         relu2_mul_rmsnorm_quant, reference.relu2_mul_rmsnorm_quant, 2, norm=True
     ),
-    "absmean_ternary": _absmean,
-    "absmean_ternary by row": _absmean,
     "int8_linear": _int8,
     "int8_matmul": _int8,
     "rope_append": _append,

@@ -15,17 +15,12 @@ from torch import Tensor
 
 from bitnet_kernels import reference
 from bitnet_kernels.checks import (
-    FLOATS,
-    check_choice,
     check_device,
     check_tensor,
     check_vector,
     check_x,
     no_backward,
 )
-
-GRANULARITIES = ("tensor", "row")
-"""What one gamma of :func:`absmean_ternary` covers."""
 
 
 def quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,34 +93,6 @@ def relu2_mul_rmsnorm_quant(
     _check_norm("gate", gate, weight, eps)
     _check_like("up", up, "gate", gate)
     return _relu2_mul_rmsnorm_quant(gate, up, weight, eps)
-
-
-def absmean_ternary(
-    weight: Tensor, granularity: str = "tensor", transposed: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Quantize a weight to ternary: see :func:`bitnet_kernels.reference.absmean_ternary`.
-
-    Arguments:
-        weight: float ``[N, K]``, N, K >= 1.
-        granularity: one gamma a ``"tensor"`` or a ``"row"``.
-        transposed: return the codes' transpose as well, which the backward wants.
-    Returns:
-        codes int8 ``[N, K]`` in {-1, 0, +1}; gamma fp32 ``[]`` or ``[N]``; codes int8 ``[K, N]``,
-        contiguous, or None. Where the weights under a gamma hold a NaN or an infinity, gamma is NaN
-        and the codes are 0.
-    Raises:
-        TypeError, ValueError: weight has the wrong dtype or shape, or the granularity is unknown.
-    """
-    check_tensor("weight", weight)
-    if not isinstance(transposed, bool):
-        raise TypeError(f"transposed: expected a bool, got {type(transposed).__name__}")
-    if weight.dtype not in FLOATS:
-        raise TypeError(f"weight: expected a float dtype, got {weight.dtype}")
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"weight: expected shape [N, K], N, K >= 1, got {list(weight.shape)}")
-    check_choice("granularity", granularity, GRANULARITIES)
-    codes, gamma, *rest = _absmean_ternary(weight, granularity == "row", transposed)
-    return codes, gamma, rest[0] if rest else None
 
 
 def _check_norm(name: str, x: Tensor, weight: Tensor, eps: float) -> None:
@@ -266,42 +233,5 @@ def _relu2_mul_rmsnorm_quant_fake(
     return _empty(gate)
 
 
-def _absmean_reference(weight: Tensor, per_row: bool, transposed: bool) -> list[Tensor]:
-    codes, gamma = reference.absmean_ternary(weight.contiguous(), "row" if per_row else "tensor")
-    if not transposed:
-        return [codes, gamma]
-    # A clone even of one row or column: tensors that an op returns may not share memory.
-    return [codes, gamma, codes.t().clone(memory_format=torch.contiguous_format)]
-
-
-@torch.library.custom_op("bitnet::absmean_ternary", mutates_args=())
-def _absmean_ternary(weight: Tensor, per_row: bool, transposed: bool) -> list[Tensor]:
-    return _absmean_reference(weight, per_row, transposed)
-
-
-@_absmean_ternary.register_kernel("cuda")
-def _absmean_ternary_cuda(weight: Tensor, per_row: bool, transposed: bool) -> list[Tensor]:
-    if _no_triton():
-        return _absmean_reference(weight, per_row, transposed)
-    from bitnet_kernels.gpu.absmean import absmean_ternary as triton_absmean
-
-    codes, gamma, codes_t = triton_absmean(weight, per_row, transposed)
-    return [codes, gamma] if codes_t is None else [codes, gamma, codes_t]
-
-
-@_absmean_ternary.register_fake
-def _absmean_ternary_fake(weight: Tensor, per_row: bool, transposed: bool) -> list[Tensor]:
-    n, k = weight.shape
-    codes = weight.new_empty((n, k), dtype=torch.int8)
-    gamma = weight.new_empty((n,) if per_row else (), dtype=torch.float32)
-    return [codes, gamma, codes.new_empty((k, n))] if transposed else [codes, gamma]
-
-
-for _op in (
-    _quant,
-    _rmsnorm_quant,
-    _add_rmsnorm_quant,
-    _relu2_mul_rmsnorm_quant,
-    _absmean_ternary,
-):
+for _op in (_quant, _rmsnorm_quant, _add_rmsnorm_quant, _relu2_mul_rmsnorm_quant):
     _op.register_autograd(no_backward)
