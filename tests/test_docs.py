@@ -18,12 +18,34 @@ def test_every_number_of_the_walkthrough() -> None:
     assert results.failed == 0
 
 
-def test_the_readme_shows_the_table_of_the_csv() -> None:
-    script = str(DOCS / "results" / "compare_twins.py")
-    table = runpy.run_path(script, run_name="compare_twins")["table"]()
+def test_the_readme_shows_the_figures_of_the_csvs() -> None:
+    """The picture is drawn again; the text of the results names the figures of the ternary bars."""
+    overview = runpy.run_path(str(DOCS / "results" / "overview.py"), run_name="overview")
+    assert (DOCS / "results" / "overview.svg").read_text(encoding="utf-8") == overview["svg"](), (
+        "stale; run python docs/results/overview.py"
+    )
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
-    shown = readme.partition("<!-- twins -->\n")[2].partition("\n<!-- /twins -->")[0]
-    assert shown == table
+    results = " ".join(readme.partition("\n## Results\n")[2].split())
+    for name, bars in (("quality", 2), ("training", 1), ("decoding", 2)):
+        for bar in overview[name]().bars[-bars:]:
+            assert f" {bar.shown.rstrip('x')} " in results
+
+
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "kernels/README.md", *DOCS.glob("*.md")], ids=str
+)
+def test_every_link_leads_somewhere(page: str | Path) -> None:
+    path = DOCS.parent / page
+    for file, anchor in LINK.findall(path.read_text(encoding="utf-8")):
+        target = path.parent / file if file else path
+        assert target.exists(), file
+        if anchor:
+            heads = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads]
+            assert anchor in anchors, f"{file}#{anchor}"
 
 
 @pytest.mark.parametrize("study", ["digits", "boundary", "smollm2"])
@@ -46,10 +68,9 @@ def test_a_report_draws_the_page_on_training(
     bitnet: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     marks = ("kernels", "machine-code")
-    for name in ("README.md", "kernels/README.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        text = "".join(f"<!-- {mark}:begin -->\n<!-- {mark}:end -->\n" for mark in marks)
-        (tmp_path / name).write_text(text)
+    text = "".join(f"<!-- {mark}:begin -->\n<!-- {mark}:end -->\n" for mark in marks)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/README.md").write_text(text)
     results = tmp_path / "docs" / "results"
     results.mkdir(parents=True)
     page = results.parent / "training.md"

@@ -4,7 +4,6 @@ The work is done in :mod:`bitnet_kernels.bench`; here are options, progress, fil
 """
 
 import os
-import runpy
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -404,8 +403,8 @@ def report_command(
 ) -> None:
     """Draw tables and plots from docs/results/*.csv.
 
-    The tables of README.md, kernels/README.md, docs/decoding.md and docs/training.md stand between
-    marked lines and are replaced there. Plots need pip install -e ".[plots]".
+    The tables of kernels/README.md, docs/decoding.md and docs/training.md stand between marked
+    lines and are replaced there. Plots need pip install -e ".[plots]".
     """
     folder = Path(root) / RESULTS
     if not folder.is_dir():
@@ -432,7 +431,6 @@ def _tables(root: Path, figures: list[rows.Row], images: set[str], check: bool) 
     checked."""
     marks = ("<!-- kernels:begin -->", "<!-- kernels:end -->")
     regions: list[tuple[str, tuple[str, str], Callable[[], str]]] = [
-        ("README.md", marks, lambda: report.summary(figures)),
         ("kernels/README.md", marks, lambda: report.details(figures, images)),
         (
             "kernels/README.md",
@@ -440,10 +438,6 @@ def _tables(root: Path, figures: list[rows.Row], images: set[str], check: bool) 
             lambda: report.machine_code(root / RESULTS / "machine_code.csv"),
         ),
     ]
-    twins = root / RESULTS / "compare_twins.py"
-    if twins.exists():
-        draw = runpy.run_path(str(twins), run_name="compare_twins")["table"]
-        regions.append(("README.md", ("<!-- twins -->", "<!-- /twins -->"), draw))
     for page, mark, load, table in (
         ("docs/decoding.md", "decode", decode_table.load, decode_table.table),
         ("docs/training.md", "training", train_rows.load, train_rows.table),

@@ -144,34 +144,31 @@ def figures() -> list[Row]:
 
 
 def test_a_table_by_hand() -> None:
-    text = report.summary(figures())
-    title, _, *table = text.splitlines()
+    detailed = report.details(figures(), {"kernels_nvidia-h100-80gb-hbm3_speedup.png"})
+    title, _, *table = detailed.split("\n\n![")[0].splitlines()
     assert title.startswith("**NVIDIA H100 80GB HBM3**, measured: torch 2.13.0, commit abc1234")
     assert table == [
         "| N x K | | M = 1 | M = 4096 |",
         "|---|---|---|---|",
-        "| 4096 x 4096 | 16-bit, µs | 12,345.6 |  |",
-        "|  | addsub | 5.00 |  |",
-        "|  | dot | 5.25 |  |",
+        "| 4096 x 4096<br>llama3-8b o | 16-bit, µs | 12,345.6 |  |",
+        "|  | addsub | 5.00 popcount, 81% |  |",
+        "|  | dot | 5.25 dp4a |  |",
         "|  | auto | 5.12 |  |",
         "|  | goal: floor / stretch | 3 / 4.5 | 1.2 / 1.7 |",
-        "| 8192 x 28672 | 16-bit, µs |  | 50.0 |",
-        "|  | dot |  | 1.67 |",
+        "| 8192 x 28672<br>llama3-70b down | 16-bit, µs |  | 50.0 |",
+        "|  | dot |  | 1.67 gemm |",
         "|  | goal: floor / stretch | 5.5 / 7.5 | 1.4 / 1.75 |",
     ]
-    detailed = report.details(figures(), {"kernels_nvidia-h100-80gb-hbm3_speedup.png"})
-    assert "| 4096 x 4096<br>llama3-8b o | 16-bit" in detailed
-    assert "| addsub | 5.00 popcount, 81% |" in detailed
     assert "(../docs/results/kernels_nvidia-h100-80gb-hbm3_speedup.png)" in detailed
     assert "7.77" in detailed.split("estimate")[1]
-    assert report.summary([]) == report.NOTHING
+    assert report.details([]) == report.NOTHING
 
 
 def test_goals_are_shown_for_hopper_alone() -> None:
     rtx = [dataclasses.replace(one, device="NVIDIA GeForce RTX 4090") for one in figures()[:-1]]
-    assert "goal" not in report.summary(rtx)
+    assert "goal" not in report.details(rtx)
     h200 = [dataclasses.replace(one, device="NVIDIA H200") for one in figures()[:-1]]
-    assert "goal" in report.summary(h200)
+    assert "goal" in report.details(h200)
 
 
 def test_a_figure_in_two_files_is_refused(tmp_path: Path) -> None:
@@ -183,30 +180,29 @@ def test_a_figure_in_two_files_is_refused(tmp_path: Path) -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A checkout with figures, and READMEs that do not show them yet."""
+    """A checkout with figures, and a README of the kernels that does not show them yet."""
     marked = "head\n<!-- kernels:begin -->\nold\n<!-- kernels:end -->\ntail\n"
     counted = "<!-- machine-code:begin -->\n<!-- machine-code:end -->\n"
-    for name, text in (("README.md", marked), ("kernels/README.md", counted + marked)):
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+    path = tmp_path / "kernels" / "README.md"
+    path.parent.mkdir()
+    path.write_text(counted + marked, encoding="utf-8")
     rows.write(tmp_path / "docs" / "results" / "kernels_h100.csv", figures())
     return tmp_path
 
 
 def test_report_writes_and_check_finds_what_is_stale(bitnet: Bitnet, checkout: Path) -> None:
-    readmes = [checkout / "README.md", checkout / "kernels" / "README.md"]
-    before = [path.read_text() for path in readmes]
+    path = checkout / "kernels" / "README.md"
+    before = path.read_text()
     code, out, _ = bitnet("report", "--check", "--root", checkout)
     assert code == 1
-    assert "README.md: stale; run bitnet bench report" in out
-    assert [path.read_text() for path in readmes] == before
+    assert "kernels/README.md: stale; run bitnet bench report" in out
+    assert path.read_text() == before
     assert not list(checkout.glob("docs/results/*.png"))
     code, out, err = bitnet("report", "--root", checkout)
     assert code == 0, err
-    assert "README.md: written" in out
-    readme = readmes[0].read_text(encoding="utf-8")
-    assert readme.startswith("head\n<!-- kernels:begin -->\n**NVIDIA H100")
+    assert "kernels/README.md: written" in out
+    readme = path.read_text(encoding="utf-8")
+    assert "\nhead\n<!-- kernels:begin -->\n**NVIDIA H100" in readme
     assert readme.endswith("\n<!-- kernels:end -->\ntail\n")
     assert bitnet("report", "--check", "--root", checkout)[0] == 0
     names = {path.name for path in checkout.glob("docs/results/*.png")}
@@ -216,16 +212,16 @@ def test_report_writes_and_check_finds_what_is_stale(bitnet: Bitnet, checkout: P
         "kernels_estimate_h100-sm-90_speedup.png",
     }
     for name in names:
-        assert f"(../docs/results/{name})" in readmes[1].read_text(encoding="utf-8")
+        assert f"(../docs/results/{name})" in readme
         assert (checkout / "docs/results" / name).read_bytes().startswith(b"\x89PNG")
     changed = [dataclasses.replace(one, date="2026-01-03") for one in figures()]
     rows.write(checkout / "docs" / "results" / "kernels_h100.csv", changed)
     code, out, _ = bitnet("report", "--check", "--root", checkout)
     assert code == 1
-    readmes[0].write_text(readme.replace("5.12", "9.99"), encoding="utf-8")  # by hand
+    path.write_text(readme.replace("5.12", "9.99"), encoding="utf-8")  # by hand
     rows.write(checkout / "docs" / "results" / "kernels_h100.csv", figures())
     code, out, _ = bitnet("report", "--check", "--root", checkout)
-    assert (code, out.splitlines()) == (1, ["README.md: stale; run bitnet bench report"])
+    assert (code, out.splitlines()) == (1, ["kernels/README.md: stale; run bitnet bench report"])
 
 
 def test_noisy_figures_are_marked() -> None:
@@ -270,16 +266,16 @@ def test_report_without_matplotlib(
     assert code == 0
     assert 'no plots: they need matplotlib (pip install -e ".[plots]")' in out
     assert not list(checkout.glob("docs/results/*.png"))
-    assert "**NVIDIA H100" in (checkout / "README.md").read_text(encoding="utf-8")
+    assert "**NVIDIA H100" in (checkout / "kernels/README.md").read_text(encoding="utf-8")
 
 
 def test_mistakes_of_a_report(bitnet: Bitnet, checkout: Path, tmp_path: Path) -> None:
     code, _, err = bitnet("report", "--root", tmp_path / "nowhere")
     assert (code, "--root" in err) == (2, True)
-    (checkout / "README.md").write_text("no marks")
+    (checkout / "kernels/README.md").write_text("no marks")
     code, _, err = bitnet("report", "--root", checkout)
     assert code == 2
-    assert "README.md: expected one <!-- kernels:begin -->" in err
+    assert "kernels/README.md: expected one <!-- kernels:begin -->" in err
     (checkout / "docs/results/kernels_h100.csv").write_text("x\n")
     code, _, err = bitnet("report", "--check", "--root", checkout)
     assert code == 2
@@ -289,4 +285,3 @@ def test_mistakes_of_a_report(bitnet: Bitnet, checkout: Path, tmp_path: Path) ->
 def test_the_tables_of_this_project_are_those_of_its_figures(bitnet: Bitnet) -> None:
     code, out, err = bitnet("report", "--check", "--root", ROOT)
     assert code == 0, out + err
-    assert "<!-- twins -->" in (ROOT / "README.md").read_text(encoding="utf-8")

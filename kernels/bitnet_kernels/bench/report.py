@@ -1,11 +1,11 @@
-"""From rows to Markdown: the tables of the READMEs are drawn here and never written by hand.
+"""From rows to Markdown: the tables of kernels/README.md are drawn here, never written by hand.
 
 A table is of one device and one source: what was measured and what is estimated never share one,
 and an estimate's title says so. Ratios are to the fastest 16-bit matmul of the same round-robin.
 """
 
 import csv
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,12 +119,10 @@ def _columns(view: View) -> list[int]:
     return shown or view.tokens()
 
 
-def _cell(view: View, row: Row | None, detailed: bool) -> str:
+def _cell(view: View, row: Row | None) -> str:
     if row is None:
         return ""
     ratio = f"{view.ratio(row):.2f}{NOISY if is_noisy(row) else ''}"
-    if not detailed:
-        return ratio
     share = "" if row.roofline_share is None else f", {row.roofline_share:.0%}"
     name = "" if row.formulation == row.family else f" {row.formulation}"
     return f"{ratio}{name}{share}"
@@ -135,8 +133,9 @@ def is_noisy(row: Row) -> bool:
     return row.p10_us is not None and row.p90_us is not None and row.p90_us > 2 * row.p10_us
 
 
-def table(view: View, shapes: Sequence[tuple[int, int]], detailed: bool) -> str:
-    """Markdown: for each shape the 16-bit matmul's time, and the ratio of each line at each M."""
+def table(view: View) -> str:
+    """Markdown: for each shape the 16-bit matmul's time, and the ratio of each line at each M with
+    the kernel that won and its share of the roofline."""
     tokens = _columns(view)
     lines = [
         "| N x K | | " + " | ".join(f"M = {m}" for m in tokens) + " |",
@@ -147,9 +146,9 @@ def table(view: View, shapes: Sequence[tuple[int, int]], detailed: bool) -> str:
         if any(cells):
             lines.append(f"| {label} | {name} | " + " | ".join(cells) + " |")
 
-    for shape in shapes:
+    for shape in view.shapes():
         label = f"{shape[0]} x {shape[1]}"
-        if detailed and (models := users(*shape)):
+        if models := users(*shape):
             label += f"<br>{models}"
         base = [view.sixteen_bit(shape, m) for m in tokens]
         times = [
@@ -157,7 +156,7 @@ def table(view: View, shapes: Sequence[tuple[int, int]], detailed: bool) -> str:
         ]
         add(label, "16-bit, µs", times)
         for line in LINES:
-            add("", line.name, [_cell(view, view.best(line, shape, m), detailed) for m in tokens])
+            add("", line.name, [_cell(view, view.best(line, shape, m)) for m in tokens])
         if view.has_goals and shape in GOALS:
             goals = [GOALS[shape].get(m) for m in tokens]
             add(
@@ -189,27 +188,12 @@ def _title(view: View) -> str:
     )
 
 
-def _section(view: View, shapes: Sequence[tuple[int, int]], detailed: bool) -> str:
-    return f"{_title(view)}\n\n{table(view, shapes, detailed)}"
-
-
-def summary(rows: Iterable[Row]) -> str:
-    """For README.md: what was measured, at the shapes that have goals (or, on a device that ran
-    none of them, at all)."""
-    parts = []
-    for view in views(rows, "measured"):
-        shapes = [shape for shape in view.shapes() if shape in GOALS] or view.shapes()
-        parts.append(_section(view, shapes, detailed=False))
-    return "\n\n".join(parts) or NOTHING
-
-
 def details(rows: Iterable[Row], images: Collection[str] = ()) -> str:
-    """For kernels/README.md: every shape with the kernel that won and its share of the roofline,
-    then the estimates; and plots, of the file names in ``images``."""
+    """The measured tables, then the estimates; and plots, of the file names in ``images``."""
     rows = list(rows)
     parts = []
     for view in views(rows, "measured") + views(rows, "estimate"):
-        parts.append(_section(view, view.shapes(), detailed=True))
+        parts.append(f"{_title(view)}\n\n{table(view)}")
         parts += [
             f"![{figure} of {view.device}](../docs/results/{name})"
             for figure in FIGURES

@@ -1,11 +1,11 @@
-"""The quickstart model and its full-precision twin on the same tokens: quickstart_twins.csv.
+"""The quickstart model and its full-precision baseline on the same tokens: quickstart.csv.
 
-    python docs/results/compare_twins.py          # about 20 minutes on 2 cores; writes the CSV
-    python docs/results/compare_twins.py table    # prints the README's table from the CSV
+    python docs/results/quickstart.py          # about 20 minutes on 2 cores; writes the CSV
+    python docs/results/overview.py            # draws the README's picture from it
 
-Three seeds of each, alternating, so that a machine that slows down slows both. A seed decides the
-initial weights and the order of the data; the twins of a seed see the same tokens in the same
-order. Quality is measured on the whole validation split, of the packed model where there is one.
+Three seeds of each take turns, so that a machine that slows down slows both. A seed decides the
+initial weights and the order of the data: both models of a seed see the same tokens in the same
+order. Quality is that of the whole validation split; the ternary model is packed first.
 """
 
 import csv
@@ -23,16 +23,15 @@ from bitnet.evaluate import evaluate_windows
 from bitnet.export.folder import load, save_model, sizes
 from bitnet.linear import pack
 from bitnet.model import Transformer
-from bitnet.summary import human
 
 ROOT = Path(__file__).parent.parent.parent
-CSV = Path(__file__).parent / "quickstart_twins.csv"
+CSV = Path(__file__).parent / "quickstart.csv"
 CONFIGS = {"ternary": "configs/quickstart.toml", "fp": "configs/fp/quickstart.toml"}
 SEEDS = (0, 1, 2)
 
 
 def measure(kind: str, seed: int, folder: Path) -> dict[str, str | int | float]:
-    """Train one run in ``folder`` and measure what it left."""
+    """Train one run in ``folder``; return its row of the CSV."""
     command = [sys.executable, "train.py", CONFIGS[kind], f"run.dir={folder}", "run.name=run"]
     options = [f"run.seed={seed}", "log.wandb=disabled"]
     subprocess.run([*command, *options], cwd=ROOT, check=True)
@@ -70,35 +69,8 @@ def measure(kind: str, seed: int, folder: Path) -> dict[str, str | int | float]:
     }
 
 
-def table() -> str:
-    """The README's table, from the CSV: medians over the seeds, and the spread of the quality."""
-    with CSV.open() as file:
-        rows = list(csv.DictReader(file))
-    lines = [
-        "| | bits per byte (3 seeds) | tokens/s | peak memory | layers' matrices | whole model |",
-        "|---|---|---|---|---|---|",
-    ]
-    for kind, name in (("fp", "full precision"), ("ternary", "ternary (packed)")):
-        runs = [row for row in rows if row["linear"] == kind]
-
-        def median(key: str, runs: list[dict[str, str]] = runs) -> float:
-            return statistics.median(float(row[key]) for row in runs)
-
-        quality = sorted(float(row["bits_per_byte"]) for row in runs)
-        lines.append(
-            f"| {name} | {median('bits_per_byte'):.3f} ({quality[0]:.3f} to {quality[-1]:.3f}) "
-            f"| {median('tokens_per_second'):,.0f} | {human(median('peak_memory_bytes'), 'B')} "
-            f"| {human(median('stored_matrix_bytes'), 'B')} "
-            f"| {human(median('stored_bytes'), 'B')} |"
-        )
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Run all, or print the table."""
-    if sys.argv[1:] == ["table"]:
-        print(table())
-        return
+    """Run all."""
     rows = []
     for seed in SEEDS:
         for kind in CONFIGS:
@@ -108,7 +80,6 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print(table())
 
 
 if __name__ == "__main__":
