@@ -53,7 +53,7 @@ from bitnet.progress import reporting
 from bitnet.qat.adapters import merge_adapters
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import QATConfig, set_step
-from bitnet.schema import UserError, check_file, user_input
+from bitnet.schema import UserError, check_file, user_input, with_new_keys
 from bitnet.summary import human, one_line, quantization_lines
 from bitnet.training import checkpoint
 from bitnet.training.distill import Distiller, load_teacher
@@ -367,7 +367,7 @@ def train(config: Config, command: str) -> None:
 def allowed_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> list[str]:
     """How the config of a begun run differs; raises UserError for what cannot change. A key that
     did not exist when it began had its default."""
-    defaults = to_dict(Config())
+    defaults, old = to_dict(Config()), with_new_keys(old)
     steps = old["train"]["steps"], new["train"]["steps"]
     quantized = Recipe(**new["quant"]).enabled and QATConfig(**new["qat"]).depends_on_length
     if quantized and steps[0] != steps[1]:

@@ -78,7 +78,7 @@ def as_saved(model: Transformer, quant: Recipe) -> tuple[Transformer, Recipe]:
         linear="ternary",
         granularity=quant.granularity,
         group_size=quant.group_size,
-        grad_mask=quant.gradient,
-        grad_mask_c=quant.gradient_c,
+        grad_mask=quant.grad_mask,
+        grad_mask_c=quant.grad_mask_c,
     )
     return saved, Recipe()

@@ -51,7 +51,16 @@ from bitnet.model import ModelConfig
 from bitnet.qat.adapters import AdapterConfig
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import QATConfig, first_step, lambdas, optimal_share
-from bitnet.schema import STRICT, Count, Positive, UserError, read_file, user_input
+from bitnet.schema import (
+    RENAMED,
+    STRICT,
+    Count,
+    Positive,
+    UserError,
+    read_file,
+    user_input,
+    with_new_keys,
+)
 from bitnet.training.checkpoint import CheckpointConfig
 from bitnet.training.distill import DistillConfig
 from bitnet.training.metrics import LogConfig
@@ -400,6 +409,8 @@ def _read_toml(path: Path, extending: tuple[Path, ...] = ()) -> _Files:
     text = read_file(path, _MAX_BYTES)
     with user_input(f"{path}: not valid TOML"):
         values = tomllib.loads(text.decode("utf-8"))
+    if path.name == "config.toml" and (path.parent / "checkpoints").is_dir():
+        values = with_new_keys(values)  # a run wrote it, maybe before a key was renamed
     base = values.pop("extends", None)
     if base is None:
         return [(str(path), values)]
@@ -482,6 +493,8 @@ def _one_line(error: ValidationError, section: str, origins: dict[str, str]) -> 
     origin = origins.get(f"{section}.{name}", section)
     hints = get_type_hints(_sections()[section], include_extras=True)
     if name not in hints:
+        if new_name := RENAMED.get(f"{section}.{name}"):
+            return f"{origin}: {section}.{name} is now called {new_name}"
         near = get_close_matches(str(name), list(hints), 1, 0.5)
         hint = f"the nearest is {section}.{near[0]}" if near else "valid are " + ", ".join(hints)
         return f"{origin}: unknown key {section}.{name}; {hint}"

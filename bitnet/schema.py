@@ -7,10 +7,10 @@ library, a regular expression), the call stands inside :func:`user_input`, and a
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, Field
 
@@ -89,6 +89,25 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 """A number of steps, tokens, ... A float holds every integer up to 2^53."""
 Positive = Annotated[int, Field(ge=1, le=2**53)]
 """A :data:`Count` of 1 or more."""
+
+RENAMED = {
+    "quant.gradient": "quant.grad_mask",
+    "quant.gradient_c": "quant.grad_mask_c",
+}
+"""Renamed keys, old to new. In a config or on the command line the old one is an error that names
+the new one; saved files are read by :func:`with_new_keys`."""
+
+
+def with_new_keys(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config (section -> key -> value) with the keys of :data:`RENAMED` renamed."""
+    renamed = dict(saved)
+    for old, new in RENAMED.items():
+        section, old_key = old.split(".")
+        table, new_key = renamed.get(section), new.split(".")[1]
+        if isinstance(table, Mapping):
+            renamed[section] = {new_key if key == old_key else key: v for key, v in table.items()}
+    return renamed
+
 
 _Item = TypeVar("_Item")
 ListOf = Annotated[list[_Item], BeforeValidator(lambda v: list(v) if isinstance(v, tuple) else v)]

@@ -85,6 +85,8 @@ def test_files_in_order_then_the_command_line(tmp_path: Path) -> None:
 
 MISTAKES = [
     (["optim.lrr=1"], "command line: unknown key optim.lrr; the nearest is optim.lr"),
+    (["quant.gradient=clip"], "command line: quant.gradient is now called quant.grad_mask$"),
+    (["quant.gradient_c=2"], "command line: quant.gradient_c is now called quant.grad_mask_c$"),
     (["optm.lr=1"], "optm is no section.*did you mean 'optim'"),
     (["optim.lr=fast"], "command line: optim.lr = 'fast': expected a valid number"),
     (["train.steps=1.5"], "train.steps = 1.5: expected a valid integer"),
@@ -118,6 +120,10 @@ def test_mistakes_in_files_name_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     for text, message in (
         ("[model]\ndepht = 3\n", "mine.toml: unknown key model.depht; the nearest is model.depth"),
+        (
+            '[quant]\ngradient = "clip"\n',
+            "mine.toml: quant.gradient is now called quant.grad_mask$",
+        ),
         ("depth = 3\n", "mine.toml: depth is outside any section"),
         ("[model\n", "mine.toml: not valid TOML"),
         ('extends = "mine.toml"\n', "mine.toml: extends = 'mine.toml' must name another"),

@@ -218,7 +218,7 @@ CASES: dict[str, Callable[[], object]] = {
     "norm inside": normed,
     "packed constructor": packed_constructor,
     **{f"twn, {g}": qat(weights="twn", granularity=g) for g in ("tensor", "row", "group")},
-    "absmedian": qat(weights="absmedian", granularity="group", gradient="clip"),
+    "absmedian": qat(weights="absmedian", granularity="group", grad_mask="clip"),
     "sign": qat(weights="sign", granularity="group"),
     "lsq": qat(weights="lsq", granularity="row", bits=3),
     "lsq, group": qat(weights="lsq", granularity="group", bits=3),

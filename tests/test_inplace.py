@@ -140,7 +140,7 @@ def test_qat_linear(weights: WeightQuantizer) -> None:
                 weights=weights,
                 granularity="row",
                 activations=activations,
-                gradient=gradient,
+                grad_mask=gradient,
                 symmetric=weights != "int",
                 keep_first_last=False,
             )

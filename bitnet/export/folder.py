@@ -52,7 +52,7 @@ from bitnet.qat.layers import QATLayer
 from bitnet.qat.prepare import convert, prepare
 from bitnet.qat.quantizers import weight_range
 from bitnet.qat.recipe import Recipe
-from bitnet.schema import STRICT, UserError, check_file, read_file, user_input
+from bitnet.schema import STRICT, UserError, check_file, read_file, user_input, with_new_keys
 from bitnet_kernels import pack_base3, unpack_base3
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -425,7 +425,7 @@ def read_config(folder: Path) -> FolderConfig:
             f"{path}: has format version {raw.get('version')!r}, this program reads {VERSION}"
         )
     try:
-        config = _CONFIG.validate_json(data)
+        config = _CONFIG.validate_json(json.dumps(with_new_keys(raw)))
     except ValidationError as error:
         raise UserError(f"{path}: {_first_error(error)}") from error
     if config.config_sha256 != _config_sha256(raw):

@@ -173,8 +173,8 @@ class _ProductLayer(QATLayer):
             self.bias,
             recipe.granularity,
             recipe.group_size,
-            recipe.gradient,
-            recipe.gradient_c,
+            recipe.grad_mask,
+            recipe.grad_mask_c,
         )
 
     def input_range(self, check: bool = True) -> tuple[Tensor | None, Tensor | None]:

@@ -258,8 +258,8 @@ def bitlinear_twin(model: nn.Module) -> nn.Module | None:
             "meta",
             granularity=module.recipe.granularity,
             group_size=module.recipe.group_size,
-            grad_mask=module.recipe.gradient,
-            grad_mask_c=module.recipe.gradient_c,
+            grad_mask=module.recipe.grad_mask,
+            grad_mask_c=module.recipe.grad_mask_c,
         )
         for name, parameter in module.named_parameters(recurse=False):
             setattr(linear, name, parameter)

@@ -216,9 +216,9 @@ def fake_quantize_weight(weight: Tensor, recipe: Recipe, step: Tensor | None = N
 
     The gradient of a weight is that of its value where it passes: everywhere, or
 
-    - ``recipe.gradient = "clip"``: where the weight is not saturated. "int": it rounds to a code
-      of the grid; ternary and sign: |W| <= gradient_c * scale.
-    - ``"trust"``: |W - W_hat| <= gradient_c * scale (QuEST, arXiv 2502.05003).
+    - ``recipe.grad_mask = "clip"``: where the weight is not saturated. "int": it rounds to a code
+      of the grid; ternary and sign: |W| <= grad_mask_c * scale.
+    - ``"trust"``: |W - W_hat| <= grad_mask_c * scale (QuEST, arXiv 2502.05003).
     - "lsq", "seq": inside their range in any case, see :class:`_LearnedStep`.
 
     Arguments, errors: as :func:`weight_codes`.
@@ -239,8 +239,8 @@ def _passes(
     weight: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor | None, recipe: Recipe
 ) -> Tensor | None:
     """The gradient mask, bool ``[N, K]``; None where all pass."""
-    clip = recipe.gradient == "clip"
-    if recipe.gradient == "none" or (clip and recipe.weights in LEARNED):
+    clip = recipe.grad_mask == "clip"
+    if recipe.grad_mask == "none" or (clip and recipe.weights in LEARNED):
         return None
     if clip and recipe.weights == "int":
         codes = unclamped(weight, scale, zero_point, recipe.group_size)
@@ -248,7 +248,7 @@ def _passes(
     w = weight.float()
     if not clip:
         w = w - dequantize(codes, scale, zero_point, recipe.group_size)
-    return w.abs() <= recipe.gradient_c * spread(scale, recipe.group_size, weight)
+    return w.abs() <= recipe.grad_mask_c * spread(scale, recipe.group_size, weight)
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -63,10 +63,10 @@ class Recipe:
     """columns a group, for granularity "group"."""
     alpha: Annotated[float, Field(gt=0, lt=2)] = 0.5
     """ternary thresholds in units of the statistic ("absmean", "absmedian"); "twn" has 0.7"""
-    gradient: GradMask = "none"
+    grad_mask: GradMask = "none"
     """weights that receive no gradient: "none" (the identity), "clip" or "trust"; see
     bitnet/qat/quantizers.py"""
-    gradient_c: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    grad_mask_c: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """bound of that mask in units of the scale"""
     activations: ActivationQuantizer = "absmax"
     """"absmax": a scale a token, found as it comes; "static": one scale from observers; "none":

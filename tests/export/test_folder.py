@@ -301,6 +301,22 @@ def test_old_folders_have_no_quant_and_new_plain_ones_neither(folder: Path) -> N
     assert not read_config(folder).quant.enabled
 
 
+def test_folders_with_the_old_names_of_keys_load(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """config.json as it was written when ``grad_mask`` was ``gradient``."""
+    recipe = Recipe(weights="absmean", granularity="row", grad_mask="trust", grad_mask_c=0.75)
+    model = prepared(recipe)
+    folder = save_model(tmp_path / "model", model, tokenizer, recipe)
+
+    def rename(config: dict[str, Any]) -> None:
+        new = {"grad_mask": "gradient", "grad_mask_c": "gradient_c"}
+        config["quant"] = {new.get(key, key): value for key, value in config["quant"].items()}
+
+    sign(folder, rename)
+    assert '"gradient_c": 0.75' in (folder / "config.json").read_text()
+    assert read_config(folder).quant == recipe
+    same_state(load_model(folder), model)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -346,7 +362,7 @@ def test_a_recipe_that_is_not_the_model_s_is_not_saved(tmp_path: Path) -> None:
         (q_proj + r"has quant\.bits = 4; .* 2", latent, change(recipe, bits=2)),
         ("activation_bits = 8; .* 4", latent, change(recipe, activation_bits=4)),
         ("activations = absmax; .* static", latent, change(recipe, activations="static")),
-        (r"quant\.gradient = none; .* clip", latent, change(recipe, gradient="clip")),
+        (r"quant\.grad_mask = none; .* clip", latent, change(recipe, grad_mask="clip")),
         (r"skip = \[\]; .* \['k_proj'\]", latent, change(recipe, skip=["k_proj"])),
         (q_proj + "is IntLinear; .* Linear", integer, Recipe()),
         ("quant.bits = 4; .* 5", integer, change(recipe, bits=5)),

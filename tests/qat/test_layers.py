@@ -298,7 +298,7 @@ def test_gradients_are_those_at_the_quantized_values(activations: Activations) -
 
 
 def test_no_gradient_outside_a_static_range_and_for_saturated_weights() -> None:
-    recipe = Recipe(weights="absmean", gradient="clip", activations="static", observer="minmax")
+    recipe = Recipe(weights="absmean", grad_mask="clip", activations="static", observer="minmax")
     layer = QATLinear.from_float(nn.Linear(8, 3), recipe)
     layer(torch.rand(50, 8))
     assert layer.input_observer is not None
@@ -317,7 +317,7 @@ def test_no_gradient_outside_a_static_range_and_for_saturated_weights() -> None:
 def test_bitnet_recipe_is_bitlinear_to_the_bit(
     granularity: Granularity, gradient: Literal["none", "clip", "trust"]
 ) -> None:
-    recipe = Recipe(weights="absmean", granularity=granularity, group_size=16, gradient=gradient)
+    recipe = Recipe(weights="absmean", granularity=granularity, group_size=16, grad_mask=gradient)
     for shape in [(1, 1, 1), (5, 7, 33), (4, 3, 300)]:
         m, n, k = shape
         expected = BitLinear(k, n, granularity=granularity, group_size=16, grad_mask=gradient)

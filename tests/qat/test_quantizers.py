@@ -388,11 +388,11 @@ def test_gradient_masks(kind: str, granularity: str) -> None:
         assert everywhere.all()
     w0, scale = w.detach().numpy(), expand(plain.scale, (5, 37), granularity)
     for c in (0.3, 0.5, 1.2):
-        trust = recipe_of(kind, granularity, gradient="trust", gradient_c=c)
+        trust = recipe_of(kind, granularity, grad_mask="trust", grad_mask_c=c)
         error = np.abs(w0 - plain.hat.detach().numpy())
         expected = everywhere & (error <= c * scale)
         assert (passes(fake_quantize_weight(w, trust, step), w) == expected).mean() > 0.99
-        clip = recipe_of(kind, granularity, gradient="clip", gradient_c=c)
+        clip = recipe_of(kind, granularity, grad_mask="clip", grad_mask_c=c)
         got = passes(fake_quantize_weight(w, clip, step), w)
         if kind in LEARNED or kind == "int":  # a grid from the maximum saturates nowhere
             assert (got == everywhere).all()
@@ -403,7 +403,7 @@ def test_gradient_masks(kind: str, granularity: str) -> None:
 def test_an_affine_grid_clips_what_its_zero_point_pushed_out() -> None:
     """Low -1.5 and high 1.5 of 2 bits: scale 1, -low rounds to 2, so the codes end at 1."""
     w = torch.tensor([[-1.5, -0.5, 0.4, 1.5]], requires_grad=True)
-    recipe = recipe_of("int", bits=2, symmetric=False, gradient="clip")
+    recipe = recipe_of("int", bits=2, symmetric=False, grad_mask="clip")
     quantized = fake_quantize_weight(w, recipe)
     assert (quantized.scale.item(), quantized.zero_point) == (1, torch.tensor([0]))
     assert quantized.codes.tolist() == [[-2, 0, 0, 1]]
@@ -414,7 +414,7 @@ def test_an_affine_grid_clips_what_its_zero_point_pushed_out() -> None:
 @pytest.mark.parametrize(("mask", "c"), [("none", 1.0), ("clip", 1.2), ("trust", 0.5)])
 def test_masks_are_those_of_bitlinear(granularity: Any, mask: Any, c: float) -> None:
     w = random(11, 37, seed=4).requires_grad_()
-    recipe = recipe_of("absmean", granularity, gradient=mask, gradient_c=c)
+    recipe = recipe_of("absmean", granularity, grad_mask=mask, grad_mask_c=c)
     got = passes(fake_quantize_weight(w, recipe), w)
     y = ternary_linear_ste(torch.ones(1, 37), w, None, granularity, GROUP, mask, c)
     (gradient,) = torch.autograd.grad(y.sum(), w)

@@ -1,5 +1,6 @@
 """train.py with [quant], [qat], [distill], [adapter]: it learns, resumes exactly, and says no."""
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import torch
 
 from bitnet.build import as_saved, build_model
 from bitnet.config import Config, default_lr, load_config
+from bitnet.durable import sha256
 from bitnet.evaluate import evaluation_mode
 from bitnet.export.folder import load, load_model, read_config, save_model
 from bitnet.linear import BitLinear, pack
@@ -316,6 +318,33 @@ def test_runs_from_before_these_sections_existed_go_on(run: Run, tmp_path: Path)
     old = {section: keys for section, keys in new.items() if section not in ("quant", "qat")}
     old["train"] = {key: value for key, value in new["train"].items() if key != "init_from"}
     assert train.allowed_changes(old, new, tmp_path) == []
+
+
+def test_runs_from_before_keys_were_renamed_go_on(
+    run: Run, config_file: Path, tmp_path: Path
+) -> None:
+    """config.toml and state.json as they were written when ``grad_mask`` was ``gradient``."""
+    options = (*BITNET, "quant.grad_mask=clip", "quant.grad_mask_c=2.5", "train.steps=9")
+    expected = run(*options, "checkpoint.every=4", "eval.every=9")
+    run_dir = tmp_path / "tiny"
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000009")
+    checkpoint = run_dir / "checkpoints" / "step_00000008"
+    record, state = run_dir / "config.toml", checkpoint / "state.json"
+    for path in (record, state):
+        text = path.read_text()
+        assert text.count("grad_mask") == 4  # those of [model] stay
+        section = text.index("[quant]" if path == record else '"quant"')
+        old = text[section:].replace("grad_mask", "gradient")
+        path.write_text(text[:section] + old)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    data = state.read_bytes()
+    manifest["files"]["state.json"] = {"bytes": len(data), "sha256": sha256(state)}
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+    assert load_config([record]).quant == load_config([config_file], options).quant
+    assert exact(run(*options, "checkpoint.every=4", "eval.every=9")) == exact(expected)
+    with pytest.raises(UserError, match=r"another config: quant.grad_mask: 'clip' -> 'trust'"):
+        run(*options, "quant.grad_mask=trust")
 
 
 def test_another_teacher_in_the_same_folder_is_refused(run: Run, tmp_path: Path) -> None:
