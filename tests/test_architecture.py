@@ -9,20 +9,20 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-FILES = {
-    ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
-    for root in (ROOT, ROOT / "kernels")
-    for package in ("bitnet", "bitnet_kernels")
-    for path in sorted((root / package).rglob("*.py"))
-} | {"train": ROOT / "train.py"}
-MODULES = sorted(FILES)
+from tests.helpers.source_trees import (
+    FILES,
+    MODULES,
+    ROOT,
+    imports,
+    nodes,
+    our_imports,
+    root_of,
+    source,
+    tree,
+)
 
 ABOVE = ("bitnet", "bitnet.__main__", "bitnet.cli", "train")
 """What no module of the library may import: `bitnet` itself gathers the public names."""
@@ -56,40 +56,6 @@ ARROWS = {
 by having no cycles."""
 
 
-@cache
-def tree(module: str) -> ast.Module:
-    return ast.parse(FILES[module].read_text(), FILES[module].name)
-
-
-def nodes(node: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, bool]]:
-    """Every node, and whether it stands inside a function."""
-    for child in ast.iter_child_nodes(node):
-        yield child, inside
-        function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        yield from nodes(child, inside or function)
-
-
-def imports(module: str) -> Iterator[tuple[str, bool]]:
-    """(imported module, inside a function); `from package import module` gives the module."""
-    for node, inside in nodes(tree(module)):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, inside) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{module}: relative import"
-            name = str(node.module)
-            for alias in node.names:
-                full = f"{name}.{alias.name}"
-                yield (full if full in FILES else name), inside
-
-
-def our_imports(module: str) -> set[str]:
-    return {name for name, _ in imports(module) if name in FILES}
-
-
-def root_of(name: str) -> str:
-    return name.partition(".")[0]
-
-
 def test_every_module_is_found() -> None:
     assert {"bitnet", "bitnet.linear", "bitnet.export.folder", "train"} <= set(MODULES)
     assert {"bitnet_kernels", "bitnet_kernels.packing", "bitnet_kernels.gpu.gemm"} <= set(MODULES)
@@ -120,10 +86,6 @@ def test_arrows_of_all(module: str) -> None:
     elif module not in ("train", "bitnet.__main__"):
         above = {name for name in names if name in ABOVE or name.startswith("bitnet.cli.")}
         assert not above, f"{module} imports {above}"
-
-
-def source(module: str) -> str:
-    return FILES[module].read_text()
 
 
 def test_no_cycles() -> None:
@@ -166,6 +128,20 @@ def test_third_party_imports(module: str) -> None:
         assert package in core | extras, f"{name} is not declared in pyproject.toml"
         if package in {"wandb", "triton"} or package not in core:
             assert inside, f"{name} must be imported inside the function that needs it"
+
+
+def test_no_test_imports_a_test_module() -> None:
+    """Fixtures that files share are in a conftest.py, functions in tests/helpers/."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            for name in names:
+                assert not re.match(r"(tests\.)?(\w+\.)*test_", name), f"{path}: imports {name}"
 
 
 def test_kernels_is_a_folder_not_a_package() -> None:

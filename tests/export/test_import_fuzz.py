@@ -4,239 +4,19 @@ The small form runs in this process. The full form (slow) is 300 folders and 300
 process of its own whose memory is measured.
 """
 
-import hashlib
-import json
-import random
-import shutil
-import struct
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from bitnet.cli.convert import load_source
-from bitnet.data.tokenizer import train_tokenizer
-from bitnet.export.folder import load, save_model
-from bitnet.export.hf import load_hf
-from bitnet.linear import pack
-from bitnet.model import ModelConfig, Transformer
-from bitnet.qat.prepare import convert, prepare
-from bitnet.qat.recipe import Recipe
-from bitnet.schema import UserError
-from tests.export.test_gguf_import import write as write_gguf
-from tests.helpers.hostile import damaged, in_a_process, odd_file, somewhere
+from tests.helpers.hostile import Fuzz, in_a_process
+from tests.helpers.import_fuzz import fuzz_folders, fuzz_gguf
 
 pytest.importorskip("transformers")
-TEXT = "to be or not to be, that is the question\n" * 20
-NUMBERS = (0, 1, -1, 2**31, 2**40, 2**63, 255)
-
-
-def odd_text(data: bytes, rng: random.Random) -> bytes:
-    """JSON that is none, or that few expect."""
-    deep = b'{"a":' * 5000 + b"1" + b"}" * 5000
-    double = data.rstrip()[:-1] + b', "model_type": "llama", "hidden_size": 7}'
-    latin = data.replace(b"{", b'{"\xff\xe9": 1, ', 1)
-    choices = [
-        b"",
-        b"null",
-        b"[]",
-        b"[" * 5000,
-        deep,
-        double,
-        latin,
-        data.decode().encode("utf-16"),
-    ]
-    return rng.choice(choices)
-
-
-def odd_header(data: bytes, rng: random.Random) -> bytes:
-    """A safetensors file whose header says something else."""
-    size = int.from_bytes(data[:8], "little")
-    header = somewhere(json.loads(data[8 : 8 + size]), rng)
-    if rng.random() < 0.5 and isinstance(header, dict) and header:
-        entry = header[rng.choice(sorted(header))]
-        if isinstance(entry, dict):
-            entry["dtype"] = rng.choice(["C64", "I8", "BOOL", "F8_E4M3", "F64", "F4", "U64", "X"])
-    text = json.dumps(header).encode()
-    length = rng.choice([len(text), len(text), len(text), 2**63 - 1, 10**8, 0, len(text) - 1])
-    return length.to_bytes(8, "little") + text + data[8 + size :]
-
-
-def change(path: Path, rng: random.Random) -> None:
-    """One mutation of one file, of a kind that fits it."""
-    if rng.random() < 0.15:
-        odd_file(path, rng)
-        return
-    data = path.read_bytes() if path.is_file() else b"{}"
-    kind = rng.random()
-    if path.suffix == ".json" and kind < 0.7:
-        content = json.loads(data)
-        for _ in range(rng.choice([1, 1, 2, 5])):
-            content = somewhere(content, rng)
-        path.write_text(json.dumps(content))
-    elif path.suffix == ".json" and kind < 0.85:
-        path.write_bytes(odd_text(data, rng))
-    elif path.suffix == ".safetensors" and kind < 0.6:
-        path.write_bytes(odd_header(data, rng))
-    else:
-        path.write_bytes(damaged(data, rng))
-
-
-def sign(folder: Path) -> None:
-    """Make the checksums of our folder agree with what it holds now, where they can."""
-    path = folder / "config.json"
-    try:
-        if not path.is_file() or path.stat().st_size > 10**8:
-            return
-        config = json.loads(path.read_text())
-        small = {p.name: p for p in folder.iterdir() if p.is_file() and p.stat().st_size < 10**8}
-        config["sha256"] = {
-            name: hashlib.sha256(p.read_bytes()).hexdigest()
-            for name, p in small.items()
-            if name != "config.json"
-        }
-        config.pop("config_sha256", None)
-        text = json.dumps(config, sort_keys=True).encode()
-        config["config_sha256"] = hashlib.sha256(text).hexdigest()
-        path.write_text(json.dumps(config))
-    except (ValueError, OSError, TypeError, AttributeError, RecursionError):
-        pass
-
-
-REGEXES = ("(", "(?i", "a{99999999}", "(a*)*b", "\\p{Nope}", "[", "(?<=a+)b", "x" * 100_000)
-
-
-def make_folders(root: Path) -> list[Path]:
-    """Whole folders to start from: Hugging Face's, with one file and with shards, and ours."""
-    from tests.export.test_hf_import import llama, write
-
-    folders = [write(llama(), root / "hf")]
-    llama().save_pretrained(root / "shards", max_shard_size="100KB")
-    for name in ("tokenizer.json", "generation_config.json"):
-        shutil.copy(root / "hf" / name, root / "shards" / name)
-    folders.append(root / "shards")
-    tokenizer = train_tokenizer([TEXT], 300, root / "tokenizer.model", 1)
-    shape: dict[str, Any] = {"d_model": 24, "n_layers": 2, "vocab_size": 300, "max_seq_len": 32}
-    recipe = Recipe(weights="int", granularity="group", group_size=7)
-    for name, linear, quant in (
-        ("latent", "fp", Recipe()),
-        ("packed", "ternary", Recipe()),
-        ("integer", "fp", recipe),
-    ):
-        model = Transformer(ModelConfig(**shape, linear=linear))  # type: ignore[arg-type]
-        if name == "packed":
-            model = pack(model)  # type: ignore[assignment]
-        if quant.enabled:
-            model = convert(prepare(model, quant))  # type: ignore[assignment]
-        folders.append(save_model(root / name, model, tokenizer, quant))
-    return folders
-
-
-def check(load_it: Callable[[], Any], what: str) -> bool:
-    """Whether it loads; anything but a model that runs or one line is a failure."""
-    begun = time.process_time()
-    try:
-        model, tokenizer = load_it()
-    except UserError as error:
-        loaded, message = False, str(error)
-    else:
-        tokenizer.decode(tokenizer.encode("to be")[:4])
-        with torch.no_grad():
-            model(torch.tensor([[tokenizer.eos_id]]))
-        loaded, message = True, ""
-    assert "\n" not in message, what
-    assert time.process_time() - begun < 10, what
-    return loaded
-
-
-def fuzz_folders(root: Path, count: int, seed: int) -> int:
-    """``count`` folders; how many of them loaded."""
-    rng, loaded = random.Random(seed), 0
-    originals = make_folders(root / "whole")
-    for folder in originals:
-        theirs = folder.name in ("hf", "shards")
-        assert check(lambda: (load_hf if theirs else load)(folder), folder.name)  # noqa: B023
-    for number in range(count):
-        original = rng.choice(originals)
-        folder = root / "mutant"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(original, folder)
-        what = f"seed {seed}, folder {number}, of {original.name}"
-        if rng.random() < 0.08:
-            (folder / rng.choice(["adapter_config.json", "adapter_model.safetensors"])).touch()
-        elif rng.random() < 0.1 and (folder / "tokenizer.json").is_file():
-            content = json.loads((folder / "tokenizer.json").read_text())
-            pattern = {"Regex": rng.choice(REGEXES)}
-            split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-            parts = [split, content["pre_tokenizer"]]
-            content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
-            (folder / "tokenizer.json").write_text(json.dumps(content))
-        else:
-            names = sorted(path.name for path in folder.iterdir())
-            for name in rng.sample(names, rng.choice([1, 1, 1, 2])):
-                change(folder / name, rng)
-        if rng.random() < 0.8:
-            sign(folder)
-        read = load if original.name in ("packed", "integer") else load_source
-        loaded += check(lambda: read(folder), what)  # noqa: B023
-    shutil.rmtree(folder, ignore_errors=True)
-    return loaded
-
-
-def odd_keys(rng: random.Random) -> Callable[[dict[str, Any]], object]:
-    """Metadata with one value that GGUF can say, of any kind, or without it."""
-    plain: list[Any] = [0, 1, 3, -1, 2**24 + 1, 10**9, 2**62, True, 1.5, float("nan"), "x", "é😀"]
-    plain += [float("inf"), [1], ["x"], [1.5], "llama", "yarn", "none", [1, 2, 3], ["a b", "b"]]
-    more = ["rope.scaling.factor", "expert_count", "attention.scale", "logit_scale", "new.key"]
-
-    def mutate(keys: dict[str, Any]) -> None:
-        names = [*sorted(keys), *(f"llama.{name}" for name in more), "general.type"]
-        for key in rng.sample(names, rng.choice([1, 1, 2])):
-            value = keys.get(key)
-            if rng.random() < 0.15:
-                keys.pop(key, None)
-            elif isinstance(value, list) and rng.random() < 0.7:
-                at = rng.randrange(len(value))
-                keys[key] = value[:at] + rng.choice([[], value[:1], value[at : at + 1] * 2])
-                keys[key] = keys[key] or ["x"]
-            else:
-                keys[key] = rng.choice(plain)
-
-    return mutate
-
-
-def fuzz_gguf(root: Path, count: int, seed: int) -> int:
-    """``count`` GGUF files; how many of them loaded."""
-    rng, loaded = random.Random(seed), 0
-    root.mkdir()
-    path = root / "model.gguf"
-    whole = write_gguf(path).read_bytes()
-    assert check(lambda: load_source(path), "whole")
-    for number in range(count):
-        kind = rng.random()
-        path.unlink(missing_ok=True)
-        if kind < 0.35:
-            write_gguf(path, odd_keys(rng))
-        elif kind < 0.45:
-            odd_file(path, rng)
-        elif kind < 0.65:
-            data, at = bytearray(whole), rng.choice([8, 16, *range(24, 20_000, 4)])
-            data[at : at + 8] = struct.pack("<q", rng.choice([n for n in NUMBERS if n < 2**63]))
-            path.write_bytes(bytes(data))
-        else:
-            path.write_bytes(damaged(whole, rng))
-        loaded += check(lambda: load_source(path), f"seed {seed}, GGUF {number}")
-        if path.is_dir():
-            path.rmdir()
-    return loaded
 
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No words of transformers about odd files."""
+    """Silence transformers' warnings about odd files."""
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
 
 
@@ -251,9 +31,8 @@ def test_hostile_gguf_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["fuzz_folders", "fuzz_gguf"])
-def test_the_full_form(tmp_path: Path, which: str) -> None:
-    """300 of each, in a process that never holds 2 GB."""
-    loaded, gigabytes = in_a_process("tests.export.test_import_fuzz", which, tmp_path / "full", 300)
+@pytest.mark.parametrize("fuzz", [fuzz_folders, fuzz_gguf])
+def test_many_hostile_files_within_2_gb(tmp_path: Path, fuzz: Fuzz) -> None:
+    loaded, gigabytes = in_a_process(fuzz, tmp_path / "full", 300)
     assert loaded < 200
     assert gigabytes < 2

@@ -1,14 +1,20 @@
-"""What fuzz tests share: mutations of values, bytes and files, and a process that is measured."""
+"""Mutations of values, bytes and files, and a process whose memory is measured, for fuzz tests.
+
+Not a test module.
+"""
 
 import os
 import random
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+Fuzz = Callable[[Path, int, int], int]
+"""(folder, count, seed) -> how many of ``count`` mutants were accepted."""
 VALUES: list[Any] = [
     *(None, True, False, 0, -1, 1, 3, 1.5, 2**24, 2**24 + 1, 2**31, 2**63, 10**9, 10**400),
     *(float("nan"), float("inf"), -float("inf"), 1e308, 1e-320, "", "x", "\0", "é😀", "../x", "1"),
@@ -66,20 +72,19 @@ def odd_file(path: Path, rng: random.Random) -> None:
 
 
 def peak() -> float:
-    """The most that this process held, in GB."""
+    """This process's peak memory in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def in_a_process(module: str, function: str, root: Path, count: int) -> tuple[int, float]:
-    """What ``function(root, count, seed 0)`` of a test module returns, and the GB it held at most.
-
-    The function runs in a process of its own, which may not take 4 GB of anonymous memory.
-    """
+def in_a_process(function: Fuzz, root: Path, count: int) -> tuple[int, float]:
+    """Run ``function(root, count, seed=0)`` in a separate process that may take at most 4 GB of
+    anonymous memory; returns its result and its peak memory in GB."""
+    module, name = function.__module__, function.__name__
     code = (
         "import resource, sys, warnings; warnings.simplefilter('ignore'); from pathlib import Path;"
         "resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32));"  # anonymous memory, not files
-        f"from {module} import {function}; from tests.helpers.hostile import peak;"
-        f"found = {function}(Path(sys.argv[1]), {count}, 0);"
+        f"from {module} import {name}; from tests.helpers.hostile import peak;"
+        f"found = {name}(Path(sys.argv[1]), {count}, 0);"
         "print('\\nfound', found, peak())"
     )
     run = subprocess.run(

@@ -3,7 +3,6 @@
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,7 @@ from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import optimal_share
 from bitnet.schema import UserError
 from bitnet.training.optim import OptimConfig, param_groups
-from tests.training.test_train import (  # the fixtures and the harness of killing
-    config_file,
-    exact,
-    kill_at,
-    read_metrics,
-    run,
-    spawn,
-    texts,
-    train,
-)
-
-__all__ = ["config_file", "run", "texts"]
-Run = Callable[..., list[dict[str, Any]]]
+from tests.helpers.training_script import Run, exact, kill_at, read_metrics, spawn, train
 
 FP = ("model.linear=fp", "log.telemetry_every=0")
 LSQ = (*FP, "quant.weights=lsq", "quant.activations=static", "qat.start=0.5")
