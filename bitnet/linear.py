@@ -352,16 +352,24 @@ def _check_replaced(model: nn.Module, skipped: set[int]) -> None:
 def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
     """Replace every :class:`BitLinear` by its packed :class:`TernaryLinear`, in place.
 
+    A model that is packed already, with no BitLinear left, is returned unchanged.
+
     Arguments:
         model: any module; a BitLinear itself is replaced by the returned TernaryLinear.
         kernel: which kernel the packed layers use.
     Raises:
-        ValueError: a layer whose weights are not finite, or of a subclass with a forward of its
-            own (named); a model that FSDP or tensor parallelism has sharded.
+        ValueError: the model has neither a BitLinear nor a TernaryLinear; a layer has weights that
+            are not finite, or belongs to a subclass that overrides ``forward`` (named); FSDP or
+            tensor parallelism has sharded the model.
     Warns:
         UserWarning: a layer that no forward has called, though it called others (named).
     """
     check_whole(model, GATHER)
+    if not any(isinstance(module, BitLinear | TernaryLinear) for module in model.modules()):
+        raise ValueError(
+            f"model: no layer was packed: it has no BitLinear, but {kept_weights(model)}; "
+            "replace_linear() makes BitLinear layers (what prepare() made, convert() packs)"
+        )
     warn_never_called(model, BitLinear)
 
     def convert(name: str, module: nn.Module) -> nn.Module | None:

@@ -86,6 +86,7 @@ LIMITS: dict[str, Callable[..., Any]] = {
     "`replace_linear` of an `nn.LazyLinear`": lambda: replace_linear(nn.LazyLinear(3)),
     "`replace_linear` of a layer under `weight_norm` or pruning": normed,
     "`replace_linear` where nothing can be replaced": lambda: replace_linear(nn.Conv2d(1, 1, 1)),
+    "`pack` of a model without BitLinear layers": lambda: pack(nn.Linear(3, 3)),
     "`prepare` after `pack` or `convert`": prepare_packed,
     "writing to a packed layer's `weight`": lambda: pack(BitLinear(3, 3)).weight.zero_(),  # type: ignore[operator, union-attr]
     "integer or complex inputs": lambda: BitLinear(4, 3)(X.to(torch.complex64)),

@@ -253,6 +253,22 @@ def test_pack_refuses_weights_that_are_not_finite() -> None:
         pack(model)
 
 
+def test_pack_of_a_model_without_ternary_layers_says_why() -> None:
+    with pytest.raises(ValueError, match=r"^model: no layer was packed: .* no BitLinear, but 1 Li"):
+        pack(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
+    with pytest.raises(ValueError, match=r"no BitLinear, but no weights; replace_linear\(\) makes"):
+        pack(nn.ReLU())
+
+
+def test_pack_of_a_packed_model_changes_nothing() -> None:
+    model = nn.Sequential(BitLinear(3, 4), nn.Linear(4, 2))
+    layer = pack(model)[0]
+    assert isinstance(layer, TernaryLinear)
+    assert pack(model) is model
+    assert model[0] is layer
+    assert pack(layer) is layer
+
+
 def test_quantize_is_what_the_forward_uses() -> None:
     layer = BitLinear(9, 5, granularity="row")
     codes, gamma = layer.quantize()

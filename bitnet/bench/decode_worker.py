@@ -113,13 +113,13 @@ class Job:
 
 
 def packed_model(folder: str, device: torch.device, kernel: Kernel) -> Transformer:
-    """A ternary model of a folder, packed. UserError where its layers are not ternary."""
-    model = as_transformer(pack(load_model(folder, device, kernel), kernel)).eval()
+    """Load and pack the ternary model of a folder. Raises UserError where a layer is not ternary."""
+    model = load_model(folder, device, kernel)
     names = model.config.matrices()
     for name, module in model.layers.named_modules():
-        if name.partition(".")[2] in names and not isinstance(module, TernaryLinear):
+        if name.partition(".")[2] in names and not isinstance(module, BitLinear | TernaryLinear):
             raise UserError(f"--model: {folder}: its {name} is not ternary; name a ternary model")
-    return model
+    return as_transformer(pack(model, kernel)).eval()
 
 
 def random_model(

@@ -164,7 +164,9 @@ def pack_command(
         generation.encode_prompt(tokenizer, text)[: model.config.max_seq_len] for text in prompts
     ]
     room = model.config.max_seq_len - max(len(row) for row in ids)
-    packed = as_transformer(pack(copy.deepcopy(model)))
+    packed = copy.deepcopy(model)
+    if trained:
+        packed = as_transformer(pack(packed))
     if config.quant.enabled:
         try:
             packed = as_transformer(convert(packed))
@@ -332,9 +334,11 @@ def eval_command(
 
 
 def packed_bf16(model: Transformer, kernel: Kernel) -> Transformer:
-    """The model in bf16, which is what a GPU's kernels are made for. Ternary layers are packed
-    first, so that their codes and scales are those of the fp32 weights."""
-    return as_transformer(pack(model, kernel)).to(torch.bfloat16)
+    """Cast a model to bf16, the dtype of the GPU kernels. Ternary layers are packed before, so that
+    their codes and scales are those of the fp32 weights."""
+    if model.config.linear == "ternary":
+        model = as_transformer(pack(model, kernel))
+    return model.to(torch.bfloat16)
 
 
 def main() -> None:
