@@ -47,7 +47,6 @@ from bitnet.evaluate import EvalResult, evaluate_windows
 from bitnet.export.folder import read_config, save_model
 from bitnet.generate import encode_prompt, generate
 from bitnet.linear import weights_quantized
-from bitnet.loss import compiled_loss, next_token_loss
 from bitnet.model import Transformer
 from bitnet.progress import reporting
 from bitnet.qat.adapters import merge_adapters
@@ -64,6 +63,7 @@ from bitnet.training.optim import (
     learning_rate_factor,
     weight_decay_at,
 )
+from bitnet.training.step import compiled
 from bitnet.training.telemetry import Telemetry, undisturbed
 from bitnet.training.throughput import CoreWatch, Throughput, mfu, peak_flops, peak_memory
 
@@ -108,9 +108,9 @@ def train(config: Config, command: str) -> None:
     torch.manual_seed(config.run.seed)
     model = build_model(config, tokenizer.hash, fresh=saved is None)
     model.to(device)
-    loss_of: Callable[..., torch.Tensor] = next_token_loss
+    loss_of: Callable[..., torch.Tensor] = model
     if config.train.compile:  # forward and loss are one graph
-        loss_of = compiled_loss()
+        loss_of = compiled(model)
     optimizers = build_optimizer(model, config.optim)
     telemetry = Telemetry(model)
     distiller, teacher_hash = None, ""
@@ -244,7 +244,7 @@ def train(config: Config, command: str) -> None:
                 for i, (inputs_BT, targets_BT) in enumerate(micro_batches):
                     if distiller is None:
                         with autocast:
-                            loss = total = loss_of(model, inputs_BT, targets_BT)
+                            loss = total = loss_of(inputs_BT, targets_BT)
                     else:  # a teacher's lesson is about logits
                         with autocast:
                             logits_BTV = model(inputs_BT)

@@ -30,7 +30,6 @@ from torch.nn import functional as F
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.linear import weights_quantized
 from bitnet.model import Transformer
-from bitnet.modules import is_plain
 from bitnet.schema import STRICT, Count, Positive, UserError
 
 _CPU_LOGITS, _GPU_LOGITS = 2**23, 2**28
@@ -90,7 +89,8 @@ def evaluate_windows(
         count_bytes: bytes of text that the targets ``window[1:]`` of a window stand for
             (``Tokenizer.count_bytes``).
         batch_size: windows at once; 0 = as many as keep the logits within 32 MiB on a CPU, 1 GiB
-            elsewhere. Where those of one window are more, they are computed in parts.
+            elsewhere. Where one window has more, its logits are never held together
+            (:func:`bitnet.loss.head_loss`).
 
     Raises:
         UserError: the windows hold nothing to predict.
@@ -193,14 +193,10 @@ def _negative_log_likelihood(
         for batch in _batches(windows, batch_size, max_predictions):
             batch_BT = batch.to(device, torch.int64)
             inputs, targets = batch_BT[:, :-1], batch_BT[:, 1:]
-            if batch_size or inputs.numel() <= max_predictions or not is_plain(model, Transformer):
+            if batch_size or inputs.numel() <= max_predictions:
                 total += _nats(model(inputs), targets)
             else:  # one window alone has more logits than are held together
-                hidden = model.hidden(inputs).flatten(0, 1)
-                step = max(1, max_predictions)
-                parts = zip(hidden.split(step), targets.flatten().split(step), strict=True)
-                for part, wanted in parts:
-                    total += _nats(model.lm_head(part), wanted)
+                total += model(inputs, targets).double() * targets.numel()
             tokens += targets.numel()
     return float(total), tokens
 

@@ -4,9 +4,9 @@
 
 All logits of a micro-batch are by far the largest tensor of a small model's step (2,048 tokens and
 a vocabulary of 16,384: 134 MB in fp32), and plain autograd holds three of their size at once. Here
-a chunk's logits become, while they are still in the cache, their part of the loss and of the
-gradients of ``h`` and ``W``, and are let go: the gradients are computed in the *forward*, when
-nobody needs the logits any more, and the backward only multiplies them by the incoming gradient.
+the logits of a chunk become, while they are still in the cache, their part of the loss and of the
+gradients of ``h`` and ``W``, and are freed: the gradients are computed in the *forward*, and the
+backward only multiplies them by the incoming gradient.
 The idea is Liger-Kernel's (arXiv 2410.10989); torch's own ``F.linear_cross_entropy`` exists from
 2.13 only, and in its chunked form does not compile.
 
@@ -16,22 +16,21 @@ sums: products in the autocast dtype, softmax in fp32, the gradient of W summed 
 M tokens, D width of the hidden states, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from bitnet.model import Transformer
+from bitnet.modules import is_plain
 from bitnet.quant import output_dtype
 
 _CPU_CHUNK, _GPU_CHUNK = (2**22, 128), (2**27, 1024)
-"""Logits in a chunk, and the tokens it has at least. CPU: 16 MiB in fp32 stay in a level-3 cache,
-and glibc's malloc hands such a block out again where it gives 32 MiB back to the system, for page
-faults at the next use. GPU: 512 MiB, large enough that its products fill the device. Fewer tokens
-make a chunk slow, whatever the vocabulary: each adds to the whole gradient of W."""
+"""Logits per chunk, and its smallest number of tokens. CPU: 16 MiB in fp32 stay in a level-3 cache,
+and glibc's malloc reuses such a block, where it returns 32 MiB to the system and pays page faults
+at the next use. GPU: 512 MiB, large enough that the products fill the device. A chunk of fewer
+tokens is slow whatever the vocabulary: each chunk adds to the whole gradient of W."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -78,36 +77,30 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
     return _loss_and_gradients(hidden, weight, targets, dtype, False, False)[0]
 
 
-def next_token_loss(model: Transformer, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean cross-entropy of a model's next-token predictions, in nats: fp32 ``[]``.
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """Mean cross-entropy of ``head(hidden)``, in nats.
 
-    Without ever holding all logits where the head is a plain matrix; a head with a bias, hooks, a
-    parametrization, quantizers or adapters is called as the module that it is, and so is a model
-    with hooks (:meth:`bitnet.model.Transformer.head_is_matrix`).
+    A plain ``nn.Linear`` without a bias is only a matrix, and all logits never exist
+    (:func:`linear_cross_entropy`). Any other head (a bias, hooks, a parametrization, quantizers,
+    adapters) is called as the module that it is: on a chunk at a time where no gradient is needed,
+    and on everything where one is.
 
     Arguments:
-        inputs_BT, targets_BT: int64 ``[B, T]``, on the model's device.
+        hidden: float ``[M, D]``. targets: int64 ``[M]``. vocab_size: logits per token.
+    Returns:
+        fp32 ``[]``; fp64 from a plain head in fp64.
     """
-    targets = targets_BT.flatten()
-    if model.head_is_matrix():
-        return linear_cross_entropy(
-            model.hidden(inputs_BT).flatten(0, 1), model.lm_head.weight, targets
-        )
-    return F.cross_entropy(model(inputs_BT).flatten(0, 1).float(), targets)
-
-
-def compiled_loss() -> Callable[[Transformer, Tensor, Tensor], Tensor]:
-    """:func:`next_token_loss`, compiled: forward and loss are one graph.
-
-    torch (2.13) keeps compiled graphs in a folder, under a key that does not hold the vector width
-    of the CPU. A graph written for AVX-512 is then read where the folder is shared with a machine
-    that has AVX2 only, or where ATEN_CPU_CAPABILITY says so, and gives wrong numbers or a
-    segmentation fault. So the width goes into the key, as torch's own tag.
-    """
-    width, tag = torch.backends.cpu.get_cpu_capability(), torch.compiler.config.cache_key_tag
-    if width not in tag.split():
-        torch.compiler.config.cache_key_tag = f"{tag} {width}".strip()
-    return torch.compile(next_token_loss, fullgraph=True)
+    if is_plain(head, nn.Linear) and head.bias is None:
+        assert isinstance(head, nn.Linear)
+        return linear_cross_entropy(hidden, head.weight, targets)
+    if torch.is_grad_enabled():
+        return F.cross_entropy(head(hidden).float(), targets)
+    rows = _chunk_rows(hidden.device, vocab_size)
+    losses = [
+        F.cross_entropy(head(h_MD).float(), target_M, reduction="none")
+        for h_MD, target_M in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(losses).mean()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -145,6 +138,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None, None
 
 
+def _chunk_rows(device: torch.device, vocab_size: int) -> int:
+    """Tokens in a chunk."""
+    n_logits, n_least = _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
+    return max(n_least, n_logits // vocab_size)
+
+
 def _loss_and_gradients(
     hidden: Tensor,
     weight: Tensor,
@@ -156,9 +155,7 @@ def _loss_and_gradients(
     """The mean loss, fp32 ``[]``; M times its gradients, ``[M, D]`` in ``dtype`` (which as fp16
     holds them, but not a small part of them) and fp32 ``[V, D]``, as far as they are asked for
     (fp64 where ``dtype`` is)."""
-    n_tokens, vocab_size = len(hidden), len(weight)
-    n_logits, n_least = _CPU_CHUNK if hidden.device.type == "cpu" else _GPU_CHUNK
-    rows = max(n_least, n_logits // vocab_size)
+    n_tokens, rows = len(hidden), _chunk_rows(hidden.device, len(weight))
     precise = torch.promote_types(dtype, torch.float32)
     h, w = hidden.to(dtype), weight.to(dtype)
     # made here, and not a part a chunk: small tensors that stay would keep malloc from using the

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from bitnet.elementwise import RMSNorm, relu2_mul
 from bitnet.linear import BitLinear, shared_input
-from bitnet.modules import is_plain
+from bitnet.loss import head_loss
 from bitnet.quant import GradMask, Granularity, Int8Backward
 from bitnet.schema import STRICT, Positive, UserError
 
@@ -383,21 +383,33 @@ class Transformer(nn.Module):
                 residual = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=residual_std if residual else 0.02)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits of the next token at every position.
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits of the next token at every position, or with ``targets`` the mean loss.
+
+        The loss goes through the forward, so that a wrapper (DDP, FSDP2, ``torch.compile``) runs
+        it too; it never holds all logits (:func:`bitnet.loss.head_loss`).
 
         Arguments:
-            tokens: int64 ``[B, T]``; cache: earlier tokens, to which these are appended.
+            tokens: int64 ``[B, T]``.
+            targets: int64 ``[B, T]``, the token that follows each.
+            cache: earlier tokens, to which these are appended.
         Returns:
-            ``[B, T, V]``, fp32 or the autocast dtype.
+            Logits ``[B, T, V]``, fp32 or the autocast dtype; the loss fp32 ``[]``, in nats (fp64
+            for an fp64 model).
         Raises:
             ValueError: more tokens than the context (or the cache) holds.
         """
-        return self.lm_head(self.hidden(tokens, cache))
+        hidden_BTD = self.hidden(tokens, cache)
+        if targets is None:
+            return self.lm_head(hidden_BTD)
+        hidden_MD, target_M = hidden_BTD.flatten(0, 1), targets.flatten()
+        return head_loss(self.lm_head, hidden_MD, target_M, self.config.vocab_size)
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head turns into logits: ``[B, T, D]``, after the last norm. Arguments and
-        errors as of the forward."""
+        """The head's input, after the last norm: ``[B, T, D]``. Arguments and errors are those of
+        the forward; a subclass may override it, nothing else calls it."""
         n_tokens = tokens.shape[1]
         start, limit = (
             (0, self.config.max_seq_len) if cache is None else (cache.length, cache.max_len)
@@ -418,12 +430,6 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length += n_tokens
         return self.norm(x_BTD)
-
-    def head_is_matrix(self) -> bool:
-        """Whether a call gives ``hidden @ lm_head.weight.T`` and does nothing else: no bias, hooks,
-        parametrization, quantizers or adapters at the head, no hooks on the model."""
-        head = self.lm_head
-        return is_plain(self, Transformer) and is_plain(head, nn.Linear) and head.bias is None
 
 
 def as_transformer(module: nn.Module) -> Transformer:

@@ -16,7 +16,7 @@ from typing import Any
 
 THREADS = int(os.environ.setdefault("BITNET_TEST_THREADS", "1"))
 os.environ["OMP_NUM_THREADS"] = str(THREADS)
-# torch's cache of compiled graphs does not know the vector width (see bitnet.loss.compiled_loss).
+# torch's cache of compiled graphs does not know the vector width: bitnet.training.step.compiled.
 os.environ["TORCH_COMPILE_CACHE_KEY_TAG"] = os.environ.get("ATEN_CPU_CAPABILITY", "")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a missing network is otherwise retried for 23 s
 os.environ["WANDB_MODE"] = "offline"

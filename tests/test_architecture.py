@@ -49,8 +49,8 @@ ARROWS = {
         "bitnet.placement",
         "bitnet.quant",
     },
-    "bitnet.model": {"bitnet.elementwise", "bitnet.linear", "bitnet.modules", "bitnet.quant"},
-    "bitnet.loss": {"bitnet.model", "bitnet.quant"},
+    "bitnet.loss": {"bitnet.modules", "bitnet.quant"},
+    "bitnet.model": {"bitnet.elementwise", "bitnet.linear", "bitnet.loss", "bitnet.quant"},
 }
 """The foundations may import this and bitnet.schema; what stands above them is bound by ABOVE and
 by having no cycles."""

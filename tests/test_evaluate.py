@@ -36,12 +36,17 @@ class Markov(Transformer):
         self.table = table
         self.inputs: list[Tensor] = []
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         assert not self.training
         assert not torch.is_grad_enabled()
         assert tokens.shape[1] <= self.config.max_seq_len
         self.inputs.append(tokens)
-        return self.table[tokens]
+        logits = self.table[tokens]
+        if targets is None:
+            return logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def counter(sizes: list[int]) -> Callable[[Tensor], int]:

@@ -11,8 +11,9 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitnet.loss
-from bitnet.loss import compiled_loss, linear_cross_entropy, next_token_loss
+from bitnet.loss import linear_cross_entropy
 from bitnet.model import ModelConfig, Transformer
+from bitnet.training.step import compiled
 
 SHAPES = [(1, 3, 2), (64, 16, 100), (63, 17, 101), (5, 2, 1), (130, 33, 7), (3, 2, 300_000)]
 
@@ -281,10 +282,6 @@ def add_backward_hook(model: Transformer) -> None:
     model.lm_head.register_full_backward_pre_hook(lambda _module, dys: (dys[0].clone(),))
 
 
-def add_hook_on_the_model(model: Transformer) -> None:
-    model.register_forward_hook(lambda _module, _inputs, output: 3 * output)
-
-
 def patch_head(model: Transformer) -> None:
     inner = model.lm_head.forward
     model.lm_head.forward = lambda input: inner(input).tanh()  # type: ignore[method-assign]
@@ -295,7 +292,6 @@ CHANGES = [
     add_bias,
     add_hook,
     add_backward_hook,
-    add_hook_on_the_model,
     add_parametrization,
     patch_head,
 ]
@@ -308,7 +304,7 @@ def replace_head(model: Transformer) -> None:
 @pytest.mark.usefixtures("chunk_of_8")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("change", [*CHANGES, replace_head])
-def test_next_token_loss_is_that_of_the_logits(
+def test_a_models_loss_is_that_of_its_logits(
     change: Callable[[Transformer], None] | None, tied: bool
 ) -> None:
     model = small(tied)
@@ -318,12 +314,25 @@ def test_next_token_loss_is_that_of_the_logits(
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
     parameters = list(model.parameters())
     with Watch() as watch:
-        loss = next_token_loss(model, inputs, targets)
+        loss = model(inputs, targets)
     fused = watch.largest < 3 * 11 * 50
     assert fused == (change is None), "all logits only where the head is more than a matrix"
     found = with_gradients(loss, *parameters)
     for ours, theirs in zip(found, with_gradients(expected, *parameters), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # 24 to 33 products
+    with torch.no_grad(), Watch() as watch:
+        loss = model(inputs, targets)
+    assert watch.largest < 3 * 11 * 50, "without gradients no head needs all logits"
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_hook_on_the_model_gets_what_the_call_returns() -> None:
+    model = small()
+    inputs, targets = torch.randint(50, (2, 3, 11))
+    logits, loss = model(inputs), model(inputs, targets)
+    model.register_forward_hook(lambda _module, _inputs, output: 3 * output)
+    assert torch.equal(model(inputs), 3 * logits)
+    assert torch.equal(model(inputs, targets), 3 * loss)
 
 
 def test_graphs_of_another_vector_width_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +341,7 @@ def test_graphs_of_another_vector_width_are_not_read(monkeypatch: pytest.MonkeyP
     for width in ("AVX512", "AVX2", "AVX2"):
         monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda width=width: width)
-        compiled_loss()
-        compiled_loss()
+        compiled(nn.Linear(2, 2))
+        compiled(nn.Linear(2, 2))
         tags.append(torch.compiler.config.cache_key_tag)
     assert tags == ["mine AVX512", "mine AVX2", "mine AVX2"]

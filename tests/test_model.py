@@ -166,7 +166,7 @@ def test_cache_gives_the_same_logits(variant: dict[str, Any], linear: str) -> No
     with torch.no_grad():
         whole = model(tokens)
         cache = KVCache(model.config, 3, 13)
-        parts = [model(part, cache) for part in tokens.split([5, 1, 1, 6], 1)]
+        parts = [model(part, cache=cache) for part in tokens.split([5, 1, 1, 6], 1)]
     difference = (torch.cat(parts, 1) - whole).abs()
     if linear == "fp":
         assert difference.max() < 1e-5
@@ -183,8 +183,8 @@ def test_left_padding_changes_nothing() -> None:
     cache.pad[:] = 4
     with torch.no_grad():
         alone = model(tokens)
-        assert (model(padded, cache)[:, 4:] - alone).abs().max() < 1e-5
-        more = model(tokens[:, :2], cache)
+        assert (model(padded, cache=cache)[:, 4:] - alone).abs().max() < 1e-5
+        more = model(tokens[:, :2], cache=cache)
         assert (more - model(torch.cat((tokens, tokens[:, :2]), 1))[:, -2:]).abs().max() < 1e-5
 
 
@@ -201,9 +201,9 @@ def test_context_overflow_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"tokens: 0 \+ 17 tokens exceed the context of 16"):
         model(torch.zeros(1, 17, dtype=torch.int64))
     cache = KVCache(model.config, 1, 4)
-    model(torch.zeros(1, 3, dtype=torch.int64), cache)
+    model(torch.zeros(1, 3, dtype=torch.int64), cache=cache)
     with pytest.raises(ValueError, match=r"tokens: 3 \+ 2 tokens"):
-        model(torch.zeros(1, 2, dtype=torch.int64), cache)
+        model(torch.zeros(1, 2, dtype=torch.int64), cache=cache)
 
 
 def test_initial_weights() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from bitnet.linear import BitLinear, pack, weights_quantized
-from bitnet.loss import next_token_loss
 from bitnet.model import Transformer
 from tests.helpers.on_device import OWN_WARNINGS, device, size
 from tests.helpers.small_training import assert_same, plain_path, small
@@ -25,7 +25,7 @@ TRAINED = size(
     {},
     {"d_model": 256, "d_ff": 700, "vocab_size": 1000, "max_seq_len": 128},
 )
-Loss = Callable[[Transformer, Tensor, Tensor], Tensor]
+Wrap = Callable[[Transformer], Callable[[Tensor, Tensor], Tensor]]
 
 
 def trained(
@@ -33,7 +33,7 @@ def trained(
     steps: int = 3,
     *,
     once: bool = True,
-    loss_of: Loss = next_token_loss,
+    wrap: Wrap = lambda model: model,
     change: Callable[[Transformer], None] = lambda model: None,
     **options: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -43,6 +43,7 @@ def trained(
     change(model)
     torch.manual_seed(1)
     vocab_size, length = model.config.vocab_size, model.config.max_seq_len
+    forward = wrap(model)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     losses, gradients = [], []
     for step in range(steps):
@@ -50,7 +51,7 @@ def trained(
             for micro in range(2):
                 generator = torch.Generator().manual_seed(2 * step + micro)
                 tokens = torch.randint(vocab_size, (2, length + 1), generator=generator).to(device)
-                loss = loss_of(model, tokens[:, :-1], tokens[:, 1:])
+                loss = forward(tokens[:, :-1], tokens[:, 1:])
                 (loss / 2).backward()
                 losses.append(loss.detach())
         gradients += [p.grad.clone() for p in model.parameters() if p.grad is not None]
@@ -122,8 +123,8 @@ def test_compiled_step(device: torch.device, int8_backward: str) -> None:
     """Forward and loss as one graph, as train.py compiles it. 1e-5 until an int8 code moves by one
     (test_first_step_is_the_cpus); a GPU's compiler divides approximately, which moves some."""
     torch._dynamo.reset()
-    compiled = torch.compile(next_token_loss, fullgraph=True, backend=size("aot_eager", "inductor"))
-    losses, gradients = trained(device, loss_of=compiled, int8_backward=int8_backward)
+    compiled = partial(torch.compile, fullgraph=True, backend=size("aot_eager", "inductor"))
+    losses, gradients = trained(device, wrap=compiled, int8_backward=int8_backward)
     assert all(value.isfinite().all() for value in losses + gradients)
     exact, exact_gradients = trained(device, 1, int8_backward=int8_backward)
     for ours, theirs in zip(losses[:2], exact, strict=True):

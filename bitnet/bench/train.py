@@ -40,7 +40,6 @@ from torch.profiler import ProfilerActivity, profile
 from bitnet.bench.worker import Worker, serve
 from bitnet.config import Config, load_config, to_toml
 from bitnet.linear import weights_quantized
-from bitnet.loss import compiled_loss, next_token_loss
 from bitnet.model import Transformer
 from bitnet.modules import replace_modules
 from bitnet.schema import UserError
@@ -50,6 +49,7 @@ from bitnet.training.optim import (
     learning_rate_factor,
     weight_decay_at,
 )
+from bitnet.training.step import compiled
 from bitnet.training.throughput import peak_memory, reset_peak_memory
 from bitnet_kernels.bench.machine import find_meter
 
@@ -194,9 +194,9 @@ class Stepper:
         )
         self.model = build(config, variant).to(self.device).train()
         self.optimizers = build_optimizer(self.model, config.optim)
-        self.loss: Callable[[Transformer, Tensor, Tensor], Tensor] = next_token_loss
+        self.loss: Callable[[Tensor, Tensor], Tensor] = self.model
         if variant.endswith(COMPILED):
-            self.loss = compiled_loss()
+            self.loss = compiled(self.model)
         draw = torch.Generator().manual_seed(config.run.seed)
         shape = (config.batch_sequences, config.data.seq_len + 1)
         tokens = torch.randint(config.model.vocab_size, shape, generator=draw, device="cpu").to(
@@ -267,7 +267,7 @@ class Stepper:
         with weights_quantized(self.model):
             for inputs_BT, targets_BT in zip(inputs, targets, strict=True):
                 with self.autocast:
-                    loss = self.loss(self.model, inputs_BT, targets_BT)
+                    loss = self.loss(inputs_BT, targets_BT)
                 total += loss.detach() / len(inputs)
                 (loss / len(inputs)).backward()
         return total

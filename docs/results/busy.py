@@ -36,7 +36,6 @@ if start is not None:
     start()
 import torch
 from bitnet.linear import weights_quantized
-from bitnet.loss import next_token_loss
 from bitnet.model import ModelConfig, Transformer
 from bitnet.training.optim import OptimConfig, build_optimizer, clip_gradients
 threads, seconds = int(sys.argv[1]), float(sys.argv[2])
@@ -49,7 +48,7 @@ steps, begin = -1, 0.0
 while steps < 1 or time.perf_counter() - begin < seconds:
     tokens = torch.randint(4096, (4, 257))
     with weights_quantized(model):
-        next_token_loss(model, tokens[:, :-1], tokens[:, 1:]).backward()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
     clip_gradients(model.parameters(), 1.0)
     optimizers.step()
     optimizers.zero_grad()

@@ -297,7 +297,7 @@ def test_models_that_a_step_cannot_repeat() -> None:
         Decoder(model, 1, 8)
 
     class Other(Transformer):
-        def forward(self, tokens: Tensor, cache: Any = None) -> Tensor:
+        def forward(self, tokens: Tensor, targets: Any = None, cache: Any = None) -> Tensor:
             return tokens
 
     with pytest.raises(ValueError, match="model: expected a Transformer"):

@@ -23,7 +23,6 @@ from torch import Tensor
 import bitnet.model
 import bitnet.quant
 from bitnet.linear import weights_quantized
-from bitnet.loss import next_token_loss
 from bitnet.model import ModelConfig, Transformer
 from bitnet.training.optim import (
     OptimConfig,
@@ -73,7 +72,7 @@ def train(linear: Linear, steps: int = STEPS) -> list[float]:
         total = 0.0
         with weights_quantized(model):
             for part in tokens.split(4):
-                loss = next_token_loss(model, part[:, :-1], part[:, 1:]) / 2
+                loss = model(part[:, :-1], part[:, 1:]) / 2
                 loss.backward()
                 total += float(loss.detach())
         clip_gradients(model.parameters(), config.grad_clip)
