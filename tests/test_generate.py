@@ -2,6 +2,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from torch import Tensor
 
 from bitnet.data.tokenizer import Tokenizer, train_tokenizer
 from bitnet.engine.decoder import Decoder
+from bitnet.engine.engine import Engine
+from bitnet.engine.request import SamplingFields, SamplingParams
+from bitnet.engine.sampling import next_token_probabilities
+from bitnet.engine.text import TextStream
 from bitnet.export.folder import save_model
-from bitnet.generate import TextStream, encode_prompt, generate, next_token_probabilities
+from bitnet.generate import encode_prompt, generate
 from bitnet.linear import pack
 from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError
@@ -118,6 +123,22 @@ def test_seed_decides_and_the_global_generator_is_left_alone() -> None:
     torch.manual_seed(99)
     assert generate(model, PROMPTS, 20, temperature=1.0, seed=3) == first
     assert generate(model, PROMPTS, 20, temperature=1.0, seed=4) != first
+
+
+def test_params_and_keywords_say_the_same() -> None:
+    """A keyword replaces a field of the params; a name that is no field is an error."""
+    model = small_model()
+    params = SamplingParams(temperature=1.0, top_k=20, top_p=0.95, seed=3)
+    expected = generate(model, PROMPTS, 20, temperature=1.0, top_k=20, top_p=0.95, seed=3)
+    assert generate(model, PROMPTS, 20, params) == expected
+    assert generate(model, PROMPTS, 20, replace(params, seed=9), seed=3) == expected
+    engine = Engine(model, max_batch=4)
+    assert engine.generate(PROMPTS, 20, params) == expected
+    assert list(engine.stream(PROMPTS[0], 20, params)) == expected[0]
+    assert set(SamplingFields.__annotations__) == {field.name for field in fields(SamplingParams)}
+    for call in (engine.generate, engine.stream):
+        with pytest.raises(TypeError, match="temprature"):
+            call([[1]], 2, temprature=1.0)  # type: ignore[arg-type, operator]
 
 
 def test_training_mode_is_restored() -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bitnet.engine.cuda import Graphs
+from bitnet.engine.cuda import CudaRunner
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.engine import Engine
 from bitnet.engine.state import State
@@ -73,22 +73,22 @@ def model_on(device: torch.device, setup: Setup = SETUPS["ternary"]) -> Transfor
     return as_transformer(pack(model, kernel="reference"))
 
 
-def graphs_of(model: Transformer, setup: Setup) -> Graphs:
+def runner_of(model: Transformer, setup: Setup) -> CudaRunner:
     """Eight rows in four buckets."""
-    plan = ModelWeights.of(model, packed=True)
+    weights = ModelWeights.of(model, packed=True)
     if setup.head != "float":
-        plan = replace(plan, head=quantized_head(plan.head, setup.head))  # type: ignore[arg-type]
-    state = State.empty(model.config, 8, MAX_LEN, setup.cache, plan.embedding.device)
-    return Graphs(model.config, plan, state, (1, 2, 4, 8), "auto")
+        weights = replace(weights, head=quantized_head(weights.head, setup.head))  # type: ignore[arg-type]
+    state = State.empty(model.config, 8, MAX_LEN, setup.cache, weights.embedding.device)
+    return CudaRunner(model.config, weights, state, (1, 2, 4, 8), "auto")
 
 
-def advance(graphs: Graphs, batch: int, captured: bool) -> None:
+def advance(runner: CudaRunner, batch: int, captured: bool) -> None:
     """A step; ``captured`` on a GPU."""
-    if captured and graphs.batch.device.type == "cuda":
-        graphs.step(batch)
+    if captured and runner.batch.device.type == "cuda":
+        runner.step(batch)
         return
-    graphs.batch.fill_(batch)
-    graphs.step_body(next(bucket for bucket in graphs.buckets if bucket >= batch))
+    runner.batch.fill_(batch)
+    runner.step_body(next(bucket for bucket in runner.buckets if bucket >= batch))
 
 
 @pytest.fixture
@@ -105,12 +105,12 @@ def test_captured_steps_are_those_that_are_not(device: torch.device, name: str) 
     model, runs = model_on(device, SETUPS[name]), []
     prompts = make_prompts([50, 3, 1, 17, 9, 20, 2, 33])
     for captured in (True, False):
-        graphs = graphs_of(model, SETUPS[name])
-        prefill(graphs, prompts, 24)
-        kept, state = [], graphs.state
+        runner = runner_of(model, SETUPS[name])
+        prefill(runner, prompts, 24)
+        kept, state = [], runner.state
         for i, batch in enumerate([1, 3, 8, 8, 1, 3, 2, 8] * size(1, 6)):
             state.active[1] = i < 5
-            advance(graphs, batch, captured)
+            advance(runner, batch, captured)
             kept += [state.logits.clone(), state.tokens.clone(), state.lengths.clone()]
         runs.append([*kept, state.kv, *([] if state.scale is None else [state.scale])])
         assert state.logits.isfinite().all()
@@ -124,18 +124,18 @@ def test_a_steps_logits_are_near_the_models(device: torch.device, name: str) -> 
     """Three rows in a bucket of four, fed the same tokens as the plain modules, which run the whole
     sequence at once."""
     setup = SETUPS[name]
-    model, graphs = model_on(device, setup), graphs_of(model_on(device, setup), setup)
+    model, runner = model_on(device, setup), runner_of(model_on(device, setup), setup)
     prompts, steps = make_prompts([3, 50, 9]), 16
     fed = torch.randint(61, (3, steps))
-    prefill(graphs, prompts, 24)
+    prefill(runner, prompts, 24)
     kept = []
     for step in range(steps):
-        graphs.state.tokens[:3].copy_(fed[:, step])
-        advance(graphs, 3, captured=True)
-        kept.append(graphs.state.logits[:3].clone())
-    assert graphs.state.lengths.tolist() == [3 + steps, 50 + steps, 9 + steps, 0, 0, 0, 0, 0]
-    assert not graphs.state.logits[3:].any()  # computed, and not kept
-    assert not graphs.state.kv[:, :, 3:].any()
+        runner.state.tokens[:3].copy_(fed[:, step])
+        advance(runner, 3, captured=True)
+        kept.append(runner.state.logits[:3].clone())
+    assert runner.state.lengths.tolist() == [3 + steps, 50 + steps, 9 + steps, 0, 0, 0, 0, 0]
+    assert not runner.state.logits[3:].any()  # computed, and not kept
+    assert not runner.state.kv[:, :, 3:].any()
     for row, prompt in enumerate(prompts):
         ids = torch.tensor([prompt + fed[row].tolist()], device=device)
         want = model(ids)[0, len(prompt) :].float()

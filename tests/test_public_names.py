@@ -7,7 +7,6 @@ import pytest
 
 import bitnet
 
-
 HOMES = {
     "BitLinear": "bitnet.bitlinear",
     "Coverage": "bitnet.inventory",

@@ -15,7 +15,6 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
-from bitnet import generate as generation
 from bitnet.cli.bench import app as bench_app
 from bitnet.cli.common import Device, Folder, is_file, load_for_inference, read_text, split_args
 from bitnet.cli.convert import convert_command
@@ -27,9 +26,12 @@ from bitnet.config import load_config
 from bitnet.data.loader import SplitName, TokenDataset, sequential_windows
 from bitnet.data.prepare import prepare
 from bitnet.engine.decoder import CacheDtype, HeadDtype
+from bitnet.engine.engine import Engine
+from bitnet.engine.request import SamplingParams
 from bitnet.evaluate import compressor_baselines, evaluate_text, evaluate_windows
 from bitnet.export.folder import CONFIG, load, read_config, save_model, sizes
 from bitnet.export.proof import prove
+from bitnet.generate import encode_prompt, size_for
 from bitnet.linear import BitLinear, Kernel, pack
 from bitnet.model import Transformer, as_transformer
 from bitnet.progress import Reports, plain_console, reporting
@@ -160,9 +162,7 @@ def pack_command(
     if not (trained or config.quant.enabled):
         raise UserError(f"{folder}: is full precision; bitnet ptq, or training, makes integers")
     prompts = prompt or ["", "The ", "def __init__(self"]
-    ids = [
-        generation.encode_prompt(tokenizer, text)[: model.config.max_seq_len] for text in prompts
-    ]
+    ids = [encode_prompt(tokenizer, text)[: model.config.max_seq_len] for text in prompts]
     room = model.config.max_seq_len - max(len(row) for row in ids)
     packed = copy.deepcopy(model)
     if trained:
@@ -231,7 +231,7 @@ def generate_command(
     model, tokenizer = load_for_inference(folder, device, kernel)
     if model.norm.weight.is_cuda and not read_config(folder).quant.enabled:
         model = packed_bf16(model, kernel)
-    prompts = [generation.encode_prompt(tokenizer, text) for text in prompt or [""]]
+    prompts = [encode_prompt(tokenizer, text) for text in prompt or [""]]
     texts = [""] * len(prompts)
     begun = False
 
@@ -251,24 +251,14 @@ def generate_command(
             begin()
             write(text)
 
-    engine = generation.sized_engine(
-        model, prompts, max_new_tokens, tokenizer, cache_dtype=kv, head=head, kernel=kernel
-    )
+    size = size_for(model, prompts, max_new_tokens)
+    engine = Engine(model, tokenizer, **size, cache_dtype=kv, head=head, kernel=kernel)
+    params = SamplingParams(temperature, top_k, top_p, seed, tokenizer.eos_ids, stop=stop or ())
     interrupted = False
     several = reporting(f"generating {len(prompts)} texts") if len(prompts) > 1 else nullcontext()
     try:
         with several:
-            engine.generate(
-                prompts,
-                max_new_tokens,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                seed=seed,
-                eos_id=tokenizer.eos_ids,
-                stop=stop or (),
-                on_text=on_text,
-            )
+            engine.generate(prompts, max_new_tokens, params, on_text=on_text)
     except KeyboardInterrupt:
         interrupted = True
     if len(prompts) == 1:

@@ -55,17 +55,19 @@ class _Piece(NamedTuple):
     n: int
 
 
-class Tapes(Workspace):
+class CpuRunner(Workspace):
     """The steps and prefills of a model on CPU.
 
     Arguments:
-        plan: of the model, ternary weights unpacked. state: its rows. chunk: most tokens of a
+        weights: of the model, ternary weights unpacked. state: its rows. chunk: most tokens of a
         prefill.
     """
 
-    def __init__(self, config: ModelConfig, plan: ModelWeights, state: State, chunk: int) -> None:
-        super().__init__(config, plan, state, chunk)
-        self.config, self.plan, self.state = config, plan, state
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, state: State, chunk: int
+    ) -> None:
+        super().__init__(config, weights, state, chunk)
+        self.config, self.weights, self.state = config, weights, state
         self._steps: dict[int, tuple[int, _Calls]] = {}
 
     # What runs
@@ -223,13 +225,13 @@ class Tapes(Workspace):
 
     def _embedded(self, calls: _Calls, tokens: Tensor) -> Tensor:
         x = self.x(tokens.shape[0], self.config.d_model)
-        calls.add(torch.index_select, self.plan.embedding, 0, tokens, out=x)
+        calls.add(torch.index_select, self.weights.embedding, 0, tokens, out=x)
         return x
 
     def _layers(
         self, calls: _Calls, x: Tensor, cos: Tensor, sin: Tensor, attention: _Attention
     ) -> None:
-        for i, layer in enumerate(self.plan.layers):
+        for i, layer in enumerate(self.weights.layers):
             self._block(calls, i, layer, x, cos, sin, attention)
 
     def _block(
@@ -265,10 +267,10 @@ class Tapes(Workspace):
 
     def _head(self, calls: _Calls, x: Tensor, rows: slice) -> None:
         """Logits of ``x`` ``[B, D]``, and what follows from them, for these rows."""
-        state, head = self.state, self.plan.head
+        state, head = self.state, self.weights.head
         logits, chosen = state.logits[rows], state.chosen[rows]
         b = x.shape[0]
-        y = self._normed(calls, x, self.plan.norm)
+        y = self._normed(calls, x, self.weights.norm)
         if isinstance(head, Dense) and head.weight.dtype != self.dtype:
             calls.add((cast := self.head_in(*y.shape)).copy_, y)
             y = cast

@@ -43,23 +43,24 @@ _Input = Tensor | tuple[Tensor, Tensor, Tensor]
 """What a matrix reads: float, or for a ternary one codes, scales and row sums."""
 
 
-class Graphs:
+class CudaRunner:
     """The steps and prefills of a model on a GPU.
 
     Arguments:
-        plan: of the model, ternary weights packed. state: its rows. buckets: ascending batch sizes,
-        up to the state's rows. kernel: of :func:`bitnet_kernels.quantized_linear`.
+        weights: the model's, ternary ones packed. state: the rows.
+        buckets: ascending batch sizes, up to the number of rows.
+        kernel: see :func:`bitnet_kernels.quantized_linear`.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        plan: ModelWeights,
+        weights: ModelWeights,
         state: State,
         buckets: tuple[int, ...],
         kernel: Kernel,
     ) -> None:
-        self.config, self.plan, self.state = config, plan, state
+        self.config, self.weights, self.state = config, weights, state
         self.buckets, self.kernel = buckets, kernel
         self.batch = torch.zeros((), dtype=torch.int32, device=state.tokens.device)
         self._rows = torch.arange(
@@ -85,7 +86,7 @@ class Graphs:
             self._advance(tokens.to(device), counts, counts > 0)
 
     def workspace(self) -> list[Tensor]:
-        """Buffers that are neither the plan's nor the state's."""
+        """All buffers besides weights and state."""
         return [self.batch, self._rows]
 
     def _capture(self, bucket: int) -> torch.cuda.CUDAGraph:
@@ -105,9 +106,9 @@ class Graphs:
         return graph
 
     def held(self) -> list[object]:
-        """What a capture reads and the plan does not own: codes that ``weights_quantized`` holds,
-        for a while, for layers inside of other modules."""
-        layers = (layer for module in self.plan.modules() for layer in module.modules())
+        """Codes that a capture reads and ``ModelWeights`` does not own: those that
+        ``weights_quantized`` holds for a while, for layers inside other modules."""
+        layers = (layer for module in self.weights.modules() for layer in module.modules())
         codes = (layer._cached_codes for layer in layers if isinstance(layer, BitLinear))
         return [one for one in codes if one is not None]
 
@@ -137,9 +138,9 @@ class Graphs:
 
     def _logits(self, tokens: Tensor, n_valid: Tensor) -> Tensor:
         """fp32 ``[B, V]`` after the last valid token of each row."""
-        x = F.embedding(tokens, self.plan.embedding)
+        x = F.embedding(tokens, self.weights.embedding)
         added: Tensor | None = None  # what the residual stream has yet to take in
-        for i, layer in enumerate(self.plan.layers):
+        for i, layer in enumerate(self.weights.layers):
             x, read = self._enter(x, added, layer.input_norm, layer.qkv)
             added = self._attention(i, layer, self._product(layer.qkv, read, x.dtype), n_valid)
             x, read = self._enter(x, added, layer.mlp_norm, layer.gate_up)
@@ -148,7 +149,7 @@ class Graphs:
             x = x + added
         last = (n_valid.long() - 1).clamp(min=0)
         x = x[self._rows[: x.shape[0]], last]
-        return self._head(_rms(x, self.plan.norm))
+        return self._head(_rms(x, self.weights.norm))
 
     def _attention(self, i: int, layer: LayerWeights, qkv: Tensor, n_valid: Tensor) -> Tensor:
         """``[B, T, (H + 2G) E]`` -> ``[B, T, D]``."""
@@ -208,7 +209,7 @@ class Graphs:
 
     def _head(self, x: Tensor) -> Tensor:
         """Normed ``[B, D]`` -> fp32 logits ``[B, V]``."""
-        head = self.plan.head
+        head = self.weights.head
         if isinstance(head, Int8):
             codes, scale = absmax_int8(x)
             acc = any_int8_matmul(codes, head.weight)

@@ -22,8 +22,8 @@ from typing import Literal, NoReturn, SupportsIndex, get_args
 import torch
 from torch import Tensor
 
-from bitnet.engine.cpu import Tapes
-from bitnet.engine.cuda import Graphs
+from bitnet.engine.cpu import CpuRunner
+from bitnet.engine.cuda import CudaRunner
 from bitnet.engine.state import State
 from bitnet.engine.weights import (
     Dense,
@@ -120,28 +120,30 @@ class Decoder:
         self, model: Transformer, cache_dtype: CacheDtype, head: HeadDtype, kernel: Kernel
     ) -> None:
         config, on_cpu = model.config, self.device.type == "cpu"
-        plan = ModelWeights.of(model, packed=not on_cpu, planes=kernel == "addsub" and not on_cpu)
-        if head == "auto" and not on_cpu and isinstance(plan.head, Dense):
+        weights = ModelWeights.of(
+            model, packed=not on_cpu, planes=kernel == "addsub" and not on_cpu
+        )
+        if head == "auto" and not on_cpu and isinstance(weights.head, Dense):
             head = "bf16"
         if head == "bf16" or head == "int8":
-            plan = replace(plan, head=quantized_head(plan.head, head))
+            weights = replace(weights, head=quantized_head(weights.head, head))
         cache = {
-            "auto": plan.embedding.dtype if on_cpu else torch.bfloat16,
+            "auto": weights.embedding.dtype if on_cpu else torch.bfloat16,
             "fp32": torch.float32,
             "bf16": torch.bfloat16,
             "int8": torch.int8,
         }[cache_dtype]
-        self._plan = plan
-        self.modules = plan.modules()
-        self._versions = Versions(model, plan)
+        self._weights = weights
+        self.modules = weights.modules()
+        self._versions = Versions(model, weights)
         self._state = state = State.empty(config, self.max_batch, self.max_len, cache, self.device)
         self.tokens, self.lengths, self.active = state.tokens, state.lengths, state.active
         self.logits, self.chosen = state.logits, state.chosen
-        self._runner: Tapes | Graphs
+        self._runner: CpuRunner | CudaRunner
         if on_cpu:
-            self._runner = Tapes(config, plan, state, self.chunk)
+            self._runner = CpuRunner(config, weights, state, self.chunk)
         else:
-            self._runner = Graphs(config, plan, state, self.buckets, kernel)
+            self._runner = CudaRunner(config, weights, state, self.buckets, kernel)
 
     @torch.inference_mode()
     def step(self, batch: int) -> None:
@@ -236,11 +238,11 @@ class Decoder:
         """Bytes of ``weights`` (the layers' matrices and norms), ``head``, ``embedding``, ``cache``
         (keys, values and their scales) and ``workspace`` (all else; on CUDA without the graphs'
         pool). Memory that two share counts once: a head tied to the embedding is 0."""
-        plan, state = self._plan, self._state
+        weights, state = self._weights, self._state
         parts = {
-            "embedding": [plan.embedding],
-            "head": tensors_of(plan.head),
-            "weights": plan.tensors(),  # in which the two above are not counted again
+            "embedding": [weights.embedding],
+            "head": tensors_of(weights.head),
+            "weights": weights.tensors(),  # in which the two above are not counted again
             "cache": [state.kv] if state.scale is None else [state.kv, state.scale],
             "workspace": [
                 *state.others(),

@@ -130,15 +130,17 @@ class Workspace:
     M tokens at most, K inputs of the widest matrix. Uses of a buffer follow one another.
     """
 
-    def __init__(self, config: ModelConfig, plan: ModelWeights, state: State, chunk: int) -> None:
-        self.dtype = dtype = plan.embedding.dtype
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, state: State, chunk: int
+    ) -> None:
+        self.dtype = dtype = weights.embedding.dtype
         rows, columns = state.tokens.shape[0], state.kv.shape[4]
         h, g, e = config.n_heads, config.n_kv_heads, config.head_dim
         self.most = m = max(rows, chunk)  # tokens at a time
         d, f, v = config.d_model, config.d_ff, config.vocab_size
         inner, outer = max(d, f), m * max((h + 2 * g) * e, 2 * f)
         head = rows * v
-        quantized_head = isinstance(plan.head, Ternary | Int8)
+        quantized_head = isinstance(weights.head, Ternary | Int8)
         self.x = Scratch(m * d, dtype)  # the residual stream
         self.y = Scratch(m * inner, dtype)  # what a matrix reads
         self.z = Scratch(outer, dtype)  # what a matrix gives
@@ -159,9 +161,9 @@ class Workspace:
         other = state.kv.dtype != torch.float32
         self.stored = Scratch(m * 2 * g * e if other else 0, state.kv.dtype)
         self.widened = Scratch(2 * g * columns * e if other else 0)
-        cast = isinstance(plan.head, Dense) and plan.head.weight.dtype != dtype
-        low_head = isinstance(plan.head, Dense) and plan.head.weight.dtype != torch.float32
-        head_dtype = plan.head.weight.dtype if isinstance(plan.head, Dense) else dtype
+        cast = isinstance(weights.head, Dense) and weights.head.weight.dtype != dtype
+        low_head = isinstance(weights.head, Dense) and weights.head.weight.dtype != torch.float32
+        head_dtype = weights.head.weight.dtype if isinstance(weights.head, Dense) else dtype
         self.head_in = Scratch(rows * d if cast else 0, head_dtype)
         self.head_out = Scratch(head if low_head else 0, head_dtype)
         self.columns = torch.zeros(rows, dtype=torch.int64, device="cpu")
@@ -179,7 +181,7 @@ class Workspace:
         self._constants: dict[float, Tensor] = {}
 
     def workspace(self) -> list[Tensor]:
-        """All buffers that are not the plan's or the state's."""
+        """All buffers besides weights and state."""
         values = [*vars(self).values(), *self._constants.values()]
         tensors = [value for value in values if isinstance(value, Tensor)]
         return tensors + [value.buffer for value in values if isinstance(value, Scratch)]

@@ -16,12 +16,6 @@ _WINDOW = 16
 """Tokens that are decoded again with each new one, at most; more where they end in no character."""
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A text as a prompt: the end-of-document token, which stands before every document in
-    training, then the text's tokens (none for "")."""
-    return [tokenizer.eos_id, *tokenizer.encode(text)]
-
-
 class TextStream:
     """The text of a prompt's continuation, piece by piece.
 

@@ -176,22 +176,22 @@ class Versions:
     of each tensor, but for those past autograd (``weight.data``), of tensors made in inference
     mode, and by fused optimizers. A step of these shows in the vectors, of which copies are kept.
 
-    A plan holds some of a model's weights and copies of others, so that after a change it is
-    neither the old model nor the new. The weights that were copied are watched by weak references:
-    they may be dropped.
+    :class:`ModelWeights` shares some of a model's tensors and copies others, so after a change it
+    is neither the old model nor the new. The copied ones are watched by weak references: the model
+    may be dropped.
     """
 
-    def __init__(self, model: nn.Module, plan: ModelWeights) -> None:
+    def __init__(self, model: nn.Module, weights: ModelWeights) -> None:
         # A module's buffers may be what it counts in every call.
-        free = {id(buffer) for module in plan.modules() for buffer in module.buffers()}
+        free = {id(buffer) for module in weights.modules() for buffer in module.buffers()}
         packed = [module for module in model.modules() if isinstance(module, TernaryLinear)]
-        weights = [*model.parameters(), *(t for module in packed for t in module.buffers())]
+        originals = [*model.parameters(), *(t for module in packed for t in module.buffers())]
         self._watched = [
             (tensor, tensor._version)
-            for tensor in plan.tensors()
+            for tensor in weights.tensors()
             if id(tensor) not in free and not tensor.is_inference()
         ]
-        self._copied = [(weakref.ref(t), t._version) for t in weights if not t.is_inference()]
+        self._copied = [(weakref.ref(t), t._version) for t in originals if not t.is_inference()]
         self._vectors = [
             (weakref.ref(p), p.detach().clone()) for p in model.parameters() if p.dim() == 1
         ]

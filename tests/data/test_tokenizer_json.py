@@ -19,7 +19,7 @@ from bitnet.data.tokenizer_json import (
     tokenizer_path,
     with_eos,
 )
-from bitnet.generate import TextStream
+from bitnet.engine.text import TextStream
 from bitnet.schema import UserError
 
 pytest.importorskip("tokenizers")

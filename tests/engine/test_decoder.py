@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitnet.engine.cuda import Graphs
+from bitnet.engine.cuda import CudaRunner
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.state import State
 from bitnet.engine.weights import ModelWeights, Modules
@@ -161,13 +161,13 @@ def test_modules_hold_their_own_codes(variant: str) -> None:
     adapter = torch.nn.Sequential(model.layers[0].mlp.down_proj)
     model.layers[0].mlp.down_proj = adapter  # type: ignore[assignment]
     assert adapter in Decoder(model, 1, 8).modules
-    plan, state = (
+    weights, state = (
         ModelWeights.of(model, packed=True),
         State.empty(model.config, 1, 8, torch.float32, torch.device("cpu")),
     )
-    graphs = Graphs(model.config, plan, state, (1,), "auto")
+    runner = CudaRunner(model.config, weights, state, (1,), "auto")
     with weights_quantized(model):
-        assert graphs.held() == [adapter[0]._cached_codes]
+        assert runner.held() == [adapter[0]._cached_codes]
 
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head", "norm", "layers.0.mlp.up_proj"])
@@ -207,14 +207,14 @@ def test_a_prefill_reads_its_matrices_once_for_several_rows() -> None:
     """As long as its tokens fit the chunk; a row with none of them parts two runs."""
     decoder = Decoder(packed_model(), 6, CONTEXT, chunk=16)
     runs: list[list[int]] = []
-    tapes: Any = decoder._runner
-    chunk = tapes._chunk
+    runner: Any = decoder._runner
+    chunk = runner._chunk
 
     def recorded(tokens: Tensor, pieces: Any) -> Any:
         runs.append([piece.row for piece in pieces])
         return chunk(tokens, pieces)
 
-    tapes._chunk = recorded
+    runner._chunk = recorded
     tokens = torch.randint(VOCAB, (6, 8), generator=torch.Generator().manual_seed(0))
     counts = [8, 3, 5, 2, 0, 8]
     decoder.prefill(tokens, counts)
@@ -248,7 +248,7 @@ def test_hooks_of_a_layer_are_called(linear: str) -> None:
     decoder = Decoder(model, 1, 8)
     decoder.tokens.fill_(5)
     decoder.step(1)
-    assert isinstance(decoder._plan.layers[1].gate_up, Modules)
+    assert isinstance(decoder._weights.layers[1].gate_up, Modules)
     assert torch.equal(decoder.logits[0], expected)
 
 

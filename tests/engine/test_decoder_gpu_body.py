@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bitnet.engine.cuda import Graphs
+from bitnet.engine.cuda import CudaRunner
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.state import State
 from bitnet.engine.weights import ModelWeights, quantized_head
@@ -22,13 +22,13 @@ def test_the_gpu_body_gives_the_same(variant: str, cache: torch.dtype) -> None:
     model = packed_model(**VARIANTS[variant])
     decoder = Decoder(model, 4, CONTEXT, cache_dtype="fp32" if cache != torch.int8 else "int8")
     state = State.empty(model.config, 4, CONTEXT, cache, torch.device("cpu"))
-    graphs = Graphs(model.config, ModelWeights.of(model, packed=True), state, (4,), "auto")
+    runner = CudaRunner(model.config, ModelWeights.of(model, packed=True), state, (4,), "auto")
     prompts = make_prompts([3, 20, 9])
     errors = []
     with torch.inference_mode():
-        for runner in (decoder, graphs):
-            prefill(runner, prompts, 8)
-        graphs.batch.fill_(3)
+        for either in (decoder, runner):
+            prefill(either, prompts, 8)
+        runner.batch.fill_(3)
         for step in range(12):
             assert state.lengths.tolist() == decoder.lengths.tolist()
             assert state.chosen[:3].tolist() == state.logits[:3].argmax(-1).tolist()
@@ -38,7 +38,7 @@ def test_the_gpu_body_gives_the_same(variant: str, cache: torch.dtype) -> None:
             state.active[0] = decoder.active[0] = int(step < 6)
             state.tokens.copy_(decoder.tokens)  # the same inputs, should a choice differ
             decoder.step(3)
-            graphs.step_body(4)
+            runner.step_body(4)
     assert state.lengths.tolist() == [9, 32, 21, 0]
     assert state.logits[3].count_nonzero() == 0
     # The norms round in another order, which now and then moves an int8 code by one: 1 / 127 of one
@@ -47,29 +47,29 @@ def test_the_gpu_body_gives_the_same(variant: str, cache: torch.dtype) -> None:
     assert sorted(errors)[len(errors) // 2] < 1e-2
 
 
-def graphs_of(model: Transformer, max_len: int, head: str = "float") -> tuple[Graphs, State]:
+def runner_of(model: Transformer, max_len: int, head: str = "float") -> tuple[CudaRunner, State]:
     """Uncaptured, of two rows."""
-    plan = ModelWeights.of(model, packed=True)
+    weights = ModelWeights.of(model, packed=True)
     if head == "int8":
-        plan = replace(plan, head=quantized_head(plan.head, "int8"))
+        weights = replace(weights, head=quantized_head(weights.head, "int8"))
     state = State.empty(model.config, 2, max_len, torch.float32, torch.device("cpu"))
-    return Graphs(model.config, plan, state, (2,), "auto"), state
+    return CudaRunner(model.config, weights, state, (2,), "auto"), state
 
 
 @torch.inference_mode()
 def test_the_gpu_body_tells_a_damaged_row_and_stops_a_full_one() -> None:
     model = packed_model()
     model.embed_tokens.weight[7] = torch.nan
-    graphs, state = graphs_of(model, 4)
-    graphs.prefill(torch.tensor([[1, 7], [2, 3]]), [2, 2])
+    runner, state = runner_of(model, 4)
+    runner.prefill(torch.tensor([[1, 7], [2, 3]]), [2, 2])
     assert state.chosen.tolist() == [-1, int(state.logits[1].argmax())]
     assert state.tokens.tolist()[0] == 0
-    graphs.batch.fill_(2)
+    runner.batch.fill_(2)
     for _ in range(3):
-        graphs.step_body(2)
+        runner.step_body(2)
     assert state.lengths.tolist() == [4, 4]
     held = state.kv[:, :, 1, :, :4].clone()
-    graphs.step_body(2)
+    runner.step_body(2)
     assert torch.equal(state.kv[:, :, 1, :, :4], held)
 
 
@@ -79,8 +79,8 @@ def test_the_gpu_body_with_a_head_of_int8(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("bitnet.engine.weights.int_mm_takes_any_int8", lambda: True)
     model, logits = packed_model(), {}
     for head in ("float", "int8"):
-        graphs, state = graphs_of(model, 8, head)
-        graphs.prefill(torch.tensor([[1, 2], [3, 4]]), [2, 2])
+        runner, state = runner_of(model, 8, head)
+        runner.prefill(torch.tensor([[1, 2], [3, 4]]), [2, 2])
         logits[head] = state.logits
     error = (logits["int8"] - logits["float"]).norm() / logits["float"].norm()
     assert 0 < error < 0.03
@@ -88,7 +88,7 @@ def test_the_gpu_body_with_a_head_of_int8(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_gpu_body_with_bit_planes() -> None:
     model = packed_model()
-    plan = ModelWeights.of(model, packed=True, planes=True)
-    qkv: Any = plan.layers[0].qkv
+    weights = ModelWeights.of(model, packed=True, planes=True)
+    qkv: Any = weights.layers[0].qkv
     assert torch.equal(qkv.planes, bit_planes(qkv.weight))
     assert ModelWeights.of(model, packed=True).layers[0].qkv.planes is None  # type: ignore[union-attr]

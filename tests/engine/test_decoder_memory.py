@@ -113,7 +113,7 @@ def test_memory_is_all_that_a_decoder_keeps(variant: str, options: Any) -> None:
     kept = sum(n for pointer, n in new.items() if pointer not in shared | before.keys())
     aliased = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-        for t in decoder._plan.tensors()
+        for t in decoder._weights.tensors()
     }
     kept += sum(n for pointer, n in aliased.items() if pointer in shared)
     assert sum(decoder.memory().values()) == kept

@@ -114,12 +114,12 @@ def test_a_prefill_that_was_broken_off_leaves_nothing(cache_dtype: Any, truncate
     decoder, sound = (Decoder(model, 2, CONTEXT, cache_dtype=cache_dtype) for _ in range(2))
     for one in (decoder, sound):
         one.prefill(torch.tensor([[1, 2, 3], [4, 5, 6]]), [3, 3])
-    tapes: Any = decoder._runner
-    head = tapes._head
-    tapes._head = lambda calls, *_: calls.add(lambda: 1 / 0)
+    runner: Any = decoder._runner
+    head = runner._head
+    runner._head = lambda calls, *_: calls.add(lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         decoder.prefill(torch.tensor([[7, 7, 7, 7], [7, 7, 7, 7]]), [4, 3])
-    tapes._head = head
+    runner._head = head
     left = decoder._state.kv if decoder._state.scale is None else decoder._state.scale
     assert left[0, :, 0, :, 3:7].isnan().all()
     for one in (decoder, sound):

@@ -9,7 +9,8 @@ import pytest
 from bitnet.data.tokenizer import Tokenizer, train_tokenizer
 from bitnet.data.tokenizer_json import JsonTokenizer
 from bitnet.engine.engine import Engine
-from bitnet.engine.text import TextStream, encode_prompt
+from bitnet.engine.text import TextStream
+from bitnet.generate import encode_prompt
 from bitnet.model import ModelConfig, Transformer
 from tests.helpers.columns import Columns, columns
 

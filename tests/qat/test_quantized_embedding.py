@@ -103,10 +103,10 @@ def test_generate_save_load_and_convert(
 def test_the_decoder_reads_the_rows_that_the_embedding_gives() -> None:
     model = prepared(RECIPES["int4"], tied=True)
     codes, scale, _ = model.embed_tokens.quantize()  # type: ignore[operator]
-    rows = Decoder(model, 1, 8)._plan.embedding
+    rows = Decoder(model, 1, 8)._weights.embedding
     assert torch.equal(rows, codes.float() * scale[:, None])
     model.embed_tokens.lambda_w = 0.0  # type: ignore[assignment]
-    assert torch.equal(Decoder(model, 1, 8)._plan.embedding, model.embed_tokens.weight)
+    assert torch.equal(Decoder(model, 1, 8)._weights.embedding, model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize("name", ["int4", "head kept", "static", "weights only"])
