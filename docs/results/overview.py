@@ -60,7 +60,8 @@ def quality() -> Panel:
         return Bar(label, value, f"{value:.3f} ({min(runs):.3f} to {max(runs):.3f})", color)
 
     bars = (bar("full precision", "fp"), bar("ternary, packed", "ternary", OURS))
-    return Panel("Bits per byte on unseen files (lower is better)", "2.0M parameters, 0.8M tokens, 3 seeds", bars)
+    title = "Bits per byte on unseen files (lower is better)"
+    return Panel(title, "2.0M parameters, 0.8M tokens, 3 seeds", bars)
 
 
 def size() -> Panel:
