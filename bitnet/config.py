@@ -1,16 +1,16 @@
-"""One config from TOML files and `section.key=value`, strict, and what the dial computes from it.
+"""One config from TOML files and `section.key=value`, strict; `model.depth` gives the rest.
 
 Each section is a dataclass that lives with the code it configures (``optim`` in optim.py, ...); a
 value comes from its default, then the files in order, then the command line. A file may begin with
-``extends = "other.toml"`` (relative to itself), which is how the full-precision twins differ from
-their ternary originals by a few lines. An unknown key, a wrong type or a value out of range is an
+``extends = "other.toml"`` (relative to itself), which is how the full-precision baselines
+differ from their ternary originals by a few lines. An unknown key, a wrong type or a value out of range is an
 error that names the file, the key and the nearest valid name: a typo must never train a model.
 
 Zeros are then *resolved*: ``model.depth`` alone gives the shape (model.py) and, from the number of
 parameters N it implies, by these rules,
 
     learning rate   2.4e-3 * (140M / N)^0.29, at most 4e-3   TriLM's table (arXiv 2407.12327) to 5%
-                    a sixth of that for the full-precision twin (recipes: ternary wants 6-8 times)
+                    a sixth of that for the full-precision baseline (ternary takes 6 to 8 times)
                     a tenth of *that* for a saved full-precision model, which is to be bent, not
                     made anew (QAT takes 1/10 to 1/100), with [quant] or, its control, without
     batch           262,144 * sqrt(N / 50M) tokens, to a power of two in 16k .. 1M: 262k at 50M

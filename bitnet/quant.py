@@ -225,7 +225,7 @@ class _TernaryLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """quantization.md section 2: dx = dy @ W_hat, dW = dy.T @ x_hat, db = sum(dy)."""
+        """dx = dy @ W_hat, dW = dy.T @ x_hat, db = sum(dy); docs/quantization.md, "Backward"."""
         x_q, s_x, codes, gamma, transposed, weight = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         dx = dw = db = None

@@ -12,9 +12,10 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def test_every_number_of_the_walkthrough() -> None:
-    results = doctest.testfile(str(DOCS / "walkthrough.md"), module_relative=False)
-    assert results.attempted >= 20
+@pytest.mark.parametrize(("page", "examples"), [("walkthrough.md", 20), ("quantization.md", 5)])
+def test_every_number_of_an_example(page: str, examples: int) -> None:
+    results = doctest.testfile(str(DOCS / page), module_relative=False)
+    assert results.attempted >= examples
     assert results.failed == 0
 
 
@@ -29,6 +30,14 @@ def test_the_readme_shows_the_figures_of_the_csvs() -> None:
     for name, bars in (("quality", 2), ("training", 1), ("decoding", 2)):
         for bar in overview[name]().bars[-bars:]:
             assert f" {bar.shown.rstrip('x')} " in results
+
+
+def test_every_document_that_code_cites_exists() -> None:
+    root = DOCS.parent
+    code = [root / "train.py", *(root / "bitnet").rglob("*.py"), *(root / "kernels").rglob("*.py")]
+    for path in [*code, *(DOCS / "results").glob("*.py")]:
+        for name in re.findall(r"[\w/-]+\.md\b", path.read_text(encoding="utf-8")):
+            assert (root / name).is_file(), f"{path}: {name}"
 
 
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")

@@ -132,7 +132,7 @@ def test_forward_is_exact(shape: tuple[int, int, int], with_bias: bool) -> None:
 def test_gradients_are_the_formulas(
     granularity: Granularity, with_bias: bool, mask: Any, c: float
 ) -> None:
-    """quantization.md section 2 in float64: dx = dy @ W_hat, dW = dy.T @ x_hat, db = sum dy."""
+    """docs/quantization.md in float64: dx = dy @ W_hat, dW = dy.T @ x_hat, db = sum dy."""
     generator = torch.Generator().manual_seed(7)
     b, t, n, k, group_size = 2, 5, 11, 37, 16
     x = torch.randn(b, t, k, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -6,11 +6,11 @@ With codes ``x_q``, ``w_q`` and zero points ``z_x``, ``z_w`` (0 where symmetric)
         = sum_k x_q w_q  -  z_x sum_k w_q  -  z_w (sum_k x_q - K z_x)
     y   = ((acc.float() * s_x[m]) * s_w[n]) (+ bias[n])                fp32 in this order, one cast
 
-which is quantization.md's contract for ternary layers carried to any codes: since ``acc`` is
-exact, fake quantization in training and true integers in inference agree to the last bit, on every
-device. With group-wise scales each group of columns is rescaled on its own, and the terms are added
-in ascending order. A convolution is the same product on the patches of its input (im2col); padding
-adds the code of the real number 0, which is ``z_x``.
+This is the rule of ternary layers (docs/quantization.md) for any codes: since ``acc`` is exact, fake
+quantization in training and integers in inference agree to the last bit, on every device. With
+group-wise scales each group of columns is rescaled by itself, and the terms are added in ascending
+order. A convolution is the same product on the patches of its input (im2col); padding adds the code
+of the real number 0, which is ``z_x``.
 
 Shapes: M tokens, K in_features, N out_features, G groups of columns; B samples, C channels. For a
 convolution K = C / groups * kernel_height * kernel_width, and M = B * output_height * output_width.
