@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 QUICK := runs/quickstart/model
+# Each core gets a block of neighbouring tests; one that is done takes half of what another has left.
+SPREAD := -n auto --dist worksteal
 
 .PHONY: help quickstart test slow test-machines gpu lint types format clean
 
@@ -28,10 +30,10 @@ quickstart: $(RUN)  ## train a small ternary model on a CPU in minutes, pack it,
 	$(BIN)/bitnet generate $(QUICK)-packed --prompt "    def __init__(self" --max-new-tokens 100
 
 test: $(DEV)  ## run the tests (about 7 minutes on 2 cores)
-	$(BIN)/pytest -n auto --dist loadfile
+	$(BIN)/pytest $(SPREAD)
 
 slow: $(DEV)  ## run the tests that take minutes
-	$(BIN)/pytest -n auto --dist loadfile -m slow
+	$(BIN)/pytest $(SPREAD) -m slow
 
 gpu:  ## check and measure everything on a GPU; MINUTES=12, OUT= and WHEELS= folders (docs/gpu.md)
 	@set -- bitnet/bench/gpu.py --minutes "$(MINUTES)" $(if $(OUT),--out "$(OUT)") \

@@ -1,4 +1,4 @@
-"""What every test can count on: the same seeds and threads, no network, no accounts.
+"""Give every test the same seeds and threads, no network and no accounts.
 
 The environment is set here, before torch, Triton or a tracker is imported, and holds for child
 processes too.
@@ -33,14 +33,6 @@ import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # run Triton's kernels on the CPU
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_configure(config: pytest.Config) -> None:
-    """A worker that crashes is not replaced. With --dist loadfile the new one would wait for ever
-    for the old one's tests; so the run fails, names the test that crashed, and ends."""
-    if config.pluginmanager.hasplugin("xdist"):
-        config.option.maxworkerrestart = "0"
 
 
 @pytest.fixture(autouse=True)
@@ -102,8 +94,8 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def bitnet(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
-    """Runs a line of the bitnet command in this process, as its words; returns exit code, stdout
-    and stderr."""
+    """Runs the bitnet command with these words in this process; returns exit code, stdout and
+    stderr."""
     from bitnet.cli import main as cli  # here, since not every test needs it
 
     def run(*args: str | Path) -> tuple[int, str, str]:
