@@ -2,9 +2,9 @@
 
 Each section is a dataclass that lives with the code it configures (``optim`` in optim.py, ...); a
 value comes from its default, then the files in order, then the command line. A file may begin with
-``extends = "other.toml"`` (relative to itself), which is how the full-precision baselines
-differ from their ternary originals by a few lines. An unknown key, a wrong type or a value out of range is an
-error that names the file, the key and the nearest valid name: a typo must never train a model.
+``extends = "other.toml"`` (relative to itself): so the full-precision baselines name only the few
+keys that differ. An unknown key, a wrong type or a value out of range is an error that names the
+file, the key and the nearest valid name: a typo must never train a model.
 
 Zeros are then *resolved*: ``model.depth`` alone gives the shape (model.py) and, from the number of
 parameters N it implies, by these rules,

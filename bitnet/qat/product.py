@@ -6,8 +6,8 @@ With codes ``x_q``, ``w_q`` and zero points ``z_x``, ``z_w`` (0 where symmetric)
         = sum_k x_q w_q  -  z_x sum_k w_q  -  z_w (sum_k x_q - K z_x)
     y   = ((acc.float() * s_x[m]) * s_w[n]) (+ bias[n])                fp32 in this order, one cast
 
-This is the rule of ternary layers (docs/quantization.md) for any codes: since ``acc`` is exact, fake
-quantization in training and integers in inference agree to the last bit, on every device. With
+This is the rule of ternary layers (docs/quantization.md) for any codes: since ``acc`` is exact,
+fake quantization in training and integers in inference agree to the last bit, on every device. With
 group-wise scales each group of columns is rescaled by itself, and the terms are added in ascending
 order. A convolution is the same product on the patches of its input (im2col); padding adds the code
 of the real number 0, which is ``z_x``.
