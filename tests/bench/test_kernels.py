@@ -18,6 +18,7 @@ from bitnet.config import load_config
 from bitnet_kernels import ternary_matmul
 from bitnet_kernels.bench import contenders as contending
 from bitnet_kernels.bench import machine, run, shapes, timing, verify
+from tests.helpers.kernel_bench import wrong_by_one
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -155,20 +156,6 @@ def test_the_oracle_knows_right_from_wrong(monkeypatch: pytest.MonkeyPatch, budg
     other = ternary_matmul(p.x_q, p.packed.flip(0))
     with pytest.raises(verify.Inexact, match="wrong accumulators"):
         verify.check_accumulators(other, p.x_q, p, "sad")
-
-
-def wrong_by_one(at: str, calls_until_wrong: int = 0) -> Callable[..., Tensor]:
-    """An op of the package that errs in one output, from some call on."""
-    right = getattr(contending, at)
-    count = itertools.count()
-
-    def op(*args: Any, **kwargs: Any) -> Tensor:
-        y = right(*args, **kwargs).clone()
-        if next(count) >= calls_until_wrong:
-            y.view(-1)[-1] += 1
-        return y
-
-    return op
 
 
 @pytest.mark.parametrize("at", ["ternary_matmul", "ternary_linear"])

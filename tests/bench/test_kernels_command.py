@@ -8,16 +8,15 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
-from torch import Tensor
 
 from bitnet.cli import bench as cli_bench
 from bitnet_kernels.bench import contenders as contending
 from bitnet_kernels.bench import estimate, machine, report, rows, run, timing
 from bitnet_kernels.bench.rows import Row
 from bitnet_kernels.dispatch import FORMULATIONS
+from tests.helpers.kernel_bench import wrong_by_one
 
 Bitnet = Callable[..., tuple[int, str, str]]
 
@@ -26,20 +25,6 @@ Bitnet = Callable[..., tuple[int, str, str]]
 def bitnet(bitnet: Bitnet) -> Bitnet:
     """Runs ``bitnet bench ...``; returns exit code, stdout and stderr."""
     return partial(bitnet, "bench")
-
-
-def wrong_by_one(at: str, calls_until_wrong: int = 0) -> Callable[..., Tensor]:
-    """An op of the package that errs in one output, from some call on."""
-    right = getattr(contending, at)
-    count = itertools.count()
-
-    def op(*args: Any, **kwargs: Any) -> Tensor:
-        y = right(*args, **kwargs).clone()
-        if next(count) >= calls_until_wrong:
-            y.view(-1)[-1] += 1
-        return y
-
-    return op
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from bitnet.data.tokenizer_json import (
 )
 from bitnet.engine.text import TextStream
 from bitnet.schema import UserError
+from tests.helpers.tokenizer_file import byte_pairs
 
 pytest.importorskip("tokenizers")
 TEXT = "to be or not to be, that is the question: whether 'tis nobler — naïve café\n"
@@ -42,22 +43,7 @@ HOSTILE = [
 
 @cache
 def made(*added: str) -> bytes:
-    """A tokenizer.json like SmolLM2's, with ordinary ``added`` tokens."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Backend
-
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([TEXT] * 20, trainer)
-    backend.add_tokens([AddedToken(content, special=False) for content in added])
-    return backend.to_str().encode()
+    return byte_pairs(TEXT, *added)
 
 
 def changed(**entries: Any) -> bytes:

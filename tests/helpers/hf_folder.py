@@ -1,5 +1,7 @@
 """Folders as transformers saves them, of a small random Llama. Not a test module."""
 
+import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -7,25 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.tokenizer_file import byte_pairs
+
 transformers = pytest.importorskip("transformers")
 TEXT = "to be or not to be, that is the question: whether 'tis nobler — naïve café\n"
 
 
 @cache
 def tokenizer_json() -> bytes:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([TEXT] * 20, trainer)
-    return backend.to_str().encode()
+    return byte_pairs(TEXT)
 
 
 def llama(**changes: Any) -> Any:
@@ -56,3 +48,10 @@ def write(model: Any, folder: Path, tokenizer: bytes = b"") -> Path:
     model.save_pretrained(folder)
     (folder / "tokenizer.json").write_bytes(tokenizer or tokenizer_json())
     return folder
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
