@@ -1,18 +1,22 @@
-"""The ``weight`` of a layer that holds codes: what code that asks for ``layer.weight`` needs.
+"""The ``weight`` of a layer that holds codes, for code that asks for ``layer.weight``.
 
     layer.weight.dtype, .device, .shape     known without the codes: T5 casts to ``wo.weight.dtype``
-    x @ layer.weight.T                      the dequantized matrix, made for this use and not kept
-    layer.weight.mul_(2)                    a RuntimeError: it would change nothing
+    x @ layer.weight.T                      dequantizes the matrix for this use; nothing is kept
+    layer.weight.mul_(2)                    RuntimeError: it would change nothing
+    layer.weight.T[0] = 1                   RuntimeError, as through any view
 
-It is no parameter and in no state dict.
+It is no parameter and in no state dict. Two kinds of writes are not seen and change nothing: those
+in compiled code, and those through the memory itself (``.numpy()``, ``.untyped_storage()``). And
+``parameter.data = layer.weight`` makes NaN: write ``parameter.data.copy_(layer.weight)``.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch._guards import detect_fake_mode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 _KNOWN = {
     *(getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_meta")),
@@ -30,31 +34,78 @@ class DequantizedWeight(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Metadata as they are known; any other function of the values."""
+        """Return metadata without the values; call any other function with the values.
+
+        A result that shares the memory of the values, as a view does, is a DequantizedWeight, too.
+        """
         kwargs = kwargs or {}
         if func in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func in (Tensor.data.__get__, Tensor.detach):  # type: ignore[attr-defined]
             return args[0]
-        name = getattr(func, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__")
-        augmented = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")  # __iadd__
-        if in_place or augmented or name in ("__setitem__", "__set__") or "out" in kwargs:
-            raise RuntimeError(  # torch takes a TypeError of `+=` for "not implemented"
-                f"{name}: the weight of a packed or converted layer is made from its codes and "
-                "cannot be written"
-            )
-        args, kwargs = tree_map_only(cls, lambda weight: weight._compute(), (args, kwargs))
-        return func(*args, **kwargs)
+        _refuse_writes(getattr(func, "__name__", ""), args, kwargs)
+        memory: set[int] = set()
+
+        def values(weight: DequantizedWeight) -> Tensor:
+            computed = weight._compute()
+            memory.add(_memory(computed))
+            return computed
+
+        def read_only(result: Tensor) -> Tensor:
+            if _memory(result) not in memory:
+                return result
+            return _stand_in(result.shape, result.dtype, result.device, lambda: result)
+
+        args, kwargs = tree_map_only(cls, values, (args, kwargs))
+        return tree_map_only(Tensor, read_only, func(*args, **kwargs))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """For what gets past the above."""
+        """Do the same for operators that did not pass through ``__torch_function__``."""
+        _refuse_writes(func._schema.name, args, kwargs or {})
         args, kwargs = tree_map_only(cls, lambda weight: weight._compute(), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Iterate over the rows, which are read-only, too."""
+        return iter(self.unbind(0))
+
+
+def _refuse_writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise RuntimeError where a function of this name would write into a DequantizedWeight."""
+    in_place = name.endswith("_") and not name.endswith("__")
+    augmented = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")  # __iadd__
+    if "out" in kwargs:
+        written: Any = kwargs["out"]
+    elif in_place or augmented or name in ("__setitem__", "__set__") or kwargs.get("inplace"):
+        written = args[0] if args else kwargs  # nn.init names its argument
+    else:
+        return
+    if any(isinstance(leaf, DequantizedWeight) for leaf in tree_leaves(written)):
+        raise RuntimeError(  # torch takes a TypeError of `+=` for "not implemented"
+            f"{name}: the weight of a packed or converted layer is made from its codes and "
+            "cannot be written"
+        )
+
+
+def _memory(tensor: Tensor) -> int:
+    """Identify the storage of a tensor, also where it has no address (on the meta device)."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _stand_in(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, compute: Callable[[], Tensor]
+) -> DequantizedWeight:
+    """One NaN, expanded: ``parameter.data = weight``, which torch does not pass to the class, would
+    read the missing memory of a ``_make_wrapper_subclass``."""
+    wrong = torch.nan if dtype.is_floating_point else 0  # a view may have another dtype
+    element = torch.full((), wrong, dtype=dtype, device=device)
+    weight = element.expand(shape).as_subclass(DequantizedWeight)
+    weight._compute = compute
+    return weight
 
 
 def dequantized(
@@ -63,7 +114,7 @@ def dequantized(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """The weight that a layer's ``weight`` returns.
+    """Return the tensor that a layer's ``weight`` is.
 
     Arguments:
         compute: makes the matrix in any dtype and of any shape with as many elements.
@@ -73,8 +124,6 @@ def dequantized(
     def weight() -> Tensor:
         return compute().to(dtype).reshape(shape)
 
-    if torch.compiler.is_compiling():  # which drops what is not used
-        return weight()
-    lazy = Tensor._make_wrapper_subclass(DequantizedWeight, shape, dtype=dtype, device=device)
-    lazy._compute = weight
-    return lazy
+    if torch.compiler.is_compiling() or detect_fake_mode() is not None:
+        return weight()  # compiled code drops what is not used; fake values cost nothing
+    return _stand_in(shape, dtype, device, weight)

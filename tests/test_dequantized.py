@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from bitnet.linear import BitLinear, TernaryLinear, pack, replace_linear
@@ -139,7 +140,25 @@ WRITES: dict[str, Callable[[TernaryLinear], Any]] = {
     "set a tensor": lambda layer: setattr(layer, "weight", torch.ones(5, 7)),
     "+=": lambda layer: layer.weight.__iadd__(1),
     "foreach": lambda layer: torch._foreach_mul_([layer.weight], 2.0),
+    "row": lambda layer: layer.weight[1].zero_(),
+    "row of data": lambda layer: layer.weight.data[1].zero_(),
+    "item of a view": lambda layer: layer.weight.view(-1).__setitem__(0, 1.0),
+    "transposed": lambda layer: layer.weight.T.copy_(torch.ones(7, 5)),
+    "view of a view": lambda layer: layer.weight.detach().t()[2:].t().mul_(2),
+    "same dtype": lambda layer: layer.weight.float().mul_(2),
+    "contiguous": lambda layer: layer.weight.contiguous().add_(1),
+    "other dtype": lambda layer: layer.weight.view(torch.int32).zero_(),
+    "chunk": lambda layer: layer.weight.chunk(2)[1].zero_(),
+    "iterated": lambda layer: [row.zero_() for row in layer.weight],
+    "out=view": lambda layer: torch.add(torch.ones(7), 1, out=layer.weight[0]),
+    "inplace=True": lambda layer: F.relu(layer.weight, inplace=True),
+    "past __torch_function__": lambda layer: without_torch_function(layer.weight.zero_),
 }
+
+
+def without_torch_function(write: Callable[[], Any]) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return write()
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -151,6 +170,67 @@ def test_writing_is_loud(write: str, packed: TernaryLinear) -> None:
         WRITES[write](packed)
     assert torch.equal(packed.weight, before)
     assert "weight" not in packed._parameters
+
+
+READS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "copy_": lambda target, w: target.copy_(w),
+    "+=": lambda target, w: target.__iadd__(w),
+    "out": lambda target, w: torch.add(w, 0, out=target),
+    "item": lambda target, w: target.__setitem__(slice(None), w),
+    "item of a view": lambda target, w: target.__setitem__(0, w[0]),
+    "foreach": lambda target, w: torch._foreach_add_([target], [w]),
+    "past __torch_function__": lambda target, w: without_torch_function(lambda: target.copy_(w)),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_it_can_be_written_into_other_tensors(read: str, packed: TernaryLinear) -> None:
+    target, expected = torch.zeros(5, 7), torch.zeros(5, 7)
+    READS[read](target, packed.weight)
+    READS[read](expected, packed.weight.clone())
+    assert type(target) is Tensor
+    assert expected.any()
+    assert torch.equal(target, expected)
+
+
+def test_a_copy_is_a_plain_tensor_and_a_view_is_not(packed: TernaryLinear) -> None:
+    for copied in (packed.weight.clone(), packed.weight + 0, packed.weight.to(torch.float64)):
+        assert type(copied) is Tensor
+        copied.zero_()
+    view = packed.weight.t()[1:]
+    assert type(view) is type(packed.weight)
+    assert (view.shape, view.stride(), view.dtype) == ((6, 5), (1, 7), torch.float32)
+    assert torch.equal(view, packed.weight.clone().t()[1:])
+    assert TernaryLinear(7, 5, device="meta").weight.t().is_meta
+
+
+def test_writes_that_are_not_seen_change_nothing(packed: TernaryLinear) -> None:
+    """Compiled code and numpy write into a copy."""
+    before = packed.weight.clone()
+
+    def write(x: Tensor) -> Tensor:
+        return x + packed.weight.mul_(2).sum()
+
+    compiled = torch.compile(write, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.zeros(())), before.mul(2).sum())
+    packed.weight.numpy()[:] = 3
+    assert torch.equal(packed.weight, before)
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        weight = TernaryLinear(7, 5).weight
+        assert (weight.shape, weight.dtype) == ((5, 7), torch.float32)
+        assert weight.t()[1:].sum(1).shape == (6,)
+
+
+def test_assigning_it_to_data_makes_nan(packed: TernaryLinear) -> None:
+    """torch passes the assignment to nobody: without memory to read, the process would crash."""
+    target = nn.Parameter(torch.zeros(5, 7))
+    target.data = packed.weight
+    assert target.isnan().all()
+    target.data = packed.weight.clone()
+    assert torch.equal(target, packed.weight)
 
 
 def test_a_gradient_flows_past_the_weight(packed: TernaryLinear) -> None:

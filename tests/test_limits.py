@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from bitnet import BitLinear, pack, replace_linear
+from bitnet import BitLinear, TernaryLinear, pack, replace_linear
 from bitnet.qat import Recipe, convert, prepare
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
@@ -64,6 +64,13 @@ def prepare_packed() -> None:
     prepare(pack(nn.Sequential(BitLinear(3, 3))), Recipe(weights="int"))
 
 
+def write_packed() -> None:
+    layer = TernaryLinear.from_bitlinear(BitLinear(3, 3))
+    with pytest.raises(RuntimeError, match="cannot be written"):
+        layer.weight.zero_()
+    layer.weight.T[0] = 1
+
+
 LIMITS: dict[str, Callable[..., Any]] = {
     "`torch.func.vmap`, `jacfwd`": lambda: torch.func.vmap(BitLinear(4, 3))(X),
     "`torch.func` of a QAT layer": lambda: torch.func.vjp(prepare(nn.Linear(4, 3), QAT), X),
@@ -88,7 +95,7 @@ LIMITS: dict[str, Callable[..., Any]] = {
     "`replace_linear` where nothing can be replaced": lambda: replace_linear(nn.Conv2d(1, 1, 1)),
     "`pack` of a model without BitLinear layers": lambda: pack(nn.Linear(3, 3)),
     "`prepare` after `pack` or `convert`": prepare_packed,
-    "writing to a packed layer's `weight`": lambda: pack(BitLinear(3, 3)).weight.zero_(),  # type: ignore[operator, union-attr]
+    "writing to a packed layer's `weight`, or to a view of it": write_packed,
     "integer or complex inputs": lambda: BitLinear(4, 3)(X.to(torch.complex64)),
 }
 TEXT = (Path(__file__).parents[1] / "docs" / "bitlinear.md").read_text()

@@ -113,7 +113,7 @@ class Job:
 
 
 def packed_model(folder: str, device: torch.device, kernel: Kernel) -> Transformer:
-    """Load and pack the ternary model of a folder. Raises UserError where a layer is not ternary."""
+    """Load a folder's ternary model and pack it. Raises UserError where a layer is not ternary."""
     model = load_model(folder, device, kernel)
     names = model.config.matrices()
     for name, module in model.layers.named_modules():
