@@ -34,7 +34,6 @@ import math
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_origin, get_type_hints
 
@@ -57,6 +56,7 @@ from bitnet.schema import (
     Count,
     Positive,
     UserError,
+    nearest,
     read_file,
     user_input,
     with_new_keys,
@@ -368,6 +368,25 @@ def load_config(
     return _validate(values, origins)
 
 
+def load_recipe(settings: Sequence[str]) -> Recipe:
+    """The recipe that ``quant.KEY=VALUE`` settings describe; without any, full precision.
+
+    Raises:
+        UserError: another section, an unknown key, a value out of range; keys without
+            quant.weights, which would change nothing.
+    """
+    for setting in settings:
+        if not setting.startswith("quant."):
+            raise UserError(f"{setting!r}: expected quant.KEY=VALUE, such as quant.weights=int")
+    recipe = load_config([], settings).quant
+    if settings and not recipe.enabled:
+        raise UserError(
+            f"{' '.join(settings)}: quantizes nothing without quant.weights, such as "
+            "quant.weights=int"
+        )
+    return recipe
+
+
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Plain dictionaries: section -> key -> value."""
     return dataclasses.asdict(config)
@@ -403,8 +422,8 @@ def _read_toml(path: Path, extending: tuple[Path, ...] = ()) -> _Files:
     with user_input(str(path)):
         found = path.exists()
     if not found:
-        near = get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], 1)
-        hint = f"; the nearest is {path.parent / near[0]}" if near else ""
+        near = nearest(path.name, (p.name for p in path.parent.glob("*.toml")))
+        hint = f"; the nearest is {path.parent / near}" if near else ""
         raise UserError(f"{path}: no such config file{hint}")
     text = read_file(path, _MAX_BYTES)
     with user_input(f"{path}: not valid TOML"):
@@ -467,8 +486,8 @@ def _sections() -> dict[str, type]:
 
 
 def _unknown(origin: str, name: str, problem: str, valid: Sequence[str] | dict[str, type]) -> None:
-    near = get_close_matches(name.rpartition(".")[2], list(valid), 1, 0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(name.rpartition(".")[2], valid, 0.5)
+    hint = f"; did you mean {near!r}?" if near else ""
     raise UserError(f"{origin}: {name} {problem} {', '.join(valid)}{hint}")
 
 
@@ -495,8 +514,8 @@ def _one_line(error: ValidationError, section: str, origins: dict[str, str]) -> 
     if name not in hints:
         if new_name := RENAMED.get(f"{section}.{name}"):
             return f"{origin}: {section}.{name} is now called {new_name}"
-        near = get_close_matches(str(name), list(hints), 1, 0.5)
-        hint = f"the nearest is {section}.{near[0]}" if near else "valid are " + ", ".join(hints)
+        near = nearest(str(name), hints, 0.5)
+        hint = f"the nearest is {section}.{near}" if near else "valid are " + ", ".join(hints)
         return f"{origin}: unknown key {section}.{name}; {hint}"
     # a union (a number or a word) has an error for each of its types; a list, for each item
     value = repr(first["input"])  # NaN does not equal itself
@@ -505,7 +524,7 @@ def _one_line(error: ValidationError, section: str, origins: dict[str, str]) -> 
     message = f"expected {message}" if "Input should be" in first["msg"] else message
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         valid = re.findall(r"'([^']*)'", first["ctx"]["expected"])
-        near = get_close_matches(first["input"], valid, 1, 0.4)
-        message += f"; the nearest is {near[0]!r}" if near else ""
+        near = nearest(first["input"], valid, 0.4)
+        message += f"; the nearest is {near!r}" if near else ""
     more = f" (and {len(errors) - len(same)} more)" if len(errors) > len(same) else ""
     return f"{origin}: {section}.{name} = {value}: {message}{more}"

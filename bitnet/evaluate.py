@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.data.tokenizer import Tokenizer
+from bitnet.data.windows import text_windows
 from bitnet.linear import weights_quantized
 from bitnet.model import Transformer
 from bitnet.schema import STRICT, Count, Positive, UserError
@@ -108,13 +109,20 @@ def evaluate_windows(
 
 
 def evaluate_text(
-    model: Transformer, tokenizer: Tokenizer, text: str, batch_size: int = 0
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: str,
+    batch_size: int = 0,
+    track: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
 ) -> EvalResult:
     """Evaluate on a text taken as one document: every token of it is predicted.
 
     The first token's context is the end-of-document token, as in training; the end itself is not
-    predicted. ``bytes`` is the length of the text in UTF-8. Arguments as :func:`evaluate_windows`.
+    predicted. ``bytes`` is the length of the text in UTF-8.
 
+    Arguments:
+        model, batch_size: as of :func:`evaluate_windows`.
+        track: wraps the windows to show progress, as ``bitnet.progress.Reports.track`` does.
     Raises:
         UserError: the text is empty, or the tokenizer is not the model's.
     """
@@ -126,10 +134,8 @@ def evaluate_text(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, "
             f"the model only {vocab_size}: they do not belong together"
         )
-    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)], dtype=torch.int64, device="cpu")
-    span = model.config.max_seq_len
-    windows = (ids[start : start + span + 1] for start in range(0, len(ids) - 1, span))
-    nats, tokens = _negative_log_likelihood(model, windows, batch_size)
+    windows = text_windows(tokenizer, text, model.config.max_seq_len)
+    nats, tokens = _negative_log_likelihood(model, track(windows), batch_size)
     return _result(nats, tokens, len(text.encode()))
 
 

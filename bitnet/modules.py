@@ -6,7 +6,6 @@ table. Biases and the weights of norms are none.
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatch
 
 from torch import nn
@@ -15,6 +14,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+from bitnet.schema import nearest
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -203,6 +204,6 @@ def check_patterns(model: nn.Module, patterns: Sequence[str], key: str) -> None:
     known = {*paths, *(path.rpartition(".")[2] for path in paths)}
     for pattern in patterns:
         if not any(matches(path, [pattern]) for path in paths):
-            near = get_close_matches(pattern, known, 1)
-            hint = f"; the nearest is {near[0]!r}" if near else ""
+            near = nearest(pattern, known)
+            hint = f"; the nearest is {near!r}" if near else ""
             raise ValueError(f"{key}: no module is named {pattern!r}{hint}")

@@ -7,8 +7,9 @@ library, a regular expression), the call stands inside :func:`user_input`, and a
 
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -74,6 +75,17 @@ def read_file(path: Path, limit: int = 2**28) -> bytes:
     check_file(path, limit)
     with user_input(str(path)):
         return path.read_bytes()
+
+
+def nearest(name: str, valid: Iterable[str], similarity: float = 0.6) -> str:
+    """The valid name that is spelled most like ``name``, for the hint of an error message.
+
+    Arguments:
+        similarity: the least that counts, from 0 (any name) to 1 (the same name).
+    Returns:
+        "" if no valid name is that similar.
+    """
+    return next(iter(get_close_matches(name, list(valid), 1, similarity)), "")
 
 
 def debugging() -> bool:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import torch
 import typer
 from rich.console import Console
 
@@ -33,18 +32,17 @@ from bitnet.bench.decode_table import (
 from bitnet.bench.decode_worker import CONTENDERS, Case, Job
 from bitnet.bench.rows import Figures, merge, read, write
 from bitnet.bench.worker import WorkerDied
-from bitnet.cli.bench_train import (
+from bitnet.cli.bench_common import (
     NOT_WRITTEN,
-    Device,
     Seed,
     Threads,
+    bench_device,
     ending,
     progress,
     results_path,
     say,
-    valid_names,
 )
-from bitnet.cli.common import pick_device
+from bitnet.cli.common import Device, valid_names
 from bitnet.engine.decoder import LARGEST_BATCH
 from bitnet.export.folder import read_config
 from bitnet.model import ModelConfig
@@ -161,11 +159,7 @@ def decode_command(
         raise UserError("--all, --quick and --profile exclude each other")
     if model and size:
         raise UserError("--model and --size exclude each other")
-    target = pick_device(device)
-    if target.type == "cuda" and target.index is not None:
-        torch.cuda.set_device(target)
-    if threads:
-        torch.set_num_threads(threads)
+    target = bench_device(device, threads)
     asked = GPU if target.type == "cuda" else CPU
     for chosen, given in ((everything, ALL), (quick, QUICK), (profile, PROFILE)):
         asked = given if chosen else asked

@@ -1,52 +1,39 @@
 """``bitnet bench train``: options, progress and files around :mod:`bitnet.bench.train`."""
 
-import math
-import re
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from bitnet.bench.rows import counted, merge, read, write
 from bitnet.bench.train import SIZES, USUAL, VARIANTS, Reply, choose_variants, race, variant_config
 from bitnet.bench.train_rows import COLUMNS, KEY, as_text, figures, table
 from bitnet.bench.worker import WorkerDied
-from bitnet.cli.common import pick_device
+from bitnet.cli.bench_common import (
+    NOT_WRITTEN,
+    Seed,
+    Threads,
+    bench_device,
+    ending,
+    progress,
+    results_path,
+    say,
+)
+from bitnet.cli.common import Device, valid_names
 from bitnet.config import Config, load_config
-from bitnet.durable import check_output
-from bitnet.progress import Reports, plain_console
+from bitnet.progress import plain_console
 from bitnet.schema import UserError
 from bitnet.training.throughput import peak_flops
 from bitnet_kernels.bench import machine
 
-RESULTS = Path("docs/results")
 EAGER = ("fp", "naive", "ours")
 """Measured unless others are named on a CPU, whose compiled steps take minutes to begin."""
 CPU_TOKENS = 2048
 """A micro-batch of a model by size on a CPU, two a step: seconds instead of minutes."""
 PEAK_TRIES = 5
-NOT_WRITTEN = "nothing is written; --out FILE keeps the figures"
-
-# options that every benchmark has, in one wording
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N. auto: a GPU if any.")]
-Threads = Annotated[
-    int, typer.Option(help="Threads of the CPU. 0: torch's choice.", min=0, max=1024)
-]
-Seed = Annotated[int, typer.Option(help="Of weights and tokens.", min=0, max=1 << 30)]
 
 
 def train_command(
@@ -138,7 +125,7 @@ def train_command(
 
     On a GPU, all there is to know: bitnet bench train --size 350m --size 1b
     """
-    target = pick_device(device)
+    target = bench_device(device, threads)
     on_cpu = target.type == "cpu"
     named = valid_names("--variant", variant or [], VARIANTS)
     chosen, lines = choose_variants(named or (EAGER if quick or on_cpu else USUAL))
@@ -146,8 +133,6 @@ def train_command(
         lines.append(f"on a CPU {', '.join(EAGER)} are measured; --variant names others")
     steps = steps or (3 if quick else 5 if on_cpu else 10)
     warmup = warmup or (1 if quick else 2)
-    if threads:
-        torch.set_num_threads(threads)
     (dtype,) = valid_names("--dtype", [dtype], ("auto", "fp32", "bf16"))
     more = overrides or []
     asked = _Asked(tokens, micro_batches, steps + warmup, target, dtype, threads, seed, quick, more)
@@ -184,44 +169,6 @@ def train_command(
             saved.append(label)
         say(console, table(new))
     say(console, f"figures: {path}" if path else NOT_WRITTEN)
-
-
-def results_path(out: str, name: str) -> Path:
-    """The file that was named, else ``name`` beside the published figures or here; its folder is
-    made. UserError where nothing can be written there: not after hours of measuring."""
-    path = Path(out) if out else (RESULTS if RESULTS.is_dir() else Path()) / name
-    check_output("--out", path)
-    return path
-
-
-def valid_names(option: str, names: Sequence[str], valid: Sequence[str]) -> list[str]:
-    """The names, each once. UserError for one that is not valid, with the nearest that is."""
-    for name in names:
-        if name not in valid:
-            near = _nearest(name.lower(), valid)
-            hint = f"did you mean {near}? " if near else ""
-            raise UserError(f"{option}: {name!r} is unknown; {hint}(valid: {', '.join(valid)})")
-    return list(dict.fromkeys(names))
-
-
-def _nearest(name: str, valid: Sequence[str]) -> str:
-    """A size by its number (100m: 110m), another name by how it begins (ours: ours-auto), then by
-    its first word, then by its letters; "" where nothing is alike."""
-    wanted = _parameters(name)
-    sizes = {one: number for one in valid if (number := _parameters(one))}
-    if wanted and sizes:
-        return min(sizes, key=lambda one: abs(math.log(sizes[one] / wanted)))
-    if beginning := [one for one in valid if one.startswith(name)]:
-        return beginning[0]
-    family = [one for one in valid if one.partition("-")[0] == name.partition("-")[0]]
-    return next(iter(get_close_matches(name, family or valid, 1, 0.3)), "")
-
-
-def _parameters(size: str) -> float | None:
-    """``"15m"`` -> 15e6; a number alone is of millions. None for what is no size."""
-    if match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmb]?)", size):
-        return float(match[1]) * {"k": 1e3, "": 1e6, "m": 1e6, "b": 1e9}[match[2]]
-    return None
 
 
 def _subjects(
@@ -291,39 +238,6 @@ class _Asked(NamedTuple):
 
 def _names(overrides: Sequence[str], keys: Sequence[str]) -> bool:
     return any(word.partition("=")[0].strip() in keys for word in overrides)
-
-
-def progress(console: Console) -> Progress:
-    """The bar of every benchmark. The rest of the time is estimated over an hour, since a step may
-    take longer than the half minute that is usual."""
-    return Reports(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        speed_estimate_period=3600,
-    )
-
-
-def say(console: Console, text: str) -> None:
-    """Lines as they are, whatever the terminal's width."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
-@contextmanager
-def ending(console: Console, kept: Callable[[], str], *failures: type[Exception]) -> Iterator[None]:
-    """How a benchmark ends before its time: by Ctrl-C with exit code 130 and a line that says what
-    is ``kept()``, "" for nothing; by one of the ``failures`` with exit code 1 and its message."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        say(console, f"stopped; {kept() or 'nothing is written'}")
-        raise typer.Exit(130) from None
-    except failures as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
 
 
 def _race(

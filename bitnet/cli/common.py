@@ -1,7 +1,10 @@
-"""What several commands share: arguments, options, texts, devices."""
+"""What several commands share: arguments, options, names, texts, devices, tables."""
 
+import math
 import os
+import re
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,11 +16,12 @@ from bitnet.data.tokenizer import Tokenizer
 from bitnet.export.folder import load
 from bitnet.linear import Kernel
 from bitnet.model import Transformer
-from bitnet.schema import UserError, read_file
+from bitnet.schema import UserError, nearest, read_file
 from bitnet_kernels import pack_ternary, ternary_matmul
 
 Folder = Annotated[Path, typer.Argument(help="A model folder, such as runs/quickstart/model.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, ... auto: a GPU if there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N. auto: a GPU if there is one.")]
+KernelOption = Annotated[Kernel, typer.Option(help="Kernel of a packed model's layers.")]
 
 
 def is_file(path: str) -> bool:
@@ -47,12 +51,53 @@ def config_help() -> str:
     return "\n\n".join(["Keys of a config, with their defaults:", *keys])
 
 
+def valid_names(option: str, names: Iterable[str], valid: Iterable[str]) -> list[str]:
+    """The names, each once.
+
+    Raises:
+        UserError: a name is not valid. The error names ``option`` and the nearest valid name.
+    """
+    names, valid = list(dict.fromkeys(names)), list(valid)
+    for name in names:
+        if name not in valid:
+            near = _nearest_name(name.lower(), valid)
+            hint = f"; did you mean {near}?" if near else ""
+            raise UserError(f"{option}: {name!r} is none of {', '.join(valid)}{hint}")
+    return names
+
+
+def _nearest_name(name: str, valid: list[str]) -> str:
+    """The valid name nearest to a wrong one; "" if none is similar.
+
+    Numbers and sizes are compared by their ratio (100m: 110m), other names by their beginning
+    (ours: ours-auto), then by their first word, then by spelling.
+    """
+    wanted = _number(name)
+    numbers = {one: number for one in valid if (number := _number(one))}
+    if wanted and numbers:
+        return min(numbers, key=lambda one: abs(math.log(numbers[one] / wanted)))
+    if beginning := [one for one in valid if one.startswith(name)]:
+        return beginning[0]
+    family = [one for one in valid if one.partition("-")[0] == name.partition("-")[0]]
+    return nearest(name, family or valid, 0.3)
+
+
+def _number(text: str) -> float | None:
+    """``"1.58"`` -> 1.58, ``"15m"`` and ``"15"`` -> 15, ``"1b"`` -> 1000; None if not a number."""
+    if match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmb]?)", text):
+        return float(match[1]) * {"k": 1e-3, "": 1, "m": 1, "b": 1e3}[match[2]]
+    return None
+
+
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises UserError, naming the file, if it is not UTF-8."""
+    """The text of a file. Raises UserError, naming the file, if it is empty or not UTF-8."""
     try:
-        return read_file(path, 2**30).decode("utf-8")
+        text = read_file(path, 2**30).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: {error}") from error
+    if not text.strip():
+        raise UserError(f"{path}: is empty")
+    return text
 
 
 def pick_device(name: str, option: str = "--device") -> torch.device:

@@ -5,7 +5,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +13,11 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from bitnet.cli.common import valid_names
 from bitnet.durable import check_output
 from bitnet.progress import Reports, plain_console
-from bitnet.schema import UserError, user_input
-from bitnet_kernels.sass import ARCHS, Arch, Report, inspect, listing
+from bitnet.schema import UserError, nearest, user_input
+from bitnet_kernels.sass import ARCHS, Report, inspect, listing
 
 _PIPES = ("issue", "alu", "imad", "fma", "xu", "lsu", "tensor")
 
@@ -44,7 +44,7 @@ def inspect_kernels(
     for option, path in (("--csv", csv_file), ("--sass", sass and f"{sass}/listing")):
         if path:
             check_output(option, Path(path))
-    archs = {name: known_arch(name) for name in arch or ["sm_90"]}
+    archs = {name: ARCHS[name] for name in valid_names("--arch", arch or ["sm_90"], ARCHS)}
     if find_spec("triton") is None:
         raise UserError("inspecting kernels needs Triton, which is not installed")
     from bitnet_kernels.gpu.catalog import catalog
@@ -55,8 +55,8 @@ def inspect_kernels(
     specs = {spec.name: spec for spec in catalog()}
     names = [name for name in specs if kernel.lower() in name.lower()]
     if not names:
-        nearest = get_close_matches(kernel, specs, n=1, cutoff=0.0)
-        raise UserError(f"--kernel {kernel!r}: no kernel's name contains it; nearest: {nearest[0]}")
+        near = nearest(kernel, specs, 0)
+        raise UserError(f"--kernel {kernel!r}: no kernel's name contains it; nearest: {near}")
 
     reports: list[Report] = []
     with Reports() as progress:
@@ -91,14 +91,6 @@ def inspect_kernels(
         print(f"error: {one.name}, sm_{one.sm}: multiplies data: {counted(found)}", file=sys.stderr)
     if wrong:
         raise typer.Exit(1)
-
-
-def known_arch(name: str) -> Arch:
-    """The GPU of an ``sm_`` name; raises UserError naming the nearest."""
-    if name not in ARCHS:
-        nearest = get_close_matches(name, ARCHS, n=1, cutoff=0.0)[0]
-        raise UserError(f"--arch {name!r} is none of {', '.join(ARCHS)}; did you mean {nearest}?")
-    return ARCHS[name]
 
 
 def tables_of(arch_name: str, reports: list[Report]) -> Iterator[Table]:

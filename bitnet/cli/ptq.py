@@ -1,65 +1,45 @@
-"""``bitnet ptq``: how far rounding alone gets, bit width by bit width, method by method."""
+"""``bitnet ptq``: compare quantization without training, by bit width and by method."""
 
 import csv
 import io
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
-from bitnet.cli.common import pick_device, read_text
-from bitnet.cli.convert import load_source
-from bitnet.data.loader import TokenDataset, sequential_windows
+from bitnet.cli.common import Device, pick_device, read_text, valid_names
+from bitnet.data.loader import sequential_windows
 from bitnet.data.tokenizer import Tokenizer
+from bitnet.data.windows import split_of, text_windows, whole_inputs
 from bitnet.durable import check_output, write_atomic
 from bitnet.evaluate import evaluate_windows
 from bitnet.export.folder import save_model
-from bitnet.linear import TernaryLinear
+from bitnet.export.source import load_source
 from bitnet.model import Transformer
 from bitnet.progress import Reports, plain_console
-from bitnet.qat.awq import awq
-from bitnet.qat.gptq import gptq
-from bitnet.qat.integer import IntLayer
-from bitnet.qat.ptq import OnLayer, check_model, round_to_nearest
+from bitnet.qat.comparison import (
+    BITS,
+    FULL,
+    METHODS,
+    Row,
+    grown,
+    quantize,
+    recipe_of,
+    row_of,
+    verdicts,
+)
+from bitnet.qat.ptq import check_model
 from bitnet.qat.recipe import Recipe
-from bitnet.qat.smoothquant import smoothquant
 from bitnet.schema import UserError
 
-FULL = "full precision"
-METHODS = ("rtn", "gptq", "awq", "smoothquant")
-BITS = ("8", "6", "4", "3", "2", "1.58")
-ENOUGH, WORTH = 0.01, 0.10
-"""Growth of perplexity below which PTQ is enough, and from which on QAT is needed."""
 MAX_WINDOW = 2048
 """Longest window, in tokens; the papers' own."""
-
-
-class Row(NamedTuple):
-    """One result: a line of the table and of the CSV file."""
-
-    method: str
-    bits: float
-    loss: float
-    perplexity: float
-    growth: float
-    """perplexity over that of full precision, minus 1"""
-    bits_per_byte: float
-    matrix_megabytes: float
-    """of the layers' matrices with their scales"""
-    seconds: float
-    """to quantize"""
-    tokens: int
-    """predicted in the evaluation"""
-    recipe: str
 
 
 def ptq_command(
@@ -73,25 +53,25 @@ def ptq_command(
     calibration: Annotated[
         str, typer.Option(help="Text file to calibrate on. Default: the train split of --data.")
     ] = "",
-    bits: Annotated[str, typer.Option(help=f"Bits a weight, of {', '.join(BITS)}.")] = "8,4,3,2",
+    bits: Annotated[str, typer.Option(help=f"Bits per weight, of {', '.join(BITS)}.")] = "8,4,3,2",
     methods: Annotated[str, typer.Option(help="In any order.")] = ",".join(METHODS),
     group_size: Annotated[
-        int, typer.Option(help="Columns that share a scale. 0: a whole row.", min=0, max=1 << 24)
+        int, typer.Option(help="Columns per scale. 0: a whole row.", min=0, max=1 << 24)
     ] = 128,
     activation_bits: Annotated[
-        int, typer.Option(help="4 to 8, a scale a token. 0: weights only.", min=0, max=8)
+        int, typer.Option(help="4 to 8, one scale per token. 0: weights only.", min=0, max=8)
     ] = 8,
-    calibration_tokens: Annotated[int, typer.Option(help="At most.", min=1)] = 65_536,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Most tokens to calibrate on.", min=1)
+    ] = 65_536,
     eval_tokens: Annotated[
-        int, typer.Option(help="At most, spread over the text. 0: all.", min=0)
+        int, typer.Option(help="Most tokens to predict, spread over the text. 0: all.", min=0)
     ] = 131_072,
     csv_file: Annotated[str, typer.Option("--csv", help="File for the results.")] = "",
     out: Annotated[
         str, typer.Option(help="Folder for the model; needs one method and one bit width.")
     ] = "",
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, ... auto: a GPU if there is one.")
-    ] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Quantize a trained model without training, and say where that suffices.
 
@@ -104,81 +84,28 @@ def ptq_command(
 
     Example: bitnet ptq runs/fp/model --data data/python-stdlib --bits 4,3 --methods rtn,gptq
     """
-    wanted_methods = chosen("--methods", methods, METHODS)
-    wanted_bits = chosen("--bits", bits, BITS)
-    if bool(text) == bool(data):
-        not_both = ", not both" if text else ""
-        raise UserError(f"name what to evaluate on: either --text FILE or --data FOLDER{not_both}")
-    if csv_file:
-        check_csv(Path(csv_file))
-    if wanted_methods != ["rtn"] and not (calibration or data):
-        raise UserError(
-            f"{', '.join(one for one in wanted_methods if one != 'rtn')}: needs text to calibrate "
-            "on: name it with --calibration FILE, or use --data FOLDER, which has a train split"
-        )
-    if out:
-        if len(wanted_methods) != 1 or len(wanted_bits) != 1:
-            raise UserError("--out: saves one model: name one method and one bit width")
-        if Path(out).exists():
-            raise UserError(f"--out {out}: exists already; choose another folder")
-    recipes = {one: recipe_of(one, group_size, activation_bits) for one in wanted_bits}
+    wanted, widths = _listed("--methods", methods, METHODS), _listed("--bits", bits, BITS)
+    calibrated = [method for method in wanted if method != "rtn"]
+    _check_texts(text, data, calibration, calibrated)
+    _check_outputs(csv_file, out, len(wanted) * len(widths))
+    if 0 < activation_bits < 4:
+        raise UserError(f"--activation-bits {activation_bits}: expected 0 or 4 to 8; nearest: 4")
+    recipes = {width: recipe_of(width, group_size, activation_bits) for width in widths}
     target = pick_device(device)
-    source, tokenizer = load_source(model)
-    try:
-        check_model(source)
-    except ValueError as error:
-        raise UserError(f"{model}: {str(error).removeprefix('model: ')}") from error
-    if tokenizer.vocab_size > source.config.vocab_size:
-        raise UserError(
-            f"{model}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
-            f"{source.config.vocab_size}: they do not belong together"
-        )
+    source, tokenizer = _load(model)
     source = source.to(target)
 
     span = min(source.config.max_seq_len, MAX_WINDOW)
-    windows = evaluation_windows(text, data, tokenizer, span, eval_tokens)
-    ids = torch.empty(0, span, dtype=torch.int64, device="cpu")
-    if wanted_methods != ["rtn"]:
-        ids = calibration_windows(calibration, data, tokenizer, span, calibration_tokens)
-
-    def measure(method: str, recipe: Recipe, one: Transformer, seconds: float) -> None:
-        shown = progress.track(windows, len(windows), task_id=task)
-        result = evaluate_windows(one, shown, tokenizer.count_bytes)
-        before = rows[0].perplexity if rows else result.perplexity
-        numbers = (result.loss, result.perplexity, result.perplexity / before - 1)
-        size = matrix_bytes(one) / 1e6
-        row = Row(
-            *(method, recipe.weight_bits, *numbers, result.bits_per_byte),
-            *(size, seconds, result.tokens, str(recipe)),
-        )
-        rows.append(row)
-        progress.console.print(
-            f"{method}, {row.bits:g} bits: perplexity {row.perplexity:.5g}"
-            + ("" if method == FULL else f" ({grown(row.growth)})")
-        )
-        if csv_file:
-            write_csv(Path(csv_file), rows)
-
-    rows: list[Row] = []
-    if csv_file:
-        write_csv(Path(csv_file), rows)  # a path that cannot be written shows now, not at the end
+    windows = _evaluation_windows(text, data, tokenizer, span, eval_tokens)
+    inputs = torch.empty(0, span, dtype=torch.int64, device="cpu")
+    if calibrated:
+        inputs = _calibration_inputs(calibration, data, tokenizer, span, calibration_tokens)
     with Reports() as progress:
-        task = progress.add_task(f"{FULL}: evaluation", total=None)
-        measure(FULL, Recipe(), source, 0.0)
-        for (width, recipe), method in itertools.product(recipes.items(), wanted_methods):
-            what = f"{method}, {width} bits"
-            progress.reset(task, description=what)
-            begun = time.perf_counter()
-            try:
-                quantized = quantize(
-                    *(method, source, recipe, ids),
-                    lambda done, of: progress.update(task, completed=done, total=of),
-                )
-            except ValueError as error:
-                raise UserError(f"{what}: {error}") from error
-            seconds = time.perf_counter() - begun
-            progress.reset(task, description=f"{what}: evaluation")
-            measure(method, recipe, quantized, seconds)
+        results = _Results(windows, tokenizer, progress, Path(csv_file) if csv_file else None)
+        results.measure(FULL, Recipe(), source)
+        for (width, recipe), method in itertools.product(recipes.items(), wanted):
+            quantized = results.quantize(f"{method}, {width} bits", method, source, recipe, inputs)
+            results.measure(method, recipe, quantized)
             if out:
                 save_model(out, quantized, tokenizer, recipe)
 
@@ -186,149 +113,146 @@ def ptq_command(
     if not console.is_terminal:  # a file or a pipe has room for the whole table
         console.width = max(console.width, 120)
     activations = f"activations of {activation_bits} bits" if activation_bits else "weights only"
-    console.print(table_of(rows, f"{model}: {activations}, {rows[0].tokens:,} tokens"))
+    rows = results.rows
+    console.print(_table(rows, f"{model}: {activations}, {rows[0].tokens:,} tokens"))
     for line in verdicts(rows):
         print(line)
 
 
-def chosen(option: str, given: str, valid: tuple[str, ...]) -> list[str]:
-    """A comma-separated list, checked, each once; raises UserError naming the nearest."""
-    names = list(dict.fromkeys(one.strip() for one in given.split(",") if one.strip()))
+def _listed(option: str, given: str, valid: tuple[str, ...]) -> list[str]:
+    """The names of a comma-separated list."""
+    names = valid_names(option, filter(None, map(str.strip, given.split(","))), valid)
     if not names:
         raise UserError(f"{option}: names nothing; expected some of {', '.join(valid)}")
-    for name in names:
-        if name not in valid:
-            raise UserError(
-                f"{option} {name!r} is none of {', '.join(valid)}; the nearest is "
-                f"{nearest(name, valid)}"
-            )
     return names
 
 
-def nearest(name: str, valid: tuple[str, ...]) -> str:
-    """By value where all are numbers, else by spelling."""
+def _check_texts(text: str, data: str, calibration: str, calibrated: list[str]) -> None:
+    if bool(text) == bool(data):
+        not_both = ", not both" if text else ""
+        raise UserError(f"name what to evaluate on: either --text FILE or --data FOLDER{not_both}")
+    if calibrated and not (calibration or data):
+        raise UserError(
+            f"{', '.join(calibrated)}: needs text to calibrate on: name it with --calibration "
+            "FILE, or use --data FOLDER, which has a train split"
+        )
+
+
+def _check_outputs(csv_file: str, out: str, count: int) -> None:
+    """Raise UserError if --csv would replace a file that this command did not write, or --out a
+    folder; and if --out would hold ``count`` models, not one."""
+    if csv_file:
+        path = Path(csv_file)
+        if not path.parent.is_dir():
+            raise UserError(f"--csv {path}: there is no folder {path.parent}")
+        check_output("--csv", path)
+        if path.exists():
+            with path.open("rb") as file:
+                head = file.read(100).decode("utf-8", "replace")
+            if not head.startswith(",".join(Row._fields)):
+                raise UserError(f"--csv {path}: exists and is no result of bitnet ptq")
+    if out and count != 1:
+        raise UserError("--out: saves one model: name one method and one bit width")
+    if out and Path(out).exists():
+        raise UserError(f"--out {out}: exists already; choose another folder")
+
+
+def _load(path: Path) -> tuple[Transformer, Tokenizer]:
+    model, tokenizer = load_source(path)
     try:
-        value = float(name)
-        return min(valid, key=lambda one: abs(float(one) - value))
-    except ValueError:
-        return get_close_matches(name, valid, 1, 0.0)[0]
+        check_model(model)
+    except ValueError as error:
+        raise UserError(f"{path}: {str(error).removeprefix('model: ')}") from error
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only "
+            f"{model.config.vocab_size}: they do not belong together"
+        )
+    return model, tokenizer
 
 
-def recipe_of(bits: str, group_size: int, activation_bits: int) -> Recipe:
-    """What a bit width of the command line means."""
-    if 0 < activation_bits < 4:
-        raise UserError(f"--activation-bits {activation_bits}: expected 0 or 4 to 8; nearest: 4")
-    return Recipe(
-        weights="absmean" if bits == "1.58" else "int",
-        bits=4 if bits == "1.58" else int(bits),
-        granularity="group" if group_size else "row",
-        group_size=group_size or 128,
-        activations="absmax" if activation_bits else "none",
-        activation_bits=activation_bits or 8,
-    )
-
-
-def quantize(
-    method: str, model: Transformer, recipe: Recipe, calibration: Tensor, on_layer: OnLayer
-) -> Transformer:
-    """One of METHODS."""
-    if method == "rtn":
-        return round_to_nearest(model, recipe)
-    calibrated: dict[str, Callable[..., Transformer]] = {
-        "gptq": gptq,
-        "awq": awq,
-        "smoothquant": smoothquant,
-    }
-    return calibrated[method](model, recipe, calibration, on_layer=on_layer)
-
-
-def text_windows(tokenizer: Tokenizer, path: Path, span: int, max_tokens: int) -> list[Tensor]:
-    """``data.sequential_windows`` of a text file taken as one document."""
-    content = read_text(path)
-    if not content.strip():
-        raise UserError(f"{path}: is empty")
-    ids = torch.tensor(
-        [tokenizer.eos_id, *tokenizer.encode(content)], dtype=torch.int64, device="cpu"
-    )
-    n_windows = -(-(len(ids) - 1) // span)
-    count = min(n_windows, max(1, max_tokens // span)) if max_tokens else n_windows
-    starts = (i * n_windows // count * span for i in range(count))
-    return [ids[start : start + span + 1] for start in starts]
-
-
-def evaluation_windows(
+def _evaluation_windows(
     text: str, data: str, tokenizer: Tokenizer, span: int, max_tokens: int
 ) -> list[Tensor]:
-    """Inputs and targets, int64 ``[T + 1]`` each, of the text file or the folder's val split."""
+    """Windows ``[span + 1]`` of the text file or the folder's val split."""
     if text:
-        return text_windows(tokenizer, Path(text), span, max_tokens)
-    return list(sequential_windows(open_split(data, "val", tokenizer), span, max_tokens))
+        return text_windows(tokenizer, read_text(Path(text)), span, max_tokens)
+    return list(sequential_windows(split_of(Path(data), "val", tokenizer), span, max_tokens))
 
 
-def calibration_windows(
+def _calibration_inputs(
     file: str, data: str, tokenizer: Tokenizer, span: int, max_tokens: int
 ) -> Tensor:
-    """Whole windows int64 ``[S, T]`` of the file, else of the folder's train split."""
-    windows: Iterable[Tensor]
+    """Whole windows int64 ``[S, span]`` of the file, else of the folder's train split."""
     if file:
-        windows = text_windows(tokenizer, Path(file), span, max_tokens)
+        windows = text_windows(tokenizer, read_text(Path(file)), span, max_tokens)
     else:
-        windows = sequential_windows(open_split(data, "train", tokenizer), span, max_tokens)
-    whole = [window[:-1] for window in windows if len(window) == span + 1]
-    if not whole:
+        train = split_of(Path(data), "train", tokenizer)
+        windows = list(sequential_windows(train, span, max_tokens))
+    inputs = whole_inputs(windows, span)
+    if not len(inputs):
         raise UserError(
             f"{file or data}: too short to calibrate on: one window takes {span + 1} tokens"
         )
-    return torch.stack(whole)
+    return inputs
 
 
-def open_split(data: str, split: str, tokenizer: Tokenizer) -> TokenDataset:
-    """A split of a folder that the model's tokenizer prepared; raises UserError for another's."""
-    dataset = TokenDataset(Path(data), "train" if split == "train" else "val")
-    if dataset.tokenizer().hash != tokenizer.hash:
-        raise UserError(f"{data}: was tokenized with another tokenizer than the model has")
-    return dataset
+class _Results:
+    """Quantizes and measures models under one progress bar; the CSV file has every row so far."""
+
+    def __init__(
+        self, windows: list[Tensor], tokenizer: Tokenizer, progress: Reports, path: Path | None
+    ) -> None:
+        self.rows: list[Row] = []
+        self._windows, self._tokenizer = windows, tokenizer
+        self._progress, self._path = progress, path
+        self._task = progress.add_task("", total=None)
+        self._seconds = 0.0
+        self._write()  # a path that cannot be written is an error now, not at the end
+
+    def quantize(
+        self, what: str, method: str, model: Transformer, recipe: Recipe, inputs: Tensor
+    ) -> Transformer:
+        """Quantize by a method; ``what`` names it in the bar and in errors."""
+        self._progress.reset(self._task, description=what)
+        begun = time.perf_counter()
+
+        def on_layer(done: int, total: int) -> None:
+            self._progress.update(self._task, completed=done, total=total)
+
+        try:
+            quantized = quantize(method, model, recipe, inputs, on_layer)
+        except ValueError as error:
+            raise UserError(f"{what}: {error}") from error
+        self._seconds = time.perf_counter() - begun
+        return quantized
+
+    def measure(self, method: str, recipe: Recipe, model: Transformer) -> None:
+        """Evaluate a model, print its perplexity, and add its row."""
+        what = method if method == FULL else f"{method}, {recipe.weight_bits:.3g} bits"
+        self._progress.reset(self._task, description=f"{what}: evaluation")
+        shown = self._progress.track(self._windows, len(self._windows), task_id=self._task)
+        result = evaluate_windows(model, shown, self._tokenizer.count_bytes)
+        full = self.rows[0] if self.rows else None
+        row = row_of(method, recipe, model, result, self._seconds, full)
+        self.rows.append(row)
+        self._progress.console.print(
+            f"{method}, {row.bits:g} bits: perplexity {row.perplexity:.5g}"
+            + ("" if method == FULL else f" ({grown(row.growth)})")
+        )
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(Row._fields)
+        writer.writerows(self.rows)
+        write_atomic(self._path, text.getvalue().encode())
 
 
-def matrix_bytes(model: Transformer) -> int:
-    """What the layers' matrices take in memory, scales and zero points included."""
-    total = 0
-    for block in model.layers:
-        for name in model.config.matrices():
-            layer = block.get_submodule(name)
-            if isinstance(layer, nn.Linear):
-                total += layer.weight.nbytes
-            elif isinstance(layer, TernaryLinear):
-                total += layer.packed.nbytes + layer.scale.nbytes
-            elif isinstance(layer, IntLayer):
-                total += layer.weight_bytes
-    return total
-
-
-def check_csv(path: Path) -> None:
-    """Raise UserError where --csv would replace what this command has not written."""
-    if not path.parent.is_dir():
-        raise UserError(f"--csv {path}: there is no folder {path.parent}")
-    check_output("--csv", path)
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        head = file.read(100).decode("utf-8", "replace")
-    if not head.startswith(",".join(Row._fields)):
-        raise UserError(f"--csv {path}: exists and is no result of bitnet ptq; choose another")
-
-
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """All rows so far; the file is whole at any moment."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(Row._fields)
-    writer.writerows(rows)
-    write_atomic(path, text.getvalue().encode())
-
-
-def table_of(rows: list[Row], title: str) -> Table:
-    """The results, a row each."""
+def _table(rows: list[Row], title: str) -> Table:
     table = Table(title=title, box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
     for heading in ("bits", "loss", "perplexity", "growth", "bits per byte", "MB", "seconds"):
@@ -345,23 +269,3 @@ def table_of(rows: list[Row], title: str) -> Table:
             "" if row.method == FULL else f"{row.seconds:.1f}",
         )
     return table
-
-
-def grown(growth: float) -> str:
-    """``+2.5%``, or ``x31`` where percents say little."""
-    return f"{growth:+.2%}" if growth < 9 else f"x{growth + 1:.3g}"
-
-
-def verdicts(rows: list[Row]) -> Iterator[str]:
-    """A line a bit width, by its best method."""
-    quantized = [row for row in rows if row.method != FULL]
-    for bits in dict.fromkeys(row.bits for row in quantized):
-        of_width = [row for row in quantized if row.bits == bits]
-        best = min(of_width, key=lambda row: (math.isnan(row.growth), row.growth))
-        if best.growth < ENOUGH:
-            verdict = "PTQ is enough"
-        elif best.growth < WORTH:
-            verdict = "QAT is likely worth it"
-        else:  # NaN too
-            verdict = "QAT needed"
-        yield f"{bits:g} bits: {verdict} ({best.method}: perplexity {grown(best.growth)})"

@@ -93,7 +93,7 @@ def one_line_errors() -> Iterator[None]:
         _drop_output()
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        if not (memory := _exhausted(error)):
+        if not (memory := exhausted(error)):
             raise
         _fail(error, f"out of {memory}: lower train.micro_batch, or take a smaller model")
     except OSError as error:
@@ -101,8 +101,9 @@ def one_line_errors() -> Iterator[None]:
         _fail(error, f"{where}{error.strerror or error}")
 
 
-def _exhausted(error: Exception) -> str:
-    """Which memory an error says is used up, with what is known; "" for another error."""
+def exhausted(error: Exception) -> str:
+    """The memory that is used up according to an error, ``"GPU memory (...)"`` or ``"memory"``; ""
+    for another error."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):

@@ -351,6 +351,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
+def window_starts(n_tokens: int, seq_len: int, max_tokens: int = 0) -> Iterator[int]:
+    """Where windows of ``seq_len`` predictions begin among ``n_tokens``: all of them, or about
+    ``max_tokens`` predictions, in windows spread evenly (the beginning may be of one kind)."""
+    n_windows = -(-n_tokens // seq_len)
+    count = min(n_windows, max(1, max_tokens // seq_len)) if max_tokens else n_windows
+    return (i * n_windows // count * seq_len for i in range(count))
+
+
 def sequential_windows(
     dataset: TokenDataset, seq_len: int, max_tokens: int = 0
 ) -> Iterator[Tensor]:
@@ -363,15 +371,11 @@ def sequential_windows(
     Arguments:
         dataset: N tokens.
         seq_len: T.
-        max_tokens: only about so many predictions, in windows spread evenly over the split (its
-            beginning may be of one kind); 0 = all.
+        max_tokens: about how many predictions; 0: all. See :func:`window_starts`.
     Yields:
         int64 ``[T + 1]``, the last one maybe shorter: inputs are ``[:-1]``, targets ``[1:]``.
     """
-    n_windows = -(-dataset.n_tokens // seq_len)
-    count = min(n_windows, max(1, max_tokens // seq_len)) if max_tokens else n_windows
-    for i in range(count):
-        start = i * n_windows // count * seq_len
+    for start in window_starts(dataset.n_tokens, seq_len, max_tokens):
         first = np.array([dataset.eos_id]) if start == 0 else dataset.tokens(start - 1, start)
         tokens = dataset.tokens(start, min(start + seq_len, dataset.n_tokens))
         yield torch.from_numpy(np.concatenate([first, tokens]))

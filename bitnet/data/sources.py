@@ -28,14 +28,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, Any
 
 import zstandard
 
-from bitnet.schema import UserError, check_file, user_input
+from bitnet.schema import UserError, check_file, nearest, user_input
 
 STDLIB = "python-stdlib"
 HUB = "hf:"
@@ -231,8 +230,8 @@ def _missing(source: str, path: Path) -> UserError:
     while not parent.is_dir():
         parent, name = parent.parent, parent.name
     candidates = [entry.name for entry in parent.iterdir()]
-    near = get_close_matches(name, candidates, 1) or get_close_matches(source, [STDLIB], 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, candidates) or nearest(source, [STDLIB])
+    hint = f"; did you mean {near!r}?" if near else ""
     if source.count("/") == 1 and not path.suffix:
         hint += f" (a Hugging Face dataset is written {HUB}{source})"
     return UserError(f"data.sources: no {name!r} in {parent.resolve()}, for {source!r}{hint}")
@@ -413,8 +412,8 @@ def _limited(texts: Iterable[str], n_bytes: float) -> Iterator[str]:
 def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
     """A row's text; null is no text."""
     if field not in row:
-        near = get_close_matches(field, list(row), 1)
-        hint = f"; did you mean data.text_field = {near[0]!r}?" if near else ""
+        near = nearest(field, row)
+        hint = f"; did you mean data.text_field = {near!r}?" if near else ""
         has = ", ".join(repr(name) for name in row) or "none"
         raise UserError(f"{where}: no field {field!r} (data.text_field); there is {has}{hint}")
     value = row[field]

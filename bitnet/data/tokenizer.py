@@ -32,7 +32,6 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -43,7 +42,7 @@ from sentencepiece import SentencePieceProcessor
 
 from bitnet.data.tokenizer_training import train_model
 from bitnet.durable import write_atomic
-from bitnet.schema import UserError, read_file, user_input
+from bitnet.schema import UserError, nearest, read_file, user_input
 
 _SPACE = "\u2581"
 _SEGMENT = 4096
@@ -300,8 +299,8 @@ def read_model(path: Path) -> bytes:
     if path.is_dir():
         raise UserError(f"{path}: is a folder; expected a tokenizer file")
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = get_close_matches(path.name, names, 1)
-    hint = f"; did you mean {path.with_name(near[0])}?" if near else ""
+    near = nearest(path.name, names)
+    hint = f"; did you mean {path.with_name(near)}?" if near else ""
     raise UserError(f"{path}: no such tokenizer file{hint}")
 
 

@@ -31,7 +31,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +51,15 @@ from bitnet.qat.layers import QATLayer
 from bitnet.qat.prepare import convert, prepare
 from bitnet.qat.quantizers import weight_range
 from bitnet.qat.recipe import Recipe
-from bitnet.schema import STRICT, UserError, check_file, read_file, user_input, with_new_keys
+from bitnet.schema import (
+    STRICT,
+    UserError,
+    check_file,
+    nearest,
+    read_file,
+    user_input,
+    with_new_keys,
+)
 from bitnet_kernels import pack_base3, unpack_base3
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -335,8 +342,7 @@ def _difference(
     for name in sorted(expected.keys() - tensors.keys()):
         return f"tensor {name} is missing"
     for name in sorted(tensors.keys() - expected.keys()):
-        near = get_close_matches(name, list(expected), 1, 0.0)
-        return f"unknown tensor {name}; the nearest is {near[0]}"
+        return f"unknown tensor {name}; the nearest is {nearest(name, expected, 0)}"
     for name, (dtype, shape) in expected.items():
         tensor = tensors[name]
         if (tensor.dtype, tensor.shape) != (dtype, shape):
@@ -443,8 +449,7 @@ def _first_error(error: ValidationError) -> str:
     sections: dict[object, type] = {"model": ModelConfig, "quant": Recipe}
     config_class = sections.get(first["loc"][0], FolderConfig)
     valid = [f.name for f in dataclasses.fields(config_class)]
-    near = get_close_matches(str(first["loc"][-1]), valid, 1, 0.0)
-    return f"unknown key {key}; the nearest is {near[0]}"
+    return f"unknown key {key}; the nearest is {nearest(str(first['loc'][-1]), valid, 0)}"
 
 
 def _verify(folder: Path, config: FolderConfig) -> None:

@@ -14,7 +14,6 @@ Source of names and expressions: llama.cpp, src/llama-vocab.cpp, and the models'
 
 import json
 import math
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch import Tensor
 from bitnet.data.tokenizer_json import JsonTokenizer, with_eos
 from bitnet.export.llama import Shape, Stored, build, check_tensors
 from bitnet.model import Transformer
-from bitnet.schema import UserError, check_file, user_input
+from bitnet.schema import UserError, check_file, nearest, user_input
 
 _NAMES = {
     "token_embd.weight": "embed_tokens.weight",
@@ -292,10 +291,9 @@ def _tokenizer(keys: _Keys) -> JsonTokenizer:
         raise UserError(f"{source}: its tokenizer is {model!r}; only byte-level BPE is supported")
     pre = keys.get("tokenizer.ggml.pre", str, "gpt-2")
     if pre not in _SPLITS:
-        near = get_close_matches(pre, _SPLITS, 1, 0.0)[0]
         raise UserError(
             f"{source}: tokenizer.ggml.pre = {pre[:60]!r}: how it splits text is not known here; "
-            f"the nearest known is {near!r} (of {', '.join(_SPLITS)})"
+            f"the nearest known is {nearest(pre, _SPLITS, 0)!r} (of {', '.join(_SPLITS)})"
         )
     tokens = _strings(keys, "tokenizer.ggml.tokens")
     merges = [merge.split(" ") for merge in _strings(keys, "tokenizer.ggml.merges")]

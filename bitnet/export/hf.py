@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from bitnet.data.tokenizer_json import JsonTokenizer, with_eos
 from bitnet.export.gguf import load_gguf
 from bitnet.export.llama import Shape, Stored, build, check_tensors, check_type
 from bitnet.model import Transformer
-from bitnet.schema import UserError, check_file, read_file, user_input
+from bitnet.schema import UserError, check_file, nearest, read_file, user_input
 
 _ROPE_KEYS = {"rope_type", "rope_theta", "type"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -90,8 +89,8 @@ def add_sub_norms(model: Transformer) -> Transformer:
 
 def _check_files(source: Path) -> None:
     if not source.exists():
-        near = get_close_matches(source.name, _names(source.parent), 1)
-        hint = f"; did you mean {source.with_name(near[0])}?" if near else ""
+        near = nearest(source.name, _names(source.parent))
+        hint = f"; did you mean {source.with_name(near)}?" if near else ""
         raise UserError(f"{source}: no such model{hint}")
     if not source.is_dir():
         raise UserError(f"{source}: expected a Hugging Face folder or a .gguf file")

@@ -7,7 +7,6 @@ names, before a tensor is read or a layer is made: a config may promise 10^9 lay
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from bitnet.data.tokenizer_json import JsonTokenizer
 from bitnet.model import ModelConfig, Transformer
-from bitnet.schema import UserError, user_input
+from bitnet.schema import UserError, nearest, user_input
 
 MODEL_TYPES = ("llama", "mistral")
 """Whose maths is ours, as config.json calls them."""
@@ -77,10 +76,9 @@ class Shape:
 def check_type(source: Path, model_type: str) -> None:
     """Raise UserError, naming the nearest, for a model type that cannot be imported."""
     if model_type not in MODEL_TYPES:
-        near = (get_close_matches(model_type, MODEL_TYPES, 1, 0.0) or MODEL_TYPES)[0]
         raise UserError(
             f"{source}: model_type {model_type!r} cannot be imported; the nearest supported is "
-            f"{near!r} (of {', '.join(MODEL_TYPES)})"
+            f"{nearest(model_type, MODEL_TYPES, 0)!r} (of {', '.join(MODEL_TYPES)})"
         )
 
 

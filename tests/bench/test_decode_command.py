@@ -173,7 +173,10 @@ def test_a_dead_worker_is_named_with_its_last_words(
 
 
 MISTAKES = [
-    (["--size", "110"], "--size: '110' is unknown; did you mean 110m?"),
+    (
+        ["--size", "110"],
+        "--size: '110' is none of 60m, 110m, 350m, 700m, 2b, 8b, tiny; did you mean 110m?",
+    ),
     (["--size", "100m"], "did you mean 110m?"),
     (["--size", "7b"], "did you mean 8b?"),
     (["--contender", "our-auto"], "did you mean ours-auto?"),

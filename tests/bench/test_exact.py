@@ -168,7 +168,7 @@ def test_the_command_writes_each_row(
             seen.append(len(gpu.read(path)) if index else 0)
             yield dict(zip(COLUMNS, [*map(str, case), verdict, "why", "1.00"], strict=False))
 
-    monkeypatch.setattr("bitnet.cli.bench.check_all", check_all)
+    monkeypatch.setattr("bitnet.cli.bench_exact.check_all", check_all)
     code, out, _ = bitnet("bench", "exact", "--quick", "--device", "cpu", "--out", path)
     assert (code, seen) == (1, [0, 1, 2])
     assert "1 of 3 cases are exact, 1 are not, 1 are not for this device" in out

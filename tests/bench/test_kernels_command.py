@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bitnet.cli import bench as cli_bench
+from bitnet.cli import bench_kernels as cli_bench
 from bitnet_kernels.bench import contenders as contending
 from bitnet_kernels.bench import estimate, machine, report, rows, run, timing
 from bitnet_kernels.bench.rows import Row
@@ -101,8 +101,8 @@ MISTAKES = [
     (["--shape", "0x64"], "--shape: '0x64'"),
     (["--model", "llama-8b"], "did you mean llama3-8b?"),
     (["--kernel", "popcnt"], "did you mean popcount?"),
-    (["--dtype", "f16"], "--dtype: 'f16' is unknown; did you mean fp16?"),
-    (["--cache", "warm"], "--cache: 'warm' is unknown"),
+    (["--dtype", "f16"], "--dtype: 'f16' is none of bf16, fp16, fp32; did you mean fp16?"),
+    (["--cache", "warm"], "--cache: 'warm' is none of cold, hot"),
     (["--arch", "sm_91"], "did you mean sm_90?"),
     (["--all", "--quick"], "--all and --quick exclude each other"),
     (["--device", "tpu"], "--device: 'tpu' cannot be used here"),

@@ -238,15 +238,16 @@ def alive(pid: int) -> bool:
 
 
 MISTAKES = [
-    (["--variant", "our"], "--variant: 'our' is unknown; did you mean ours?"),
+    (["--variant", "our"], "--variant: 'our' is none of fp, naive, ours, ours-int8, torchao, fp-"),
+    (["--variant", "our"], "-compiled; did you mean ours?"),
     (["--variant", "ours-compile"], "did you mean ours-compiled?"),
-    (["--size", "16m"], "--size: '16m' is unknown; did you mean 15m?"),
+    (["--size", "16m"], "--size: '16m' is none of 15m, 60m, 350m, 1b; did you mean 15m?"),
     (["--size", "35m"], "did you mean 60m?"),
     (["--size", "0.9B"], "did you mean 1b?"),
-    (["--size", "large"], "--size: 'large' is unknown; (valid: 15m, 60m, 350m, 1b)"),
+    (["--size", "large"], "--size: 'large' is none of 15m, 60m, 350m, 1b"),
     (["--variant", "ours-int"], "did you mean ours-int8?"),
     (["--variant", "torcha0"], "did you mean torchao?"),
-    (["--dtype", "fp16"], "--dtype: 'fp16' is unknown; did you mean bf16?"),
+    (["--dtype", "fp16"], "--dtype: 'fp16' is none of auto, fp32, bf16; did you mean bf16?"),
     (["--tokens", "50"], "--tokens: 50 is not a multiple of data.seq_len = 12; the nearest that"),
     (["model.granularity=row"], "naive knows only model.granularity = tensor"),
     (["quant.weights=absmean"], "quant.weights = "),

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitnet.cli.convert import calibration_windows, load_source
 from bitnet.data.tokenizer import train_tokenizer
 from bitnet.data.tokenizer_json import JsonTokenizer
+from bitnet.data.windows import first_inputs
 from bitnet.evaluate import evaluate_text
 from bitnet.export.folder import load, read_config, save_model
 from bitnet.export.proof import prove
+from bitnet.export.source import load_source
 from bitnet.linear import TernaryLinear
 from bitnet.model import ModelConfig, Transformer
 from bitnet.qat.integer import IntLinear
@@ -250,9 +251,9 @@ def test_load_source(root: Path) -> None:
         load_source(root / "ternary")
 
 
-def test_calibration_windows(root: Path) -> None:
-    model, tokenizer = load(root / "pre")
-    windows = calibration_windows(model, tokenizer, TEXT)
+def test_first_inputs(root: Path) -> None:
+    _, tokenizer = load(root / "pre")
+    windows = first_inputs(tokenizer, TEXT, 64, 65_536)
     ids = torch.cat(windows, 1)[0].tolist()
     assert ids == [tokenizer.eos_id, *tokenizer.encode(TEXT)]
     assert {tuple(window.shape) for window in windows[:-1]} == {(1, 64)}

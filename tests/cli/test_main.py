@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from bitnet.cli import main as cli
+from bitnet.cli.generate import packed_bf16
 from bitnet.engine.engine import Engine
+from bitnet.evaluate import compressor_baselines
 from bitnet.export.folder import load
 from bitnet.generate import encode_prompt, generate
 from bitnet.linear import BitLinear, TernaryLinear
@@ -36,7 +37,7 @@ def test_prepare_then_eval_with_baselines(bitnet: Bitnet, folders: Path, tmp_pat
     assert code == 0
     assert "train" in out
     assert "val" in out
-    assert "bytes a token" in out
+    assert "bytes per token" in out
     code, out, err = bitnet("eval", folders / "model", "--data", data, "--baselines")
     assert code == 0, err
     bits = float(re.search(r"model\s*│\s*([\d.]+)", out)[1])  # type: ignore[index]
@@ -75,7 +76,7 @@ def test_pack_exits_1_when_the_proof_fails(
             model.layers[0].mlp.up_proj.scale.mul_(1.5)
         return model, tokenizer
 
-    monkeypatch.setattr(cli, "load", damaging)
+    monkeypatch.setattr("bitnet.cli.pack.load", damaging)
     code, out, _ = bitnet("pack", folders / "model", "--out", tmp_path / "packed")
     assert code == 1
     assert "DIFFERS: layers.0.mlp.up_proj: scales differ" in out
@@ -99,7 +100,7 @@ def test_long_work_is_reported_where_there_is_no_terminal(
     bitnet: Bitnet, folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("bitnet.progress.EVERY", 0.05)
-    generated, compressed = Engine.generate, cli.compressor_baselines
+    generated, compressed = Engine.generate, compressor_baselines
 
     def slow_generate(*args: Any, **options: Any) -> Any:
         time.sleep(0.2)
@@ -110,7 +111,7 @@ def test_long_work_is_reported_where_there_is_no_terminal(
         return compressed(text)
 
     monkeypatch.setattr(Engine, "generate", slow_generate)
-    monkeypatch.setattr(cli, "compressor_baselines", slow_baselines)
+    monkeypatch.setattr("bitnet.cli.eval.compressor_baselines", slow_baselines)
     words = ("generate", folders / "model", "--max-new-tokens", "2", "--prompt", "def")
     assert "generating 2 texts after 0 s\n" in bitnet(*words, "--prompt", "x")[2]
     assert "generating" not in bitnet(*words)[2]  # its text comes as it is generated
@@ -202,7 +203,7 @@ def test_a_gpu_generates_in_bf16_with_the_codes_of_the_fp32_weights(folders: Pat
     expected = load(folders / "model")[0].layers[0].self_attn.q_proj
     assert isinstance(expected, BitLinear)
     codes, scale = expected.quantize()
-    cast = cli.packed_bf16(model, "auto")
+    cast = packed_bf16(model, "auto")
     layer = cast.layers[0].self_attn.q_proj
     assert isinstance(layer, TernaryLinear)
     assert torch.equal(layer.codes(), codes)
@@ -210,7 +211,7 @@ def test_a_gpu_generates_in_bf16_with_the_codes_of_the_fp32_weights(folders: Pat
     assert torch.equal(layer.scale, scale)
     floats = {p.dtype for name, p in cast.named_parameters() if not name.endswith("scale")}
     assert floats == {torch.bfloat16}
-    assert {p.dtype for p in cli.packed_bf16(load(folders / "fp")[0], "auto").parameters()} == {
+    assert {p.dtype for p in packed_bf16(load(folders / "fp")[0], "auto").parameters()} == {
         torch.bfloat16
     }
 

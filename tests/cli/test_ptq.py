@@ -13,15 +13,24 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bitnet.cli import ptq as cli_ptq
-from bitnet.cli.ptq import Row, grown, matrix_bytes, recipe_of, text_windows, verdicts
 from bitnet.config import DataConfig
 from bitnet.data.loader import TokenDataset, sequential_windows
 from bitnet.data.prepare import prepare
 from bitnet.data.tokenizer import Tokenizer, train_tokenizer
-from bitnet.evaluate import evaluate_text
+from bitnet.data.windows import text_windows
+from bitnet.evaluate import evaluate_text, evaluate_windows
 from bitnet.export.folder import load, read_config, save_model
 from bitnet.model import ModelConfig, Transformer
+from bitnet.qat.comparison import (
+    CALIBRATED,
+    ENOUGH,
+    WORTH,
+    Row,
+    grown,
+    matrix_bytes,
+    recipe_of,
+    verdicts,
+)
 from bitnet.qat.gptq import gptq
 from bitnet.qat.ptq import round_to_nearest
 from bitnet.qat.recipe import Recipe
@@ -68,7 +77,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(root / "inside", Transformer(inside), tokenizer)
     model = Transformer(ModelConfig(linear="fp", **shape))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    windows = torch.stack(text_windows(tokenizer, root / "text.txt", SPAN, 0)[:-1])
+    windows = torch.stack(text_windows(tokenizer, TEXT, SPAN)[:-1])
     for _ in range(80):
         batch = windows[torch.randint(len(windows), (8,))]
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
@@ -108,7 +117,7 @@ def test_all_methods_on_a_data_folder(ptq: Ptq, root: Path, tmp_path: Path) -> N
     assert re.search(r"^1\.58 bits: QAT (is likely worth it|needed) \(", out, re.M)
     model, tokenizer = load(root / "fp")
     windows = sequential_windows(TokenDataset(root / "data", "val"), SPAN, 1024)
-    expected = cli_ptq.evaluate_windows(model, windows, tokenizer.count_bytes)
+    expected = evaluate_windows(model, windows, tokenizer.count_bytes)
     assert float(rows[0]["loss"]) == pytest.approx(expected.loss)
     assert float(rows[0]["bits_per_byte"]) == pytest.approx(expected.bits_per_byte)
 
@@ -130,7 +139,7 @@ def test_text_and_calibration_files_and_the_saved_model(
     assert float(rows_of(table)[1]["loss"]) == pytest.approx(result.loss, rel=1e-6)
     assert float(rows_of(table)[1]["bits_per_byte"]) == pytest.approx(result.bits_per_byte)
     source, _ = load(root / "fp")
-    calibration = text_windows(tokenizer, root / "other.txt", SPAN, 0)
+    calibration = text_windows(tokenizer, (root / "other.txt").read_text(encoding="utf-8"), SPAN)
     ids = torch.stack([window[:-1] for window in calibration if len(window) == SPAN + 1])
     expected = gptq(source, read_config(saved).quant, ids).state_dict()
     assert expected.keys() == model.state_dict().keys()
@@ -204,11 +213,11 @@ def test_verdicts_go_by_the_best_method_and_the_stated_thresholds() -> None:
 def test_text_windows_predict_every_token_once(root: Path) -> None:
     tokenizer = Tokenizer(root / "tokenizer.model")
     ids = tokenizer.encode(TEXT)
-    windows = text_windows(tokenizer, root / "text.txt", 7, 0)
+    windows = text_windows(tokenizer, TEXT, 7)
     assert torch.cat([window[1:] for window in windows]).tolist() == ids
     assert int(windows[0][0]) == tokenizer.eos_id
     assert all(a[-1] == b[0] for a, b in pairwise(windows))
-    some = text_windows(tokenizer, root / "text.txt", 7, 35)
+    some = text_windows(tokenizer, TEXT, 7, 35)
     assert len(some) == 5
     assert all(any(torch.equal(one, window) for window in windows) for one in some)
 
@@ -217,7 +226,7 @@ def test_rows_survive_a_failure(ptq: Ptq, root: Path, tmp_path: Path, monkeypatc
     def broken(*_: Any, **__: Any) -> None:
         raise ValueError("something is NaN")
 
-    monkeypatch.setattr(cli_ptq, "gptq", broken)
+    monkeypatch.setitem(CALIBRATED, "gptq", broken)
     table = tmp_path / "rows.csv"
     args = ("--data", root / "data", "--methods", "rtn,gptq", "--eval-tokens", "64")
     code, _, err = ptq(root / "fp", *args, "--bits", "4,3", "--csv", table)
@@ -232,12 +241,15 @@ def test_rows_survive_a_failure(ptq: Ptq, root: Path, tmp_path: Path, monkeypatc
         (["fp"], "either --text FILE or --data FOLDER"),
         (["fp", "--text", "text.txt", "--data", "data"], "either --text FILE or --data FOLDER"),
         (["fp", "--text", "text.txt"], "gptq, awq, smoothquant: needs text to calibrate on"),
-        (["fp", "--data", "data", "--bits", "5"], "--bits '5' is none of 8, 6, 4, 3, 2, 1.58; the"),
-        (["fp", "--data", "data", "--bits", "1"], "the nearest is 1.58"),
-        (["fp", "--data", "data", "--bits", "7.2"], "the nearest is 8"),
-        (["fp", "--data", "data", "--bits", "four"], "--bits 'four' is none of"),
+        (
+            ["fp", "--data", "data", "--bits", "5"],
+            "--bits: '5' is none of 8, 6, 4, 3, 2, 1.58; did you mean 6?",
+        ),
+        (["fp", "--data", "data", "--bits", "1"], "did you mean 1.58?"),
+        (["fp", "--data", "data", "--bits", "7.2"], "did you mean 8?"),
+        (["fp", "--data", "data", "--bits", "four"], "--bits: 'four' is none of"),
         (["fp", "--data", "data", "--bits", ","], "--bits: names nothing; expected some of 8, 6"),
-        (["fp", "--data", "data", "--methods", "gtpq"], "the nearest is gptq"),
+        (["fp", "--data", "data", "--methods", "gtpq"], "did you mean gptq?"),
         (["fp", "--data", "data", "--activation-bits", "3"], "expected 0 or 4 to 8; nearest: 4"),
         (["fp", "--data", "data", "--out", "new"], "--out: saves one model: name one method"),
         (
@@ -288,6 +300,6 @@ def test_help_states_the_thresholds(ptq: Ptq) -> None:
     code, out, _ = ptq("--help")
     assert code == 0
     text = " ".join(out.split())
-    assert f"less than {cli_ptq.ENOUGH:.0%}" in text
-    assert f"{cli_ptq.ENOUGH:.0%} to {cli_ptq.WORTH:.0%}" in text
-    assert f"by {cli_ptq.WORTH:.0%} or more" in text
+    assert f"less than {ENOUGH:.0%}" in text
+    assert f"{ENOUGH:.0%} to {WORTH:.0%}" in text
+    assert f"by {WORTH:.0%} or more" in text

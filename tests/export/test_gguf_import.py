@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from bitnet.cli.convert import load_source
 from bitnet.export.gguf import _SPLITS
 from bitnet.export.hf import load_hf
+from bitnet.export.source import load_source
 from bitnet.schema import UserError
 from tests.helpers.gguf_file import (
     CONTEXT,

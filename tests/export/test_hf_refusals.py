@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from bitnet.cli.convert import load_source
 from bitnet.export.folder import save_model
 from bitnet.export.hf import load_hf
+from bitnet.export.source import load_source
 from bitnet.schema import UserError
 from tests.helpers.hf_folder import edit, llama, write
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from bitnet.cli.convert import load_source
 from bitnet.data.tokenizer import train_tokenizer
 from bitnet.export.folder import load, save_model
 from bitnet.export.hf import load_hf
+from bitnet.export.source import load_source
 from bitnet.linear import pack
 from bitnet.model import ModelConfig, Transformer
 from bitnet.qat.prepare import convert, prepare

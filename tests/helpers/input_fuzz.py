@@ -16,7 +16,7 @@ import zstandard
 from rich.console import Console
 
 from bitnet.cli.common import split_args
-from bitnet.cli.main import prepare_command
+from bitnet.cli.prepare import prepare_command
 from bitnet.config import Config, load_config, to_dict
 from bitnet.data.tokenizer import train_tokenizer
 from bitnet.schema import UserError

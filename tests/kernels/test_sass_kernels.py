@@ -443,7 +443,7 @@ def test_unknown_archs(
     code, _, err = run(monkeypatch, capsys, "inspect", "kernels", "--arch", arch)
     assert code == 2
     assert err.startswith(
-        f"error: --arch {arch!r} is none of sm_80, sm_89, sm_90, sm_100; did you mean {nearest}"
+        f"error: --arch: {arch!r} is none of sm_80, sm_89, sm_90, sm_100; did you mean {nearest}"
     )
 
 

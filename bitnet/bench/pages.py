@@ -1,0 +1,67 @@
+"""The documentation's tables of figures, each between marked lines of its page."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from bitnet.bench import decode_table, train_rows
+from bitnet_kernels.bench import report
+from bitnet_kernels.bench.rows import Row
+
+RESULTS = Path("docs/results")
+"""Of a checkout: the CSV files."""
+
+
+class Region(NamedTuple):
+    """A table of a page: what stands between two marks."""
+
+    page: str
+    begin: str
+    end: str
+    draw: Callable[[], str]
+
+
+def stale(root: Path, figures: list[Row]) -> dict[str, str]:
+    """The pages whose tables are not those of the figures: name -> new text.
+
+    Arguments:
+        root: a checkout. figures: of the kernels, as ``report.load`` reads them.
+    Raises:
+        ValueError: a page has no marks, or a CSV file is damaged.
+    """
+    before: dict[str, str] = {}
+    after: dict[str, str] = {}
+    for region in _regions(root, figures):
+        if region.page not in before:
+            before[region.page] = (root / region.page).read_text(encoding="utf-8")
+        text = after.get(region.page, before[region.page])
+        after[region.page] = report.replace(
+            text, region.begin, region.end, region.draw(), region.page
+        )
+    return {page: text for page, text in after.items() if text != before[page]}
+
+
+def write(root: Path, texts: Mapping[str, str]) -> None:
+    """Write pages: name -> text."""
+    for page, text in texts.items():
+        (root / page).write_text(text, encoding="utf-8")
+
+
+def _regions(root: Path, figures: list[Row]) -> Iterator[Region]:
+    results = root / RESULTS
+    images = {path.name for path in results.glob("kernels_*.png")}
+    details = partial(report.details, figures, images)
+    yield Region("kernels/README.md", *_marks("kernels"), details)
+    counted = partial(report.machine_code, results / "machine_code.csv")
+    yield Region("kernels/README.md", *_marks("machine-code"), counted)
+    if (root / "docs/decoding.md").exists():
+        decoding = partial(decode_table.table, decode_table.load(results))
+        yield Region("docs/decoding.md", *_marks("decode"), decoding)
+    if (root / "docs/training.md").exists():
+        training = partial(train_rows.table, train_rows.load(results))
+        yield Region("docs/training.md", *_marks("training"), training)
+
+
+def _marks(name: str) -> tuple[str, str]:
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

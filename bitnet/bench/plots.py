@@ -1,0 +1,55 @@
+"""Plots of the kernels' figures, where matplotlib is installed."""
+
+from pathlib import Path
+from typing import Any
+
+from bitnet_kernels.bench import report
+from bitnet_kernels.bench.report import View
+from bitnet_kernels.bench.rows import Row
+from bitnet_kernels.bench.shapes import GOALS
+
+_LABELS = {"speedup": "ratio to 16-bit", "roofline": "share of the roofline"}
+
+
+def draw(folder: Path, figures: list[Row]) -> bool:
+    """Write the PNGs of every device into a folder. False, and none, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    for view in report.views(figures, "measured") + report.views(figures, "estimate"):
+        shapes = [shape for shape in view.shapes() if shape in GOALS] or view.shapes()[-4:]
+        for kind in report.FIGURES:
+            curves = {shape: report.curves(view, kind, shape) for shape in shapes}
+            if not any(curves.values()):
+                continue
+            picture = Figure(figsize=(4 * len(shapes), 3.4), layout="constrained")
+            picture.suptitle(f"{view.device}, {view.source}: {_LABELS[kind]}")
+            axes = picture.subplots(1, len(shapes), squeeze=False, sharey=True)[0]
+            for axis, (shape, lines) in zip(axes, curves.items(), strict=True):
+                _draw_shape(axis, view, kind, shape, lines)
+            picture.savefig(folder / report.image_name(view, kind), dpi=110)
+    return True
+
+
+def _draw_shape(
+    axis: Any,
+    view: View,
+    kind: str,
+    shape: tuple[int, int],
+    lines: dict[str, list[tuple[int, float]]],
+) -> None:
+    """One matrix: a curve over M per kernel, and the goal where there is one."""
+    for name, points in lines.items():
+        axis.plot(*zip(*points, strict=True), marker="o", label=name)
+    if kind == "speedup":
+        axis.axhline(1.0, color="gray", linewidth=0.8)
+        if view.has_goals and shape in GOALS:
+            floors = [(m, goal.floor) for m, goal in GOALS[shape].items()]
+            axis.plot(*zip(*floors, strict=True), "k--", label="floor")
+    axis.set(title=f"{shape[0]} x {shape[1]}", xlabel="M", ylabel=_LABELS[kind])
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(view.tokens(), [str(m) for m in view.tokens()])
+    axis.set_ylim(bottom=0)
+    if lines:
+        axis.legend()

@@ -1,0 +1,61 @@
+"""Groups of commands whose modules are imported when a command is looked up.
+
+``bitnet generate`` thus imports neither PTQ nor the benchmarks; ``--help`` of a group, which shows
+the first line of each command, imports them all.
+"""
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+
+class Commands(Mapping[str, Any]):
+    """Commands by name, in the order in which ``--help`` lists them.
+
+    Arguments:
+        homes: name -> ``"module:object"``. The object is a command's function or a group.
+    """
+
+    def __init__(self, homes: Mapping[str, str]) -> None:
+        self._homes = homes
+        self._loaded: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._loaded:
+            module, _, attribute = self._homes[name].partition(":")
+            found = getattr(import_module(module), attribute)
+            self._loaded[name] = found if isinstance(found, TyperGroup) else command(name, found)
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+
+def command(name: str, function: Any) -> Any:
+    """A click command of a function with Typer's annotations."""
+    app = typer.Typer(rich_markup_mode=None, add_completion=False)
+    app.command(name)(function)
+    return typer.main.get_command(app)
+
+
+def group(homes: Mapping[str, str], help_text: str, cls: type = TyperGroup, **options: Any) -> Any:
+    """A group that shows its help when no command is named.
+
+    Arguments:
+        homes: as of :class:`Commands`.
+        cls: the group's class. options: its further arguments.
+    """
+    return cls(
+        name=None,
+        commands=Commands(homes),
+        help=help_text,
+        no_args_is_help=True,
+        rich_markup_mode=None,
+        **options,
+    )
