@@ -1,46 +1,53 @@
-"""Layers that only their own forward computes right, in modules of torch that read past it.
+"""Layers whose weight means nothing without their forward, inside torch modules that bypass it.
 
-The fused inference path of ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention``, for its
-output projection, take a layer's ``weight`` and multiply with it themselves. For a layer that
-quantizes in its forward that is full precision, without a word.
+Two torch modules multiply with a layer's ``weight`` themselves: the fused inference path of
+``nn.TransformerEncoderLayer``, and ``nn.MultiheadAttention`` with its output projection. A layer
+that quantizes in its forward would silently compute in full precision there.
 
-The fused path leaves modules with forward hooks alone, so each layer has one, which does nothing.
-torch.compile cannot trace that test of theirs (2.13), so where torch tells that a layer is placed,
-the path is switched off besides. The attention never calls its projection; there a layer is
-refused.
+- The fused path is not taken where a module has forward hooks, so each layer carries a hook that
+  does nothing. torch.compile cannot trace that test, so placing a layer also switches the path off
+  by the attribute ``activation_relu_or_gelu``.
+- The attention never calls its projection; a layer placed there is refused.
+
+This relies on internals of torch: ``Module._forward_pre_hooks``, which ``Module._call_impl`` tests
+by truth and the fused path by length, and ``activation_relu_or_gelu``. The functions that use them
+were compared, as syntax trees from the wheels of torch 2.11.0, 2.12.0, 2.13.0 and 2.14.1, and are
+the same in all four. The tests run on the installed torch only. Placing a layer raises RuntimeError
+where either remedy has lost its effect; see :func:`_check_fused_path`.
 """
 
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor, nested, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 
 class CalledLayer(nn.Module):
-    """Marks modules whose weight means nothing without their forward."""
+    """Base class of modules whose weight means nothing without their forward."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._forward_pre_hooks = _CallMe(self._forward_pre_hooks)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a layer pickled without the hook, too."""
+        """Add the hook to a layer that was pickled without it."""
         super().__setstate__(state)
         if not isinstance(self._forward_pre_hooks, _CallMe):
             self._forward_pre_hooks = _CallMe(self._forward_pre_hooks)
 
 
 def _does_nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A hook that the fused path can count."""
+    """Be a hook for the fused path to count."""
 
 
 class _CallMe(OrderedDict[Any, Any]):
-    """Hooks of a layer that has to be called: one that does nothing, and those of others.
+    """Pre-forward hooks of a :class:`CalledLayer`: one that does nothing, and those of others.
 
-    With that one alone it is false, by which ``nn.Module`` asks whether there are hooks to run;
-    the fused path, and torch.compile, ask for its length.
+    With the first alone it is false, which ``nn.Module`` tests to see whether hooks have to run.
+    The fused path and torch.compile test its length.
     """
 
     def __init__(self, *hooks: Any) -> None:
@@ -54,7 +61,8 @@ class _CallMe(OrderedDict[Any, Any]):
 def _placed(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     if not isinstance(module, CalledLayer):
         return
-    if isinstance(parent, nn.TransformerEncoderLayer):
+    if isinstance(parent, nn.TransformerEncoderLayer) and parent.activation_relu_or_gelu:
+        _check_fused_path()
         parent.activation_relu_or_gelu = 0  # the fused path runs only for 1 and 2
     if not isinstance(parent, nn.MultiheadAttention):
         return
@@ -68,16 +76,62 @@ def _placed(parent: nn.Module, name: str, module: nn.Module | None) -> None:
 register_module_module_registration_hook(_placed)
 
 
+def _check_fused_path() -> None:
+    """Raise RuntimeError where torch's fused path bypasses a layer despite one of the remedies.
+
+    Each remedy is tried alone. Where the fused path does not run at all (switched off, or under a
+    torch function mode), there is nothing to check.
+    """
+    if _is_called(hook=False, flag=False):
+        return
+    remedies = {
+        "a forward hook": _is_called(hook=True, flag=False),
+        "activation_relu_or_gelu = 0": _is_called(hook=False, flag=True),
+    }
+    for remedy, works in remedies.items():
+        if not works:
+            raise RuntimeError(
+                f"torch {torch.__version__}: nn.TransformerEncoderLayer bypasses a layer despite "
+                f"{remedy}, so a quantized layer in it would compute in full precision; use a "
+                "torch that pyproject.toml allows"
+            )
+
+
+class _Probe(CalledLayer, nn.Linear):
+    """A linear layer that notes whether it was called."""
+
+    ran = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.ran = True
+        return super().forward(input)
+
+
+def _is_called(hook: bool, flag: bool) -> bool:
+    """Whether an encoder layer in inference calls its ``linear1``, with these remedies only."""
+    options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        layer = nn.TransformerEncoderLayer(2, 2, 2, batch_first=True, **options).eval()
+        probe = _Probe(2, 2, **options)
+        if not hook:
+            probe._forward_pre_hooks = OrderedDict()
+        if flag:
+            layer.activation_relu_or_gelu = 0
+        layer._modules["linear1"] = probe  # not through _placed
+        layer(torch.zeros(1, 1, 2, **options))
+    return probe.ran
+
+
 def is_unusual(input: Tensor) -> bool:
-    """Whether a layer leaves its input to :func:`by_its_kind`."""
+    """Whether a layer passes its input to :func:`by_its_kind`."""
     return input.is_nested or (type(input) is not Tensor and has_torch_function_unary(input))
 
 
 def by_its_kind(layer: nn.Module, input: Tensor) -> Tensor:
-    """A layer's output for an input that is more than its values, as torch's layers have it.
+    """Compute a layer's output for an input that is more than its values, as torch's layers do.
 
-    A nested tensor, which ``nn.TransformerEncoder`` makes of a padded batch: part by part.
-    A subclass of Tensor: by its ``__torch_function__``, which makes the output one, too.
+    A nested tensor, which ``nn.TransformerEncoder`` makes of a padded batch, is computed part by
+    part. A subclass of Tensor goes through its ``__torch_function__``, so the output is one, too.
     """
     if not input.is_nested:
         output: Tensor = handle_torch_function(layer.forward, (input,), input)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.ao.nn.quantizable import MultiheadAttention
 
+from bitnet import placement
 from bitnet.linear import BitLinear, pack
 from bitnet.modules import hooked
 from bitnet.qat.adapters import LoRALinear
@@ -79,6 +80,33 @@ def test_an_encoder_layer_calls_one_that_was_pickled_without_the_mark() -> None:
     x = torch.randn(2, 5, 16)
     with torch.no_grad():
         assert torch.equal(layer(x), by_hand(layer, x))
+
+
+def test_the_check_of_the_fused_path_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The installed torch has the fused path; where a remedy loses its effect, placing raises."""
+    assert not placement._is_called(hook=False, flag=False)
+    state = torch.get_rng_state()
+    placement._check_fused_path()
+    assert torch.equal(torch.get_rng_state(), state)
+    encoder_layer().linear1 = BitLinear(16, 32)
+    flag = "activation_relu_or_gelu"
+    for owner, name, broken, message in (
+        (placement._CallMe, "__len__", lambda _: 0, "a forward hook"),
+        (
+            nn.TransformerEncoderLayer,
+            "activation_relu_or_gelu",
+            property(lambda _: 1, none),
+            "gelu",
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken, raising=False)
+            with pytest.raises(RuntimeError, match=f"bypasses a layer despite .*{message}"):
+                encoder_layer().linear1 = BitLinear(16, 32)
+
+
+def none(*_: object) -> None:
+    """Ignore an assignment."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
