@@ -84,11 +84,6 @@ class JsonTokenizer(Tokenizer):
         self._backend = _backend(self.path, self.model_bytes)
         pieces: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size: int = max(pieces.values(), default=-1) + 1
-        if self.vocab_size > _MAX_IDS:
-            raise UserError(
-                f"{self.path}: has a token of id {self.vocab_size - 1:,}; at most {_MAX_IDS:,} ids "
-                "are supported"
-            )
         specials = {
             token.content: number
             for number, token in self._backend.get_added_tokens_decoder().items()
@@ -233,8 +228,13 @@ def _backend(path: Path, model_bytes: bytes) -> Any:
         raise UserError(f"{path}: has {affix}; only byte-level BPE is supported")
     try:
         backend = Backend.from_str(model_bytes.decode("utf-8"))
+        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest >= _MAX_IDS:  # before to_str, which makes an entry per id
+            raise UserError(
+                f"{path}: has a token of id {largest:,}; at most {_MAX_IDS:,} ids are supported"
+            )
         content = json.loads(backend.to_str())  # every default written out
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:  # the library's panics are not even an Exception
         raise UserError(f"{path}: not a tokenizer.json, or a damaged one: {error}") from error
