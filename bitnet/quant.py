@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import bitnet_kernels
-from bitnet_kernels.reference import EPS, absmax_int8, scaled_matmul
+from bitnet_kernels.cpu.int_mm import scaled_matmul
+from bitnet_kernels.reference import EPS, absmax_int8
 
 Granularity = Literal["tensor", "row", "group"]
 GradMask = Literal["none", "clip", "trust"]

@@ -31,7 +31,7 @@ from bitnet.training.distill import DistillConfig, Distiller
 from bitnet.training.optim import OptimConfig, build_optimizer
 from bitnet.training.telemetry import Telemetry
 from bitnet_kernels import pack_base3, unpack_base3
-from bitnet_kernels.reference_decode import decode_attention, rope_append
+from bitnet_kernels.reference import decode_attention, rope_append
 from tests.helpers.source_trees import FILES, MODULES, tree
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float64]

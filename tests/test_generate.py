@@ -23,7 +23,7 @@ from bitnet.generate import encode_prompt, generate
 from bitnet.linear import pack
 from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError
-from bitnet_kernels.reference import int_mm_takes_any_int8
+from bitnet_kernels.cpu.int_mm import int_mm_takes_any_int8
 
 EOS = 1
 

@@ -21,7 +21,6 @@ from bitnet_kernels import (
     quant,
     quantized_linear,
     reference,
-    reference_decode,
     relu2_mul_rmsnorm_quant,
     rmsnorm_quant,
     rope_append,
@@ -305,7 +304,7 @@ def test_rope_append(device: torch.device, dtype: torch.dtype, cache_dtype: torc
         n_valid = torch.tensor([(rows.t, 0, 1, rows.t + 5)[(index + i) % 4] for i in range(b)])
         lengths = torch.tensor(rows.lengths, dtype=torch.int32)
         want = rows.cache(cache_dtype)
-        q = reference_decode.rope_append(qkv, cos, sin, *want[:2], lengths, n_valid, *want[2:])
+        q = reference.rope_append(qkv, cos, sin, *want[:2], lengths, n_valid, *want[2:])
         for layout in (strided, unaligned):
             got = [part.to(device) for part in rows.cache(cache_dtype)]
             got = [unaligned(part) for part in got] if layout is unaligned else got

@@ -36,8 +36,9 @@ from bitnet_kernels import (
     relu2_mul_rmsnorm_quant,
     rmsnorm_quant,
 )
+from bitnet_kernels.cpu import int_mm
 from bitnet_kernels.ops.decode import decode_attention, rope_append
-from bitnet_kernels.reference import absmax_int8, any_int8_matmul, rescale
+from bitnet_kernels.reference import absmax_int8, rescale
 
 _Input = Tensor | tuple[Tensor, Tensor, Tensor]
 """What a matrix reads: float, or for a ternary one codes, scales and row sums."""
@@ -212,7 +213,7 @@ class CudaRunner:
         head = self.weights.head
         if isinstance(head, Int8):
             codes, scale = absmax_int8(x)
-            acc = any_int8_matmul(codes, head.weight)
+            acc = int_mm.int8_matmul(codes, head.weight)
             return rescale(acc, scale, head.scale, None, torch.float32)
         if isinstance(head, Dense):
             x, weight = x.to(head.weight.dtype), head.weight.t()

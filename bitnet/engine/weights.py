@@ -28,7 +28,8 @@ from bitnet.modules import computed_parameter, hooked
 from bitnet.qat.integer import IntEmbedding
 from bitnet.qat.layers import QATEmbedding
 from bitnet_kernels import bit_planes, pack_ternary
-from bitnet_kernels.reference import absmax_int8, int_mm_takes_any_int8
+from bitnet_kernels.cpu.int_mm import int_mm_takes_any_int8
+from bitnet_kernels.reference import absmax_int8
 
 
 class Norm(NamedTuple):

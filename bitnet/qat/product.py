@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from bitnet.quant import output_dtype
 from bitnet_kernels import reference
+from bitnet_kernels.cpu import int_mm
 
 _INT32_K = (2**31 - 1) // 255**2
 """int32 holds a sum of products of codes less their zero points: up to this K."""
@@ -55,7 +56,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """
     if a.device.type == "cuda" and a.dim() > 2:
         return torch.stack([int_matmul(*pair) for pair in zip(a, b, strict=True)])
-    matmul = reference.int8_matmul if a.device.type == "cuda" else reference.fp32_matmul
+    matmul = int_mm.int8_matmul if a.device.type == "cuda" else reference.int8_matmul
     dtype = torch.int32 if a.shape[-1] <= _INT32_K else torch.int64
     slices = zip(a.split(_INT32_K, -1), b.split(_INT32_K, -1), strict=True)
     acc = matmul(*next(slices)).to(dtype)

@@ -1,4 +1,4 @@
-"""What the operators ask of their arguments. Every message begins with the argument's name."""
+"""Checks of the operators' arguments. Every message begins with the argument's name."""
 
 from typing import Any
 
@@ -41,6 +41,37 @@ def check_x(x: Tensor, name: str = "x") -> None:
         raise ValueError(f"{name}: expected shape [..., K] with K >= 1, got {list(x.shape)}")
 
 
+def check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    """Raise TypeError unless ``tensor`` has the dtype."""
+    check_tensor(name, tensor)
+    if tensor.dtype != dtype:
+        expected = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+
+
+def check_matrix(name: str, matrix: Tensor, columns: int) -> None:
+    """Raise TypeError or ValueError unless ``matrix`` is int8 ``[N, columns]``."""
+    check_dtype(name, matrix, torch.int8)
+    if matrix.dim() != 2 or matrix.shape[1] != columns:
+        raise ValueError(f"{name}: expected shape [N, {columns}], got {list(matrix.shape)}")
+
+
+def check_x_q(x_q: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``x_q`` is int8 ``[..., K]`` with 1 <= K < 2^24."""
+    check_dtype("x_q", x_q, torch.int8)
+    if x_q.dim() == 0 or x_q.shape[-1] == 0:
+        raise ValueError(f"x_q: expected shape [..., K] with K >= 1, got {list(x_q.shape)}")
+    check_columns("x_q", x_q.shape[-1])
+
+
+def check_scale(scale: Tensor, n: int, more: str = "") -> None:
+    """Raise TypeError or ValueError unless ``scale`` is fp32 ``[]`` or ``[N]``; the message says
+    that ``more`` is allowed."""
+    check_dtype("scale", scale, torch.float32)
+    if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != n):
+        raise ValueError(f"scale: expected shape [] or [{n}]{more}, got {list(scale.shape)}")
+
+
 def check_vector(name: str, vector: Tensor, length: int) -> None:
     """Raise TypeError or ValueError unless ``vector`` is float ``[length]``."""
     check_tensor(name, vector)
@@ -58,6 +89,21 @@ def check_device(x: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{name}: is on {other.device}, but the activations on {x.device}")
 
 
+def check_bias(bias: Tensor | None, n: int, x: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``bias`` is None or float ``[N]`` on x's device."""
+    if bias is not None:
+        check_vector("bias", bias, n)
+        check_device(x, bias=bias)
+
+
+def check_out_dtype(out_dtype: torch.dtype | None) -> None:
+    """Raise TypeError unless ``out_dtype`` is None or a float dtype."""
+    if out_dtype is not None and not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"out_dtype: expected a float dtype, got {type(out_dtype).__name__}")
+    if out_dtype not in (None, *FLOATS):
+        raise TypeError(f"out_dtype: expected a float dtype, got {out_dtype}")
+
+
 def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise TypeError or ValueError unless ``value`` is one of ``choices``."""
     if not isinstance(value, str):
@@ -67,7 +113,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def no_backward(ctx: Any, *grads: Any) -> None:
-    """The autograd rule of the operators: RuntimeError, which says what to do instead."""
+    """The backward of every operator: RuntimeError, which says what to do instead."""
     raise RuntimeError(
         "the operators of bitnet_kernels have no backward: packed weights are for inference. "
         "Train with bitnet.BitLinear and pack afterwards, or call under torch.no_grad()."

@@ -1,27 +1,28 @@
-"""Every op in a few lines of torch: the truth that all else is tested against.
+"""Every operator in plain torch: the truth that all other implementations are tested against.
 
-M tokens, K in_features, N out_features. The one contract (BitNet b1.58, arXiv 2402.17764):
+The contract (BitNet b1.58, arXiv 2402.17764), with M tokens, K in_features, N out_features:
 
     acc = sum_k codes[n,k] * x_q[m,k]                      int32, exact in any order
-    y   = ((acc.float() * s_x[m]) * gamma[n]) (+ bias[n])  fp32 in this order, then one cast
+    y   = ((acc.float() * s_x[m]) * scale[n]) (+ bias[n])  fp32 in this order, then one cast
 
 Because ``acc`` is exact, training, packed inference and every kernel agree on it bit for bit.
+
+Attention (the last functions) has B rows, T new tokens per row, H query heads, G key/value heads,
+E channels per head, and a cache of S >= B rows and L columns. Row b's new tokens stand in columns
+``lengths[b] .. lengths[b] + T - 1``.
 """
 
-from functools import cache
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from bitnet_kernels.packing import codes_of
 
 EPS = 1e-5
 """Lower clamp of the statistic (max|x| or mean|W|), not of the scale."""
-_TERNARY_EXACT_K = 2**24 // 128
-"""fp32 sums of |x_q * code| <= 128 are exact integers up to 2^24: up to this K."""
-_INT8_EXACT_K = 2**24 // 128**2
-"""The same of products of any two int8 values."""
+_EXACT_K = 2**24 // 128**2
+"""fp32 sums of products of any two int8 values are exact integers up to 2^24: up to this K."""
 
 
 def absmax_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,91 +57,37 @@ def quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Exact ``a @ b.T``: activations int8 ``[M, K]``, ternary codes int8 ``[N, K]`` -> int32.
+    """Exact ``a @ b.mT`` of any values: int8 ``[..., M, K]`` and ``[..., N, K]`` -> int32
+    ``[..., M, N]``, K < 2^17 so that int32 holds every sum of products up to 128^2.
 
-    ``torch._int_mm`` where it runs, with what its kernels want: on CUDA M > 16 and K, N in
-    multiples of 8; on CPU K > 1 (torch 2.13 returns wrong products at K = 1), and the activations
-    on the left: without VNNI instructions oneDNN adds pairs of products in int16, which codes of
-    magnitude 1 cannot overflow from that side but activations could from the other. Elsewhere an
-    fp32 product, exact while K * 128 <= 2^24, in slices of K.
+    fp32 products in slices of K short enough to be exact, out of autocast, whose dtypes cannot hold
+    the sums. It asks nothing of the device, so it can be traced and transformed.
     """
-    m, n = a.shape[0], b.shape[0]
-    if 0 in (m, n):
-        return a.new_empty((m, n), dtype=torch.int32)
-    a, b = _row_major(a), _row_major(b)
-    if a.device.type == "cpu":
-        if a.shape[1] == 1:
-            a, b = pad(a, (0, 1)), pad(b, (0, 1))
-        return torch._int_mm(a, b.t())
-    if a.device.type == "cuda":
-        k_pad = -a.shape[1] % 8
-        a = pad(a, (0, k_pad, 0, max(0, 17 - m)))
-        b = pad(b, (0, k_pad, 0, -n % 8))
-        return torch._int_mm(a, b.t())[:m, :n]
-    return fp32_matmul(a, b, _TERNARY_EXACT_K)
-
-
-def any_int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Exact ``a @ b.T`` of any values: int8 ``[M, K]`` and ``[N, K]``, K < 2^17 so that int32 holds
-    every sum of products up to 128^2, -> int32 ``[M, N]``.
-
-    As :func:`int8_matmul` on CUDA, and on a CPU where oneDNN adds products in int32; elsewhere
-    :func:`fp32_matmul`.
-    """
-    kind = a.device.type
-    if kind == "cuda" or (kind == "cpu" and int_mm_takes_any_int8()):
-        return int8_matmul(a, b)
-    return fp32_matmul(a, b)
-
-
-@cache
-def int_mm_takes_any_int8() -> bool:
-    """Whether ``torch._int_mm`` on this CPU is exact for any int8 values: where it has the VNNI
-    instructions, and oneDNN uses them (ONEDNN_MAX_CPU_ISA may forbid it), which a product whose
-    pairs overflow int16 tells."""
-    if not torch.cpu._is_vnni_supported():
-        return False
-    a = torch.tensor([[127], [-128]], dtype=torch.int8, device="cpu").repeat(32, 256)
-    return torch.equal(torch._int_mm(a, a.t()), fp32_matmul(a, a))
-
-
-def _row_major(matrix: Tensor) -> Tensor:
-    """With strides [K, 1] to the letter: torch takes those of a dimension of size 1 for whatever
-    they are, and ``torch._int_mm`` (2.13, CPU) leaves its output unwritten for strides below K."""
-    if matrix.stride() == (matrix.shape[1], 1):
-        return matrix
-    return matrix.new_empty(matrix.shape).copy_(matrix)
-
-
-def fp32_matmul(a: Tensor, b: Tensor, exact_k: int = _INT8_EXACT_K) -> Tensor:
-    """Exact ``a @ b.mT`` of int8 ``[..., M, K]`` and ``[..., N, K]`` -> int32 ``[..., M, N]``: fp32
-    products in slices of ``exact_k`` columns, as many as are exact, out of autocast, whose dtypes
-    cannot hold the sums. It asks nothing of the CPU, so it can be traced and transformed."""
     acc = a.new_zeros((), dtype=torch.int32)
     with torch.autocast(a.device.type, enabled=False):
-        for a_k, b_k in zip(a.split(exact_k, -1), b.split(exact_k, -1), strict=True):
+        for a_k, b_k in zip(a.split(_EXACT_K, -1), b.split(_EXACT_K, -1), strict=True):
             acc = acc + (a_k.float() @ b_k.float().mT).to(torch.int32)
     return acc
 
 
 def rescale(
-    acc: Tensor, s_x: Tensor, gamma: Tensor, bias: Tensor | None, dtype: torch.dtype
+    acc: Tensor, s_x: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The epilogue shared by every path: ``((acc * s_x) * gamma) (+ bias)`` in fp32, one cast.
+    """The epilogue of every product: ``((acc * s_x) * scale) (+ bias)`` in fp32, one cast.
 
     Arguments:
-        acc: int32 ``[M, N]``; s_x: fp32 ``[M]``; gamma: fp32 ``[]`` or ``[N]``;
+        acc: int32 ``[..., N]``; s_x: fp32 ``[...]``; scale: fp32 ``[]`` or ``[N]``;
         bias: ``[N]`` or None, added after the rescale and never scaled.
     """
-    return _rescaled(acc.float(), s_x, gamma, bias, dtype)
+    return rescale_(acc.float(), s_x, scale, bias, dtype)
 
 
-def _rescaled(
-    y: Tensor, s_x: Tensor, gamma: Tensor, bias: Tensor | None, dtype: torch.dtype
+def rescale_(
+    y: Tensor, s_x: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """:func:`rescale` of accumulators that are fp32 already, in place."""
     y *= s_x.unsqueeze(-1)
-    y *= gamma
+    y *= scale
     if bias is not None:
         y += bias.float()
     return y.to(dtype)
@@ -150,38 +97,64 @@ def scaled_matmul(
     x_q: Tensor,
     s_x: Tensor,
     codes: Tensor,
-    gamma: Tensor,
+    scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
     group_size: int = 128,
+    matmul: Callable[[Tensor, Tensor], Tensor] = int8_matmul,
 ) -> Tensor:
     """Integer product and rescale, for every granularity of the scale.
 
     Arguments:
-        x_q: int8 ``[M, K]``; s_x: fp32 ``[M]``; codes: int8 ``[N, K]`` in {-1, 0, +1};
-        gamma: fp32 ``[]`` (one a tensor), ``[N]`` (one a row) or ``[N, ceil(K/group_size)]`` (one
-        a group of ``group_size`` columns): group terms are rescaled one by one and added in
-        ascending order, then the bias.
+        x_q: int8 ``[..., K]``; s_x: fp32 ``[...]``; codes: int8 ``[N, K]`` in {-1, 0, +1};
+        scale: fp32 ``[]`` (one per tensor), ``[N]`` (one per row) or ``[N, ceil(K/group_size)]``
+        (one per group of ``group_size`` columns): group terms are rescaled one by one and added in
+        ascending order, then the bias;
+        matmul: computes the integer product.
     Returns:
-        ``dtype`` ``[M, N]``.
+        ``dtype`` ``[..., N]``.
     """
-    if gamma.dim() < 2:
-        acc = int8_matmul(x_q, codes)
-        # The outputs take the memory of the accumulators, element for element: on a CPU half of the
-        # time went into touching new memory.
-        return _rescaled(acc.view(torch.float32).copy_(acc), s_x, gamma, bias, dtype)
-    y = torch.zeros(x_q.shape[0], codes.shape[0], device=x_q.device, dtype=torch.float32)
-    groups = zip(x_q.split(group_size, 1), codes.split(group_size, 1), gamma.unbind(1), strict=True)
-    for x_g, codes_g, gamma_g in groups:
-        y += rescale(int8_matmul(x_g, codes_g), s_x, gamma_g, None, torch.float32)
+    if scale.dim() < 2:
+        return rescale(matmul(x_q, codes), s_x, scale, bias, dtype)
+    shape = (*x_q.shape[:-1], codes.shape[0])
+    y = torch.zeros(shape, device=x_q.device, dtype=torch.float32)
+    groups = zip(
+        x_q.split(group_size, -1), codes.split(group_size, 1), scale.unbind(1), strict=True
+    )
+    for x_group, codes_group, scale_group in groups:
+        y += rescale(matmul(x_group, codes_group), s_x, scale_group, None, torch.float32)
     if bias is not None:
         y += bias.float()
     return y.to(dtype)
 
 
+def int8_linear(
+    x_q: Tensor,
+    s_x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`scaled_matmul` with one scale per tensor or per row."""
+    return scaled_matmul(x_q, s_x, codes, scale, bias, dtype)
+
+
 def ternary_matmul(x_q: Tensor, packed: Tensor) -> Tensor:
     """int8 ``[M, K]`` times packed ternary uint8 ``[N, ceil(K/64)*16]`` -> int32 ``[M, N]``."""
-    return int8_matmul(x_q, codes_of(packed, x_q.shape[1]))
+    return int8_matmul(x_q, codes_of(packed, x_q.shape[-1]))
+
+
+def quantized_linear(
+    x_q: Tensor,
+    s_x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """:func:`int8_linear` of packed weights."""
+    return int8_linear(x_q, s_x, codes_of(packed, x_q.shape[-1]), scale, bias, dtype)
 
 
 def ternary_linear(
@@ -192,9 +165,9 @@ def ternary_linear(
     group_size: int = 128,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Quantize, multiply, rescale: float ``[M, K]`` -> ``dtype`` (x's where None) ``[M, N]``."""
+    """Quantize, multiply, rescale: float ``[..., K]`` -> ``[..., N]`` of ``dtype``."""
     x_q, s_x = absmax_int8(x)
-    codes = codes_of(packed, x.shape[1])
+    codes = codes_of(packed, x.shape[-1])
     return scaled_matmul(x_q, s_x, codes, scale, bias, dtype or x.dtype, group_size)
 
 
@@ -261,3 +234,74 @@ def relu2_mul_rmsnorm_quant(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`rmsnorm_quant` of ``relu(gate)^2 * up``, each operator rounding to the dtype."""
     return rmsnorm_quant(gate.relu().square() * up, weight, eps)
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE (arXiv 2104.09864) in the rotate-half form: each pair (i, i + E/2) turns by its angle.
+
+    Arguments:
+        x: float ``[..., E]``; cos, sin: fp32 that broadcast to it.
+    Returns:
+        shape and dtype of x, computed in fp32 with one cast.
+    """
+    first, second = x.chunk(2, -1)
+    return (x * cos + torch.cat((-second, first), -1) * sin).to(x.dtype)
+
+
+def rope_append(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    n_valid: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Rotate queries and keys, write keys and values: see :func:`bitnet_kernels.rope_append`."""
+    (b, t, _), (_, g, n_columns, e) = qkv.shape, k_cache.shape
+    steps = torch.arange(t, device=qkv.device, dtype=torch.int64)
+    columns = lengths.long().unsqueeze(1) + steps  # [B, T]
+    written = (steps < n_valid.unsqueeze(1)) & (columns >= 0) & (columns < n_columns)
+    columns = columns.clamp(0, n_columns - 1)
+    n_heads = qkv.shape[2] // e
+    q, k, v = qkv.reshape(b, t, n_heads, e).split((n_heads - 2 * g, g, g), 2)
+    cos, sin = cos[columns].unsqueeze(2), sin[columns].unsqueeze(2)
+    q, k = rotate_half(q, cos, sin), rotate_half(k, cos, sin)
+    rows, at = torch.nonzero(written, as_tuple=True)
+    target = (rows, slice(None), columns[rows, at])  # [written tokens, G]
+    for new, cache, scale in ((k, k_cache, k_scale), (v, v_cache, v_scale)):
+        if scale is None:
+            cache[target] = new[rows, at].to(cache.dtype)
+        else:
+            cache[target], scale[target] = absmax_int8(new[rows, at])
+    return q.contiguous()
+
+
+def decode_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+) -> Tensor:
+    """Causal softmax attention over the cache: see :func:`bitnet_kernels.decode_attention`."""
+    (b, t, h, e), (_, g, n_columns, _) = q.shape, k_cache.shape
+    k, v = k_cache[:b].float(), v_cache[:b].float()
+    if k_scale is not None and v_scale is not None:
+        k, v = k * k_scale[:b].unsqueeze(-1), v * v_scale[:b].unsqueeze(-1)
+    steps = torch.arange(t, device=q.device, dtype=torch.int64)
+    columns = torch.arange(n_columns, device=q.device, dtype=torch.int64)
+    last = lengths.long().clamp(min=0).unsqueeze(1) + steps  # [B, T]
+    seen = columns <= last.unsqueeze(-1)  # [B, T, L]
+    seen = seen[:, None, :, None]  # [B, 1, T, 1, L]
+    queries = q.float().reshape(b, t, g, h // g, e).permute(0, 2, 1, 3, 4)  # [B, G, T, H/G, E]
+    scores = torch.einsum("bgtre,bgle->bgtrl", queries, k) * e**-0.5
+    p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    # 0 * NaN is NaN: what a column must not show to those that do not see it is taken out of v.
+    bad = ~v.isfinite().all(-1)  # [B, G, L]
+    y = torch.einsum("bgtrl,bgle->bgtre", p, v.masked_fill(bad.unsqueeze(-1), 0.0))
+    y = y.masked_fill((seen & bad[:, :, None, None]).any(-1, keepdim=True), torch.nan)
+    return y.permute(0, 2, 1, 3, 4).reshape(b, t, h * e).to(q.dtype)

@@ -169,7 +169,7 @@ def test_estimates_stay_apart(
 def test_no_triton_is_one_line(
     bitnet: Bitnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(estimate, "find_spec", lambda name: None)
+    monkeypatch.setattr(estimate, "triton_installed", lambda: False)
     monkeypatch.setattr(cli_bench, "_measure", lambda *args: None)
     code, said, _ = bitnet(*TINY[:5], "--device", "cpu", "--out", tmp_path / "kernels_x.csv")
     assert code == 0

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bitnet.engine.decoder import Decoder
-from bitnet_kernels.reference import int_mm_takes_any_int8
+from bitnet_kernels.cpu.int_mm import int_mm_takes_any_int8
 from tests.helpers.decoding import (
     CONTEXT,
     VARIANTS,

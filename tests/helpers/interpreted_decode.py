@@ -17,7 +17,7 @@ import torch
 from findings import findings, oracle_quant, report, same
 from torch import Tensor
 
-from bitnet_kernels import reference_decode
+from bitnet_kernels import available, reference
 from bitnet_kernels.gpu import decode_attention, decode_rope
 from bitnet_kernels.gpu.common import INTERPRETED
 from bitnet_kernels.gpu.decode_attention import Tile, dot_dtypes
@@ -189,14 +189,12 @@ def check_append(index: int, case: Case) -> None:
     cos, sin = tables(case.n_columns, case.e)
     counts = (torch.tensor(case.lengths), torch.tensor(case.n_valid))
     counts = counts if index % 2 else (counts[0].int(), counts[1].int())
-    want, reference, got = bad_cache(case), bad_cache(case), bad_cache(case)
+    want, plain, got = bad_cache(case), bad_cache(case), bad_cache(case)
     q = oracle_append(case, qkv, cos, sin, want)
     of_kernel = decode_rope.rope_append(qkv, cos, sin, *got[:2], *counts, *got[2:])
     report("rope_append", case, same(of_kernel, q) and equal(got, want))
-    of_reference = reference_decode.rope_append(
-        qkv, cos, sin, *reference[:2], *counts, *reference[2:]
-    )
-    report("rope_append reference", case, same(of_reference, q) and equal(reference, want))
+    of_reference = reference.rope_append(qkv, cos, sin, *plain[:2], *counts, *plain[2:])
+    report("rope_append reference", case, same(of_reference, q) and equal(plain, want))
 
 
 def check_attention(index: int, case: Case) -> None:
@@ -209,7 +207,7 @@ def check_attention(index: int, case: Case) -> None:
     some = Tile(rng.choice((16, 32, 64)), rng.choice((16, 32, 64)), rng.randint(1, 5))
     before = clone(cache)
     outputs = {
-        "reference": reference_decode.decode_attention(q, *cache[:2], lengths, *cache[2:]),
+        "reference": reference.decode_attention(q, *cache[:2], lengths, *cache[2:]),
         "the tile of a launch": decode_attention.decode_attention(
             q, *cache[:2], lengths, *cache[2:]
         ),
@@ -271,7 +269,7 @@ def check_not_finite() -> None:
                 want[1, at - 33 :, 1] = False
                 name = f"{dtype}, {cache_dtype}, T {t}, {'kv'[part]}, column {at}, {tile}"
                 report("not finite", name, torch.equal(finite, want))
-            y = reference_decode.decode_attention(q, *cache[:2], lengths, *cache[2:])
+            y = reference.decode_attention(q, *cache[:2], lengths, *cache[2:])
             report(
                 "not finite",
                 f"{name}, reference",
@@ -298,29 +296,28 @@ def check_large_scores() -> None:
 def check_cuda_implementations() -> None:
     """The CUDA implementations of the operators, which interpreted kernels let run on the CPU:
     layouts and empty batches."""
+    available.triton_by_default = lambda device: True
     case = Case(2, 3, 4, 2, 16, 20, 3, torch.float32, torch.int8, [5, 17], [3, 2])
     cos, sin = tables(20, 16)
     counts = torch.tensor([case.lengths, case.n_valid]).t().contiguous().t()  # strided
     qkv = torch.randn(3, 2, 8 * 16).transpose(0, 1)
     want, got = bad_cache(case), bad_cache(case)
-    reference_decode.rope_append(qkv, cos, sin, *want[:2], *counts, *want[2:])
+    reference.rope_append(qkv, cos, sin, *want[:2], *counts, *want[2:])
     strided = torch.stack((cos, sin), -1)
-    q = ops_decode._rope_append_cuda(
-        qkv, strided[..., 0], strided[..., 1], *got[:2], *counts, *got[2:]
-    )
+    q = ops_decode.rope_append(qkv, strided[..., 0], strided[..., 1], *got[:2], *counts, *got[2:])
     report("CUDA implementations", "rope_append, strided", equal(got, want))
     cache = filled_cache(case)
-    contiguous = ops_decode._decode_attention_cuda(q, *cache[:2], counts[0], *cache[2:])
-    y = ops_decode._decode_attention_cuda(q.mT.contiguous().mT, *cache[:2], counts[0], *cache[2:])
+    contiguous = ops_decode.decode_attention(q, *cache[:2], counts[0], *cache[2:])
+    y = ops_decode.decode_attention(q.mT.contiguous().mT, *cache[:2], counts[0], *cache[2:])
     used = meaningful(case).expand_as(y)
     report(
         "CUDA implementations", "decode_attention, strided", torch.equal(y[used], contiguous[used])
     )
     for b, t in ((0, 3), (2, 0)):
-        none = ops_decode._rope_append_cuda(
+        none = ops_decode.rope_append(
             qkv[:b, :t], cos, sin, *got[:2], counts[0, :b], counts[1, :b], *got[2:]
         )
-        y = ops_decode._decode_attention_cuda(none, *cache[:2], counts[0, :b], *cache[2:])
+        y = ops_decode.decode_attention(none, *cache[:2], counts[0, :b], *cache[2:])
         ok = none.shape == (b, t, 4, 16) and y.shape == (b, t, 64) and equal(got, want)
         report("CUDA implementations", f"B, T = {b}, {t}", ok)
 

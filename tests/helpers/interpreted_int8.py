@@ -12,11 +12,10 @@ import torch
 from findings import findings, report, same
 from torch import Tensor
 
-from bitnet_kernels import int8_linear, int8_matmul
+from bitnet_kernels import available, int8_linear, int8_matmul
 from bitnet_kernels.dispatch import TileConfig
 from bitnet_kernels.gpu import int8_gemm
 from bitnet_kernels.gpu.common import INTERPRETED, Rescale
-from bitnet_kernels.ops import int8 as ops_train
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SHAPES = (
@@ -84,7 +83,7 @@ def check_extreme_outputs() -> None:
 
 def check_operators() -> None:
     """The CUDA branch of the public operators: leading dimensions, strides, empty batches."""
-    ops_train._usable = lambda device: True
+    available.triton_by_default = lambda device: True
     int8_gemm.plan = lambda m, n, device: SMALL[0]
     x_q, s_x = any_int8(6, 70), torch.rand(6)
     codes, gamma = torch.randint(-1, 2, (9, 70), dtype=torch.int8), torch.rand(9)

@@ -25,15 +25,16 @@ from triton.runtime import interpreter
 
 from bitnet.linear import BitLinear, TernaryLinear
 from bitnet_kernels import (
+    available,
     bit_planes,
-    ops,
-    ops_quant,
     pack_ternary,
+    quant,
     quantized_linear,
     reference,
     ternary_linear,
     ternary_matmul,
 )
+from bitnet_kernels.cpu import int_mm
 from bitnet_kernels.dispatch import FORMULATIONS, TileConfig, shipped
 from bitnet_kernels.gpu import matmul
 from bitnet_kernels.gpu.common import INTERPRETED, Rescale
@@ -128,16 +129,16 @@ def check_layers(case: str, x: Tensor, codes: Tensor, every_family: bool) -> Non
     layer = BitLinear(codes.shape[1], codes.shape[0], bias=False)
     layer.weight = torch.nn.Parameter(codes.float())  # quantizes to the codes themselves
     accumulators: list[Tensor] = []
-    exact = reference.int8_matmul
+    exact = int_mm.codes_matmul
 
     def spy(a: Tensor, b: Tensor) -> Tensor:
         acc = exact(a, b)
         accumulators.append(acc.clone())  # the outputs take its memory
         return acc
 
-    reference.int8_matmul = spy
+    int_mm.codes_matmul = spy
     trained = layer(x).detach()
-    reference.int8_matmul = exact
+    int_mm.codes_matmul = exact
     want = oracle_matmul(oracle_quant(x)[0], codes)
     report("training accumulators", case, len(accumulators) == 1 and same(accumulators[0], want))
     families = {FORMULATIONS.get(kernel, kernel) for kernel in CHOSEN}
@@ -227,7 +228,7 @@ def check_ops() -> None:
         report("ops", f"{kernel}, unaligned", same(linear(x, shifted), want))
         report("ops", f"{kernel}, no tokens", same(linear(x[:, :0]), want[:, :0]))
         report("ops", f"{kernel}, no outputs", same(linear(x, packed[:0], 0), want[..., :0]))
-        tokens = ops_quant.quant(x)
+        tokens = quant(x)
         got = quantized_linear(*tokens, packed, scale, bias, kernel, planes, torch.float32)
         report("ops", f"{kernel}, quantized before", same(got, want))
         x_q = torch.cat([any_int8(1, 3)[0], any_int8(3, k).flatten()])[3:].view(3, k)
@@ -241,7 +242,7 @@ def check_cuda_implementations() -> None:
     codes, scale, bias = random_codes(n, k), torch.rand(n), torch.randn(n)
     packed = pack_ternary(codes)
     planes = bit_planes(packed)
-    ops._usable = lambda device: True
+    available.triton_by_default = lambda device: True
     for m in (1, 8, 300):
         x = torch.randn(m, k)
         got = ternary_linear(x, packed, scale, bias, out_dtype=torch.float16)
@@ -253,7 +254,7 @@ def check_cuda_implementations() -> None:
             case = f"ternary_matmul, M = {m}, planes {given is not None}"
             report("CUDA implementations", case, same(got, oracle_matmul(x_q, codes)))
     x = torch.randn(2, 3, k)
-    pairs = zip(ops_quant._quant_cuda(x.mT.contiguous().mT), reference.quant(x), strict=True)
+    pairs = zip(quant(x.mT.contiguous().mT), reference.quant(x), strict=True)
     report("CUDA implementations", "quant", all(same(a, b) for a, b in pairs))
     groups = torch.rand(n, 3)
     got = ternary_linear(x, packed, groups, None, "auto", 32)

@@ -20,7 +20,7 @@ from findings import findings, hostile_rows, oracle_quant, report, same
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitnet_kernels import reference
+from bitnet_kernels import available, reference
 from bitnet_kernels.gpu import norm_quant, quant
 from bitnet_kernels.gpu.common import INTERPRETED
 from bitnet_kernels.gpu.exact import Rows, narrow, rows_of, widen
@@ -210,14 +210,15 @@ def check_conversions() -> None:
 def check_cuda_implementations() -> None:
     """The CUDA implementations of the operators, which interpreted kernels let run on the CPU:
     leading dimensions, layouts, empty batches, float64."""
+    available.triton_by_default = lambda device: True
     k = 70
     weight = torch.rand(2 * k)[::2]
     calls: dict[str, tuple[Callable[..., Oracle], Callable[..., Oracle], int]] = {
-        "quant": (ops_quant._quant_cuda, reference.quant, 1),
-        "rmsnorm_quant": (ops_quant._rmsnorm_quant_cuda, reference.rmsnorm_quant, 1),
-        "add_rmsnorm_quant": (ops_quant._add_rmsnorm_quant_cuda, reference.add_rmsnorm_quant, 2),
+        "quant": (ops_quant.quant, reference.quant, 1),
+        "rmsnorm_quant": (ops_quant.rmsnorm_quant, reference.rmsnorm_quant, 1),
+        "add_rmsnorm_quant": (ops_quant.add_rmsnorm_quant, reference.add_rmsnorm_quant, 2),
         "relu2_mul_rmsnorm_quant": (
-            ops_quant._relu2_mul_rmsnorm_quant_cuda,
+            ops_quant.relu2_mul_rmsnorm_quant,
             reference.relu2_mul_rmsnorm_quant,
             2,
         ),

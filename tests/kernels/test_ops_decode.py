@@ -305,7 +305,7 @@ BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
         ValueError,
         "^k_cache: expected an even E of at most 256",
     ),
-    ({"v_cache": HALF}, TypeError, "^v_cache: expected torch.float32, got torch.float16"),
+    ({"v_cache": HALF}, TypeError, "^v_cache: expected float32, got torch.float16"),
     (
         {"v_cache": torch.zeros(S, G, L + 1, E)},
         ValueError,
@@ -325,7 +325,7 @@ BOTH: list[tuple[dict[str, Any], type[Exception], str]] = [
 INT8: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"v_scale": None}, ValueError, r"^v_scale: an int8 cache needs its scales, fp32 \[3, 2, 20\]"),
     ({"k_scale": torch.ones(S, G)}, ValueError, r"^k_scale: expected shape \[3, 2, 20\]"),
-    ({"k_scale": torch.ones(S, G, L).half()}, TypeError, "^k_scale: expected torch.float32"),
+    ({"k_scale": torch.ones(S, G, L).half()}, TypeError, "^k_scale: expected float32"),
     ({"k_scale": torch.ones(S, L, G).mT}, ValueError, "^k_scale: expected a contiguous tensor"),
 ]
 ROPE: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -335,7 +335,7 @@ ROPE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"qkv": torch.ones(B, T, 2 * G * E)}, ValueError, r"^qkv: expected \(H \+ 2G\) \* E columns"),
     ({"cos": torch.ones(L, E // 2)}, ValueError, r"^cos: expected shape \[20, 16\]"),
     ({"sin": torch.ones(L - 1, E)}, ValueError, r"^sin: expected shape \[20, 16\]"),
-    ({"sin": torch.ones(L, E).half()}, TypeError, "^sin: expected torch.float32"),
+    ({"sin": torch.ones(L, E).half()}, TypeError, "^sin: expected float32"),
     ({"sin": torch.ones(L, E, device="meta")}, ValueError, "^sin: is on meta"),
     ({"n_valid": torch.ones(B, 1).int()}, ValueError, r"^n_valid: expected shape \[2\]"),
     ({"n_valid": torch.ones(B).bool()}, TypeError, "^n_valid: expected int32 or int64"),

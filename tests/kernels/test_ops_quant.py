@@ -297,28 +297,3 @@ def test_compiles_without_graph_break() -> None:
         x, residual = torch.randn(m, K), torch.randn(m, K)
         pairs = zip(compiled(x, residual), block(x, residual), strict=True)
         assert all(torch.equal(got, want) for got, want in pairs)
-
-
-WITHOUT_TRITON = """
-import sys
-import torch
-import bitnet_kernels
-from bitnet_kernels import reference
-from bitnet_kernels.ops import quantize as ops_quant
-assert "triton" not in sys.modules, "importing bitnet_kernels imported triton"
-sys.modules["triton"] = None
-x, w = torch.randn(3, 70), torch.rand(70)
-for got, want in (
-    (ops_quant._quant_cuda(x), reference.quant(x)),
-    (ops_quant._rmsnorm_quant_cuda(x, w, 1e-5), reference.rmsnorm_quant(x, w, 1e-5)),
-    (ops_quant._add_rmsnorm_quant_cuda(x, x, w, 1e-5),
-     reference.add_rmsnorm_quant(x, x, w, 1e-5)),
-    (ops_quant._relu2_mul_rmsnorm_quant_cuda(x, x, w, 1e-5),
-     reference.relu2_mul_rmsnorm_quant(x, x, w, 1e-5)),
-):
-    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-"""
-
-
-def test_without_triton_cuda_takes_the_reference() -> None:
-    run("-c", WITHOUT_TRITON)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitnet_kernels import pack_ternary, reference
+from bitnet_kernels.cpu import int_mm
 
 SHAPES = [(1, 1, 1), (5, 3, 1), (3, 5, 2), (1, 7, 63), (17, 1, 64), (16, 9, 65), (33, 40, 300)]
 
@@ -31,9 +32,9 @@ def test_products_are_exact(m: int, n: int, k: int) -> None:
     want = int64_product(x_q, codes)
     for got in (
         reference.int8_matmul(x_q, codes),
-        reference.fp32_matmul(x_q, codes, 2**24 // 128),
         reference.ternary_matmul(x_q, pack_ternary(codes)),
-        reference.int8_matmul(x_q.t().contiguous().t(), codes.t().contiguous().t()),
+        int_mm.codes_matmul(x_q, codes),
+        int_mm.codes_matmul(x_q.t().contiguous().t(), codes.t().contiguous().t()),
     ):
         assert got.dtype == torch.int32
         assert torch.equal(got, want)
@@ -46,20 +47,21 @@ def test_products_beyond_fp32(value: int) -> None:
     codes = torch.ones(3, 140_001, dtype=torch.int8)
     codes[1] = -1
     want = torch.tensor([value, -value, value], dtype=torch.int32).mul(140_001).expand(2, 3)
+    assert torch.equal(int_mm.codes_matmul(x_q, codes), want)
     assert torch.equal(reference.int8_matmul(x_q, codes), want)
-    assert torch.equal(reference.fp32_matmul(x_q, codes, 2**24 // 128), want)
 
 
 def test_empty_products() -> None:
     x_q, codes = random_operands(4, 3, 9)
-    assert reference.int8_matmul(x_q[:0], codes).shape == (0, 3)
-    assert reference.int8_matmul(x_q, codes[:0]).shape == (4, 0)
-    assert reference.int8_matmul(x_q[:0], codes).dtype == torch.int32
+    for matmul in (reference.int8_matmul, int_mm.codes_matmul, int_mm.int8_matmul):
+        assert matmul(x_q[:0], codes).shape == (0, 3)
+        assert matmul(x_q, codes[:0]).shape == (4, 0)
+        assert matmul(x_q[:0], codes).dtype == torch.int32
 
 
 ISA_CHECK = """
 import numpy as np, torch
-from bitnet_kernels.reference import int8_matmul
+from bitnet_kernels.cpu.int_mm import codes_matmul
 torch.manual_seed(0)
 for m, n, k in ((1, 1, 1), (3, 5, 2), (16, 16, 64), (64, 48, 256), (31, 65, 300)):
     x_q = torch.randint(-128, 128, (m, k), dtype=torch.int8)
@@ -67,7 +69,7 @@ for m, n, k in ((1, 1, 1), (3, 5, 2), (16, 16, 64), (64, 48, 256), (31, 65, 300)
     codes = torch.randint(-1, 2, (n, k), dtype=torch.int8)
     codes[: n // 2] = codes[: n // 2, :1]
     want = x_q.numpy().astype(np.int64) @ codes.numpy().astype(np.int64).T
-    assert np.array_equal(int8_matmul(x_q, codes).numpy(), want), (m, n, k)
+    assert np.array_equal(codes_matmul(x_q, codes).numpy(), want), (m, n, k)
 """
 
 
@@ -136,13 +138,13 @@ def test_absmax_of_extreme_rows() -> None:
 
 
 def test_rescale_order() -> None:
-    """((acc * s_x) * gamma) + bias, each rounded to fp32, on numbers where the order shows."""
+    """((acc * s_x) * scale) + bias, each rounded to fp32, on numbers where the order shows."""
     acc = torch.randint(-(2**25), 2**25, (64, 64), generator=torch.Generator().manual_seed(2))
     acc = acc.to(torch.int32)
-    s_x, gamma, bias = torch.rand(3, 64, generator=torch.Generator().manual_seed(3)).unbind()
-    want = acc.numpy().astype(np.float32) * s_x.numpy()[:, None] * gamma.numpy() + bias.numpy()
-    assert np.array_equal(reference.rescale(acc, s_x, gamma, bias, torch.float32).numpy(), want)
-    other = acc.numpy().astype(np.float32) * (s_x.numpy()[:, None] * gamma.numpy()) + bias.numpy()
+    s_x, scale, bias = torch.rand(3, 64, generator=torch.Generator().manual_seed(3)).unbind()
+    want = acc.numpy().astype(np.float32) * s_x.numpy()[:, None] * scale.numpy() + bias.numpy()
+    assert np.array_equal(reference.rescale(acc, s_x, scale, bias, torch.float32).numpy(), want)
+    other = acc.numpy().astype(np.float32) * (s_x.numpy()[:, None] * scale.numpy()) + bias.numpy()
     assert not np.array_equal(want, other)
 
 
@@ -174,14 +176,14 @@ def test_nan_tokens_do_not_spread() -> None:
 def test_one_group_is_a_scale_per_row() -> None:
     x = torch.randn(4, 70, generator=torch.Generator().manual_seed(5))
     packed = pack_ternary(random_operands(1, 5, 70)[1])
-    gamma = torch.rand(5, generator=torch.Generator().manual_seed(6))
-    per_row = reference.ternary_linear(x, packed, gamma, None)
-    grouped = reference.ternary_linear(x, packed, gamma.unsqueeze(1), None, group_size=128)
+    scale = torch.rand(5, generator=torch.Generator().manual_seed(6))
+    per_row = reference.ternary_linear(x, packed, scale, None)
+    grouped = reference.ternary_linear(x, packed, scale.unsqueeze(1), None, group_size=128)
     assert torch.equal(per_row, grouped)
 
 
 @pytest.mark.parametrize(("m", "k"), [(1, 70), (4, 64), (5, 2), (3, 1), (2, 200)])
-def test_int8_matmul_of_any_strides(m: int, k: int) -> None:
+def test_products_of_any_strides(m: int, k: int) -> None:
     """torch._int_mm leaves its output unwritten where a row's stride is below K, which rows that
     are expanded have, and transposes of one column."""
     generator = torch.Generator().manual_seed(k)
@@ -197,4 +199,4 @@ def test_int8_matmul_of_any_strides(m: int, k: int) -> None:
     ):
         for weights in (codes, codes.t().clone().t(), codes[:1].expand(7, k)):
             want = (x.long() @ weights.long().t()).int()
-            assert torch.equal(reference.int8_matmul(x, weights), want)
+            assert torch.equal(int_mm.codes_matmul(x, weights), want)

@@ -253,18 +253,15 @@ for kernel in ("addsub", "dot", "sad", "dp4a", "gemm", "unpacked"):
     )
 """
 NOT_INSTALLED = """
-from bitnet_kernels import reference
-from bitnet_kernels.ops import ternary as ops
-from bitnet_kernels.ops import quantize as ops_quant
+from bitnet_kernels import available, reference
 sys.modules["triton"] = None
 for kernel in ("addsub", "dot"):
     assert message(kernel) == f"kernel: {kernel!r} needs Triton, which is not installed; use 'auto'"
 x, scale = torch.randn(3, 70), torch.tensor(0.5)
-x_q, s_x, _ = ops_quant._quant_cuda(x)
+assert not available.triton_installed()
+assert not available.triton_by_default(torch.device("cuda"))
+x_q, s_x, _ = bitnet_kernels.quant(x)
 assert torch.equal(x_q, reference.quant(x)[0])
-for module in (ops, ops_quant):
-    module.find_spec = lambda name: None
-assert not ops._usable(torch.device("cuda"))
 want = reference.ternary_matmul(x_q, packed)
 assert torch.equal(bitnet_kernels.ternary_matmul(x_q, packed), want)
 want = reference.ternary_linear(x, packed, scale, None)

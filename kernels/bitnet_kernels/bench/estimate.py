@@ -5,9 +5,9 @@ The ratio says what a formulation could give, never what was seen.
 """
 
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from typing import Any
 
+from bitnet_kernels.available import triton_installed
 from bitnet_kernels.bench.contenders import few_enough
 from bitnet_kernels.bench.rows import Row
 from bitnet_kernels.dispatch import FORMULATIONS, choose
@@ -37,7 +37,7 @@ def estimates(
     Raises:
         Unavailable: there is no Triton, or it interprets.
     """
-    if find_spec("triton") is None:
+    if not triton_installed():
         raise Unavailable("no GPU estimates: they need Triton, which is not installed")
     for name in archs:
         arch = ARCHS[name]

@@ -28,7 +28,6 @@ from bitnet_kernels import (
     quant,
     quantized_linear,
     reference,
-    reference_decode,
     relu2_mul_rmsnorm_quant,
     rmsnorm_quant,
     rope_append,
@@ -281,7 +280,7 @@ def _append(case: Case, device: torch.device) -> str:
     ]
     given, want = [qkv, angles.cos(), angles.sin()], _cache(case, fill=False)
     got = _on(device, want)
-    q = reference_decode.rope_append(*given, *want[:2], *counts, **_scales(want))
+    q = reference.rope_append(*given, *want[:2], *counts, **_scales(want))
     given, counts = _on(device, given), _on(device, counts)
     turned = rope_append(*given, *got[:2], *counts, **_scales(got))
     return _compare(case, [turned, *got], [q, *want])
@@ -293,9 +292,7 @@ def _attention(case: Case, device: torch.device) -> str:
         DTYPES[name]
     )
     cache, lengths = _cache(case, fill=True), _lengths(case)
-    want = reference_decode.decode_attention(
-        q.float(), cache[0], cache[1], lengths, **_scales(cache)
-    )
+    want = reference.decode_attention(q.float(), cache[0], cache[1], lengths, **_scales(cache))
     ours = _on(device, cache)
     got = decode_attention(q.to(device), ours[0], ours[1], lengths.to(device), **_scales(ours))
     if got.dtype != q.dtype or got.shape != want.shape:

@@ -223,8 +223,8 @@ def decode_attention(
     k_cache: Tensor,
     v_cache: Tensor,
     lengths: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
     """As :func:`bitnet_kernels.decode_attention`, of checked arguments."""

@@ -2,7 +2,7 @@
 
 The column of a token, which is its position too, is read on the device, so a launch captured in a
 CUDA graph goes on to be right while the rows grow. Bit-exact with
-:func:`bitnet_kernels.reference_decode.rope_append`: fp32 in its order, without fused multiply-add,
+:func:`bitnet_kernels.reference.rope_append`: fp32 in its order, without fused multiply-add,
 one cast to the activations' dtype, then the cast or the quantization to the cache's.
 """
 
@@ -105,8 +105,8 @@ def rope_append(
     v_cache: Tensor,
     lengths: Tensor,
     n_valid: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor:
     """As :func:`bitnet_kernels.rope_append`, of checked arguments."""
     (b, t, columns), (_, g, n_columns, e) = qkv.shape, k_cache.shape

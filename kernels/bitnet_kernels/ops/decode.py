@@ -1,24 +1,23 @@
-"""The operators of attention over a static cache: checked, registered with torch, run by Triton on
-CUDA, else by torch.
+"""The operators of attention over a static cache.
 
-A generation step reads what grows, the rows' lengths, on the device: shapes, and so the launches,
-stay the same from step to step, the kernels never wait for the device, and one CUDA graph serves
-every step. The definitions stand in :mod:`bitnet_kernels.reference_decode`, which is what runs
-where there is no Triton, and does wait. Neither has a backward.
+The rows' lengths, which grow, are read on the device. Shapes and launches stay the same from one
+generation step to the next, the kernels never wait for the device, and one CUDA graph serves every
+step. The reference, which runs where there is no Triton, does wait.
 
-B rows, T new tokens a row, H query heads, G key/value heads (G divides H), E channels a head (even,
-at most 256), S >= B rows and L columns of the cache. The cache is that of one layer, contiguous:
-keys and values ``[S, G, L, E]``, float, or int8 with scales fp32 ``[S, G, L]``, one a head and
+B rows, T new tokens per row, H query heads, G key/value heads (G divides H), E channels per head
+(even, at most 256), S >= B rows and L columns of the cache. The cache of one layer is contiguous:
+keys and values ``[S, G, L, E]``, float, or int8 with scales fp32 ``[S, G, L]``, one per head and
 token (:func:`bitnet_kernels.reference.absmax_int8`).
 """
 
-from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitnet_kernels import reference_decode
-from bitnet_kernels.checks import check_device, check_tensor, no_backward
+from bitnet_kernels import reference
+from bitnet_kernels.checks import check_device, check_dtype, check_tensor
+from bitnet_kernels.ops.register import register
 
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of activations, and of the caches that are not int8."""
@@ -69,7 +68,7 @@ def rope_append(
             f"got {qkv.shape[2]}"
         )
     for name, table in (("cos", cos), ("sin", sin)):
-        _check_tensor(name, table, torch.float32, [n_columns, e])
+        _check_shaped(name, table, torch.float32, [n_columns, e])
     _check_counts(qkv, lengths=lengths, n_valid=n_valid)
     check_device(qkv, cos=cos, sin=sin)
     return _rope_append(qkv, cos, sin, k_cache, v_cache, lengths, n_valid, k_scale, v_scale)
@@ -122,10 +121,8 @@ def _check_activations(name: str, x: Tensor, dims: int, shape: str) -> None:
         raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
 
 
-def _check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
-    check_tensor(name, tensor)
-    if tensor.dtype != dtype:
-        raise TypeError(f"{name}: expected {dtype}, got {tensor.dtype}")
+def _check_shaped(name: str, tensor: Tensor, dtype: torch.dtype, shape: list[int]) -> None:
+    check_dtype(name, tensor, dtype)
     if list(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
 
@@ -151,7 +148,7 @@ def _check_cache(
         raise ValueError(f"k_cache: has {shape[0]} rows for a batch of {x.shape[0]}")
     if shape[3] % 2 or shape[3] > MAX_HEAD_DIM:
         raise ValueError(f"k_cache: expected an even E of at most {MAX_HEAD_DIM}, got {shape[3]}")
-    _check_tensor("v_cache", v_cache, k_cache.dtype, shape)
+    _check_shaped("v_cache", v_cache, k_cache.dtype, shape)
     caches = {"k_cache": k_cache, "v_cache": v_cache}
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if k_cache.dtype != torch.int8:
@@ -160,7 +157,7 @@ def _check_cache(
         elif scale is None:
             raise ValueError(f"{name}: an int8 cache needs its scales, fp32 {shape[:3]}")
         else:
-            _check_tensor(name, scale, torch.float32, shape[:3])
+            _check_shaped(name, scale, torch.float32, shape[:3])
             caches[name] = scale
     check_device(x, **caches)
     for name, cache in caches.items():
@@ -177,105 +174,40 @@ def _check_counts(x: Tensor, **counts: Tensor) -> None:
     check_device(x, **counts)
 
 
-def _no_triton() -> bool:
-    return find_spec("triton") is None
-
-
-@torch.library.custom_op(
-    "bitnet::rope_append", mutates_args=("k_cache", "v_cache", "k_scale", "v_scale")
-)
-def _rope_append(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    n_valid: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> Tensor:
-    return reference_decode.rope_append(
-        qkv, cos, sin, k_cache, v_cache, lengths, n_valid, k_scale, v_scale
-    )
-
-
-@_rope_append.register_kernel("cuda")
-def _rope_append_cuda(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    n_valid: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> Tensor:
-    arguments = (qkv, cos, sin, k_cache, v_cache, lengths, n_valid, k_scale, v_scale)
-    if _no_triton():
-        return reference_decode.rope_append(*arguments)
+def _rope_append_cuda(*arguments: Any) -> Tensor:
     from bitnet_kernels.gpu.decode_rope import rope_append as triton_rope_append
 
     return triton_rope_append(*arguments)
 
 
-@_rope_append.register_fake
 def _rope_append_fake(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    n_valid: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
+    qkv: Tensor, cos: Tensor, sin: Tensor, k_cache: Tensor, *rest: object
 ) -> Tensor:
     (b, t, columns), (_, g, _, e) = qkv.shape, k_cache.shape
     return qkv.new_empty((b, t, columns // e - 2 * g, e))
 
 
-@torch.library.custom_op("bitnet::decode_attention", mutates_args=())
-def _decode_attention(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> Tensor:
-    return reference_decode.decode_attention(q, k_cache, v_cache, lengths, k_scale, v_scale)
-
-
-@_decode_attention.register_kernel("cuda")
-def _decode_attention_cuda(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> Tensor:
-    arguments = (q, k_cache, v_cache, lengths, k_scale, v_scale)
-    if _no_triton():
-        return reference_decode.decode_attention(*arguments)
+def _decode_attention_cuda(*arguments: Any) -> Tensor:
     from bitnet_kernels.gpu.decode_attention import decode_attention as triton_attention
 
     return triton_attention(*arguments)
 
 
-@_decode_attention.register_fake
-def _decode_attention_fake(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    k_scale: Tensor | None,
-    v_scale: Tensor | None,
-) -> Tensor:
+def _decode_attention_fake(q: Tensor, *rest: object) -> Tensor:
     b, t, h, e = q.shape
     return q.new_empty((b, t, h * e))
 
 
-_decode_attention.register_autograd(no_backward)
+_rope_append = register(
+    "rope_append",
+    reference.rope_append,
+    cuda=_rope_append_cuda,
+    fake=_rope_append_fake,
+    mutates=("k_cache", "v_cache", "k_scale", "v_scale"),
+)
+_decode_attention = register(
+    "decode_attention",
+    reference.decode_attention,
+    cuda=_decode_attention_cuda,
+    fake=_decode_attention_fake,
+)

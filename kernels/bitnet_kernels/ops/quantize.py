@@ -1,14 +1,12 @@
-"""The quantization operators: checked, registered with torch, run by Triton on CUDA, else by torch.
+"""The operators that quantize activations, alone and after the norms of a transformer.
 
-The definitions stand in :mod:`bitnet_kernels.reference`; every device gives the same bits. Nothing
-here waits for a device, so a CUDA graph can capture it. None has a backward.
+Every device gives the bits of :mod:`bitnet_kernels.reference`. Nothing here waits for a device, so
+a CUDA graph can capture it.
 
-M tokens, K in_features, N out_features. A *quantized token* is three tensors: codes int8
+K columns. A *quantized token* is three tensors: codes int8
 ``[..., K]``, scale fp32 ``[...]``, row sum of the codes int32 ``[...]``. Where what is quantized
 holds a NaN or an infinity, its scale is NaN and its codes are 0.
 """
-
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,8 +17,8 @@ from bitnet_kernels.checks import (
     check_tensor,
     check_vector,
     check_x,
-    no_backward,
 )
+from bitnet_kernels.ops.register import register, reshaped, rows
 
 
 def quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,24 +114,15 @@ def _check_like(name: str, other: Tensor, x_name: str, x: Tensor) -> None:
     check_device(x, **{name: other})
 
 
-def _no_triton() -> bool:
-    return find_spec("triton") is None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
-
-
 def _shaped(
     x: Tensor, codes: Tensor, scale: Tensor, row_sum: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give the rows' tensors the leading dimensions of x."""
     lead = x.shape[:-1]
-    return codes.reshape(x.shape), scale.reshape(lead), row_sum.reshape(lead)
+    return reshaped(codes, *x.shape), reshaped(scale, *lead), reshaped(row_sum, *lead)
 
 
-def _empty(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What every fake implementation returns for tokens of x's shape."""
+def _fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape, dtype=torch.int8),
         x.new_empty(x.shape[:-1], dtype=torch.float32),
@@ -141,97 +130,55 @@ def _empty(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@torch.library.custom_op("bitnet::quant", mutates_args=())
-def _quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.quant(x.contiguous())
-
-
-@_quant.register_kernel("cuda")
 def _quant_cuda(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if _no_triton():
-        return reference.quant(x.contiguous())
     from bitnet_kernels.gpu.quant import quant as triton_quant
 
-    return _shaped(x, *triton_quant(_rows(x)))
+    return _shaped(x, *triton_quant(rows(x)))
 
 
-@_quant.register_fake
-def _quant_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(x)
-
-
-@torch.library.custom_op("bitnet::rmsnorm_quant", mutates_args=())
-def _rmsnorm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.rmsnorm_quant(x.contiguous(), weight, eps)
-
-
-@_rmsnorm_quant.register_kernel("cuda")
 def _rmsnorm_quant_cuda(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    if _no_triton():
-        return reference.rmsnorm_quant(x.contiguous(), weight, eps)
     from bitnet_kernels.gpu.norm_quant import launch
 
-    codes, scale, row_sum, _ = launch(_rows(x), None, weight, eps, "x")
+    codes, scale, row_sum, _ = launch(rows(x), None, weight, eps, "x")
     return _shaped(x, codes, scale, row_sum)
 
 
-@_rmsnorm_quant.register_fake
-def _rmsnorm_quant_fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(x)
-
-
-@torch.library.custom_op("bitnet::add_rmsnorm_quant", mutates_args=())
-def _add_rmsnorm_quant(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return reference.add_rmsnorm_quant(x.contiguous(), residual.contiguous(), weight, eps)
-
-
-@_add_rmsnorm_quant.register_kernel("cuda")
 def _add_rmsnorm_quant_cuda(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _no_triton():
-        return reference.add_rmsnorm_quant(x.contiguous(), residual.contiguous(), weight, eps)
     from bitnet_kernels.gpu.norm_quant import launch
 
-    codes, scale, row_sum, h = launch(_rows(x), _rows(residual), weight, eps, "x + residual")
+    codes, scale, row_sum, h = launch(rows(x), rows(residual), weight, eps, "x + residual")
     assert h is not None
-    return *_shaped(x, codes, scale, row_sum), h.reshape(x.shape)
+    return *_shaped(x, codes, scale, row_sum), reshaped(h, *x.shape)
 
 
-@_add_rmsnorm_quant.register_fake
-def _add_rmsnorm_quant_fake(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_empty(x), x.new_empty(x.shape)
+def _add_rmsnorm_quant_fake(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return *_fake(x), x.new_empty(x.shape)
 
 
-@torch.library.custom_op("bitnet::relu2_mul_rmsnorm_quant", mutates_args=())
-def _relu2_mul_rmsnorm_quant(
-    gate: Tensor, up: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.relu2_mul_rmsnorm_quant(gate.contiguous(), up.contiguous(), weight, eps)
-
-
-@_relu2_mul_rmsnorm_quant.register_kernel("cuda")
 def _relu2_mul_rmsnorm_quant_cuda(
     gate: Tensor, up: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _no_triton():
-        return reference.relu2_mul_rmsnorm_quant(gate.contiguous(), up.contiguous(), weight, eps)
     from bitnet_kernels.gpu.norm_quant import launch
 
-    codes, scale, row_sum, _ = launch(_rows(gate), _rows(up), weight, eps, "relu2")
+    codes, scale, row_sum, _ = launch(rows(gate), rows(up), weight, eps, "relu2")
     return _shaped(gate, codes, scale, row_sum)
 
 
-@_relu2_mul_rmsnorm_quant.register_fake
-def _relu2_mul_rmsnorm_quant_fake(
-    gate: Tensor, up: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(gate)
-
-
-for _op in (_quant, _rmsnorm_quant, _add_rmsnorm_quant, _relu2_mul_rmsnorm_quant):
-    _op.register_autograd(no_backward)
+_quant = register("quant", reference.quant, cuda=_quant_cuda, fake=_fake)
+_rmsnorm_quant = register(
+    "rmsnorm_quant", reference.rmsnorm_quant, cuda=_rmsnorm_quant_cuda, fake=_fake
+)
+_add_rmsnorm_quant = register(
+    "add_rmsnorm_quant",
+    reference.add_rmsnorm_quant,
+    cuda=_add_rmsnorm_quant_cuda,
+    fake=_add_rmsnorm_quant_fake,
+)
+_relu2_mul_rmsnorm_quant = register(
+    "relu2_mul_rmsnorm_quant",
+    reference.relu2_mul_rmsnorm_quant,
+    cuda=_relu2_mul_rmsnorm_quant_cuda,
+    fake=_fake,
+)

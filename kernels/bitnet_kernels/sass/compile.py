@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bitnet_kernels.available import triton_installed
 
 if TYPE_CHECKING:
     from bitnet_kernels.gpu.common import Spec
@@ -39,7 +40,7 @@ def compile_spec(spec: "Spec", sm: int) -> Compiled:
     Raises:
         ValueError: Triton is not installed, or it interprets kernels instead of compiling them.
     """
-    if find_spec("triton") is None:
+    if not triton_installed():
         raise ValueError("inspecting kernels needs Triton, which is not installed")
     from triton.runtime import JITFunction
 

@@ -1,0 +1,88 @@
+"""Exact integer products by ``torch._int_mm``, which has conditions that nobody documents.
+
+* CPU: K > 1 (torch 2.13 returns wrong products at K = 1), and strides [K, 1] to the letter.
+* CPU without VNNI: oneDNN adds pairs of products in int16. Ternary codes on the right cannot
+  overflow it; two operands of any int8 values can, and so can ternary codes on the left.
+* CUDA: M > 16, and K and N in multiples of 8.
+
+Each function pads, copies or takes the reference until the product is exact. Elsewhere than on a
+CPU and CUDA, and where no condition can be met, :func:`bitnet_kernels.reference.int8_matmul` runs.
+
+M tokens, K in_features, N out_features.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bitnet_kernels import reference
+
+
+def codes_matmul(x_q: Tensor, codes: Tensor) -> Tensor:
+    """Exact ``x_q @ codes.T``: any int8 ``[M, K]``, ternary codes int8 ``[N, K]`` -> int32
+    ``[M, N]``, K < 2^24."""
+    m, n = x_q.shape[0], codes.shape[0]
+    if 0 in (m, n):
+        return x_q.new_empty((m, n), dtype=torch.int32)
+    x_q, codes = _row_major(x_q), _row_major(codes)
+    if x_q.device.type == "cpu":
+        if x_q.shape[1] == 1:
+            x_q, codes = pad(x_q, (0, 1)), pad(codes, (0, 1))
+        return torch._int_mm(x_q, codes.t())
+    if x_q.device.type == "cuda":
+        k_pad = -x_q.shape[1] % 8
+        x_q = pad(x_q, (0, k_pad, 0, max(0, 17 - m)))
+        codes = pad(codes, (0, k_pad, 0, -n % 8))
+        return torch._int_mm(x_q, codes.t())[:m, :n]
+    return reference.int8_matmul(x_q, codes)
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Exact ``a @ b.T`` of any values: int8 ``[M, K]`` and ``[N, K]`` -> int32 ``[M, N]``, K < 2^17
+    so that int32 holds every sum of products up to 128^2."""
+    kind = a.device.type
+    if kind == "cuda" or (kind == "cpu" and int_mm_takes_any_int8()):
+        return codes_matmul(a, b)
+    return reference.int8_matmul(a, b)
+
+
+@cache
+def int_mm_takes_any_int8() -> bool:
+    """Whether ``torch._int_mm`` on this CPU is exact for any int8 values: where the CPU has the
+    VNNI instructions and oneDNN uses them (ONEDNN_MAX_CPU_ISA may forbid it). A product whose pairs
+    overflow int16 shows it."""
+    if not torch.cpu._is_vnni_supported():
+        return False
+    a = torch.tensor([[127], [-128]], dtype=torch.int8, device="cpu").repeat(32, 256)
+    return torch.equal(torch._int_mm(a, a.t()), reference.int8_matmul(a, a))
+
+
+def scaled_matmul(
+    x_q: Tensor,
+    s_x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    group_size: int = 128,
+) -> Tensor:
+    """:func:`bitnet_kernels.reference.scaled_matmul` of x_q ``[M, K]``, with the same bits."""
+    if scale.dim() == 2:
+        return reference.scaled_matmul(
+            x_q, s_x, codes, scale, bias, dtype, group_size, matmul=codes_matmul
+        )
+    acc = codes_matmul(x_q, codes)
+    # The outputs take the memory of the accumulators, element for element: on a CPU half of the
+    # time went into touching new memory.
+    y = acc.view(torch.float32).copy_(acc)
+    return reference.rescale_(y, s_x, scale, bias, dtype)
+
+
+def _row_major(matrix: Tensor) -> Tensor:
+    """With strides [K, 1] to the letter: torch accepts any stride of a dimension of size 1, but
+    ``torch._int_mm`` (2.13, CPU) leaves its output unwritten for strides below K."""
+    if matrix.stride() == (matrix.shape[1], 1):
+        return matrix
+    return matrix.new_empty(matrix.shape).copy_(matrix)
