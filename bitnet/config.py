@@ -271,7 +271,7 @@ def _check_combination(config: Config) -> None:
         used = {"qat": quant.enabled, "distill": bool(config.distill.teacher)}
         if section in switch and not used.get(section, config.adapter.kind != "none"):
             raise UserError(f"{key} has no effect: {switch[section]} is not set")
-    if config.qat.freeze_observers < 1 and quant.activations != "static":
+    if config.qat.freeze_observers < 1 and not quant.static:
         raise UserError('qat.freeze_observers has no effect: quant.activations is not "static"')
     if quant.enabled and model.linear == "ternary":
         raise UserError(
@@ -522,6 +522,7 @@ def _one_line(error: ValidationError, section: str, origins: dict[str, str]) -> 
     same = [e for e in errors if e["loc"][0] == name and repr(e["input"]) == value]
     message = " or ".join(e["msg"].replace("Input should be ", "") for e in same)
     message = f"expected {message}" if "Input should be" in first["msg"] else message
+    message = message.removeprefix("Value error, ")  # pydantic's words before those of a validator
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         valid = re.findall(r"'([^']*)'", first["ctx"]["expected"])
         near = nearest(first["input"], valid, 0.4)

@@ -47,7 +47,6 @@ from bitnet.linear import BitLinear, TernaryLinear
 from bitnet.model import ModelConfig
 from bitnet.qat.integer import IntLinear
 from bitnet.qat.layers import QATLinear
-from bitnet.qat.recipe import TERNARY
 from bitnet_kernels.packing import packed_columns
 
 Operation = Literal["int8_add", "int32_add", "fp16_add", "fp16_mul", "fp32_add", "fp32_mul"]
@@ -230,6 +229,6 @@ def zero_share(model: nn.Module) -> float | None:
 def _ternary_codes(module: nn.Module) -> Tensor | None:
     if isinstance(module, TernaryLinear):
         return module.codes()
-    if isinstance(module, QATLinear | IntLinear) and module.recipe.weights not in TERNARY:
+    if isinstance(module, QATLinear | IntLinear) and not module.recipe.quantizer.ternary:
         return None
     return module.quantize()[0] if isinstance(module, BitLinear | QATLinear | IntLinear) else None

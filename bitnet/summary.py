@@ -16,7 +16,6 @@ from bitnet.energy import (
     token_cost,
 )
 from bitnet.model import ModelConfig
-from bitnet.qat.recipe import TERNARY
 from bitnet.training.optim import warmup_steps
 
 _DIALED = (
@@ -91,7 +90,7 @@ def tables(asked: Config) -> list[Table]:
     """What ``bitnet inspect`` prints for a config as it was asked for (not resolved)."""
     config = asked.resolve()
     found = [_dial(asked, config), _shapes(config), _costs(config)]
-    if config.quant.enabled and config.quant.weights not in TERNARY:
+    if config.quant.enabled and not config.quant.quantizer.ternary:
         return found  # multiplications of other widths have no table
     return found + energy_tables(config.model, config.data.seq_len)
 

@@ -12,6 +12,7 @@ import tomllib
 
 import pytest
 
+from bitnet.qat.quantizers import WEIGHT_QUANTIZERS
 from tests.helpers.source_trees import (
     FILES,
     MODULES,
@@ -54,6 +55,8 @@ ARROWS = {
 }
 """The foundations may import this and bitnet.schema; what stands above them is bound by ABOVE and
 by having no cycles."""
+
+QUANTIZERS = {"none", "absmax", "static", *WEIGHT_QUANTIZERS}
 
 
 def test_every_module_is_found() -> None:
@@ -158,6 +161,21 @@ def test_nothing_that_is_loaded_may_execute_code(module: str) -> None:
             called = ast.unparse(node.func)
             assert called not in {"eval", "exec", "torch.load", "torch.save"}, called
             assert not any(keyword.arg == "allow_pickle" for keyword in node.keywords)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_quantizers_are_asked_not_named(module: str) -> None:
+    """A recipe's quantizers answer for themselves: their names are compared where they are read."""
+    if module == "bitnet.qat.recipe":
+        return
+    for node, _ in nodes(tree(module)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            recipes = {ast.unparse(side) for side in sides if isinstance(side, ast.Attribute)}
+            named = {text.rpartition(".")[2] for text in recipes} & {"weights", "activations"}
+            strings = set(re.findall(r"'(\w+)'", ast.unparse(node)))
+            where = f"{FILES[module].name}:{node.lineno}: {ast.unparse(node)}"
+            assert not (named and strings & QUANTIZERS), where
 
 
 def text_without_encoding(node: ast.Call) -> bool:

@@ -13,11 +13,12 @@ from torch.nn import functional as F
 from bitnet.elementwise import RMSNorm, relu2_mul
 from bitnet.linear import BitLinear, pack, shared_input, weights_quantized
 from bitnet.loss import linear_cross_entropy
+from bitnet.qat.activations import fake_quantize_activation
 from bitnet.qat.adapters import AdapterConfig, add_adapters
 from bitnet.qat.nf4 import NF4Linear
 from bitnet.qat.prepare import calibrate, convert, prepare
-from bitnet.qat.quantizers import fake_quantize_activation, fake_quantize_weight
-from bitnet.qat.recipe import ActivationQuantizer, Recipe, WeightQuantizer
+from bitnet.qat.quantizers import WEIGHT_QUANTIZERS
+from bitnet.qat.recipe import ActivationQuantizer, Recipe
 from bitnet.quant import Granularity, Int8Backward
 
 SHIFT = 0.25
@@ -127,13 +128,8 @@ def test_an_output_can_be_detached_in_place() -> None:
         assert not y.requires_grad
 
 
-QUANTIZERS: list[WeightQuantizer] = [
-    "int", "absmean", "absmedian", "twn", "sign", "lsq", "seq", "seq_ternary",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("weights", QUANTIZERS)
-def test_qat_linear(weights: WeightQuantizer) -> None:
+@pytest.mark.parametrize("weights", WEIGHT_QUANTIZERS)
+def test_qat_linear(weights: str) -> None:
     for activations in ("none", "absmax", "static"):
         for gradient in ("none", "clip", "trust"):
             recipe = Recipe(
@@ -175,7 +171,7 @@ def test_qat_convolutions(activations: ActivationQuantizer, granularity: Granula
 
 
 @pytest.mark.parametrize("weights", ["int", "lsq"])
-def test_qat_embedding(weights: WeightQuantizer) -> None:
+def test_qat_embedding(weights: str) -> None:
     recipe = Recipe(weights=weights, modules=["embedding"], keep_first_last=False)
     layer = prepare(nn.Embedding(7, 5), recipe)
     ids = torch.tensor([[0, 3], [6, 3]])
@@ -214,7 +210,7 @@ def test_quantized_values() -> None:
     for weights in ("int", "lsq"):
         recipe = Recipe(weights=weights)
         step = torch.full((3,), 0.1, requires_grad=True) if weights == "lsq" else None
-        check(nn.Identity(), x, lambda x: fake_quantize_weight(x, recipe, step).hat)  # noqa: B023
+        check(nn.Identity(), x, lambda x: recipe.quantizer.fake_quantize(x, step).hat)  # noqa: B023
     check(nn.Identity(), x, lambda x: fake_quantize_activation(x, recipe).hat)
 
 

@@ -95,9 +95,9 @@ def _check(out: str, recipe: Recipe, calibration: str) -> None:
         raise UserError("name the folder to write with --out, such as --out runs/converted")
     if Path(out).exists():
         raise UserError(f"--out {out}: exists already; choose another folder")
-    if calibration and recipe.activations != "static":
+    if calibration and not recipe.static:
         raise UserError("--calibration: only quant.activations=static has anything to calibrate")
-    if recipe.enabled and recipe.activations == "static" and not calibration:
+    if recipe.enabled and recipe.static and not calibration:
         raise UserError("quant.activations=static: name a text to calibrate on: --calibration FILE")
 
 

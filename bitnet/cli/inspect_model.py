@@ -8,7 +8,6 @@ import typer
 from bitnet.energy import zero_share
 from bitnet.export.folder import load_model, read_config
 from bitnet.progress import plain_console
-from bitnet.qat.recipe import TERNARY
 from bitnet.schema import UserError
 from bitnet.summary import energy_tables
 
@@ -28,7 +27,7 @@ def inspect_model(
     Try: bitnet inspect model runs/quickstart/model-packed
     """
     recipe = read_config(folder).quant
-    if recipe.enabled and recipe.weights not in TERNARY:
+    if recipe.enabled and not recipe.quantizer.ternary:
         raise UserError(f"{folder}: is {recipe}; these tables are of ternary and 16-bit models")
     model = load_model(folder)
     context = context or model.config.max_seq_len

@@ -46,10 +46,10 @@ from bitnet.data.tokenizer_json import TOKENIZER_FILES, load_tokenizer
 from bitnet.durable import load_tensors, new_folder, save_tensors, sha256
 from bitnet.linear import BitLinear, Kernel, TernaryLinear
 from bitnet.model import ModelConfig, Transformer
+from bitnet.qat.grid import within
 from bitnet.qat.integer import IntLayer
 from bitnet.qat.layers import QATLayer
 from bitnet.qat.prepare import convert, prepare
-from bitnet.qat.quantizers import weight_range
 from bitnet.qat.recipe import Recipe
 from bitnet.schema import (
     STRICT,
@@ -213,11 +213,11 @@ def load_model(
         setattr(model.get_submodule(owner), attribute, model.get_parameter(first))
     for name, module in model.named_modules():
         if isinstance(module, IntLayer):
-            codes, (low, high) = module.quantize()[0], weight_range(module.recipe)
-            if bool(((codes < low) | (codes > high)).any()):
+            levels = module.recipe.quantizer.levels
+            if not bool(within(module.quantize().codes, levels).all()):
                 raise UserError(
-                    f"{folder / TENSORS}: tensor {name}.packed: holds a code outside of {low} .. "
-                    f"{high}, which {module.recipe} has not"
+                    f"{folder / TENSORS}: tensor {name}.packed: holds a code outside of "
+                    f"{levels[0]} .. {levels[-1]}, the codes of {module.recipe}"
                 )
     return model.to(device)
 

@@ -37,9 +37,10 @@ from bitnet.modules import (
     replace_modules,
 )
 from bitnet.placement import CalledLayer, by_its_kind, is_unusual
+from bitnet.qat.grid import dequantize
 from bitnet.qat.layers import QATLinear
 from bitnet.qat.nf4 import FrozenLinear, NF4Linear
-from bitnet.qat.quantizers import dequantize
+from bitnet.qat.quantizers import Absmean
 from bitnet.qat.recipe import Recipe
 from bitnet.quant import absmean_ternary
 from bitnet.quant import dequantize as dequantize_ternary
@@ -205,7 +206,8 @@ def add_adapters(model: nn.Module, config: AdapterConfig, recipe: Recipe = BITNE
     quantized = config.kind == "qlora"
     if quantized and config.train_base:
         raise ValueError("train_base: the base of a qlora is stored in codes; use kind = 'lora'")
-    if quantized and config.base == "ternary" and recipe.weights != "absmean":
+    absmean = recipe.enabled and isinstance(recipe.quantizer, Absmean)
+    if quantized and config.base == "ternary" and not absmean:
         raise ValueError(
             f"recipe: a ternary base is quantized by 'absmean', not by {recipe.weights!r}"
         )

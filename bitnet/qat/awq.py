@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from bitnet.model import Block, Transformer
+from bitnet.qat.grid import Codes, dequantize
 from bitnet.qat.ptq import (
-    Codes,
     OnLayer,
     Walk,
     check_rounding,
@@ -39,7 +39,6 @@ from bitnet.qat.ptq import (
     quantized_linears,
     sites,
 )
-from bitnet.qat.quantizers import dequantize, weight_codes
 from bitnet.qat.recipe import Recipe
 
 _SMALLEST = 1e-4
@@ -75,7 +74,7 @@ def awq(
             if site.producer is not None and weights:
                 scales = awq_scales(weights, inputs.gram, inputs.mean, recipe, n_grid)
                 site.fold(block, scales)
-        return {name: weight_codes(layer.weight, recipe) for name, layer in layers.items()}
+        return {name: recipe.quantizer.quantize(layer.weight) for name, layer in layers.items()}
 
     return layer_by_layer(model, recipe, calibration, method, on_layer)
 
@@ -98,7 +97,7 @@ def awq_scales(
         loss = 0.0
         for weight in weights:
             w = weight.float()
-            w_hat = dequantize(*weight_codes(w * scales, recipe), recipe.group_size) / scales
+            w_hat = dequantize(*recipe.quantizer.quantize(w * scales), recipe.group_size) / scales
             loss += float((((w_hat - w) @ gram) * (w_hat - w)).sum())
         if loss < least:
             best, least = scales, loss

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 
 from bitnet.model import Block, Transformer
+from bitnet.qat.grid import Codes, dequantize
 from bitnet.qat.ptq import (
-    Codes,
     OnLayer,
     Walk,
     check_rounding,
@@ -40,7 +40,6 @@ from bitnet.qat.ptq import (
     quantized_linears,
     sites,
 )
-from bitnet.qat.quantizers import dequantize, round_codes, weight_scale
 from bitnet.qat.recipe import Recipe
 
 
@@ -101,7 +100,7 @@ def gptq_matrix(
         act_order: round columns in the order of decreasing diagonal.
         block_size: columns updated together; of no consequence but for speed and fp32 rounding.
     Returns:
-        Codes int8 ``[N, K]``, scale, zero point, as ``quantizers.weight_codes``.
+        Codes int8 ``[N, K]``, scale, zero point, as ``WeightQuantizer.quantize``.
     Raises:
         ValueError: other weights than these; a Hessian that is not finite, or not positive definite
             with this damping.
@@ -111,7 +110,7 @@ def gptq_matrix(
         raise ValueError(
             f"block_size, damping: expected >= 1 and >= 0, got {block_size}, {damping}"
         )
-    w = weight.float().clone()
+    w, quantizer = weight.float().clone(), recipe.quantizer
     columns = w.shape[1]
     by_group = recipe.granularity == "group"
     found_early = not by_group or act_order
@@ -119,7 +118,7 @@ def gptq_matrix(
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     upper = _inverse_factor(hessian[order][:, order], damping)
-    scale, zero = weight_scale(w, recipe) if found_early else (w, None)
+    scale, zero = quantizer.scale(w) if found_early else (w, None)
     scales, zeros = [], []
     w = w[:, order]
     codes = torch.empty_like(w, dtype=torch.int8)
@@ -129,7 +128,7 @@ def gptq_matrix(
     group_of = (order // recipe.group_size).tolist()
     for start, end in pairwise(sorted(cuts)):
         if not found_early and start % recipe.group_size == 0:
-            scale, zero = weight_scale(w[:, start : start + recipe.group_size], recipe)
+            scale, zero = quantizer.scale(w[:, start : start + recipe.group_size])
             scales.append(scale)
             zeros.append(zero)
         errors = torch.empty_like(w[:, start:end])
@@ -139,7 +138,7 @@ def gptq_matrix(
                 own = slice(group_of[j], group_of[j] + 1)
                 own_scale, own_zero = scale[:, own], None if zero is None else zero[:, own]
             column = w[:, j : j + 1]
-            rounded = round_codes(column, own_scale, own_zero, recipe)
+            rounded = quantizer.codes(column, own_scale, own_zero)
             w_hat = dequantize(rounded, own_scale, own_zero, recipe.group_size)
             error = (column - w_hat) / upper[j, j]
             w[:, j + 1 : end].sub_(error * upper[j, j + 1 : end])
@@ -148,7 +147,7 @@ def gptq_matrix(
     if not found_early:
         scale = torch.cat(scales, 1)
         zero = None if zeros[0] is None else torch.cat([z for z in zeros if z is not None], 1)
-    return codes[:, order.argsort()].contiguous(), scale, zero
+    return Codes(codes[:, order.argsort()].contiguous(), scale, zero)
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

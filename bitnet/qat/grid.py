@@ -1,4 +1,4 @@
-"""Grids of codes under scales: the arithmetic that all quantizers of quantizers.py share.
+"""Grids of codes under scales: the arithmetic that quantizers of weights and activations share.
 
     value = (codes - zero_point) * scale        code = clamp(round(x / scale) + zero_point)
 
@@ -7,41 +7,58 @@ A scale stands for a whole weight ``[N, K]`` (shape ``[]``), a row (``[N]``), or
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bitnet.qat.recipe import Recipe
-from bitnet.quant import spread_groups
+from bitnet.quant import Granularity, spread_groups
 from bitnet_kernels.reference import EPS
 
 
-def code_range(bits: int, symmetric: bool) -> tuple[int, int]:
-    """Lowest and highest code of ``bits`` bits; symmetric ones leave out the lowest."""
+class Codes(NamedTuple):
+    """Integers and their value: ``(codes - zero_point) * scale``."""
+
+    codes: Tensor
+    """int8"""
+    scale: Tensor
+    """fp32. Weights: ``[]``, ``[N]`` or ``[N, G]``. Activations: ``[M]`` (per token), ``[B]`` (per
+    sample, for convolutions) or ``[]`` (static)"""
+    zero_point: Tensor | None
+    """int32 of the same shape; None where symmetric"""
+
+
+def code_range(bits: int, symmetric: bool) -> range:
+    """The codes of ``bits`` bits; symmetric ones leave out the lowest."""
     highest = 2 ** (bits - 1) - 1
-    return (-highest if symmetric else -highest - 1), highest
+    return range(-highest if symmetric else -highest - 1, highest + 1)
 
 
-def reduce(values: Tensor, recipe: Recipe, statistic: Callable[[Tensor, int], Tensor]) -> Tensor:
+def reduce(
+    x: Tensor,
+    granularity: Granularity,
+    group_size: int,
+    statistic: Callable[[Tensor, int], Tensor],
+) -> Tensor:
     """A statistic, given as a function of (tensor, dim), of the values under each scale: ``[N, K]``
     -> ``[]``, ``[N]`` or ``[N, G]``. A shorter last group is reduced over its own columns."""
-    if recipe.granularity == "tensor":
-        return statistic(values.flatten(), -1)
-    if recipe.granularity == "row":
-        return statistic(values, -1)
-    size, k = recipe.group_size, values.shape[1]
-    whole = k // size * size
-    groups = [statistic(values[:, :whole].unflatten(1, (-1, size)), -1)] if whole else []
+    if granularity == "tensor":
+        return statistic(x.flatten(), -1)
+    if granularity == "row":
+        return statistic(x, -1)
+    k = x.shape[1]
+    whole = k // group_size * group_size
+    groups = [statistic(x[:, :whole].unflatten(1, (-1, group_size)), -1)] if whole else []
     if whole < k:
-        groups.append(statistic(values[:, whole:], -1).unsqueeze(1))
+        groups.append(statistic(x[:, whole:], -1).unsqueeze(1))
     return torch.cat(groups, 1)
 
 
-def count(weight: Tensor, recipe: Recipe) -> Tensor:
-    """How many weights each scale stands for, fp32, broadcastable to the scale."""
+def count(weight: Tensor, granularity: Granularity, group_size: int) -> Tensor:
+    """The number of weights under each scale, fp32, broadcastable to the scale."""
     row = torch.ones(1, weight.shape[1], device=weight.device, dtype=torch.float32)
-    columns = reduce(row, recipe, Tensor.sum)
-    return columns * weight.shape[0] if recipe.granularity == "tensor" else columns
+    columns = reduce(row, granularity, group_size, Tensor.sum)
+    return columns * weight.shape[0] if granularity == "tensor" else columns
 
 
 def spread(per_scale: Tensor, group_size: int, like: Tensor) -> Tensor:
@@ -60,13 +77,14 @@ def clamped(statistic: Tensor) -> Tensor:
 def symmetric_scale(absmax: Tensor, bits: int) -> Tensor:
     """The scale under which the highest code is the largest magnitude."""
     # By a tensor, not a number, which torch on CUDA would multiply by the reciprocal of.
-    return clamped(absmax) / absmax.new_full((), code_range(bits, True)[1])
+    return clamped(absmax) / absmax.new_full((), code_range(bits, True)[-1])
 
 
 def affine_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale fp32 and zero point int32 of codes from low to high, widened to hold 0, which is a
     level exactly (arXiv 1712.05877, section 2.1)."""
-    lowest, highest = code_range(bits, False)
+    levels = code_range(bits, False)
+    lowest, highest = levels[0], levels[-1]
     low = low.clamp(max=0)
     scale = clamped(high.clamp(min=0) - low) / low.new_full((), highest - lowest)
     zero_point = (lowest - (low / scale).round()).clamp(lowest, highest)
@@ -79,14 +97,14 @@ def unclamped(x: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: i
     return codes if zero_point is None else codes + spread(zero_point, group_size, x)
 
 
-def within(codes: Tensor, lowest: int, highest: int) -> Tensor:
+def within(codes: Tensor, levels: range) -> Tensor:
     """Which codes need no clamping, bool."""
-    return (codes >= lowest) & (codes <= highest)
+    return (codes >= levels[0]) & (codes <= levels[-1])
 
 
-def to_int8(codes: Tensor, lowest: int, highest: int) -> Tensor:
+def to_int8(codes: Tensor, levels: range) -> Tensor:
     """Rounded floats, clamped, as int8; NaN (whose scale is NaN) becomes 0."""
-    return codes.clamp(lowest, highest).nan_to_num(0.0).to(torch.int8)
+    return codes.clamp(levels[0], levels[-1]).nan_to_num(0.0).to(torch.int8)
 
 
 def ternary_codes(w: Tensor, threshold: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """True integer layers: packed codes, scales, and the arithmetic of a microcontroller.
 
-    layer = IntLinear.from_qat(qat_layer)                       after QAT
-    layer = integer_layer(qat_layer, codes, scale, zero_point)  with codes of GPTQ, AWQ, ...
+    layer = integer_layer(qat_layer, qat_layer.quantize())      after QAT
+    layer = integer_layer(qat_layer, codes)                     with codes of GPTQ, AWQ, ...
 
 An integer layer holds no float weights. Its outputs equal those of the QAT layer in eval mode to
 the last bit, since both call the same product on the same codes (product.py). Codes are packed bit
@@ -9,7 +9,7 @@ by bit into rows of bytes and unpacked in each forward.
 """
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,18 @@ from bitnet.dequantized import dequantized
 from bitnet.linear import TernaryLinear
 from bitnet.modules import check_forward
 from bitnet.placement import CalledLayer, by_its_kind, is_unusual
-from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
-from bitnet.qat.product import Codes, ConvOp, LinearOp, Op
-from bitnet.qat.quantizers import activation_codes, dequantize
-from bitnet.qat.recipe import TERNARY, Recipe
+from bitnet.qat.activations import activation_codes
+from bitnet.qat.grid import Codes, dequantize
+from bitnet.qat.layers import (
+    ProductLayer,
+    QATConv1d,
+    QATConv2d,
+    QATEmbedding,
+    QATLayer,
+    QATLinear,
+)
+from bitnet.qat.product import ConvOp
+from bitnet.qat.recipe import Recipe
 from bitnet.quant import output_dtype
 
 _BLOCK = 8
@@ -92,8 +100,11 @@ def _row_bytes(columns: int, bits: int) -> int:
 
 
 class IntLayer(CalledLayer, nn.Module):
-    """What integer layers share. They are made by ``from_qat`` and ``from_codes``.
+    """Packed codes and scales in place of a weight; :func:`integer_layer` makes the right subclass.
 
+    Arguments:
+        layer: the QAT layer, which gives recipe, bias, dtype and mode; not changed.
+        found: the codes of its weight, int8 ``[N, K]``, with their scale and zero point.
     State:
         ``packed`` uint8 ``[N, ceil(K * storage_bits / 8)]``; ``scale`` fp32 ``[]``, ``[N]`` or
         ``[N, G]``; ``zero_point`` int8 of that shape, or None; ``bias`` ``[N]`` or None;
@@ -101,9 +112,10 @@ class IntLayer(CalledLayer, nn.Module):
         static. Scales stay fp32 under ``.to(dtype)``.
     Attributes:
         dtype: of the weight that it was made from; follows ``.to(dtype)``, as :attr:`weight` does.
+    Raises:
+        ValueError: codes, scale or zero point that do not fit the recipe; a scale that is not
+        finite; static activations that nothing has calibrated.
     """
-
-    dtype = torch.float32
 
     packed: Tensor
     scale: Tensor
@@ -112,51 +124,47 @@ class IntLayer(CalledLayer, nn.Module):
     input_zero_point: Tensor | None
     bias: nn.Parameter | None
 
-    def _fill(
-        self,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        bias: Tensor | None,
-        recipe: Recipe,
-        input_scale: Tensor | None = None,
-        input_zero_point: Tensor | None = None,
-    ) -> Self:
-        _check_codes(codes, scale, zero_point, recipe)
-        if (input_scale is not None) != (recipe.activations == "static" and self._has_input):
-            raise ValueError("input_scale: expected for static activations, and only there")
-        self.recipe, self.columns = recipe, codes.shape[1]
+    def __init__(self, layer: QATLayer, found: Codes) -> None:
+        super().__init__()
+        recipe = layer.recipe
+        _check_codes(found, recipe)
+        codes, scale, zero_point = found
+        self.recipe, self.columns, self.dtype = recipe, codes.shape[1], layer.weight.dtype
         if self._odd:
             codes = (codes - 1) >> 1
-        self.register_buffer("packed", pack_bits(codes, recipe.storage_bits, self._offset))
+        self.register_buffer("packed", pack_bits(codes, self._bits, self._offset))
         self.register_buffer("scale", scale.detach().clone())
         zero = None if zero_point is None else zero_point.detach().to(torch.int8)
         self.register_buffer("zero_point", zero)
+        input_scale, input_zero_point = layer.input_range()
         self.register_buffer("input_scale", input_scale)
         self.register_buffer("input_zero_point", input_zero_point)
+        bias = getattr(layer, "bias", None)  # an embedding has none
         constant = None if bias is None else nn.Parameter(bias.detach().clone(), False)
         self.register_parameter("bias", constant)
-        return self
+        self.train(layer.training)
 
-    _has_input = True
+    @property
+    def _bits(self) -> int:
+        return self.recipe.quantizer.storage_bits
 
     @property
     def _odd(self) -> bool:
         """Whether codes are the odd numbers (-3, -1, 1, 3; -1, 1), of which half are stored."""
-        return self.recipe.weights in ("sign", "seq")
+        return self.recipe.quantizer.levels.step == 2
 
     @property
     def _offset(self) -> int:
-        return int(2 ** (self.recipe.storage_bits - 1))
+        return 1 << (self._bits - 1)
 
     def _unpack(self, packed: Tensor) -> Tensor:
-        codes = unpack_bits(packed, self.recipe.storage_bits, self._offset, self.columns)
+        codes = unpack_bits(packed, self._bits, self._offset, self.columns)
         return 2 * codes + 1 if self._odd else codes
 
-    def quantize(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def quantize(self) -> Codes:
         """Codes int8 ``[N, K]``, scale, and zero point int32 or None, as they were given."""
         zero = None if self.zero_point is None else self.zero_point.to(torch.int32)
-        return self._unpack(self.packed), self.scale, zero
+        return Codes(self._unpack(self.packed), self.scale, zero)
 
     @property
     def weight(self) -> Tensor:
@@ -195,7 +203,8 @@ class IntLayer(CalledLayer, nn.Module):
         )
 
 
-def _check_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None, recipe: Recipe) -> None:
+def _check_codes(found: Codes, recipe: Recipe) -> None:
+    codes, scale, zero_point = found
     if codes.dim() != 2:
         raise ValueError(f"codes: expected shape [N, K], got {list(codes.shape)}")
     n, k = codes.shape
@@ -205,8 +214,7 @@ def _check_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None, recipe
             f"scale: expected float32 {shape} for granularity {recipe.granularity!r}, got "
             f"{scale.dtype} {list(scale.shape)}"
         )
-    affine = recipe.weights == "int" and not recipe.symmetric
-    if (zero_point is not None) != affine:
+    if (zero_point is not None) != recipe.quantizer.affine:
         raise ValueError("zero_point: expected for affine weights, and only there")
     if zero_point is not None and zero_point.shape != scale.shape:
         raise ValueError(
@@ -223,57 +231,27 @@ def _check_codes(codes: Tensor, scale: Tensor, zero_point: Tensor | None, recipe
 class _IntProduct(IntLayer):
     """A linear layer or a convolution."""
 
-    op: Op
-
-    @classmethod
-    def from_qat(cls, layer: QATLinear | QATConv1d | QATConv2d) -> Self:
-        """The integer form of a QAT layer. ValueError: weights that are not finite; static
-        activations that nothing has calibrated."""
-        return cls._of(layer, *layer.quantize())
-
-    @classmethod
-    def _of(cls, layer: Any, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Self:
-        new = cls()
-        new.op, new.dtype = layer.op, layer.weight.dtype
-        new._fill(codes, scale, zero_point, layer.bias, layer.recipe, *layer.input_range())
-        return new.train(layer.training)
+    def __init__(self, layer: ProductLayer, found: Codes) -> None:
+        super().__init__(layer, found)
+        self.op = layer.op
 
     def forward(self, input: Tensor) -> Tensor:
         """As the QAT layer's in eval mode; no gradient for the weights."""
         if is_unusual(input):
             return by_its_kind(self, input)
         x, recipe = self.op.batched(input), self.recipe
-        w, dtype = Codes(*self.quantize()), output_dtype(input)
-        if recipe.activations == "none":
+        w, dtype = self.quantize(), output_dtype(input)
+        if recipe.weights_only:
             y = self.op.floating(x, dequantize(*w, recipe.group_size), self.bias, dtype)
         else:
             static = self.input_scale, self.input_zero_point
-            x_codes = Codes(*activation_codes(x, recipe, *static, self.op.per_sample))
+            x_codes = activation_codes(x, recipe, *static, self.op.per_sample)
             y = self.op.exact(x_codes, w, self.bias, dtype, recipe.group_size)
         return self.op.unbatched(y, input)
 
 
 class IntLinear(_IntProduct):
     """``nn.Linear`` in integers: float ``[..., K]`` -> ``[..., N]``."""
-
-    @classmethod
-    def from_codes(
-        cls,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        bias: Tensor | None,
-        recipe: Recipe,
-        input_scale: Tensor | None = None,
-        input_zero_point: Tensor | None = None,
-    ) -> Self:
-        """From codes int8 ``[N, K]`` that a method other than the recipe's own has found.
-
-        ValueError: a shape that does not fit the recipe, or a scale that is not finite.
-        """
-        new = cls()
-        new.op = LinearOp(codes.shape[-1], codes.shape[0])
-        return new._fill(codes, scale, zero_point, bias, recipe, input_scale, input_zero_point)
 
 
 class _IntConv(_IntProduct):
@@ -282,24 +260,6 @@ class _IntConv(_IntProduct):
     @property
     def _weight_shape(self) -> tuple[int, ...]:
         return len(self.packed), self.op.in_channels // self.op.groups, *self.op.kernel
-
-    @classmethod
-    def from_codes(
-        cls,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        bias: Tensor | None,
-        recipe: Recipe,
-        op: ConvOp,
-        input_scale: Tensor | None = None,
-        input_zero_point: Tensor | None = None,
-    ) -> Self:
-        """From codes int8 ``[out_channels, in_channels / groups * kernel]``; ``op`` says how the
-        convolution moves (``ConvOp.of(module)``). ValueError as for :class:`IntLinear`."""
-        new = cls()
-        new.op = op
-        return new._fill(codes, scale, zero_point, bias, recipe, input_scale, input_zero_point)
 
 
 class IntConv1d(_IntConv):
@@ -313,33 +273,6 @@ class IntConv2d(_IntConv):
 class IntEmbedding(IntLayer):
     """``nn.Embedding`` of packed rows: int ``[...]`` -> ``[..., K]`` in ``dtype``."""
 
-    _has_input = False
-
-    @classmethod
-    def from_qat(cls, layer: QATEmbedding) -> Self:
-        """The integer form of a QAT embedding. ValueError: weights that are not finite."""
-        return cls._of(layer, *layer.quantize())
-
-    @classmethod
-    def _of(cls, layer: QATLayer, codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Self:
-        new = cls.from_codes(codes, scale, zero_point, layer.recipe, layer.weight.dtype)
-        return new.train(layer.training)
-
-    @classmethod
-    def from_codes(
-        cls,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor | None,
-        recipe: Recipe,
-        dtype: torch.dtype = torch.float32,
-    ) -> Self:
-        """From codes int8 ``[num_embeddings, embedding_dim]``. ValueError as for
-        :class:`IntLinear`."""
-        new = cls()
-        new.dtype = dtype
-        return new._fill(codes, scale, zero_point, None, recipe)
-
     def forward(self, input: Tensor) -> Tensor:
         """Only the rows asked for are unpacked."""
         rows = input.flatten()
@@ -352,7 +285,7 @@ class IntEmbedding(IntLayer):
         return values.to(self.dtype).reshape(*input.shape, self.columns)
 
 
-_FORMS: dict[type[QATLayer], type[_IntProduct | IntEmbedding]] = {
+_FORMS: dict[type[QATLayer], type[IntLayer]] = {
     QATLinear: IntLinear,
     QATConv1d: IntConv1d,
     QATConv2d: IntConv2d,
@@ -360,41 +293,34 @@ _FORMS: dict[type[QATLayer], type[_IntProduct | IntEmbedding]] = {
 }
 
 
-def integer_layer(
-    layer: QATLayer, codes: Tensor, scale: Tensor, zero_point: Tensor | None
-) -> nn.Module:
+def integer_layer(layer: QATLayer, found: Codes) -> nn.Module:
     """The inference form of a QAT layer with the given codes, which need not be its own (GPTQ).
 
-    Ternary linear layers with 8-bit dynamic activations are :class:`bitnet.TernaryLinear`, which
+    Ternary linear layers with 8-bit dynamic activations become :class:`bitnet.TernaryLinear`, which
     has kernels; all others the ``Int`` form of their kind.
 
     Raises:
-        ValueError: weights that are not finite, static activations that nothing has calibrated; a
-            subclass with a forward of its own.
+        ValueError: as :class:`IntLayer`; a subclass with a forward of its own.
     """
-    recipe = layer.recipe
-    check_forward(layer, _kind(layer))
-    if (
-        isinstance(layer, QATLinear)
-        and recipe.weights in TERNARY
-        and (recipe.activations, recipe.activation_bits) == ("absmax", 8)
-    ):
-        _check_codes(codes, scale, zero_point, recipe)
-        ternary = _ternary(layer, codes, scale)
+    kind = next(kind for kind in _FORMS if isinstance(layer, kind))
+    check_forward(layer, kind)
+    if isinstance(layer, QATLinear) and layer.recipe.is_ternary_linear:
+        _check_codes(found, layer.recipe)
+        ternary = _ternary(layer, found)
         ternary.dtype = layer.weight.dtype
         return ternary.train(layer.training)
-    return _FORMS[_kind(layer)]._of(layer, codes, scale, zero_point)
+    return _FORMS[kind](layer, found)
 
 
-def _kind(layer: QATLayer) -> type[QATLayer]:
-    return next(kind for kind in _FORMS if isinstance(layer, kind))
-
-
-def _ternary(layer: QATLinear, codes: Tensor, scale: Tensor) -> TernaryLinear:
+def _ternary(layer: QATLinear, found: Codes) -> TernaryLinear:
     recipe, bias = layer.recipe, layer.bias
-    if not codes.is_meta:
+    if not found.codes.is_meta:
         return TernaryLinear.from_codes(
-            codes, scale, bias, granularity=recipe.granularity, group_size=recipe.group_size
+            found.codes,
+            found.scale,
+            bias,
+            granularity=recipe.granularity,
+            group_size=recipe.group_size,
         )
     ternary = TernaryLinear(
         layer.in_features,

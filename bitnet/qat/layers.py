@@ -25,16 +25,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.placement import CalledLayer, by_its_kind, is_unusual
+from bitnet.qat.activations import fake_quantize_activation, static_range
+from bitnet.qat.grid import Codes
 from bitnet.qat.observers import Observer, make_observer
-from bitnet.qat.product import Codes, ConvOp, LinearOp, Op, exact_product
-from bitnet.qat.quantizers import (
-    fake_quantize_activation,
-    fake_quantize_weight,
-    initial_step,
-    static_range,
-    weight_codes,
-)
-from bitnet.qat.recipe import LEARNED, Recipe
+from bitnet.qat.product import ConvOp, LinearOp, Op, exact_product
+from bitnet.qat.recipe import Recipe
 from bitnet.quant import output_dtype, ternary_linear_ste
 
 
@@ -69,11 +64,11 @@ class QATLayer(CalledLayer, nn.Module):
             setattr(self, name, parameter)
         self.recipe, self.lambda_w, self.lambda_a = recipe, 1.0, 1.0
         step = None
-        if recipe.weights in LEARNED:
-            start = initial_step(self.weight.flatten(1), recipe)
+        if recipe.quantizer.learned:
+            start = recipe.quantizer.initial_step(self.weight.flatten(1))
             step = nn.Parameter(start, requires_grad=self.weight.requires_grad)
         self.weight_step = step
-        observed = observed and recipe.activations == "static"
+        observed = observed and recipe.static
         self.input_observer = make_observer(recipe).to(self.weight.device) if observed else None
         return self.train(module.training)
 
@@ -82,18 +77,35 @@ class QATLayer(CalledLayer, nn.Module):
         """Set the learned scale, if there is one, from the weights as they are now; for a schedule
         that begins to quantize weights that trained in full precision until then."""
         if self.weight_step is not None:
-            self.weight_step.copy_(initial_step(self.weight.flatten(1), self.recipe))
+            self.weight_step.copy_(self.recipe.quantizer.initial_step(self.weight.flatten(1)))
 
     @torch.no_grad()
-    def quantize(self) -> tuple[Tensor, Tensor, Tensor | None]:
+    def quantize(self) -> Codes:
         """Codes int8 ``[N, K]``, scale and zero point (or None) of the weight now; a
         convolution's weight is the matrix ``[out_channels, in_channels / groups * kernel]``."""
-        return weight_codes(self.weight.flatten(1), self.recipe, self.weight_step)
+        return self.recipe.quantizer.quantize(self.weight.flatten(1), self.weight_step)
+
+    def input_range(self, check: bool = True) -> tuple[Tensor | None, Tensor | None]:
+        """Scale fp32 ``[]`` and zero point (or None) of static activations; (None, None) of others.
+
+        Raises ValueError where the observer has seen nothing, unless ``check`` is false; the
+        check may wait for the device.
+        """
+        observer, recipe = self.input_observer, self.recipe
+        if observer is None:
+            return None, None
+        if check and not observer.calibrated():
+            raise ValueError(
+                "input_observer: has seen no input; run calibrate(), or train with the observer "
+                f"unfrozen, first (a {type(self).__name__} of weight {list(self.weight.shape)})"
+            )
+        low, high = observer.range()
+        return static_range(low, high, recipe.activation_bits, recipe.activation_symmetric)
 
     def _fake_weight(self) -> tuple[Codes, Tensor]:
         """Codes, and the differentiable fp32 matrix that the forward uses."""
         w = self.weight.flatten(1).float()  # a bf16 w_hat would round its scale
-        codes, scale, zero_point, hat = fake_quantize_weight(w, self.recipe, self.weight_step)
+        codes, scale, zero_point, hat = self.recipe.quantizer.fake_quantize(w, self.weight_step)
         return Codes(codes, scale, zero_point), _between(w, hat, self.lambda_w)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -118,7 +130,7 @@ def _between(value: Tensor, hat: Tensor, share: float) -> Tensor:
     return torch.lerp(value, hat.to(value.dtype), share)
 
 
-class _ProductLayer(QATLayer):
+class ProductLayer(QATLayer):
     """A linear layer or a convolution."""
 
     bias: Any  # nn.Parameter | None; torch's layers disagree on its type
@@ -142,12 +154,12 @@ class _ProductLayer(QATLayer):
             observer.observe(input.detach())
         if self.lambda_w == self.lambda_a == 0:
             return super().forward(input)
-        exact = self.lambda_w == self.lambda_a == 1 and recipe.activations != "none"
+        exact = self.lambda_w == self.lambda_a == 1 and not recipe.weights_only
         if exact and recipe.is_bitnet and isinstance(self.op, LinearOp):
             return self._bitnet(input)
         x = self.op.batched(input)
         w, w_used = self._fake_weight()
-        if recipe.activations == "none" or self.lambda_a == 0:
+        if recipe.weights_only or self.lambda_a == 0:
             y = self.op.floating(x, w_used, self.bias, output_dtype(x))
             return self.op.unbatched(y, input)
         moves = self.training and observer is not None and observer.moves
@@ -177,25 +189,8 @@ class _ProductLayer(QATLayer):
             recipe.grad_mask_c,
         )
 
-    def input_range(self, check: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        """Scale fp32 ``[]`` and zero point (or None) of static activations; (None, None) of others.
 
-        Raises ValueError where the observer has seen nothing, unless told not to check, which may
-        wait for the device.
-        """
-        observer, recipe = self.input_observer, self.recipe
-        if observer is None:
-            return None, None
-        if check and not observer.calibrated():
-            raise ValueError(
-                "input_observer: has seen no input; run calibrate(), or train with the observer "
-                f"unfrozen, first (a {type(self).__name__} of weight {list(self.weight.shape)})"
-            )
-        low, high = observer.range()
-        return static_range(low, high, recipe.activation_bits, recipe.activation_symmetric)
-
-
-class QATLinear(_ProductLayer, nn.Linear):
+class QATLinear(ProductLayer, nn.Linear):
     """``nn.Linear`` under fake quantization: float ``[..., K]`` -> ``[..., N]``."""
 
     @classmethod
@@ -207,7 +202,7 @@ class QATLinear(_ProductLayer, nn.Linear):
         return layer._adopt(module, recipe, observed=True)
 
 
-class QATConv1d(_ProductLayer, nn.Conv1d):
+class QATConv1d(ProductLayer, nn.Conv1d):
     """``nn.Conv1d`` under fake quantization: ``[B, C, L]`` or ``[C, L]``."""
 
     @classmethod
@@ -219,7 +214,7 @@ class QATConv1d(_ProductLayer, nn.Conv1d):
         return layer._adopt(module, recipe, observed=True)
 
 
-class QATConv2d(_ProductLayer, nn.Conv2d):
+class QATConv2d(ProductLayer, nn.Conv2d):
     """``nn.Conv2d`` under fake quantization: ``[B, C, H, W]`` or ``[C, H, W]``."""
 
     @classmethod

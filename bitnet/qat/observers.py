@@ -2,7 +2,7 @@
 
     observer = make_observer(recipe)
     observer.observe(x)                       as often as there are batches; never waits for a GPU
-    low, high = observer.range()              -> bitnet.qat.quantizers.static_range
+    low, high = observer.range()              -> bitnet.qat.activations.static_range
 
 | observer         | range                                                                      |
 |------------------|----------------------------------------------------------------------------|
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from bitnet.qat.quantizers import static_codes, static_range
+from bitnet.qat.activations import static_codes, static_range
 from bitnet.qat.recipe import Recipe
 from bitnet_kernels.reference import EPS
 

@@ -232,7 +232,7 @@ def convert(model: nn.Module) -> nn.Module:
         if not isinstance(module, QATLayer):
             return None
         try:
-            return integer_layer(module, *module.quantize())
+            return integer_layer(module, module.quantize())
         except ValueError as error:
             raise ValueError(f"{name or 'model'}.{error}") from error
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from bitnet.qat.grid import Codes
 from bitnet.quant import output_dtype
 from bitnet_kernels import reference
 from bitnet_kernels.cpu import int_mm
@@ -32,18 +33,6 @@ _INT32_K = (2**31 - 1) // 255**2
 """int32 holds a sum of products of codes less their zero points: up to this K."""
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
-
-
-class Codes(NamedTuple):
-    """Integers and what they stand for: ``(codes - zero_point) * scale``."""
-
-    codes: Tensor
-    """int8"""
-    scale: Tensor
-    """fp32. Weights: ``[]``, ``[N]`` or ``[N, G]``. Activations: ``[M]`` (a token), ``[B]`` (a
-    sample, convolutions) or ``[]`` (static)"""
-    zero_point: Tensor | None
-    """int32 of the same shape; None where symmetric"""
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:

@@ -27,15 +27,15 @@ from torch import Tensor, nn
 
 from bitnet.elementwise import RMSNorm
 from bitnet.model import Block, Transformer, as_transformer, rotary
+from bitnet.qat.grid import Codes
 from bitnet.qat.integer import integer_layer
 from bitnet.qat.layers import QATLayer, QATLinear
 from bitnet.qat.prepare import calibrate, convert, prepare
+from bitnet.qat.quantizers import WEIGHT_QUANTIZERS
 from bitnet.qat.recipe import Recipe
 
 OnLayer = Callable[[int, int], None]
 """Called after each layer with how many are done, of how many."""
-Codes = tuple[Tensor, Tensor, Tensor | None]
-"""Codes int8 ``[N, K]``, scale, zero point, as ``quantizers.weight_codes`` returns them."""
 _TOKENS_AT_ONCE = 8192
 
 
@@ -52,7 +52,7 @@ def round_to_nearest(
     """
     check_model(model)
     work = as_transformer(prepare(copy.deepcopy(model), recipe))
-    if recipe.activations == "static":
+    if recipe.static:
         if calibration is None:
             raise ValueError("calibration: static activations need some")
         check_calibration(model, calibration)
@@ -101,10 +101,11 @@ def check_calibration(model: Transformer, calibration: Tensor) -> None:
 
 
 def check_rounding(method: str, recipe: Recipe) -> None:
-    """Raises ValueError for weights that ``quantizers.round_codes`` does not round."""
-    if recipe.weights not in ("int", "absmean"):
+    """Raises ValueError for weights that a method which rounds column by column does not take."""
+    if not recipe.quantizer.rounds_columns:
+        taken = [repr(name) for name, kind in WEIGHT_QUANTIZERS.items() if kind.rounds_columns]
         raise ValueError(
-            f"recipe.weights = {recipe.weights!r}: {method} rounds 'int' and 'absmean' weights"
+            f"recipe.weights = {recipe.weights!r}: {method} rounds {' and '.join(taken)} weights"
         )
 
 
@@ -302,7 +303,7 @@ def layer_by_layer(
         if layers:
             calibrate(block, walk.inputs())
         for name, layer in layers.items():
-            block.set_submodule(name, integer_layer(layer, *codes[name]))
+            block.set_submodule(name, integer_layer(layer, codes[name]))
         walk.advance(block)
         if on_layer is not None:
             on_layer(done, len(work.layers))

@@ -1,29 +1,32 @@
-"""What to quantize and how: one small dataclass, the ``[quant]`` section of a config.
+"""A recipe: what to quantize and how, the ``[quant]`` section of a config.
 
     Recipe(weights="int", bits=4, granularity="group")              4-bit weights, int8 activations
     Recipe(weights="absmean", granularity="tensor")                 BitNet b1.58, W1.58A8
-    Recipe(weights="int", bits=8, activations="static")             what a microcontroller runs
+    Recipe(weights="int", bits=8, activations="static")             for a microcontroller
 
-The same recipe drives fake quantization (layers.py), the PTQ baselines (ptq.py) and the integer
-form (integer.py), so that their results differ in the method and in nothing else. :func:`select`
-finds the layers of a model that a recipe quantizes.
+Fake quantization (layers.py), the PTQ baselines (ptq.py) and the integer form (integer.py) all read
+the same recipe, so their results differ in the method alone. :func:`select` finds the layers of a
+model that a recipe quantizes.
 """
 
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import cached_property
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from bitnet.modules import check_patterns, is_conv1d, kept_weights, matches, why_full_precision
+from bitnet.qat.quantizers import WEIGHT_QUANTIZERS, Absmean, WeightQuantizer
 from bitnet.quant import GradMask, Granularity
 from bitnet.schema import STRICT, ListOf, Positive
 
-WeightQuantizer = Literal[
-    "none", "int", "absmean", "absmedian", "twn", "sign", "lsq", "seq", "seq_ternary"
-]
+NONE = "none"
+"""The name of full-precision weights, or activations."""
 ActivationQuantizer = Literal["none", "absmax", "static"]
 ObserverKind = Literal["minmax", "moving_average", "percentile", "mse"]
 ModuleKind = Literal["linear", "conv1d", "conv2d", "embedding"]
@@ -40,43 +43,47 @@ def _matrices() -> list[ModuleKind]:
     return ["linear", "conv1d", "conv2d"]
 
 
-TERNARY = ("absmean", "absmedian", "twn", "seq_ternary")
-LEARNED = ("lsq", "seq", "seq_ternary")
-"""Weight quantizers whose scale is a parameter."""
+def _known_quantizer(name: object) -> object:
+    names = [NONE, *WEIGHT_QUANTIZERS]
+    if name in names:
+        return name
+    near = get_close_matches(str(name), names, 1, 0.4)
+    hint = f"; the nearest is {near[0]!r}" if near else ""
+    raise ValueError(f"expected {', '.join(map(repr, names[:-1]))} or {names[-1]!r}{hint}")
 
 
 @dataclass(frozen=True, config=STRICT)
 class Recipe:
     """The ``[quant]`` section: weights, activations, granularity, and which modules."""
 
-    weights: WeightQuantizer = "none"
+    weights: Annotated[str, BeforeValidator(_known_quantizer)] = NONE
     """"none": full precision; "int": symmetric or affine integers of `bits`; ternary: "absmean"
     (BitNet b1.58), "absmedian", "twn", "seq_ternary"; "sign": 1 bit; learned scales: "lsq" of
     `bits`, "seq" of 2 bits"""
     bits: Annotated[int, Field(ge=2, le=8)] = 4
-    """of integer weights ("int", "lsq"); the other quantizers have their own"""
+    """bits per weight of "int" and "lsq"; the other quantizers have a fixed number"""
     symmetric: bool = True
     """integer weights: codes around 0 ("int"); false: affine, with a zero point"""
     granularity: Granularity = "row"
-    """one weight scale a "tensor", a "row" (output channel) or a "group" of columns"""
+    """one weight scale per "tensor", "row" (output channel) or "group" of columns"""
     group_size: Positive = 128
-    """columns a group, for granularity "group"."""
+    """columns per group, for granularity "group"."""
     alpha: Annotated[float, Field(gt=0, lt=2)] = 0.5
     """ternary thresholds in units of the statistic ("absmean", "absmedian"); "twn" has 0.7"""
     grad_mask: GradMask = "none"
-    """weights that receive no gradient: "none" (the identity), "clip" or "trust"; see
-    bitnet/qat/quantizers.py"""
+    """weights that receive no gradient: "none" (every weight receives one), "clip" (saturated ones)
+    or "trust" (those far from their quantized value); see bitnet/qat/quantizers.py"""
     grad_mask_c: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """bound of that mask in units of the scale"""
     activations: ActivationQuantizer = "absmax"
-    """"absmax": a scale a token, found as it comes; "static": one scale from observers; "none":
+    """"absmax": one scale per token, from its values; "static": one scale, from observers; "none":
     weights only"""
     activation_bits: Annotated[int, Field(ge=4, le=8)] = 8
-    """of activations"""
+    """bits per activation"""
     activation_symmetric: bool = True
     """static activations: codes around 0; false: affine, with a zero point"""
     observer: ObserverKind = "moving_average"
-    """static activations: what finds their range"""
+    """static activations: the observer that finds their range"""
     observer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """of "moving_average" and "percentile": share of the old range that a batch leaves"""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
@@ -93,36 +100,52 @@ class Recipe:
     @property
     def enabled(self) -> bool:
         """Whether anything is quantized."""
-        return self.weights != "none"
+        return self.weights != NONE
+
+    @cached_property
+    def quantizer(self) -> WeightQuantizer:
+        """The weight quantizer with this recipe's options. Raises ValueError for weights "none"."""
+        if not self.enabled:
+            raise ValueError(f"recipe: weights {NONE!r} have no quantizer")
+        options = {field.name: getattr(self, field.name) for field in fields(WeightQuantizer)}
+        return WEIGHT_QUANTIZERS[self.weights](**options)
 
     @property
     def weight_bits(self) -> float:
-        """Bits a weight carries: log2 of the number of levels."""
-        if self.weights in TERNARY:
-            return 1.58
-        return {"none": 32.0, "sign": 1.0, "seq": 2.0}.get(self.weights, float(self.bits))
+        """Bits of information per weight; 32 in full precision."""
+        return self.quantizer.weight_bits if self.enabled else 32.0
 
     @property
-    def storage_bits(self) -> int:
-        """Bits a weight takes where codes are packed one by one: 2 for ternary."""
-        if self.weights in TERNARY or self.weights == "seq":
-            return 2
-        return 1 if self.weights == "sign" else self.bits
+    def weights_only(self) -> bool:
+        """Whether activations stay in full precision."""
+        return self.activations == NONE
+
+    @property
+    def static(self) -> bool:
+        """Whether the activations' scale is fixed beforehand, by an observer."""
+        return self.activations == "static"
+
+    @property
+    def is_ternary_linear(self) -> bool:
+        """Whether a linear layer of this recipe is a :class:`bitnet.TernaryLinear` in integers:
+        ternary weights, 8-bit dynamic activations."""
+        dynamic = self.activations == "absmax" and self.activation_bits == 8
+        return self.enabled and self.quantizer.ternary and dynamic
 
     @property
     def is_bitnet(self) -> bool:
         """Whether a layer of this recipe computes what :class:`bitnet.BitLinear` does."""
-        ternary = self.weights == "absmean" and self.alpha == 0.5
-        return ternary and self.activations == "absmax" and self.activation_bits == 8
+        absmean = self.enabled and isinstance(self.quantizer, Absmean) and self.alpha == 0.5
+        return absmean and self.is_ternary_linear
 
     def __str__(self) -> str:
         """Short, as in tables: ``W4A8 int row``."""
         if not self.enabled:
             return "full precision"
         bits = f"{self.weight_bits:.3g}"
-        activations = "A16" if self.activations == "none" else f"A{self.activation_bits}"
+        activations = "A16" if self.weights_only else f"A{self.activation_bits}"
         grain = f"group {self.group_size}" if self.granularity == "group" else self.granularity
-        static = ", static activations" if self.activations == "static" else ""
+        static = ", static activations" if self.static else ""
         return f"W{bits}{activations} {self.weights} {grain}{static}"
 
 

@@ -678,7 +678,7 @@ def test_codes_that_no_quantizer_makes_are_refused(tmp_path: Path, recipe: Recip
     folder = save_model(tmp_path / "model", convert(prepared(recipe)), None, recipe)  # type: ignore[arg-type]
     good, name = load_tensors(folder / "model.safetensors"), "layers.1.mlp.up_proj.packed"
     bad = good[name].clone()
-    bad[0, 0] &= ~(2**recipe.storage_bits - 1)  # the first code: all bits 0
+    bad[0, 0] &= ~(2**recipe.quantizer.storage_bits - 1)  # the first code: all bits 0
     save_file(good | {name: bad}, folder / "model.safetensors")
     sign(folder)
     with pytest.raises(UserError, match=rf"tensor {name}: holds a code outside of -\d+ "):

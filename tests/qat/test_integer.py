@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.linear import TernaryLinear
+from bitnet.qat.grid import Codes
 from bitnet.qat.integer import (
-    IntConv1d,
-    IntConv2d,
     IntEmbedding,
     IntLayer,
     IntLinear,
@@ -21,7 +20,7 @@ from bitnet.qat.integer import (
     unpack_bits,
 )
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
-from bitnet.qat.product import ConvOp
+from bitnet.qat.quantizers import WEIGHT_QUANTIZERS
 from bitnet.qat.recipe import Recipe
 
 
@@ -80,6 +79,11 @@ def test_packing_refuses() -> None:
         unpack_bits(packed.int(), 4, 8, 2)
 
 
+def integer_linear(layer: QATLinear) -> IntLinear:
+    """Of ternary recipes too, which convert() turns into a TernaryLinear."""
+    return IntLinear(layer, layer.quantize())
+
+
 def modules() -> list[tuple[Any, Any, Tensor]]:
     """(float layer, QAT class, input)"""
     return [
@@ -96,7 +100,6 @@ def modules() -> list[tuple[Any, Any, Tensor]]:
     ]
 
 
-WEIGHTS = ["int", "absmean", "absmedian", "twn", "sign", "lsq", "seq", "seq_ternary"]
 ACTIVATIONS: list[dict[str, Any]] = [
     {"activations": "none"},
     {"activations": "absmax", "activation_bits": 8},
@@ -107,7 +110,7 @@ ACTIVATIONS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
-@pytest.mark.parametrize("weights", [*WEIGHTS, "affine"])
+@pytest.mark.parametrize("weights", [*WEIGHT_QUANTIZERS, "affine"])
 def test_integer_layers_equal_qat_layers_to_the_bit(weights: str, granularity: Any) -> None:
     options: dict[str, Any] = {"weights": weights}
     if weights == "affine":
@@ -121,7 +124,7 @@ def test_integer_layers_equal_qat_layers_to_the_bit(weights: str, granularity: A
             for batch in (x, x) if x.is_floating_point() else ():
                 layer(batch)
             layer.eval()
-            integer = integer_layer(layer, *layer.quantize())
+            integer = integer_layer(layer, layer.quantize())
             assert not integer.training
             y = layer(x)
             assert torch.equal(integer(x), y), module
@@ -152,7 +155,7 @@ def test_random_shapes_and_extreme_inputs() -> None:
             x[0, 0] = float("inf")
             with torch.no_grad():
                 layer.weight.zero_()
-        y, integer = layer(x), IntLinear.from_qat(layer)(x)
+        y, integer = layer(x), integer_linear(layer)(x)
         assert torch.equal(integer.nan_to_num(7.0), y.nan_to_num(7.0)), (m, n, k)
         assert torch.equal(integer.isnan(), y.isnan())
 
@@ -167,7 +170,7 @@ def test_low_precision_models(activations: Any) -> None:
             x = x.bfloat16()
             layer(x)
         layer.eval()
-        integer = integer_layer(layer, *layer.quantize())
+        integer = integer_layer(layer, layer.quantize())
         assert integer(x).dtype == torch.bfloat16
         assert torch.equal(integer(x), layer(x))
 
@@ -176,7 +179,7 @@ def test_moving_does_not_round_scales() -> None:
     recipe = Recipe(weights="int", symmetric=False, activations="static", observer="minmax")
     layer = QATLinear.from_float(nn.Linear(6, 3), recipe)
     layer(torch.randn(5, 6))
-    integer = IntLinear.from_qat(layer)
+    integer = integer_linear(layer)
     before = {name: tensor.clone() for name, tensor in integer.state_dict().items()}
     integer.to(torch.bfloat16)
     after = integer.state_dict()
@@ -184,7 +187,8 @@ def test_moving_does_not_round_scales() -> None:
     for name in before.keys() - {"bias"}:
         assert torch.equal(after[name], before[name]), name
         assert after[name].dtype == before[name].dtype
-    rows = IntEmbedding.from_qat(QATEmbedding.from_float(nn.Embedding(5, 4), Recipe(weights="int")))
+    embedding = QATEmbedding.from_float(nn.Embedding(5, 4), Recipe(weights="int"))
+    rows = IntEmbedding(embedding, embedding.quantize())
     assert rows.to(torch.bfloat16)(torch.tensor([1])).dtype == torch.bfloat16
     assert rows.scale.dtype == torch.float32
     assert rows.float()(torch.tensor([[1, 2]], dtype=torch.int32)).dtype == torch.float32
@@ -197,7 +201,7 @@ def test_ternary_linear_layers_get_kernels() -> None:
         recipe = Recipe(weights=weights, **activations)
         layer = QATLinear.from_float(nn.Linear(6, 3), recipe)
         layer(torch.randn(4, 6))
-        integer = integer_layer(layer, *layer.quantize())
+        integer = integer_layer(layer, layer.quantize())
         dynamic = (recipe.activations, recipe.activation_bits) == ("absmax", 8)
         expected = dynamic and weights not in ("int", "sign")
         assert type(integer) is (TernaryLinear if expected else IntLinear)
@@ -210,69 +214,78 @@ def test_ternary_linear_layers_get_kernels() -> None:
 def test_bytes(weights: Any, bits: int, expected: int) -> None:
     recipe = Recipe(weights=weights, bits=bits, activations="none", granularity="group")
     layer = QATLinear.from_float(nn.Linear(300, 5), recipe)
-    integer = IntLinear.from_qat(layer)
+    integer = integer_linear(layer)
     assert integer.packed.shape == (5, -(-300 * expected // 8))
     assert integer.weight_bytes == 5 * -(-300 * expected // 8) + 4 * 5 * 3
     affine = Recipe(weights="int", bits=bits, symmetric=False)
-    integer = IntLinear.from_qat(QATLinear.from_float(nn.Linear(300, 5), affine))
+    integer = integer_linear(QATLinear.from_float(nn.Linear(300, 5), affine))
     assert integer.weight_bytes == 5 * -(-300 * bits // 8) + 5 * (4 + 1)
     assert f"weight_bytes={integer.weight_bytes}" in repr(integer)
 
 
-def test_from_codes_by_hand() -> None:
+def test_given_codes_by_hand() -> None:
     codes = torch.tensor([[1, -2, 3], [-4, 7, 0]], dtype=torch.int8)
     scale, zero = torch.tensor([0.5, 2.0]), torch.tensor([1, -1], dtype=torch.int32)
-    recipe = Recipe(weights="int", bits=4, symmetric=False, activation_bits=8)
-    integer = IntLinear.from_codes(codes, scale, zero, torch.tensor([0.25, 0.0]), recipe)
+    found = Codes(codes, scale, zero)
+    affine: dict[str, Any] = {"weights": "int", "bits": 4, "symmetric": False}
+    linear = nn.Linear(3, 2)
+    with torch.no_grad():
+        linear.bias.copy_(torch.tensor([0.25, 0.0]))
+    integer = integer_layer(QATLinear.from_float(linear, Recipe(**affine)), found)
     x = torch.tensor([[127.0, 0.0, -127.0], [0.0, 254.0, 2.0]])  # scales 1 and 2
     # weights [0, -3, 2] * 0.5 and [-3, 8, 1] * 2; codes [127, 0, -127] and [0, 127, 1]
     expected = [[-126.75, -1016.0], [-378.75, 4068.0]]
     assert integer(x).tolist() == expected
     dequantized = torch.tensor([[0.0, -1.5, 1.0], [-6.0, 16.0, 2.0]])
-    weights_only = Recipe(weights="int", bits=4, symmetric=False, activations="none")
-    integer = IntLinear.from_codes(codes, scale, zero, None, weights_only)
+    weights_only = Recipe(**affine, activations="none")
+    linear = nn.Linear(3, 2, bias=False)
+    integer = integer_layer(QATLinear.from_float(linear, weights_only), found)
     assert torch.equal(integer(torch.eye(3)), dequantized.t())
-    conv = IntConv1d.from_codes(
-        codes, scale, zero, None, weights_only, ConvOp.of(nn.Conv1d(1, 2, 3, padding=1))
-    )
+    row = nn.Conv1d(1, 2, 3, padding=1, bias=False)
+    conv = integer_layer(QATConv1d.from_float(row, weights_only), found)
     assert torch.equal(
         conv(torch.tensor([[1.0, 0.0, 0.0]])),
         dequantized[:, [1, 0]].new_tensor([[-1.5, 0.0, 0.0], [16.0, -6.0, 0.0]]),
     )
-    image = IntConv2d.from_codes(
-        codes, scale, zero, None, weights_only, ConvOp.of(nn.Conv2d(1, 2, (1, 3)))
-    )
+    flat = nn.Conv2d(1, 2, (1, 3), bias=False)
+    image = integer_layer(QATConv2d.from_float(flat, weights_only), found)
     assert image(torch.ones(1, 1, 3)).flatten().tolist() == [-0.5, 12.0]
-    static = Recipe(weights="int", bits=4, activations="static")
-    fixed = IntLinear.from_codes(codes, scale, None, None, static, torch.tensor(0.5))
+    static = QATLinear.from_float(
+        linear, Recipe(weights="int", bits=4, activations="static", observer="minmax")
+    )
+    static(torch.tensor([[63.5, 0.0, 0.0]]))  # the input's scale: 0.5
+    fixed = integer_layer(static, Codes(codes, scale, None))
     assert fixed(torch.tensor([[1.0, 0.26, -0.74]])).tolist() == [[-0.75, -1.0]]
 
 
-def test_from_codes_refuses_what_does_not_fit() -> None:
+def test_codes_that_do_not_fit_are_refused() -> None:
     codes, scale = torch.ones(3, 4, dtype=torch.int8), torch.ones(3)
     zero = torch.zeros(3, dtype=torch.int32)
-    recipe = Recipe(weights="int")
-    make = IntLinear.from_codes
+
+    def make(codes: Tensor, scale: Tensor, zero: Tensor | None, **options: Any) -> None:
+        layer = QATLinear.from_float(nn.Linear(4, 3), Recipe(weights="int", **options))
+        integer_layer(layer, Codes(codes, scale, zero))
+
     with pytest.raises(ValueError, match=r"scale: expected float32 \[3\] for granularity 'row'"):
-        make(codes, torch.ones(()), None, None, recipe)
+        make(codes, torch.ones(()), None)
     with pytest.raises(ValueError, match="scale: expected float32"):
-        make(codes, scale.double(), None, None, recipe)
+        make(codes, scale.double(), None)
     with pytest.raises(ValueError, match="zero_point: expected for affine weights"):
-        make(codes, scale, zero, None, recipe)
+        make(codes, scale, zero)
     with pytest.raises(ValueError, match="zero_point: expected for affine weights"):
-        make(codes, scale, None, None, Recipe(weights="int", symmetric=False))
+        make(codes, scale, None, symmetric=False)
     with pytest.raises(ValueError, match=r"zero_point: expected the scale's shape \[3\]"):
-        make(codes, scale, zero[:1], None, Recipe(weights="int", symmetric=False))
+        make(codes, scale, zero[:1], symmetric=False)
     with pytest.raises(ValueError, match=r"zero_point: expected values in -128 .. 127"):
-        make(codes, scale, zero + 128, None, Recipe(weights="int", symmetric=False))
+        make(codes, scale, zero + 128, symmetric=False)
     with pytest.raises(ValueError, match=r"codes: expected values in -8 .. 7"):
-        make(codes + 7, scale, None, None, recipe)
+        make(codes + 7, scale, None)
     with pytest.raises(ValueError, match=r"codes: expected shape \[N, K\]"):
-        make(codes[0], scale, None, None, recipe)
-    with pytest.raises(ValueError, match="input_scale: expected for static activations"):
-        make(codes, scale, None, None, Recipe(weights="int", activations="static"))
+        make(codes[0], scale, None)
+    with pytest.raises(ValueError, match="input_observer: has seen no input"):
+        make(codes, scale, None, activations="static")
     with pytest.raises(ValueError, match="weight: holds NaN or infinity"):
-        make(codes, scale * float("nan"), None, None, recipe)
+        make(codes, scale * float("nan"), None)
 
 
 def test_embedding_unpacks_rows() -> None:
@@ -281,7 +294,7 @@ def test_embedding_unpacks_rows() -> None:
             weights="int", bits=3, symmetric=False, granularity=granularity, group_size=4
         )
         layer = QATEmbedding.from_float(nn.Embedding(6, 9), recipe)
-        integer = IntEmbedding.from_qat(layer)
+        integer = integer_layer(layer, layer.quantize())
         for ids in (torch.tensor(4), torch.tensor([5, 0, 5]), torch.zeros(0, 2, dtype=torch.int64)):
             assert torch.equal(integer(ids), layer(ids))
         for wrong in (-1, 6):
@@ -295,7 +308,7 @@ def test_copies_and_state_dicts() -> None:
         layer = qat.from_float(module, recipe)
         layer(x)
         layer.eval()
-        integer = integer_layer(layer, *layer.quantize())
+        integer = integer_layer(layer, layer.quantize())
         again = copy.deepcopy(integer)
         assert torch.equal(again(x), integer(x))
         state = integer.state_dict()

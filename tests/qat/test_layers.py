@@ -11,11 +11,12 @@ from torch.nn import functional as F
 
 from bitnet.linear import BitLinear
 from bitnet.qat import product
+from bitnet.qat.activations import fake_quantize_activation
+from bitnet.qat.grid import Codes
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLinear
 from bitnet.qat.observers import make_observer
 from bitnet.qat.prepare import bitlinear_twin, convert, prepare
-from bitnet.qat.product import Codes, ConvOp, int_matmul, quantized_linear
-from bitnet.qat.quantizers import fake_quantize_activation, fake_quantize_weight
+from bitnet.qat.product import ConvOp, int_matmul, quantized_linear
 from bitnet.qat.recipe import Recipe
 from bitnet_kernels import reference
 
@@ -266,7 +267,7 @@ def reference_gradients(
     layer: Any, module: Any, x: Tensor, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """By plain autograd of the float operation, on leaves that hold the quantized values."""
-    w_hat = fake_quantize_weight(layer.weight.flatten(1), layer.recipe, layer.weight_step).hat
+    w_hat = layer.recipe.quantizer.fake_quantize(layer.weight.flatten(1), layer.weight_step).hat
     per_sample = not isinstance(module, nn.Linear)
     x_hat = fake_quantize_activation(
         x, layer.recipe, *layer.input_range(), per_sample=per_sample
@@ -458,7 +459,7 @@ def test_lambdas_lead_from_the_float_layer_to_the_quantized_one() -> None:
         quantized = layer(x)
         layer.lambda_w = layer.lambda_a = 0.0
         assert torch.equal(layer(x), module(x))
-        w_hat = fake_quantize_weight(module.weight.flatten(1), recipe).hat.view_as(module.weight)
+        w_hat = recipe.quantizer.fake_quantize(module.weight.flatten(1)).hat.view_as(module.weight)
         x_hat = fake_quantize_activation(x, recipe, per_sample=qat is not QATLinear).hat
         twin = copy.deepcopy(module)
         for layer.lambda_w, layer.lambda_a in [(0.25, 0.0), (0.0, 1.0), (0.5, 0.75), (1.0, 0.0)]:
@@ -475,7 +476,7 @@ def test_weights_only_is_the_float_operation_on_w_hat() -> None:
     recipe = Recipe(weights="int", bits=3, activations="none")
     for module, qat, x in layers():
         layer = qat.from_float(copy.deepcopy(module), recipe)
-        w_hat = fake_quantize_weight(module.weight.flatten(1), recipe).hat
+        w_hat = recipe.quantizer.fake_quantize(module.weight.flatten(1)).hat
         module.weight.data = w_hat.detach().view_as(module.weight)
         torch.testing.assert_close(layer(x), module(x), rtol=1e-6, atol=1e-6)
         leaf = x.clone().requires_grad_()

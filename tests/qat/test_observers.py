@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitnet.qat.activations import static_codes, static_range
 from bitnet.qat.observers import MeanSquaredError, Observer, make_observer
-from bitnet.qat.quantizers import static_codes, static_range
 from bitnet.qat.recipe import ObserverKind, Recipe
 
 KINDS = list(get_args(ObserverKind))

@@ -14,9 +14,9 @@ from bitnet.linear import RMSNorm, TernaryLinear
 from bitnet.model import Block, ModelConfig, Transformer
 from bitnet.qat.awq import awq, awq_scales, ratio_scales
 from bitnet.qat.gptq import gptq, gptq_matrix
+from bitnet.qat.grid import dequantize
 from bitnet.qat.integer import IntLinear
 from bitnet.qat.ptq import Walk, round_to_nearest, sites
-from bitnet.qat.quantizers import dequantize, weight_codes
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.smoothquant import smooth, smoothing_scales, smoothquant
 
@@ -176,7 +176,7 @@ def test_gptq_is_the_optimal_brain_surgeon(recipe: Recipe, act_order: bool) -> N
 def test_gptq_never_loses_to_rounding_on_correlated_inputs(recipe: Recipe) -> None:
     weight, x = torch.randn(24, 64) / 8, correlated(500, 64)
     errors = []
-    for codes in (gptq_matrix(weight, x.T @ x, recipe), weight_codes(weight, recipe)):
+    for codes in (gptq_matrix(weight, x.T @ x, recipe), recipe.quantizer.quantize(weight)):
         w_hat = dequantize(*codes, recipe.group_size)
         errors.append(float(((w_hat - weight) @ x.T).square().mean()))
     coarse = recipe.bits == 2 and recipe.weights == "int"  # 3 levels up to the largest weight
@@ -187,14 +187,14 @@ def test_gptq_with_uncorrelated_inputs_is_rounding_to_nearest() -> None:
     recipe, weight = Recipe("int", granularity="group", group_size=8), torch.randn(5, 20)
     hessian = torch.diag(torch.rand(20) + 0.5)
     for ours, rounded in zip(
-        gptq_matrix(weight, hessian, recipe), weight_codes(weight, recipe), strict=True
+        gptq_matrix(weight, hessian, recipe), recipe.quantizer.quantize(weight), strict=True
     ):
         assert ours is rounded is None or torch.equal(ours, rounded)  # type: ignore[arg-type]
 
 
 def test_gptq_where_channels_are_dead_or_constant() -> None:
     recipe, weight = Recipe("int", bits=3), torch.randn(6, 12)
-    nearest = weight_codes(weight, recipe)[0]
+    nearest = recipe.quantizer.quantize(weight)[0]
     assert torch.equal(gptq_matrix(weight, torch.zeros(12, 12), recipe)[0], nearest)
     constant = torch.ones(50, 12)  # rank 1: only damping makes it invertible
     codes, scale, _ = gptq_matrix(weight, constant.T @ constant, recipe)
@@ -435,7 +435,7 @@ def test_awq_searches_with_the_rows_that_a_matrix_will_have(
             and site.linears(block)[0].in_features == len(scales)
         )
         for name, weight in zip(names, weights, strict=True):
-            codes, scale, _ = weight_codes(weight * scales, recipe)
+            codes, scale, _ = recipe.quantizer.quantize(weight * scales)
             layer = found.get_submodule(name)
             assert isinstance(layer, IntLinear)
             assert torch.equal(layer.quantize()[0], codes), name

@@ -7,32 +7,28 @@ differences of the function whose rounding is replaced by the addition of a cons
 
 import math
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from bitnet.qat.quantizers import (
-    Quantized,
+from bitnet.qat.activations import (
     absmax_codes,
-    dequantize,
     fake_quantize_activation,
-    fake_quantize_weight,
-    initial_step,
-    round_codes,
     static_codes,
     static_range,
-    weight_codes,
-    weight_range,
-    weight_scale,
 )
-from bitnet.qat.recipe import LEARNED, Recipe, WeightQuantizer
+from bitnet.qat.grid import dequantize
+from bitnet.qat.quantizers import WEIGHT_QUANTIZERS
+from bitnet.qat.recipe import Recipe
+from bitnet.qat.straight_through import Quantized
 from bitnet.quant import absmean_ternary, ternary_linear_ste
 from bitnet_kernels.reference import absmax_int8
 
-KINDS = [kind for kind in get_args(WeightQuantizer) if kind != "none"]
+KINDS = list(WEIGHT_QUANTIZERS)
+LEARNED = [name for name, kind in WEIGHT_QUANTIZERS.items() if kind.learned]
 GRANULARITIES = ["tensor", "row", "group"]
 SHAPES = [(1, 1), (1, 5), (5, 1), (3, 37), (2, 32), (7, 33)]
 GROUP = 16
@@ -41,6 +37,11 @@ BAD = [math.nan, math.inf, -math.inf]
 
 def recipe_of(kind: str, granularity: str = "row", **options: Any) -> Recipe:
     return Recipe(weights=kind, granularity=granularity, group_size=GROUP, **options)
+
+
+def ends(recipe: Recipe) -> tuple[int, int]:
+    levels = recipe.quantizer.levels
+    return levels[0], levels[-1]
 
 
 def random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -107,7 +108,7 @@ def oracle(
 def step_of(w: Tensor, recipe: Recipe, seed: int = 9) -> Tensor | None:
     if recipe.weights not in LEARNED:
         return None
-    step = initial_step(w, recipe)
+    step = recipe.quantizer.initial_step(w)
     spread = torch.rand(step.shape, generator=torch.Generator().manual_seed(seed))
     return step * (0.5 + spread)
 
@@ -121,7 +122,7 @@ def test_weights_match_numpy(kind: str, granularity: str, shape: tuple[int, int]
         recipe = recipe_of("int" if affine else kind, granularity, bits=bits, symmetric=not affine)
         w = random(*shape, seed=bits, scale=0.02) + 0.01 * affine
         step = step_of(w, recipe)
-        quantized = fake_quantize_weight(w, recipe, step)
+        quantized = recipe.quantizer.fake_quantize(w, step)
         codes, scale, zero_point, hat = quantized
         n, k = shape
         expected_shape = {"tensor": [], "row": [n], "group": [n, -(-k // GROUP)]}[granularity]
@@ -129,7 +130,7 @@ def test_weights_match_numpy(kind: str, granularity: str, shape: tuple[int, int]
         assert (codes.dtype, scale.dtype, hat.dtype) == (torch.int8, torch.float32, torch.float32)
         assert (zero_point is not None) == affine
         assert codes.shape == hat.shape == w.shape
-        lowest, highest = weight_range(recipe)
+        lowest, highest = ends(recipe)
         assert lowest <= int(codes.min()) <= int(codes.max()) <= highest
         clear_share = []
         for index, part in blocks(n, k, granularity):
@@ -150,10 +151,10 @@ def test_weights_match_numpy(kind: str, granularity: str, shape: tuple[int, int]
         assert np.mean(clear_share) > 0.9 or w.numel() < 8
         # hat is to the bit what the codes say, and the pieces agree with the whole
         assert torch.equal(hat, dequantize(codes, scale, zero_point, GROUP))
-        for a, b in zip(weight_codes(w, recipe, step), quantized[:3], strict=True):
+        for a, b in zip(recipe.quantizer.quantize(w, step), quantized[:3], strict=True):
             assert (a is None and b is None) or torch.equal(a, b)
         if kind not in LEARNED:
-            found, zero_found = weight_scale(w, recipe)
+            found, zero_found = recipe.quantizer.scale(w)
             assert torch.equal(found, scale)
             assert (zero_found is None) == (zero_point is None)
 
@@ -162,7 +163,7 @@ def test_weights_match_numpy(kind: str, granularity: str, shape: tuple[int, int]
 @pytest.mark.parametrize("alpha", [0.5, 0.7])
 def test_absmean_is_bitnet(granularity: Any, alpha: float) -> None:
     w = random(9, 37, scale=0.02)
-    codes, scale, _ = weight_codes(w, recipe_of("absmean", granularity, alpha=alpha))
+    codes, scale, _ = recipe_of("absmean", granularity, alpha=alpha).quantizer.quantize(w)
     expected_codes, gamma = absmean_ternary(w, granularity, GROUP, alpha)
     assert torch.equal(codes, expected_codes)
     assert torch.equal(scale, gamma)
@@ -170,57 +171,87 @@ def test_absmean_is_bitnet(granularity: Any, alpha: float) -> None:
 
 def test_integer_ties_go_to_even() -> None:
     w = torch.tensor([[3, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5]])
-    codes, scale, _ = weight_codes(w, recipe_of("int", bits=3))
+    codes, scale, _ = recipe_of("int", bits=3).quantizer.quantize(w)
     assert scale.item() == 1
     assert codes.tolist() == [[3, 0, 2, 2, 0, -2, -2]]
     w = torch.tensor([[0.0, 15, 0.5, 1.5, 2.5, 13.5, 14.5]])
-    codes, scale, zero_point = weight_codes(w, recipe_of("int", bits=4, symmetric=False))
+    codes, scale, zero_point = recipe_of("int", bits=4, symmetric=False).quantizer.quantize(w)
     assert (scale.item(), zero_point) == (1, torch.tensor([-8]))
     assert (codes + 8).tolist() == [[0, 15, 0, 2, 2, 14, 14]]
     w = torch.tensor([[0.5, 1.5, -0.5, -1.5, -2.5, 9.0, -9.0]])
-    codes, _, _ = weight_codes(w, recipe_of("lsq", bits=3), torch.ones(1))
+    codes, _, _ = recipe_of("lsq", bits=3).quantizer.quantize(w, torch.ones(1))
     assert codes.tolist() == [[0, 2, 0, -2, -2, 3, -4]]
 
 
 def test_borders_of_the_other_quantizers() -> None:
     w = torch.tensor([[0.5, -0.5, 1.5, -1.5]])  # mean 1: what is on the threshold is 0
-    assert weight_codes(w, recipe_of("absmean"))[0].tolist() == [[0, 0, 1, -1]]
+    assert recipe_of("absmean").quantizer.quantize(w)[0].tolist() == [[0, 0, 1, -1]]
     w = torch.tensor([[1.0, -1.0, 0.5, -0.5, 7.0]])  # median 1
-    codes, scale, _ = weight_codes(w, recipe_of("absmedian"))
+    codes, scale, _ = recipe_of("absmedian").quantizer.quantize(w)
     assert (codes.tolist(), scale.item()) == ([[1, -1, 0, 0, 1]], 1)
     w = torch.tensor([[0.0, -0.0, 2.0, -6.0]])
-    codes, scale, _ = weight_codes(w, recipe_of("sign"))
+    codes, scale, _ = recipe_of("sign").quantizer.quantize(w)
     assert (codes.tolist(), scale.item()) == ([[1, 1, 1, -1]], 2)
     # mean 1, threshold 0.7; the kept ones have the mean 1.75
-    codes, scale, _ = weight_codes(torch.tensor([[0.25, -0.25, 1.5, -2.0]]), recipe_of("twn"))
+    codes, scale, _ = recipe_of("twn").quantizer.quantize(torch.tensor([[0.25, -0.25, 1.5, -2.0]]))
     assert (codes.tolist(), scale.item()) == ([[0, 0, 1, -1]], 1.75)
     # round(2 W / alpha - 0.5): 0 -> -0.5 -> 0, 0.5 -> 0.5 -> 0, -0.5 -> -1.5 -> -2; level = +0.5
     w = torch.tensor([[0.0, 2.0, -2.0, 1.0, -1.0, 4.0, -4.0, 99.0]])
-    codes, scale, _ = weight_codes(w, recipe_of("seq"), torch.tensor([4.0]))
+    codes, scale, _ = recipe_of("seq").quantizer.quantize(w, torch.tensor([4.0]))
     assert (codes.tolist(), scale.item()) == ([[1, 1, -3, 1, -1, 3, -3, 3]], 1)
-    codes, scale, _ = weight_codes(w, recipe_of("seq_ternary"), torch.tensor([3.0]))
+    codes, scale, _ = recipe_of("seq_ternary").quantizer.quantize(w, torch.tensor([3.0]))
     assert (codes.tolist(), scale.item()) == ([[0, 1, -1, 0, 0, 1, -1, 1]], 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "levels", "storage_bits", "weight_bits"),
+    [
+        ("absmean", [-1, 0, 1], 2, 1.58),
+        ("absmedian", [-1, 0, 1], 2, 1.58),
+        ("twn", [-1, 0, 1], 2, 1.58),
+        ("seq_ternary", [-1, 0, 1], 2, 1.58),
+        ("sign", [-1, 1], 1, 1),
+        ("seq", [-3, -1, 1, 3], 2, 2),
+    ],
+)
+def test_levels_and_bits(
+    kind: str, levels: list[int], storage_bits: int, weight_bits: float
+) -> None:
+    quantizer = recipe_of(kind, bits=8).quantizer
+    assert list(quantizer.levels) == levels
+    assert (quantizer.storage_bits, quantizer.weight_bits) == (storage_bits, weight_bits)
+    assert quantizer.ternary == (weight_bits == 1.58)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_bits_of_integers(bits: int) -> None:
+    affine = recipe_of("int", bits=bits, symmetric=False)
+    for recipe in (recipe_of("int", bits=bits), affine, recipe_of("lsq", bits=bits)):
+        quantizer = recipe.quantizer
+        assert (quantizer.storage_bits, quantizer.weight_bits) == (bits, bits)
+        assert not quantizer.ternary
+        assert quantizer.affine == (recipe is affine)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_ranges(bits: int) -> None:
     half = 2 ** (bits - 1)
-    assert weight_range(recipe_of("int", bits=bits)) == (1 - half, half - 1)
-    assert weight_range(recipe_of("int", bits=bits, symmetric=False)) == (-half, half - 1)
-    assert weight_range(recipe_of("lsq", bits=bits)) == (-half, half - 1)
-    assert weight_range(recipe_of("seq", bits=bits)) == (-3, 3)
+    assert ends(recipe_of("int", bits=bits)) == (1 - half, half - 1)
+    assert ends(recipe_of("int", bits=bits, symmetric=False)) == (-half, half - 1)
+    assert ends(recipe_of("lsq", bits=bits)) == (-half, half - 1)
+    assert ends(recipe_of("seq", bits=bits)) == (-3, 3)
     for kind in ("absmean", "absmedian", "twn", "sign", "seq_ternary"):
-        assert weight_range(recipe_of(kind, bits=bits)) == (-1, 1)
+        assert ends(recipe_of(kind, bits=bits)) == (-1, 1)
 
 
 def test_initial_steps() -> None:
     w = torch.tensor([[1.0, -2, 3], [4, 5, -6]])
-    lsq = initial_step(w, recipe_of("lsq", bits=4))
+    lsq = recipe_of("lsq", bits=4).quantizer.initial_step(w)
     assert lsq.tolist() == pytest.approx([2 * 2 / math.sqrt(7), 2 * 5 / math.sqrt(7)])
-    assert initial_step(w, recipe_of("lsq", "tensor", bits=2)).item() == pytest.approx(7)
-    assert initial_step(w, recipe_of("seq", "tensor")).item() == 6
-    assert initial_step(w, recipe_of("seq_ternary")).tolist() == [3, 6]
-    assert initial_step(random(2, 37), recipe_of("lsq", "group")).shape == (2, 3)
+    assert recipe_of("lsq", "tensor", bits=2).quantizer.initial_step(w).item() == pytest.approx(7)
+    assert recipe_of("seq", "tensor").quantizer.initial_step(w).item() == 6
+    assert recipe_of("seq_ternary").quantizer.initial_step(w).tolist() == [3, 6]
+    assert recipe_of("lsq", "group").quantizer.initial_step(random(2, 37)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "affine"])
@@ -229,8 +260,8 @@ def test_zeros_and_constants(kind: str, granularity: str) -> None:
     recipe = recipe_of("int" if kind == "affine" else kind, granularity, symmetric=kind != "affine")
     for value in (0.0, 3.0, -3.0, 1e-30):
         w = torch.full((3, 20), value)
-        step = initial_step(w, recipe) if kind in LEARNED else None
-        _, scale, _, hat = fake_quantize_weight(w, recipe, step)
+        step = recipe.quantizer.initial_step(w) if kind in LEARNED else None
+        _, scale, _, hat = recipe.quantizer.fake_quantize(w, step)
         assert scale.isfinite().all()
         assert (scale > 0).all()
         if abs(value) < 1:
@@ -244,15 +275,15 @@ def test_zeros_and_constants(kind: str, granularity: str) -> None:
 def test_weights_that_are_not_finite_give_nan(kind: str, bad: float) -> None:
     recipe = recipe_of("int" if kind == "affine" else kind, "group", symmetric=kind != "affine")
     w = random(3, 37)
-    step = initial_step(w, recipe) if kind in LEARNED else None
+    step = recipe.quantizer.initial_step(w) if kind in LEARNED else None
     w[1, 20] = bad
-    _, scale, _, hat = fake_quantize_weight(w, recipe, step)
+    _, scale, _, hat = recipe.quantizer.fake_quantize(w, step)
     expected = torch.zeros(3, 3, dtype=torch.bool)
     expected[1, 1] = True
     assert torch.equal(scale.isnan(), expected)
     assert torch.equal(hat.isnan(), expected.repeat_interleave(GROUP, 1)[:, :37])
     if kind in LEARNED:
-        assert torch.equal(initial_step(w, recipe).isnan(), expected)
+        assert torch.equal(recipe.quantizer.initial_step(w).isnan(), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -265,9 +296,9 @@ def test_dtypes(kind: str, dtype: torch.dtype) -> None:
     w = random(5, 37).to(dtype)
     recipe = recipe_of(kind, "group")
     step = step_of(w, recipe)
-    exact = fake_quantize_weight(w.float(), recipe, step)
+    exact = recipe.quantizer.fake_quantize(w.float(), step)
     w.requires_grad_()
-    quantized = fake_quantize_weight(w, recipe, step)
+    quantized = recipe.quantizer.fake_quantize(w, step)
     assert torch.equal(quantized.codes, exact.codes)
     roundings = GROUP if dtype == torch.float64 else 0
     torch.testing.assert_close(quantized.scale, exact.scale, rtol=roundings * 2**-24, atol=0.0)
@@ -284,7 +315,8 @@ def test_views_are_quantized_as_their_values() -> None:
         recipe = recipe_of(kind, "group")
         step = step_of(w, recipe)
         assert torch.equal(
-            weight_codes(w, recipe, step)[0], weight_codes(w.contiguous(), recipe, step)[0]
+            recipe.quantizer.quantize(w, step)[0],
+            recipe.quantizer.quantize(w.contiguous(), step)[0],
         )
 
 
@@ -327,7 +359,7 @@ def test_learned_gradients_are_finite_differences(
 
     step = (sign * start).requires_grad_()  # the scale is |step|
     w.requires_grad_()
-    hat = fake_quantize_weight(w, recipe, step).hat
+    hat = recipe.quantizer.fake_quantize(w, step).hat
     np.testing.assert_allclose(hat.detach().numpy(), surrogate(w0, s0), rtol=1e-6, atol=1e-7)
     dy = random(*shape, seed=2)
     hat.backward(dy)
@@ -352,7 +384,7 @@ def test_a_step_at_zero_recovers(kind: str) -> None:
     """Below the floor the scale stays, and the gradient says that a larger one would be better."""
     w, recipe = random(4, 16), recipe_of(kind)
     step = torch.tensor([0.0, 1e-12, -1e-12, -0.0]).requires_grad_()
-    _, scale, _, hat = fake_quantize_weight(w, recipe, step)
+    _, scale, _, hat = recipe.quantizer.fake_quantize(w, step)
     assert (scale > 0).all()
     assert hat.isfinite().all()
     (hat - w).square().sum().backward()
@@ -364,7 +396,7 @@ def test_a_step_at_zero_recovers(kind: str) -> None:
 def test_a_step_that_is_not_finite_gives_nan() -> None:
     for bad in BAD:
         step = torch.tensor([1.0, bad])
-        scale = weight_codes(random(2, 8), recipe_of("lsq"), step)[1]
+        scale = recipe_of("lsq").quantizer.quantize(random(2, 8), step)[1]
         assert scale.isnan().tolist() == [False, True]
 
 
@@ -382,7 +414,7 @@ def test_gradient_masks(kind: str, granularity: str) -> None:
     free = recipe_of(kind, granularity)
     step = step_of(w, free)
     w.requires_grad_()
-    plain = fake_quantize_weight(w, free, step)
+    plain = free.quantizer.fake_quantize(w, step)
     everywhere = passes(plain, w)
     if kind not in LEARNED:
         assert everywhere.all()
@@ -391,9 +423,9 @@ def test_gradient_masks(kind: str, granularity: str) -> None:
         trust = recipe_of(kind, granularity, grad_mask="trust", grad_mask_c=c)
         error = np.abs(w0 - plain.hat.detach().numpy())
         expected = everywhere & (error <= c * scale)
-        assert (passes(fake_quantize_weight(w, trust, step), w) == expected).mean() > 0.99
+        assert (passes(trust.quantizer.fake_quantize(w, step), w) == expected).mean() > 0.99
         clip = recipe_of(kind, granularity, grad_mask="clip", grad_mask_c=c)
-        got = passes(fake_quantize_weight(w, clip, step), w)
+        got = passes(clip.quantizer.fake_quantize(w, step), w)
         if kind in LEARNED or kind == "int":  # a grid from the maximum saturates nowhere
             assert (got == everywhere).all()
         else:
@@ -404,7 +436,7 @@ def test_an_affine_grid_clips_what_its_zero_point_pushed_out() -> None:
     """Low -1.5 and high 1.5 of 2 bits: scale 1, -low rounds to 2, so the codes end at 1."""
     w = torch.tensor([[-1.5, -0.5, 0.4, 1.5]], requires_grad=True)
     recipe = recipe_of("int", bits=2, symmetric=False, grad_mask="clip")
-    quantized = fake_quantize_weight(w, recipe)
+    quantized = recipe.quantizer.fake_quantize(w)
     assert (quantized.scale.item(), quantized.zero_point) == (1, torch.tensor([0]))
     assert quantized.codes.tolist() == [[-2, 0, 0, 1]]
     assert passes(quantized, w).tolist() == [[True, True, True, False]]
@@ -415,31 +447,28 @@ def test_an_affine_grid_clips_what_its_zero_point_pushed_out() -> None:
 def test_masks_are_those_of_bitlinear(granularity: Any, mask: Any, c: float) -> None:
     w = random(11, 37, seed=4).requires_grad_()
     recipe = recipe_of("absmean", granularity, grad_mask=mask, grad_mask_c=c)
-    got = passes(fake_quantize_weight(w, recipe), w)
+    got = passes(recipe.quantizer.fake_quantize(w), w)
     y = ternary_linear_ste(torch.ones(1, 37), w, None, granularity, GROUP, mask, c)
     (gradient,) = torch.autograd.grad(y.sum(), w)
     assert ((gradient != 0).numpy() == got).all()
 
 
-def test_round_codes_takes_the_scale_as_it_is() -> None:
+def test_codes_under_a_given_scale() -> None:
     w = random(6, 40, seed=5)
     for symmetric in (True, False):
         recipe = recipe_of("int", "group", bits=3, symmetric=symmetric)
-        codes, scale, zero_point = weight_codes(w, recipe)
-        assert torch.equal(round_codes(w, scale, zero_point, recipe), codes)
+        codes, scale, zero_point = recipe.quantizer.quantize(w)
+        assert torch.equal(recipe.quantizer.codes(w, scale, zero_point), codes)
         for column in (0, 15, 16, 39):  # one column at a time, as GPTQ goes
             g = column // GROUP
             zero = None if zero_point is None else zero_point[:, g]
-            one = round_codes(w[:, column : column + 1], scale[:, g], zero, recipe)
+            one = recipe.quantizer.codes(w[:, column : column + 1], scale[:, g], zero)
             assert torch.equal(one, codes[:, column : column + 1])
     recipe = recipe_of("absmean", "tensor", alpha=0.6)
-    codes, scale, _ = weight_codes(w, recipe)
-    assert torch.equal(round_codes(w[:, 3:9], scale, None, recipe), codes[:, 3:9])
+    codes, scale, _ = recipe.quantizer.quantize(w)
+    assert torch.equal(recipe.quantizer.codes(w[:, 3:9], scale, None), codes[:, 3:9])
     # smaller than the maximum wants: it saturates
-    assert round_codes(w * 9, torch.tensor(0.1), None, recipe_of("int", bits=3)).max() == 3
-    for kind in ("twn", "sign", "lsq", "seq"):
-        with pytest.raises(ValueError, match="does not round with a given scale"):
-            round_codes(w, scale, None, recipe_of(kind))
+    assert recipe_of("int", bits=3).quantizer.codes(w * 9, torch.tensor(0.1), None).max() == 3
 
 
 def test_codes_and_scales_carry_no_gradient() -> None:
@@ -447,7 +476,8 @@ def test_codes_and_scales_carry_no_gradient() -> None:
     for kind in KINDS:
         recipe = recipe_of(kind)
         step = step_of(w, recipe)
-        quantized = fake_quantize_weight(w, recipe, None if step is None else step.requires_grad_())
+        step = None if step is None else step.requires_grad_()
+        quantized = recipe.quantizer.fake_quantize(w, step)
         assert not quantized.codes.requires_grad
         assert not quantized.scale.requires_grad
         assert quantized.hat.requires_grad
@@ -456,31 +486,30 @@ def test_codes_and_scales_carry_no_gradient() -> None:
 def test_weight_errors_name_the_argument() -> None:
     w = random(4, 8)
     with pytest.raises(ValueError, match=r"weight: expected a non-empty \[N, K\], got \[4, 0\]"):
-        weight_codes(w[:, :0], recipe_of("int"))
+        recipe_of("int").quantizer.quantize(w[:, :0])
     for kind in KINDS:
         recipe = recipe_of(kind)
         step = torch.ones(0) if kind in LEARNED else None
         with pytest.raises(
             ValueError, match=r"weight: expected a non-empty \[N, K\], got \[0, 8\]"
         ):
-            weight_codes(w[:0], recipe, step)
+            recipe.quantizer.quantize(w[:0], step)
     with pytest.raises(ValueError, match="weight: expected a non-empty"):
-        weight_codes(w[0], recipe_of("absmean"))
+        recipe_of("absmean").quantizer.quantize(w[0])
     with pytest.raises(TypeError, match="weight: expected a floating-point tensor"):
-        weight_codes(w.long(), recipe_of("int"))
+        recipe_of("int").quantizer.quantize(w.long())
     with pytest.raises(ValueError, match="step: expected for the learned"):
-        weight_codes(w, recipe_of("lsq"))
+        recipe_of("lsq").quantizer.quantize(w)
     with pytest.raises(ValueError, match="step: expected for the learned"):
-        weight_codes(w, recipe_of("int"), torch.ones(4))
+        recipe_of("int").quantizer.quantize(w, torch.ones(4))
     with pytest.raises(ValueError, match=r"step: expected shape \[4\], got \[\]"):
-        weight_codes(w, recipe_of("lsq"), torch.tensor(1.0))
-    with pytest.raises(ValueError, match="recipe: 'int' has no learned scale"):
-        initial_step(w, recipe_of("int"))
-    for kind in ("none", "seq"):
-        with pytest.raises(ValueError, match="recipe"):
-            weight_scale(w, recipe_of(kind))
-    with pytest.raises(ValueError, match="recipe"):
-        weight_range(recipe_of("none"))
+        recipe_of("lsq").quantizer.quantize(w, torch.tensor(1.0))
+    with pytest.raises(ValueError, match=r"^Int has no learned scale"):
+        recipe_of("int").quantizer.initial_step(w)
+    with pytest.raises(ValueError, match="recipe: weights 'none' have no quantizer"):
+        _ = recipe_of("none").quantizer
+    with pytest.raises(ValueError, match=r"expected 'none', 'int', .* the nearest is 'absmean' "):
+        recipe_of("absmeen")
 
 
 # Activations

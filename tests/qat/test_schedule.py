@@ -10,7 +10,6 @@ from torch import nn
 
 from bitnet.qat.layers import QATLinear
 from bitnet.qat.prepare import prepare
-from bitnet.qat.quantizers import initial_step
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import QATConfig, first_step, lambdas, optimal_share, set_step
 
@@ -93,7 +92,7 @@ def test_set_step_sets_lambdas_and_initializes_steps_at_the_switch_only() -> Non
             if step < 5:
                 assert (layer.weight_step == 7).all()
             elif step == 5:
-                assert torch.equal(layer.weight_step, initial_step(layer.weight, LSQ))
+                assert torch.equal(layer.weight_step, LSQ.quantizer.initial_step(layer.weight))
                 with torch.no_grad():
                     layer.weight_step.fill_(9.0)  # as if learned
             else:

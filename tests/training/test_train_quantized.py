@@ -18,7 +18,6 @@ from bitnet.linear import BitLinear, pack
 from bitnet.model import ModelConfig, Transformer
 from bitnet.qat.layers import QATEmbedding, QATLinear
 from bitnet.qat.prepare import prepare as quantize
-from bitnet.qat.quantizers import initial_step
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import optimal_share
 from bitnet.schema import UserError
@@ -277,7 +276,7 @@ def test_learned_scales_come_only_with_their_recipe(pretrained: Path, tmp_path: 
         assert len(layers) == 14
         for layer in layers:
             assert layer.weight_step is not None
-            wanted = initial_step(layer.weight, config.quant)
+            wanted = config.quant.quantizer.initial_step(layer.weight)
             assert torch.equal(layer.weight_step, wanted if bits == 3 else wanted.fill_(0.123))
 
 
