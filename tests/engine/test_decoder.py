@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitnet.engine.cpu import CpuRunner
 from bitnet.engine.cuda import CudaRunner
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.state import State
 from bitnet.engine.weights import ModelWeights, Modules
-from bitnet.linear import BitLinear, TernaryLinear, pack, weights_quantized
+from bitnet.linear import TernaryLinear, pack, weights_quantized
 from bitnet.model import Block, ModelConfig, Transformer
 from tests.helpers.decoding import (
     CONTEXT,
+    PACKABLE,
     VARIANTS,
     VOCAB,
     greedy,
@@ -25,78 +27,72 @@ from tests.helpers.decoding import (
     prefill,
     small_model,
 )
+from tests.helpers.layerwise import compare, watched
 
 LENGTHS = [1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 21, 4, 6, 1, 30, 11, 12, 31, 33, 10]
 
 
-@torch.no_grad()
-def logits_behind(model: Transformer, prompt: list[int], tokens: list[int]) -> Tensor:
-    """What each of ``tokens`` is chosen from: one run, since attention is causal."""
-    return model(torch.tensor([prompt + tokens[:-1]]))[0, len(prompt) - 1 :].float()
-
-
-BORDER = 127 * 96 * 2.0**-24
-"""How far a value may stand from the border of two codes, and fall to the other side: fp32 sums of
-K <= 96 terms in another order differ by K units of 2^-24, and the largest code is 127."""
-
-
-def border_distances(model: Transformer, ids: list[int]) -> Tensor:
-    """For each token, the least distance of x / s from a border of int8 codes, in all layers that
-    quantize what they read; infinity where none does."""
-    found, handles = [torch.full((len(ids),), torch.inf)], []
-
-    def look(module: Any, args: Any) -> None:
-        x = args[0][0].double()
-        if module.rms_norm is not None:
-            x = module.rms_norm(args[0])[0].double()
-        steps = x / (x.abs().amax(-1, keepdim=True).clamp(min=1e-5) / 127)
-        found.append(((steps - steps.floor()) - 0.5).abs().amin(-1).float())
-
-    for module in model.modules():
-        if isinstance(module, BitLinear | TernaryLinear):
-            handles.append(module.register_forward_pre_hook(look))
-    with torch.no_grad():
-        model(torch.tensor([ids]))
-    for handle in handles:
-        handle.remove()
-    return torch.stack(found).amin(0)
-
-
-@pytest.mark.parametrize("packed", [False, True], ids=["latent", "packed"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_greedy_tokens_are_those_of_the_model(variant: str, packed: bool) -> None:
-    """20 prompts (or 8), one by one and 8 at a time, prefilled 16 tokens a piece. 24 more lead
-    a row past the 64th column, where another tape takes over.
-
-    The logits are the model's but for fp32 sums of at most 96 terms in another order, a dozen in a
-    row, over logits of a few units. Such a sum may carry an int8 code of an activation over its
-    border, and then shows as 1e-2 from that token on: allowed where a value stands at a border, and
-    in one prompt of four at most."""
+@pytest.mark.parametrize(
+    ("variant", "packed"),
+    [(variant, False) for variant in VARIANTS] + [(variant, True) for variant in PACKABLE],
+)
+def test_each_layer_computes_what_the_models_does(variant: str, packed: bool) -> None:
+    """20 prompts (or 8), one by one and 8 at a time, prefilled 16 tokens a piece, then 23 steps:
+    they lead a row past the 64th position, where other recorded calls take over. Layer by layer,
+    the logits among them, to the bounds of tests/helpers/layerwise.py."""
     model = small_model(**VARIANTS[variant])
-    if packed and model.config.linear == "ternary":
+    if packed:
         pack(model)
     n_prompts = 20 if variant in ("ternary", "dense") else 8
     prompts = make_prompts([*LENGTHS[: n_prompts - 1], 50])
-    for batch in (1, 8):
-        decoder, flipped = Decoder(model, 8, CONTEXT, chunk=16), 0
-        for start in range(0, len(prompts), batch):
-            for row in range(batch):
-                decoder.set_length(row, 0)
-            wave = prompts[start : start + batch]
-            rows, logits = greedy(decoder, wave, 24)
-            assert len({tuple(tokens) for tokens in rows}) == len(wave)
-            for prompt, tokens, ours in zip(wave, rows, logits, strict=True):
-                expected = logits_behind(model, prompt, tokens)
-                assert tokens == ours.argmax(-1).tolist()
-                off = ((ours - expected).abs().amax(-1) > 1e-4).nonzero()[:, 0].tolist()
-                if not off:
-                    assert tokens == expected.argmax(-1).tolist()
-                    continue
-                flipped += 1
-                behind = border_distances(model, prompt + tokens[:-1])[: len(prompt) + off[0]]
-                assert behind.min() <= BORDER
-                assert (ours - expected).norm() < 0.1 * expected.norm()
-        assert flipped <= n_prompts // 4
+    for rows in (1, 8):
+        decoder = Decoder(model, 8, CONTEXT, chunk=16)
+        with watched(decoder) as seen:
+            for start in range(0, len(prompts), rows):
+                for row in range(rows):
+                    decoder.set_length(row, 0)
+                for of_matrix in seen.values():
+                    of_matrix.clear()
+                batch = prompts[start : start + rows]
+                texts, logits = greedy(decoder, batch, 24)
+                assert len({tuple(tokens) for tokens in texts}) == len(batch)
+                for row, (prompt, tokens) in enumerate(zip(batch, texts, strict=True)):
+                    assert tokens == logits[row].argmax(-1).tolist()
+                    last = range(len(prompt) - 1, len(prompt) + 23)
+                    gave = torch.stack([seen["lm_head"][row, at].gave for at in last])
+                    assert torch.equal(gave, logits[row])
+                    compare(model, seen, row, torch.tensor(prompt + tokens[:-1]))
+
+
+@pytest.mark.parametrize("part", ["eps", "query", "code"])
+def test_a_layer_that_computes_otherwise_is_found(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An eps half as large again, a head's queries 2^-12 too long, one code of a step."""
+    rms, rotated, quantized = CpuRunner._rms, CpuRunner._rotated, CpuRunner._quantized
+
+    def other_rms(self: Any, calls: Any, x: Tensor, norm: Any, out: Tensor) -> None:
+        rms(self, calls, x, norm._replace(eps=1.5 * norm.eps), out)
+
+    def other_query(self: Any, calls: Any, *args: Any) -> Tensor:
+        y = rotated(self, calls, *args)
+        calls.add(y[:, 0].mul_, 1 + 2**-12)
+        return y
+
+    def other_code(self: Any, calls: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes, scale = quantized(self, calls, x)
+        calls.add(codes.view(-1)[:1].add_, 1)
+        return codes, scale
+
+    others = {"eps": other_rms, "query": other_query, "code": other_code}
+    names = {"eps": "_rms", "query": "_rotated", "code": "_quantized"}
+    monkeypatch.setattr(CpuRunner, names[part], others[part])
+    model, (prompt,) = small_model(), make_prompts([30])
+    decoder = Decoder(model, 1, CONTEXT)
+    with watched(decoder) as seen:
+        (tokens,), _ = greedy(decoder, [prompt], 4)
+    with pytest.raises(AssertionError, match="times the bound"):
+        compare(model, seen, 0, torch.tensor(prompt + tokens[:-1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

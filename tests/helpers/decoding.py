@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "group": {"granularity": "group", "group_size": 8},  # as modules
     "dense in_linear": {"linear": "fp", "norm_placement": "in_linear"},  # as modules
 }
+PACKABLE = [name for name, fields in VARIANTS.items() if fields.get("linear") != "fp"]
 
 
 def small_model(dtype: torch.dtype = torch.float32, **fields: Any) -> Transformer:
@@ -37,7 +38,9 @@ def small_model(dtype: torch.dtype = torch.float32, **fields: Any) -> Transforme
 
 
 def packed_model(dtype: torch.dtype = torch.float32, **fields: Any) -> Transformer:
-    return as_transformer(pack(small_model(dtype, **fields)))
+    """A small model, its ternary layers packed; a dense one has none."""
+    model = small_model(dtype, **fields)
+    return model if fields.get("linear") == "fp" else as_transformer(pack(model))
 
 
 def make_prompts(lengths: list[int]) -> list[list[int]]:
