@@ -24,7 +24,7 @@ import math
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,6 @@ from typing import Annotated, Any
 import torch
 import typer
 from filelock import FileLock, Timeout
-from torch.nn import functional as F
 
 from bitnet.build import as_saved, build_model
 from bitnet.cli.common import config_help, pick_device, split_args
@@ -46,7 +45,6 @@ from bitnet.durable import sha256, write_atomic
 from bitnet.evaluate import EvalResult, evaluate_windows
 from bitnet.export.folder import read_config, save_model
 from bitnet.generate import encode_prompt, generate
-from bitnet.linear import weights_quantized
 from bitnet.model import Transformer
 from bitnet.progress import reporting
 from bitnet.qat.adapters import merge_adapters
@@ -56,14 +54,10 @@ from bitnet.schema import UserError, check_file, user_input, with_new_keys
 from bitnet.summary import human, one_line, quantization_lines
 from bitnet.training import checkpoint
 from bitnet.training.distill import Distiller, load_teacher
+from bitnet.training.distributed import World
 from bitnet.training.metrics import Console, MetricsFile, Tracker
-from bitnet.training.optim import (
-    build_optimizer,
-    clip_gradients,
-    learning_rate_factor,
-    weight_decay_at,
-)
-from bitnet.training.step import compiled
+from bitnet.training.optim import build_optimizer
+from bitnet.training.step import compiled, cross_entropy, split, train_step
 from bitnet.training.telemetry import Telemetry, undisturbed
 from bitnet.training.throughput import CoreWatch, Throughput, mfu, peak_flops, peak_memory
 
@@ -84,6 +78,7 @@ def train(config: Config, command: str) -> None:
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     device = pick_device(config.train.device, "train.device")
+    world = World(device)
     bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -108,9 +103,7 @@ def train(config: Config, command: str) -> None:
     torch.manual_seed(config.run.seed)
     model = build_model(config, tokenizer.hash, fresh=saved is None)
     model.to(device)
-    loss_of: Callable[..., torch.Tensor] = model
-    if config.train.compile:  # forward and loss are one graph
-        loss_of = compiled(model)
+    trained = compiled(model) if config.train.compile else model
     optimizers = build_optimizer(model, config.optim)
     telemetry = Telemetry(model)
     distiller, teacher_hash = None, ""
@@ -226,45 +219,27 @@ def train(config: Config, command: str) -> None:
             console.doing(f"step {step + 1}{', which compiles' if compiles else ''}")
             compiles = False
             watch.begin()
-            inputs, targets = (t.to(device) for t in loader.batch(step))
+            inputs, targets = (world.share(t) for t in loader.batch(step))
             model.train()
             schedule = {}
             if config.quant.enabled:
                 lambda_w, lambda_a = set_step(model, step, total_steps, config.qat)
                 schedule = {"lambda_w": lambda_w, "lambda_a": lambda_a}
-            micro_batches = list(
-                zip(
-                    inputs.split(config.train.micro_batch),
-                    targets.split(config.train.micro_batch),
-                    strict=True,
-                )
+            micro_batches = split(inputs, targets, config.train.micro_batch)
+            if distiller is not None:
+                distiller.begin(step)
+            done = train_step(
+                trained,
+                optimizers,
+                micro_batches,
+                step,
+                total_steps,
+                config.optim,
+                autocast,
+                world,
+                cross_entropy if distiller is None else distiller.losses,
             )
-            loss_sum = torch.zeros((), device=device, dtype=torch.float32)
-            with weights_quantized(model):  # once, for all of them
-                for i, (inputs_BT, targets_BT) in enumerate(micro_batches):
-                    if distiller is None:
-                        with autocast:
-                            loss = total = loss_of(inputs_BT, targets_BT)
-                    else:  # a teacher's lesson is about logits
-                        with autocast:
-                            logits_BTV = model(inputs_BT)
-                        loss = F.cross_entropy(
-                            logits_BTV.flatten(0, 1).float(), targets_BT.flatten()
-                        )
-                        lesson = distiller.loss(inputs_BT, logits_BTV, loss, step, first=i == 0)
-                        total = loss + lesson
-                    loss_sum += loss.detach() / len(micro_batches)
-                    (total / len(micro_batches)).backward()
-
-            grad_norm = float(clip_gradients(model.parameters(), config.optim.grad_clip))
-            train_loss = float(loss_sum)
-            lr_factor = learning_rate_factor(step, total_steps, config.optim)
-            weight_decay = weight_decay_at(step, total_steps, config.optim)
-            finite = math.isfinite(train_loss) and math.isfinite(grad_norm)
-            if finite:
-                optimizers.set_schedule(lr_factor, weight_decay)
-                optimizers.step()
-            optimizers.zero_grad()
+            finite = done.finite
             step, tokens = step + 1, tokens + config.train.batch_tokens
             skipped, skipped_in_a_row = (
                 (skipped, 0) if finite else (skipped + 1, skipped_in_a_row + 1)
@@ -276,10 +251,10 @@ def train(config: Config, command: str) -> None:
             row: dict[str, Any] = {
                 "step": step,
                 "tokens": tokens,
-                "loss": train_loss,
-                "lr": config.optim.lr * lr_factor,
-                "wd": weight_decay,
-                "grad_norm": grad_norm,
+                "loss": done.loss,
+                "lr": config.optim.lr * done.lr_factor,
+                "wd": done.weight_decay,
+                "grad_norm": done.grad_norm,
                 "tokens_per_second": throughput.tokens_per_second,
                 "mfu": mfu(flops_per_token, throughput.tokens_per_second, peak),
                 "peak_memory_bytes": peak_memory(device),
@@ -302,7 +277,7 @@ def train(config: Config, command: str) -> None:
                 console.progress(step, row)
                 if not finite:
                     console.warn(
-                        f"step {step}: loss {train_loss}, gradient norm {grad_norm}: skipped"
+                        f"step {step}: loss {done.loss}, gradient norm {done.grad_norm}: skipped"
                     )
                     if skipped_in_a_row >= config.train.max_bad_steps:
                         tracker.finish(1)
@@ -354,9 +329,9 @@ def train(config: Config, command: str) -> None:
             before, report = validate().loss, merge_adapters(model)
             after = validate().loss
             console.print(f"{report}\nvalidation loss {before:.4f} adapted, {after:.4f} merged")
-        trained, quant = as_saved(model, config.quant)
-        folder = save_model(run_dir / "model", trained, tokenizer, quant=quant)
-        integers = quant.enabled or trained.config.linear == "ternary"
+        saved_model, quant = as_saved(model, config.quant)
+        folder = save_model(run_dir / "model", saved_model, tokenizer, quant=quant)
+        integers = quant.enabled or saved_model.config.linear == "ternary"
         then = f"pack {folder}" if integers else f"ptq {folder} --data {config.data.path}"
         console.print(
             f"done: the model is in {folder}\n"

@@ -5,8 +5,9 @@ table. Biases and the weights of norms are none.
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -15,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
+from bitnet.placement import IDLE_HOOK
 from bitnet.schema import nearest
 
 
@@ -125,7 +127,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def hooked(module: nn.Module) -> bool:
     """Whether calling a module runs more than the forward of its class, or another: hooks of its
     forward, any hooks of all modules, a forward of its own."""
-    own = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+    # by name, since torch.compile asks such hooks neither for their truth nor for their length
+    pre_hooks: Mapping[Any, Any] = module._forward_pre_hooks
+    added = [name for name in pre_hooks if name != IDLE_HOOK]
+    own = added or module._forward_hooks or "forward" in vars(module)
     return bool(own) or bool(_has_any_global_hook())
 
 

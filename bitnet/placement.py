@@ -24,6 +24,9 @@ from torch import Tensor, nested, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+IDLE_HOOK = "called"
+"""The name of the hook that does nothing."""
+
 
 class CalledLayer(nn.Module):
     """Base class of modules whose weight means nothing without their forward."""
@@ -52,7 +55,7 @@ class _CallMe(OrderedDict[Any, Any]):
 
     def __init__(self, *hooks: Any) -> None:
         super().__init__(*hooks)
-        self["called"] = _does_nothing
+        self[IDLE_HOOK] = _does_nothing
 
     def __bool__(self) -> bool:
         return len(self) > 1

@@ -32,7 +32,7 @@ ARROWS = {
     "bitnet.quant": {"bitnet_kernels"},
     "bitnet.elementwise": set[str](),
     "bitnet.placement": set[str](),
-    "bitnet.modules": set[str](),
+    "bitnet.modules": {"bitnet.placement"},
     "bitnet.bitlinear": {
         "bitnet_kernels",
         "bitnet.elementwise",

@@ -39,17 +39,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from bitnet.bench.worker import Worker, serve
 from bitnet.config import Config, load_config, to_toml
-from bitnet.linear import weights_quantized
 from bitnet.model import Transformer
 from bitnet.modules import replace_modules
 from bitnet.schema import UserError
-from bitnet.training.optim import (
-    build_optimizer,
-    clip_gradients,
-    learning_rate_factor,
-    weight_decay_at,
-)
-from bitnet.training.step import compiled
+from bitnet.training.distributed import World
+from bitnet.training.optim import build_optimizer
+from bitnet.training.step import add_gradients, compiled, cross_entropy, split, train_step
 from bitnet.training.throughput import peak_memory, reset_peak_memory
 from bitnet_kernels.bench.machine import find_meter
 
@@ -192,18 +187,17 @@ class Stepper:
         self.autocast = torch.autocast(
             self.device.type, torch.bfloat16, enabled=train.dtype == "bf16"
         )
-        self.model = build(config, variant).to(self.device).train()
+        self.world = World(self.device)
+        self.model: nn.Module = build(config, variant).to(self.device).train()
         self.optimizers = build_optimizer(self.model, config.optim)
-        self.loss: Callable[[Tensor, Tensor], Tensor] = self.model
         if variant.endswith(COMPILED):
-            self.loss = compiled(self.model)
+            self.model = compiled(self.model)
         draw = torch.Generator().manual_seed(config.run.seed)
         shape = (config.batch_sequences, config.data.seq_len + 1)
         tokens = torch.randint(config.model.vocab_size, shape, generator=draw, device="cpu").to(
             self.device
         )
-        self.inputs = tokens[:, :-1].split(train.micro_batch)
-        self.targets = tokens[:, 1:].split(train.micro_batch)
+        self.micro_batches = split(tokens[:, :-1], tokens[:, 1:], train.micro_batch)
         self.meter, _ = find_meter(self.device)
         self.steps = 0
         self.peak = 0
@@ -212,8 +206,7 @@ class Stepper:
         """One step, timed."""
         begun = time.perf_counter()
         if self.device.type == "cuda":
-            self._gradients(self.inputs[:1], self.targets[:1])
-            self.optimizers.zero_grad()
+            self._add_gradients(1)
             torch.cuda.synchronize(self.device)
         is_reset = reset_peak_memory(self.device)
         energy = self._millijoules()
@@ -235,7 +228,8 @@ class Stepper:
 
     def _held_bytes(self) -> int:
         """Bytes of weights, optimizer state and tokens."""
-        tensors = [*self.model.parameters(), *self.model.buffers(), *self.inputs]
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors += [tokens for tokens, _ in self.micro_batches]
         for optimizer in self.optimizers.optimizers:
             for state in optimizer.state.values():
                 tensors += [value for value in state.values() if isinstance(value, Tensor)]
@@ -243,34 +237,29 @@ class Stepper:
         return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
     def _two_micro_batches(self) -> None:
-        """What a step is at its most: the gradients of one are there when the next one comes."""
-        self._gradients(self.inputs[:2], self.targets[:2])
-        self.optimizers.zero_grad()
+        """The moment of a step that needs most: the gradients of one exist when the next comes."""
+        self._add_gradients(2)
 
     def step(self) -> float:
         """The loss before the update."""
-        config, total_steps = self.config, self.config.train.steps
-        loss = self._gradients(self.inputs, self.targets)
-        float(clip_gradients(self.model.parameters(), config.optim.grad_clip))
-        train_loss = float(loss)
-        self.optimizers.set_schedule(
-            learning_rate_factor(self.steps, total_steps, config.optim),
-            weight_decay_at(self.steps, total_steps, config.optim),
+        config = self.config
+        result = train_step(
+            self.model,
+            self.optimizers,
+            self.micro_batches,
+            self.steps,
+            config.train.steps,
+            config.optim,
+            self.autocast,
+            self.world,
         )
-        self.optimizers.step()
-        self.optimizers.zero_grad()
         self.steps += 1
-        return train_loss
+        return result.loss
 
-    def _gradients(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        total = torch.zeros((), device=self.device, dtype=torch.float32)
-        with weights_quantized(self.model):
-            for inputs_BT, targets_BT in zip(inputs, targets, strict=True):
-                with self.autocast:
-                    loss = self.loss(inputs_BT, targets_BT)
-                total += loss.detach() / len(inputs)
-                (loss / len(inputs)).backward()
-        return total
+    def _add_gradients(self, n: int) -> None:
+        """Forward and backward of the first micro-batches, without an update."""
+        add_gradients(self.model, self.micro_batches[:n], self.autocast, cross_entropy)
+        self.optimizers.zero_grad()
 
     def _millijoules(self) -> float | None:
         try:

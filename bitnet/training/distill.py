@@ -117,22 +117,39 @@ class Distiller:
         self._bf16 = bf16
         self._scales = {"logits": config.logits, "attention": config.attention}
         self._terms: dict[str, list[Tensor]] = {}
+        self._balance_due = False
         self._student_states: _States | None = None
         self._teacher_states: _States | None = None
         if config.attention:
             self._student_states = _States(student, config.attention_layer, student=True)
             self._teacher_states = _States(self._teacher, config.attention_layer, student=False)
 
-    def loss(
-        self, inputs_BT: Tensor, logits_BTV: Tensor, cross_entropy: Tensor, step: int, first: bool
-    ) -> Tensor:
-        """What to add to the cross-entropy of a micro-batch: fp32 ``[]``. Call outside autocast.
+    def begin(self, step: int) -> None:
+        """Begin a step: every ``balance_every`` steps, norms are measured on its first
+        micro-batch."""
+        self._balance_due = self.config.balance and step % self.config.balance_every == 0
+
+    def losses(
+        self, student: nn.Module, tokens_BT: Tensor, targets_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of a micro-batch, and its sum with the terms of distillation: fp32 ``[]``
+        (:data:`bitnet.training.step.Losses`).
 
         Arguments:
-            inputs_BT: what the student's forward was just given, and logits_BTV: what it returned.
+            student: that of the constructor, wrapped or not; its forward runs under the caller's
+                autocast, all else in fp32.
+        """
+        logits_BTV = student(tokens_BT)
+        with torch.autocast(logits_BTV.device.type, enabled=False):
+            cross_entropy = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+            return cross_entropy, cross_entropy + self.lesson(tokens_BT, logits_BTV, cross_entropy)
+
+    def lesson(self, inputs_BT: Tensor, logits_BTV: Tensor, cross_entropy: Tensor) -> Tensor:
+        """The weighted terms of a micro-batch, summed: fp32 ``[]``. Call outside autocast.
+
+        Arguments:
+            inputs_BT, logits_BTV: arguments and result of the student's last forward.
             cross_entropy: of those, still with its graph.
-            step: of the run. first: whether this is the step's first micro-batch, on which norms
-                are measured.
         """
         with (
             torch.no_grad(),
@@ -153,10 +170,11 @@ class Distiller:
             terms["attention"] = torch.stack(each).mean(), shared
         total = torch.zeros((), device=logits_BTV.device, dtype=torch.float32)
         for name, (term, shared) in terms.items():
-            if self.config.balance and first and step % self.config.balance_every == 0:
+            if self._balance_due:
                 self._balance(name, term, cross_entropy, shared)
             self._terms.setdefault(name, []).append(term.detach())
             total = total + self._scales[name] * term
+        self._balance_due = False
         return total
 
     def _balance(self, name: str, term: Tensor, cross_entropy: Tensor, shared: Tensor) -> None:

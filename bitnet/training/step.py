@@ -1,12 +1,126 @@
-"""One optimizer step of a run."""
+"""One optimizer step: forward and backward over micro-batches, clip, check, update.
 
-from collections.abc import Callable
+The step knows of a model only that ``model(tokens, targets)`` is the mean loss, so the model may be
+wrapped (``torch.compile``, DistributedDataParallel): the wrapper's forward runs. What makes a
+ternary step fast holds inside a wrapper too: each weight is quantized once, for all micro-batches
+(:func:`bitnet.linear.weights_quantized`), layers that read the same input share its codes
+(:func:`bitnet.linear.shared_input`), and all logits never exist (:func:`bitnet.loss.head_loss`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from bitnet.linear import weights_quantized
+from bitnet.training.distributed import World
+from bitnet.training.optim import (
+    OptimConfig,
+    Optimizers,
+    clip_gradients,
+    learning_rate_factor,
+    weight_decay_at,
+)
 
-def compiled(model: nn.Module) -> Callable[..., Tensor]:
+MicroBatch = tuple[Tensor, Tensor]
+"""Tokens and the token that follows each: int64 ``[B, T]`` both."""
+Losses = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(model, tokens, targets) -> the cross-entropy, which is reported, and the loss to minimize."""
+
+
+class StepResult(NamedTuple):
+    """What a step computed."""
+
+    loss: float
+    """Mean cross-entropy of the whole batch before the update, in nats."""
+    grad_norm: float
+    """Norm of all gradients, before clipping."""
+    lr_factor: float
+    """Of the peak learning rates."""
+    weight_decay: float
+    """Before it is scaled per optimizer."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradients are finite; otherwise there was no update."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def cross_entropy(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """The usual :data:`Losses`: what is minimized is the cross-entropy."""
+    loss: Tensor = model(tokens_BT, targets_BT)
+    return loss, loss
+
+
+def train_step(
+    model: nn.Module,
+    optimizers: Optimizers,
+    micro_batches: Sequence[MicroBatch],
+    step: int,
+    total_steps: int,
+    config: OptimConfig,
+    autocast: AbstractContextManager[object],
+    world: World,
+    losses: Losses = cross_entropy,
+) -> StepResult:
+    """Update a model once, unless the loss or a gradient is not finite.
+
+    Arguments:
+        model: in training mode, wrapped or not.
+        optimizers: of its parameters.
+        micro_batches: this process's share of the batch, in parts of equal size.
+        step: the update, counted from 0, of ``total_steps``.
+        config: the schedules and ``grad_clip``.
+        autocast: around each forward.
+        losses: of a micro-batch.
+    """
+    loss = world.mean(add_gradients(model, micro_batches, autocast, losses))
+    grad_norm = clip_gradients(model.parameters(), config.grad_clip)
+    result = StepResult(
+        float(loss),
+        float(grad_norm),
+        learning_rate_factor(step, total_steps, config),
+        weight_decay_at(step, total_steps, config),
+    )
+    if result.finite:
+        optimizers.set_schedule(result.lr_factor, result.weight_decay)
+        optimizers.step()
+    optimizers.zero_grad()
+    return result
+
+
+def add_gradients(
+    model: nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    autocast: AbstractContextManager[object],
+    losses: Losses,
+) -> Tensor:
+    """Add the gradients of the mean loss over micro-batches to ``.grad``.
+
+    Arguments: those of :func:`train_step`.
+    Returns:
+        The mean cross-entropy: ``[]``.
+    """
+    n, parts = len(micro_batches), list[Tensor]()
+    with weights_quantized(model):
+        for tokens_BT, targets_BT in micro_batches:
+            with autocast:
+                loss, objective = losses(model, tokens_BT, targets_BT)
+            parts.append(loss.detach() / n)
+            (objective / n).backward()
+    return reduce(torch.add, parts)
+
+
+def split(tokens_BT: Tensor, targets_BT: Tensor, size: int) -> list[MicroBatch]:
+    """Micro-batches of ``size`` sequences."""
+    return list(zip(tokens_BT.split(size), targets_BT.split(size), strict=True))
+
+
+def compiled(model: nn.Module) -> nn.Module:
     """A model whose forward, with the loss in it, is one compiled graph; the weights are shared.
 
     torch (2.13) keeps compiled graphs in a folder, under a key that does not hold the vector width
@@ -17,4 +131,6 @@ def compiled(model: nn.Module) -> Callable[..., Tensor]:
     width, tag = torch.backends.cpu.get_cpu_capability(), torch.compiler.config.cache_key_tag
     if width not in tag.split():
         torch.compiler.config.cache_key_tag = f"{tag} {width}".strip()
-    return torch.compile(model, fullgraph=True)
+    wrapped = torch.compile(model, fullgraph=True)
+    assert isinstance(wrapped, nn.Module)
+    return wrapped

@@ -121,7 +121,9 @@ def forward(student: Transformer, distiller: Distiller, step: int, first: bool =
     student.train()
     logits = student(tokens)
     loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    return logits, loss, distiller.loss(tokens, logits, loss, step, first)
+    if first:
+        distiller.begin(step)
+    return logits, loss, distiller.lesson(tokens, logits, loss)
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])

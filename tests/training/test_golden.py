@@ -13,6 +13,7 @@ here; test_reference has them.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -22,15 +23,10 @@ from torch import Tensor
 
 import bitnet.model
 import bitnet.quant
-from bitnet.linear import weights_quantized
 from bitnet.model import ModelConfig, Transformer
-from bitnet.training.optim import (
-    OptimConfig,
-    build_optimizer,
-    clip_gradients,
-    learning_rate_factor,
-    weight_decay_at,
-)
+from bitnet.training.distributed import World
+from bitnet.training.optim import OptimConfig, build_optimizer
+from bitnet.training.step import split, train_step
 from tests.helpers.double import rotary64
 
 GOLDEN = Path(__file__).with_name("golden_losses.txt")
@@ -69,19 +65,9 @@ def train(linear: Linear, steps: int = STEPS) -> list[float]:
     optimizers = build_optimizer(model, config)
     losses = []
     for step, tokens in enumerate(batches()[:steps]):
-        total = 0.0
-        with weights_quantized(model):
-            for part in tokens.split(4):
-                loss = model(part[:, :-1], part[:, 1:]) / 2
-                loss.backward()
-                total += float(loss.detach())
-        clip_gradients(model.parameters(), config.grad_clip)
-        optimizers.set_schedule(
-            learning_rate_factor(step, STEPS, config), weight_decay_at(step, STEPS, config)
-        )
-        optimizers.step()
-        optimizers.zero_grad()
-        losses.append(total)
+        batch = split(tokens[:, :-1], tokens[:, 1:], 4)
+        here = nullcontext(), World(torch.device("cpu"))
+        losses.append(train_step(model, optimizers, batch, step, STEPS, config, *here).loss)
     return losses
 
 

@@ -17,7 +17,7 @@ import torch
 from bitnet.config import load_config
 from bitnet.export.folder import load
 from bitnet.schema import UserError
-from bitnet.training import checkpoint
+from bitnet.training import checkpoint, optim
 from tests.helpers.training_script import TRAIN, Run, exact, kill_at, read_metrics, spawn, train
 
 KILLED_INSIDE_A_SAVE = """
@@ -110,7 +110,7 @@ def test_steps_that_are_not_finite(
 ) -> None:
     """Poisoned gradients at steps 4, 5 and from 20 on: skipped, counted, and in the end an error
     that keeps the last good checkpoint."""
-    clip = train.clip_gradients
+    clip = optim.clip_gradients
     calls = 0
 
     def poisoned(parameters: Any, max_norm: float) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_steps_that_are_not_finite(
             parameters[0].grad[0, 0] = float("nan")
         return clip(parameters, max_norm)
 
-    monkeypatch.setattr(train, "clip_gradients", poisoned)
+    monkeypatch.setattr("bitnet.training.step.clip_gradients", poisoned)
     with pytest.raises(
         UserError, match=r"4 steps in a row were not finite.*good checkpoint is kept"
     ):
@@ -139,7 +139,7 @@ def test_steps_that_are_not_finite(
 def test_a_streak_of_bad_steps_never_replaces_a_good_checkpoint(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clip = train.clip_gradients
+    clip = optim.clip_gradients
     calls = 0
 
     def poisoned(parameters: Any, max_norm: float) -> torch.Tensor:
@@ -147,12 +147,12 @@ def test_a_streak_of_bad_steps_never_replaces_a_good_checkpoint(
         calls += 1
         return clip(parameters, max_norm) * (float("nan") if calls > 15 else 1)
 
-    monkeypatch.setattr(train, "clip_gradients", poisoned)
+    monkeypatch.setattr("bitnet.training.step.clip_gradients", poisoned)
     with pytest.raises(UserError, match="10 steps in a row"):
         run("checkpoint.every=3", "eval.every=100")
     kept = sorted(path.name for path in (tmp_path / "tiny" / "checkpoints").iterdir())
     assert kept == ["step_00000012", "step_00000015"]
-    monkeypatch.setattr(train, "clip_gradients", clip)
+    monkeypatch.setattr("bitnet.training.step.clip_gradients", clip)
     rows = run("checkpoint.every=3", "eval.every=100", "optim.lr=1e-3")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 41))
 
