@@ -89,7 +89,6 @@ def test_the_check_of_the_fused_path_can_fail(monkeypatch: pytest.MonkeyPatch) -
     placement._check_fused_path()
     assert torch.equal(torch.get_rng_state(), state)
     encoder_layer().linear1 = BitLinear(16, 32)
-    flag = "activation_relu_or_gelu"
     for owner, name, broken, message in (
         (placement._CallMe, "__len__", lambda _: 0, "a forward hook"),
         (
