@@ -51,6 +51,7 @@ from bitnet.qat.adapters import merge_adapters
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import QATConfig, set_step
 from bitnet.schema import UserError, check_file, user_input, with_new_keys
+from bitnet.signals import drop_closed_terminal, ending_signals
 from bitnet.summary import human, one_line, quantization_lines
 from bitnet.training import checkpoint
 from bitnet.training.distill import Distiller, load_teacher
@@ -72,8 +73,8 @@ FREE = ("data.threads", "distill.device")
 
 
 def train(config: Config, command: str) -> None:
-    """Run ``config`` (resolved) to its end, or until SIGINT or SIGTERM, which after the checkpoint
-    is ``typer.Exit`` with code 130 or 143, as shells have it. ``command`` resumes it."""
+    """Run ``config`` (resolved) to its end, or until SIGINT, SIGTERM or SIGHUP, which after the
+    checkpoint raises ``typer.Exit`` with 128 + its number. ``command`` resumes the run."""
     # -- Set up: device, data, model, optimizer -----------------------------------------------
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -381,17 +382,18 @@ def sample_text(model: Transformer, tokenizer: Tokenizer, prompt: list[int], con
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put into; a second one ends the process at
-    once."""
+    """Yield a list that the first SIGINT, SIGTERM or SIGHUP is added to. A second SIGINT or SIGTERM
+    ends the process at once."""
     stop: list[int] = []
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        if stop:
+        drop_closed_terminal()
+        if stop and number != signal.SIGHUP:  # of which shells send two
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         stop.append(number)
 
-    previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, *ending_signals())}
     try:
         yield stop
     finally:
@@ -422,8 +424,8 @@ def main(
 ) -> None:
     """Train a model from TOML configs, later ones winning, and single keys, which win over them.
 
-    The same command again resumes the run from its newest whole checkpoint. Ctrl-C, or SIGTERM,
-    saves one and ends with exit code 130, or 143.
+    The same command again resumes the run from its newest whole checkpoint. Ctrl-C, SIGTERM
+    or a closed terminal saves one and ends with exit code 130, 143 or 129.
     """
     paths, overrides = split_args(args)
     if not paths:

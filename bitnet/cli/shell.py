@@ -1,9 +1,9 @@
 """How a program of ours starts and ends, as a shell and its user expect.
 
-A mistake of the user ends in one line on stderr and exit code 2, Ctrl-C in code 130, SIGTERM in
-143, both after what is half-written has been removed, and a reader that goes away (``| head``) in
-code 1. ``BITNET_DEBUG=1`` or ``--debug`` shows the traceback before the line. A traceback that
-appears without it is a defect of ours.
+A mistake of the user ends in one line on stderr and exit code 2. Ctrl-C ends in code 130, SIGTERM
+in 143 and a closed terminal (SIGHUP) in 129, each after half-written files were removed. A reader
+that goes away (``| head``) ends in code 1. ``BITNET_DEBUG=1`` or ``--debug`` shows the traceback
+before the line. A traceback that appears without it is a defect of ours.
 
 Nothing slow is imported here: :func:`start` has to run before torch is imported.
 """
@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, Never
 
 from bitnet.schema import UserError, debugging
+from bitnet.signals import drop_closed_terminal, ending_signals
 
 SPINS = "10000"
 """GOMP_SPINCOUNT where the user sets none: turns that a thread of OpenMP waits before it gives up
@@ -80,7 +81,7 @@ def one_line_errors() -> Iterator[None]:
     _mend_environment()
     try:
         try:
-            with sigterm_exits():
+            with signals_exit():
                 yield
         finally:
             if sys.stdout is not None:  # here, where a closed pipe can still be dealt with
@@ -153,20 +154,24 @@ def cut(line: str) -> str:
 
 
 @contextmanager
-def sigterm_exits() -> Iterator[None]:
-    """Within the block, SIGTERM is ``SystemExit(143)`` (128 + 15, as shells have it) instead of the
-    end at once, so that blocks around files and workers clean up. For the main thread; elsewhere
-    nothing changes."""
+def signals_exit() -> Iterator[None]:
+    """Within the block, SIGTERM and SIGHUP raise ``SystemExit`` (143 and 129, 128 + the number, as
+    in shells) instead of ending the process at once, so that blocks around files and workers clean
+    up. Only in the main thread; elsewhere nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    numbers = ending_signals()
 
     def leave(number: int, frame: FrameType | None) -> Never:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would interrupt the cleaning
+        for one in numbers:
+            signal.signal(one, signal.SIG_IGN)  # a second one would interrupt the cleaning
+        drop_closed_terminal()
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -9,7 +9,7 @@ import pytest
 
 from bitnet.bench.worker import Worker, WorkerDied
 from bitnet.cli.bench import bench_group as group
-from bitnet.cli.shell import sigterm_exits
+from bitnet.cli.shell import signals_exit
 
 TALKER = """
 import os, sys
@@ -84,7 +84,7 @@ def test_sigterm_leaves_through_the_blocks_around_it() -> None:
         closed.append("closed")
 
     def work() -> None:
-        with sigterm_exits(), ExitStack() as stack:
+        with signals_exit(), ExitStack() as stack:
             stack.callback(close)
             signal.raise_signal(signal.SIGTERM)
             pytest.fail("SIGTERM was ignored")

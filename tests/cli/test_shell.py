@@ -1,10 +1,12 @@
 """How a program of ours starts and ends: exit codes, one line, no traceback."""
 
 import errno
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -136,18 +138,54 @@ def test_a_size_that_no_terminal_has_is_passed_over(
         assert os.environ["COLUMNS"] == os.environ["LINES"] == "132"
 
 
-def test_sigterm_cleans_up_and_the_handler_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, cleaned = signal.getsignal(signal.SIGTERM), []
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_cleans_up_and_the_handler_goes(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [signal.signal(n, signal.SIG_DFL) for n in (signal.SIGTERM, signal.SIGHUP)]
+    cleaned = []
 
     def command() -> None:
         try:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         finally:
+            signal.raise_signal(signal.SIGHUP)  # shells send a second one
             cleaned.append(True)
 
-    assert ended(command, monkeypatch) == 143
+    assert ended(command, monkeypatch) == 128 + number
     assert cleaned == [True]
-    assert signal.getsignal(signal.SIGTERM) is before
+    for n, handler in zip((signal.SIGTERM, signal.SIGHUP), before, strict=True):
+        assert signal.signal(n, handler) is signal.SIG_DFL
+
+
+def test_an_ignored_sighup_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a command
+    assert ended(lambda: signal.raise_signal(signal.SIGHUP), monkeypatch) == 0
+    assert signal.signal(signal.SIGHUP, before) is signal.SIG_IGN
+
+
+def test_a_closed_terminal_ends_a_command_without_an_error(tmp_path: Path) -> None:
+    ours, terminal = os.openpty()
+    code = (
+        "with one_line_errors():\n"
+        "    try:\n        print('begun', flush=True)\n        time.sleep(60)\n    finally:\n        print('x' * 10_000, flush=True)\n"
+        f"        open({str(tmp_path / 'cleaned')!r}, 'x')"
+    )
+    with (tmp_path / "errors").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"import time\nfrom bitnet.cli.shell import *\n{code}"],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )
+    os.close(terminal)
+    assert os.read(ours, 100).startswith(b"begun")
+    os.close(ours)
+    assert process.wait(60) == 129, (tmp_path / "errors").read_text()
+    assert (tmp_path / "errors").read_text() == ""
+    assert (tmp_path / "cleaned").exists()
 
 
 def child(code: str, *words: str, **environment: str) -> "subprocess.Popen[str]":

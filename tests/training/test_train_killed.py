@@ -1,5 +1,7 @@
 """train.py stopped: killed, by a signal, by a damaged checkpoint, a full disk, another process."""
 
+import fcntl
+import os
 import random
 import re
 import resource
@@ -7,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +71,14 @@ def test_killed_six_times_is_bit_identical(config_file: Path, tmp_path: Path) ->
         assert torch.equal(a, b), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+NEVER_DONE = ["train.steps=100000", "checkpoint.every=99999", "eval.every=99999"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_resume(
     config_file: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    args = [str(config_file), f"run.dir={tmp_path}", "train.steps=100000", "checkpoint.every=99999"]
-    process = spawn([*args, "eval.every=99999"])
+    process = spawn([str(config_file), f"run.dir={tmp_path}", *NEVER_DONE])
     metrics = tmp_path / "tiny" / "metrics.jsonl"
     while not (metrics.exists() and '{"step": 3,' in metrics.read_text()):
         assert process.poll() is None, process.communicate()
@@ -87,6 +93,52 @@ def test_a_signal_saves_and_says_how_to_resume(
     saved = checkpoint.load_newest(tmp_path / "tiny" / "checkpoints")
     assert saved is not None
     assert saved.step == step == read_metrics(tmp_path / "tiny")[-1]["step"]
+
+
+def test_a_closed_terminal_saves_and_ends(config_file: Path, tmp_path: Path) -> None:
+    """Nothing can be printed any more, and shells send a second SIGHUP; a checkpoint is saved."""
+    ours, terminal = os.openpty()
+    errors = tmp_path / "errors.txt"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, str(TRAIN), str(config_file), f"run.dir={tmp_path}", *NEVER_DONE],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=stderr,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # it is the session's terminal
+        )
+    os.close(terminal)
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    while not (metrics.exists() and '{"step": 3,' in metrics.read_text()):
+        assert process.poll() is None, errors.read_text()
+        os.read(ours, 10_000)
+    os.close(ours)
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 129, errors.read_text()
+    assert "rror" not in errors.read_text()
+    saved = checkpoint.load_newest(tmp_path / "tiny" / "checkpoints")
+    assert saved is not None
+    assert saved.step == read_metrics(tmp_path / "tiny")[-1]["step"]
+
+
+def test_nohup_trains_on(config_file: Path, tmp_path: Path) -> None:
+    """SIGHUP that is ignored when the process starts stays ignored."""
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), str(config_file), f"run.dir={tmp_path}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    metrics = tmp_path / "tiny" / "metrics.jsonl"
+    while not (metrics.exists() and '{"step": 3,' in metrics.read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGHUP)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert b"done: the model is in" in out
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
