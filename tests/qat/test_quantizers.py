@@ -6,7 +6,9 @@ differences of the function whose rounding is replaced by the addition of a cons
 """
 
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitnet.export.folder import load_model, read_config, save_model
+from bitnet.model import ModelConfig, Transformer, as_transformer
 from bitnet.qat.activations import (
     absmax_codes,
     fake_quantize_activation,
@@ -21,6 +25,7 @@ from bitnet.qat.activations import (
     static_range,
 )
 from bitnet.qat.grid import dequantize
+from bitnet.qat.prepare import convert, prepare
 from bitnet.qat.quantizers import WEIGHT_QUANTIZERS
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.straight_through import Quantized
@@ -469,6 +474,34 @@ def test_codes_under_a_given_scale() -> None:
     assert torch.equal(recipe.quantizer.codes(w[:, 3:9], scale, None), codes[:, 3:9])
     # smaller than the maximum wants: it saturates
     assert recipe_of("int", bits=3).quantizer.codes(w * 9, torch.tensor(0.1), None).max() == 3
+
+
+def test_the_guide_adds_a_quantizer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The code of docs/qat.md as it stands there; then a language model in a folder."""
+    guide = Path(__file__).parents[2] / "docs" / "qat.md"
+    section = guide.read_text(encoding="utf-8").partition("\n## Add a quantizer\n")[2]
+    blocks = re.findall(r"```python\n(.*?)```", section.partition("\n## ")[0], re.DOTALL)
+    assert len(blocks) == 3
+    monkeypatch.setattr("bitnet.qat.recipe.WEIGHT_QUANTIZERS", names := dict(WEIGHT_QUANTIZERS))
+    monkeypatch.setattr("bitnet.qat.quantizers.WEIGHT_QUANTIZERS", names)
+    space: dict[str, Any] = {"__name__": "guide"}
+    exec("\n".join(blocks), space)
+    assert space["losses"][-1] < 0.9 * space["losses"][0]
+
+    recipe = Recipe(weights="sign_median", granularity="group", group_size=16)
+    w = random(5, 32)
+    codes, scale, _ = recipe.quantizer.quantize(w)
+    sorted_magnitudes = w.abs().unflatten(1, (2, 16)).sort(-1).values
+    assert torch.equal(scale, sorted_magnitudes[..., 7])  # the lower of the middle two
+    assert torch.equal(codes, torch.where(w >= 0, 1, -1))
+    config = ModelConfig(depth=1, linear="fp", vocab_size=300, max_seq_len=16)
+    model = as_transformer(prepare(Transformer(config), recipe)).eval()
+    tokens = torch.randint(300, (2, 9))
+    expected = model(tokens)
+    integer = as_transformer(convert(model))
+    loaded = load_model(save_model(tmp_path / "model", integer, None, recipe)).eval()
+    assert torch.equal(loaded(tokens), expected)
+    assert read_config(tmp_path / "model").quant.quantizer.storage_bits == 1
 
 
 def test_codes_and_scales_carry_no_gradient() -> None:
