@@ -1,18 +1,18 @@
-"""How good a model is: loss, perplexity and bits per byte on text it has not seen.
+"""Measure a model on text it has not seen: loss, perplexity and bits per byte.
 
-Loss in nats a token depends on the tokenizer (longer tokens, fewer and harder predictions), so it
-compares only runs that share one. Bits per byte spreads the same total over the bytes of the text,
+Loss in nats per token depends on the tokenizer (longer tokens make fewer and harder predictions),
+so it compares only runs that share one. Bits per byte divides the same total by the bytes of the
+text,
 
     bits_per_byte = sum of -log2 p(token | tokens before it) / bytes of the text,
 
 which compares models with different tokenizers, and models with compressors: it is the size of the
 text, in bits per byte, after arithmetic coding with the model's probabilities.
 
-The text is cut into windows of the context length that do not overlap; each token but the first is
-predicted once, and the first tokens of a window are predicted from little context. Windows that
-slide would flatter the model somewhat and cost several times as much. Sums are kept in float64,
-logits turned to fp32 before the softmax, and the result does not depend on the batch size but for
-the rounding inside the model.
+The text is cut into windows of the context length that do not overlap. Each token except the first
+is predicted once; the first tokens of a window are predicted from little context. Sliding windows
+would give somewhat better numbers and cost several times as much. Sums are in float64 and the
+softmax in fp32; the result depends on the batch size only by rounding.
 """
 
 import gzip
@@ -34,14 +34,15 @@ from bitnet.model import Transformer
 from bitnet.schema import STRICT, Count, Positive, UserError
 
 _CPU_LOGITS, _GPU_LOGITS = 2**23, 2**28
-"""Logits computed together where the batch size is left open: 32 MiB and 1 GiB in fp32, and the
-softmax needs as much again. A CPU gains nothing from more: at 4M parameters, windows of 256 and a
-vocabulary of 4096, 64 windows at once take up to 3 times as long a token as 8 (2 threads)."""
+"""Logits computed together if no batch size is given: 32 MiB and 1 GiB in fp32, and the softmax
+needs as much again. A CPU gains nothing from more: at 4M parameters, windows of 256 and a
+vocabulary of 4096, a token in a batch of 64 windows takes up to 3 times as long as in a batch of 8
+(2 threads)."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class EvalConfig:
-    """The ``[eval]`` section: what is measured on the validation split during a run."""
+    """The ``[eval]`` section: measurements on the validation split during a run."""
 
     every: Positive = 250
     """steps between evaluations (the last step is always evaluated)"""
@@ -56,12 +57,12 @@ class EvalConfig:
 
 
 class EvalResult(NamedTuple):
-    """What an evaluation found."""
+    """The result of an evaluation."""
 
     loss: float
-    """mean negative log likelihood of a token, in nats"""
+    """mean negative log likelihood per token, in nats"""
     bits_per_byte: float
-    """total negative log likelihood in bits, over the bytes of the text"""
+    """total negative log likelihood in bits, divided by the bytes of the text"""
     tokens: int
     """tokens predicted"""
     bytes: int
@@ -69,7 +70,7 @@ class EvalResult(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite where that is beyond a float."""
+        """exp(loss); infinite if that is beyond a float."""
         return math.inf if self.loss > 700 else math.exp(self.loss)
 
 
@@ -90,8 +91,8 @@ def evaluate_windows(
         count_bytes: bytes of text that the targets ``window[1:]`` of a window stand for
             (``Tokenizer.count_bytes``).
         batch_size: windows at once; 0 = as many as keep the logits within 32 MiB on a CPU, 1 GiB
-            elsewhere. Where one window has more, its logits are never held together
-            (:func:`bitnet.loss.head_loss`).
+            elsewhere. A single window with more logits goes to the model with its targets, and the
+            model's forward computes its loss in parts (:func:`bitnet.loss.head_loss`).
 
     Raises:
         UserError: the windows hold nothing to predict.
@@ -115,13 +116,13 @@ def evaluate_text(
     batch_size: int = 0,
     track: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
 ) -> EvalResult:
-    """Evaluate on a text taken as one document: every token of it is predicted.
+    """Evaluate on a text taken as one document, predicting every token of it.
 
     The first token's context is the end-of-document token, as in training; the end itself is not
     predicted. ``bytes`` is the length of the text in UTF-8.
 
     Arguments:
-        model, batch_size: as of :func:`evaluate_windows`.
+        model, batch_size: see :func:`evaluate_windows`.
         track: wraps the windows to show progress, as ``bitnet.progress.Reports.track`` does.
     Raises:
         UserError: the text is empty, or the tokenizer is not the model's.
@@ -140,9 +141,9 @@ def evaluate_text(
 
 
 def compressor_baselines(text: bytes) -> dict[str, float]:
-    """Bits per byte that ``gzip -9`` and ``xz -9`` reach on a text, for scale.
+    """Bits per byte that ``gzip -9`` and ``xz -9`` reach on a text, for comparison.
 
-    Their size includes all that is needed to unpack; a model's bits per byte leave out the model.
+    Their output holds everything that unpacking needs; a model's bits per byte leave out the model.
 
     Raises:
         UserError: the text is empty.
@@ -159,8 +160,8 @@ def compressor_baselines(text: bytes) -> dict[str, float]:
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients inside; afterwards each module's own mode is back.
 
-    The weights of BitLinears are quantized once, on entry (:func:`bitnet.linear.weights_quantized`,
-    with its RuntimeError where they change inside).
+    The weights of BitLinears are quantized once, on entry
+    (:func:`bitnet.linear.weights_quantized`, which raises RuntimeError if they change inside).
 
     Not ``torch.inference_mode``: a tensor that a module keeps from a forward inside it could not
     be used in training afterwards.
@@ -189,7 +190,7 @@ def _result(nats: float, tokens: int, n_bytes: int) -> EvalResult:
 def _negative_log_likelihood(
     model: Transformer, windows: Iterable[Tensor], batch_size: int
 ) -> tuple[float, int]:
-    """The sum over all predictions, in nats, and their number."""
+    """The sum of the loss of all predictions, in nats, and their number."""
     device = model.norm.weight.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
@@ -201,21 +202,21 @@ def _negative_log_likelihood(
             inputs, targets = batch_BT[:, :-1], batch_BT[:, 1:]
             if batch_size or inputs.numel() <= max_predictions:
                 total += _nats(model(inputs), targets)
-            else:  # one window alone has more logits than are held together
+            else:  # a single window with too many logits: the forward computes its loss in parts
                 total += model(inputs, targets).double() * targets.numel()
             tokens += targets.numel()
     return float(total), tokens
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """The negative log likelihood of targets ``[...]`` by logits ``[..., V]``, summed: float64."""
+    """The summed negative log likelihood of targets ``[...]`` under logits ``[..., V]``: float64."""
     flat = logits.float().flatten(0, -2)
     return F.cross_entropy(flat, targets.flatten(), reduction="none").double().sum()
 
 
 def _batches(windows: Iterable[Tensor], batch_size: int, max_predictions: int) -> Iterator[Tensor]:
-    """Stack neighbours of equal length, ``batch_size`` or (where that is 0) as many as make up to
-    ``max_predictions``, but one at least: its caller splits that."""
+    """Stack neighbours of equal length: ``batch_size`` of them, or if that is 0, as many as make up
+    to ``max_predictions``, and at least one."""
     batch: list[Tensor] = []
     for window in windows:
         if len(window) < 2:

@@ -1,17 +1,17 @@
-"""A step on a CPU: a list of torch calls, bound once to static tensors.
+"""A step on a CPU: a list of torch calls, recorded once and bound to static tensors.
 
-At one token a row, what a layer costs besides its matrices is the overhead of a hundred small
-operations. So a step is written down once for each batch size as a *tape*: torch functions with
-their inputs and their ``out=``, views already taken. Running it allocates nothing, decides nothing
-and looks nothing up. Every 64 columns of context a new one is written, in place of the last.
+At one token per row, a layer costs its matrices and the overhead of a hundred small operations. So
+a step is recorded once per batch size: torch functions with their inputs and their ``out=``, views
+already taken. Running the recorded calls allocates nothing, decides nothing and looks nothing up.
+Every 64 columns of context, a new recording replaces the last one.
 
-The arithmetic is the module path's, operator by operator, roundings to the model's dtype included:
-RMSNorm as ``nn.RMSNorm`` composes it, absmax int8, the exact int32 product and its rescale in the
-same order. Attention alone differs from it, in the order of its sums; it is computed in fp32
-whatever the dtypes of model and cache are.
+The arithmetic is that of the model's modules, operator by operator, including the roundings to the
+model's dtype: RMSNorm as ``nn.RMSNorm`` composes it, absmax int8, the exact int32 product and its
+rescale in the same order. Only attention differs, in the order of its sums; it runs in fp32 for any
+dtype of model and cache.
 
-A prefill is such a tape too, written for the occasion: the tokens of all rows lie one after another
-without padding, and only attention goes row by row. One token a row is a step.
+A prefill is recorded too, for one use: the tokens of all rows lie one after another without
+padding, and only attention goes row by row. A prefill of one token per row is a step.
 
 M tokens, D d_model, H query heads, G key-value heads, R = H / G, E head_dim, F d_ff, B rows,
 C columns read, K in_features, N out_features.
@@ -34,7 +34,7 @@ _Attention = Callable[["_Calls", int, Tensor], Tensor]
 
 
 class _Calls:
-    """Calls with their tensors bound."""
+    """Recorded calls, with their tensors bound."""
 
     def __init__(self) -> None:
         self._calls: list[Callable[[], Any]] = []
@@ -48,7 +48,7 @@ class _Calls:
 
 
 class _Piece(NamedTuple):
-    """Tokens of a row in a prefill: its columns ``start`` to ``start + n``."""
+    """The tokens of one row in a prefill, for columns ``start`` to ``start + n``."""
 
     row: int
     start: int
@@ -59,8 +59,8 @@ class CpuRunner(Workspace):
     """The steps and prefills of a model on CPU.
 
     Arguments:
-        weights: of the model, ternary weights unpacked. state: its rows. chunk: most tokens of a
-        prefill.
+        weights: the model's, ternary ones unpacked. state: the rows.
+        chunk: most tokens of a row in a prefill.
     """
 
     def __init__(
@@ -70,40 +70,42 @@ class CpuRunner(Workspace):
         self.config, self.weights, self.state = config, weights, state
         self._steps: dict[int, tuple[int, _Calls]] = {}
 
-    # What runs
+    # Running
 
     def step(self, batch: int) -> None:
-        """One token of each of the first ``batch`` rows."""
+        """Feed the next token of each of the first ``batch`` rows."""
         self.state.clean()
         longest = min(max(self.state.lengths[:batch].tolist()), self.state.max_len)
         columns = COLUMN_STEP * (longest // COLUMN_STEP + 1)
-        written, calls = self._steps.get(batch, (0, None))
-        if calls is None or written != columns:
-            _, calls = self._steps[batch] = columns, self._step(batch, columns)
+        recorded, calls = self._steps.get(batch, (0, None))
+        if calls is None or recorded != columns:
+            calls = self._step(batch, columns)
+            self._steps[batch] = columns, calls
         calls.run()
 
     def prefill(self, tokens: Tensor, n_valid: list[int]) -> None:
-        """The first ``n_valid[row]`` of int64 ``[B, T]`` appended to each row."""
+        """Append the first ``n_valid[row]`` of each row's tokens, int64 ``[B, T]``."""
         state = self.state
         state.clean()
         if set(n_valid) == {1}:
             self._feed(tokens[:, 0])
             return
-        run: list[_Piece] = []
+        pieces: list[_Piece] = []
         for row, (n, start) in enumerate(
             zip(n_valid, state.lengths[: len(n_valid)].tolist(), strict=True)
         ):
-            # A run is of neighbours, whose logits are one piece of memory, and fits the buffers.
-            if run and (not n or sum(piece.n for piece in run) + n > self.most):
-                self._append(tokens, run)
-                run = []
+            # Pieces run together if their rows are neighbours, so that the logits lie in one piece
+            # of memory, and if their tokens fit the buffers.
+            if pieces and (not n or sum(piece.n for piece in pieces) + n > self.most):
+                self._append(tokens, pieces)
+                pieces = []
             if n:
-                run.append(_Piece(row, start, n))
-        if run:
-            self._append(tokens, run)
+                pieces.append(_Piece(row, start, n))
+        if pieces:
+            self._append(tokens, pieces)
 
     def _feed(self, tokens: Tensor) -> None:
-        """One token each to the first rows, active or not."""
+        """Feed one token to each of the first rows, active or not."""
         state, b = self.state, tokens.shape[0]
         active = state.active[:b].clone()
         state.tokens[:b] = tokens
@@ -121,7 +123,7 @@ class CpuRunner(Workspace):
             state.lengths[row] = start + n
         state.unfinished.clear()
 
-    # What is written down
+    # Recording
 
     def _step(self, b: int, c: int) -> _Calls:
         config, state, calls = self.config, self.state, _Calls()
@@ -171,7 +173,7 @@ class CpuRunner(Workspace):
         return calls
 
     def _chunk(self, tokens: Tensor, pieces: list[_Piece]) -> _Calls:
-        """``tokens`` ``[M]``: those of neighbouring rows, one after another."""
+        """Record a prefill of ``tokens`` ``[M]``, those of neighbouring rows one after another."""
         config, state, calls = self.config, self.state, _Calls()
         h, e = config.n_heads, config.head_dim
         m, counts = tokens.shape[0], [piece.n for piece in pieces]
@@ -202,7 +204,7 @@ class CpuRunner(Workspace):
     def _attend_row(
         self, calls: _Calls, layer: int, piece: _Piece, rotated: Tensor, out: Tensor
     ) -> None:
-        """A piece's ``[T, H + 2G, E]`` to ``[T, H, E]``."""
+        """Attention of one piece: ``[T, H + 2G, E]`` to ``[T, H, E]``."""
         state, (row, start, t) = self.state, piece
         g, h, e = self.config.n_kv_heads, self.config.n_heads, self.config.head_dim
         end = start + t
@@ -266,7 +268,7 @@ class CpuRunner(Workspace):
         calls.add(x.add_, out)
 
     def _head(self, calls: _Calls, x: Tensor, rows: slice) -> None:
-        """Logits of ``x`` ``[B, D]``, and what follows from them, for these rows."""
+        """Write the logits of ``x`` ``[B, D]``, the chosen and the next tokens of these rows."""
         state, head = self.state, self.weights.head
         logits, chosen = state.logits[rows], state.chosen[rows]
         b = x.shape[0]
@@ -316,8 +318,8 @@ class CpuRunner(Workspace):
     def _quantized(self, calls: _Calls, x: Tensor) -> tuple[Tensor, Tensor]:
         """Absmax int8 over the last axis of fp32 ``[..., K]``: codes and scale ``[..., 1]``.
 
-        Of :func:`bitnet_kernels.reference.absmax_int8` the clamp at 128 is left out, which finite
-        tokens never meet. A NaN or an infinity stays in the scale, and so in every output.
+        As :func:`bitnet_kernels.reference.absmax_int8`, except that a NaN or an infinity stays in
+        the scale, and so reaches every output.
         """
         square, scale = self.square(*x.shape), self.step_size(*x.shape[:-1], 1)
         calls.add(torch.abs, x, out=square)
@@ -352,8 +354,10 @@ class CpuRunner(Workspace):
     def _rotated(
         self, calls: _Calls, layer: LayerWeights, qkv: Tensor, cos: Tensor, sin: Tensor
     ) -> Tensor:
-        """Queries and keys normed and turned by their angles, values as they are: fp32
-        ``[M, H + 2G, E]``. ``sin`` is negative in its first half: see bitnet.model.rotate."""
+        """Norm and rotate queries and keys, and copy values: fp32 ``[M, H + 2G, E]``.
+
+        ``sin`` has the first half negated: see :func:`bitnet.model.rotate`.
+        """
         h, g, e = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
         x = qkv.view(-1, h + 2 * g, e)
         if x.dtype != torch.float32:
@@ -391,8 +395,7 @@ class CpuRunner(Workspace):
     # The cache
 
     def _to_cache(self, calls: _Calls, new: Tensor) -> tuple[Tensor, Tensor | None]:
-        """fp32 ``[2, M, G, 1, E]`` in the cache's form, and the scales ``[2, M, G, 1]`` of one of
-        int8."""
+        """fp32 ``[2, M, G, 1, E]`` in the cache's dtype, and int8 scales ``[2, M, G, 1]``."""
         if self.state.scale is not None:
             codes, scale = self._quantized(calls, new)
             return codes, scale.squeeze(-1)
@@ -404,7 +407,7 @@ class CpuRunner(Workspace):
     def _from_cache(
         self, calls: _Calls, layer: int, row: int, columns: int
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values of a row as fp32 ``[G, C, E]``, of a cache that has another dtype."""
+        """Keys and values of a row as fp32 ``[G, C, E]``, from a cache of another dtype."""
         stored = self.state.kv[layer, :, row, :, :columns]
         calls.add((wide := self.widened(*stored.shape)).copy_, stored)
         if self.state.scale is not None:
@@ -416,8 +419,8 @@ class CpuRunner(Workspace):
     def _attend(
         self, calls: _Calls, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | int, out: Tensor
     ) -> None:
-        """``[G, R, E]`` queries over ``[G, C, E]`` columns. The mask is added to the scores; a
-        number stands for the causal mask of so many tokens, the last columns."""
+        """Attend with queries ``[G, R, E]`` over columns ``[G, C, E]``. The mask is added to the
+        scores; a number n stands for the causal mask of n tokens, the last columns."""
         scores = self.scores(q.shape[0], q.shape[1], k.shape[1])
         added, beta = (scores, 0.0) if isinstance(mask, int) else (mask, 1.0)
         alpha = self.config.head_dim**-0.5
@@ -430,5 +433,5 @@ class CpuRunner(Workspace):
 
 
 def _call(modules: tuple[nn.Module, ...], x: Tensor, out: Tensor) -> None:
-    """Layers of other kinds, side by side into ``out``."""
+    """Call layers as modules, and write their outputs side by side into ``out``."""
     torch.cat([module(x) for module in modules], -1, out=out)

@@ -1,12 +1,13 @@
-"""A step on a GPU: the fused operators of bitnet_kernels, captured once a batch size.
+"""A step on a GPU: the fused operators of bitnet_kernels, captured once per batch size.
 
-:func:`forward` is the whole step as a function of static tensors, in about eight launches a layer.
-Nothing in it waits for the device or hangs on a length, so a CUDA graph replays it as one launch;
-what it allocates comes from the graph's own pool, at fixed addresses. A batch runs in the next
-larger of a few sizes (*buckets*). A prefill is the same function on T tokens a row, not captured.
-The graphs share a pool, in which none leaves anything for after its replay.
+:meth:`CudaRunner.step_body` is the whole step as a function of static tensors, in about eight
+launches per layer. It neither waits for the device nor depends on a length on the host, so a CUDA
+graph replays it as one launch; its memory comes from the graph's own pool, at fixed addresses. A
+batch runs in the next larger of a few sizes (*buckets*). A prefill is the same function on T tokens
+per row, not captured. The graphs share a pool: none leaves anything there that is needed after its
+replay.
 
-Each operator runs on any device, so the function does too: that is how it is tested without a GPU.
+Each operator runs on any device, and so does the step: this is how it is tested without a GPU.
 
 B rows, T tokens, D d_model, H query heads, G key-value heads, E head_dim, F d_ff.
 """
@@ -41,7 +42,7 @@ from bitnet_kernels.ops.decode import decode_attention, rope_append
 from bitnet_kernels.reference import absmax_int8, rescale
 
 _Input = Tensor | tuple[Tensor, Tensor, Tensor]
-"""What a matrix reads: float, or for a ternary one codes, scales and row sums."""
+"""The input of a matrix: float, or for a ternary one codes, scales and row sums."""
 
 
 class CudaRunner:
@@ -71,7 +72,7 @@ class CudaRunner:
         self._captured: list[object] = []
 
     def step(self, batch: int) -> None:
-        """One token of each of the first ``batch`` rows."""
+        """Feed the next token of each of the first ``batch`` rows."""
         bucket = next(size for size in self.buckets if size >= batch)
         with torch.cuda.device_of(self.batch):
             if bucket not in self._graphs:
@@ -80,7 +81,7 @@ class CudaRunner:
             self._graphs[bucket].replay()
 
     def prefill(self, tokens: Tensor, n_valid: list[int]) -> None:
-        """The first ``n_valid[row]`` of int64 ``[B, T]`` appended to each row."""
+        """Append the first ``n_valid[row]`` of each row's tokens, int64 ``[B, T]``."""
         device = self.batch.device
         with torch.cuda.device_of(self.batch):
             counts = torch.tensor(n_valid, dtype=torch.int32, device=device)
@@ -91,7 +92,8 @@ class CudaRunner:
         return [self.batch, self._rows]
 
     def _capture(self, bucket: int) -> torch.cuda.CUDAGraph:
-        """Warm up with no rows, which changes nothing, as the kernels compile and tune then."""
+        """Capture a step. First run it with no rows, which changes nothing: the kernels compile and
+        tune then."""
         self._captured += self.held()
         self.batch.fill_(0)
         stream = torch.cuda.Stream()
@@ -114,16 +116,16 @@ class CudaRunner:
         return [one for one in codes if one is not None]
 
     def step_body(self, bucket: int) -> None:
-        """What a graph holds: a step of the first ``bucket`` rows, of which those from
-        ``self.batch`` on are computed and left as they are."""
+        """The body of a graph: a step of the first ``bucket`` rows. Those from ``self.batch`` on
+        are computed, and left as they are."""
         state = self.state
         within = self._rows[:bucket] < self.batch
         n_valid = state.active[:bucket] * within * (state.lengths[:bucket] < state.max_len)
         self._advance(state.tokens[:bucket].unsqueeze(1), n_valid, within)
 
     def _advance(self, tokens: Tensor, n_valid: Tensor, changed: Tensor) -> None:
-        """Tokens ``[B, T]`` of which ``n_valid`` int32 ``[B]`` are appended; what comes of them is
-        written to the rows ``changed`` (bool ``[B]``)."""
+        """Append ``n_valid`` (int32 ``[B]``) of each row's tokens ``[B, T]``, and write logits and
+        tokens of the rows ``changed`` (bool ``[B]``)."""
         state, b = self.state, tokens.shape[0]
         logits = self._logits(tokens, n_valid)
         peak, best = logits.max(-1)
@@ -140,7 +142,7 @@ class CudaRunner:
     def _logits(self, tokens: Tensor, n_valid: Tensor) -> Tensor:
         """fp32 ``[B, V]`` after the last valid token of each row."""
         x = F.embedding(tokens, self.weights.embedding)
-        added: Tensor | None = None  # what the residual stream has yet to take in
+        added: Tensor | None = None  # not yet added to the residual stream
         for i, layer in enumerate(self.weights.layers):
             x, read = self._enter(x, added, layer.input_norm, layer.qkv)
             added = self._attention(i, layer, self._product(layer.qkv, read, x.dtype), n_valid)
@@ -182,7 +184,7 @@ class CudaRunner:
     def _enter(
         self, x: Tensor, added: Tensor | None, norm: Norm | None, matrix: Matrix
     ) -> tuple[Tensor, _Input]:
-        """Add to the residual stream; return it, and what the matrix reads of it."""
+        """Add to the residual stream; return it, and the input that the matrix reads."""
         if added is None:
             return x, _read(x, norm, matrix)
         if isinstance(matrix, Ternary) and norm is not None:
@@ -224,7 +226,7 @@ class CudaRunner:
 
 
 def _read(x: Tensor, norm: Norm | None, matrix: Matrix) -> _Input:
-    """What a matrix reads: ``x`` normed, and quantized for a ternary one."""
+    """The input of a matrix: ``x`` normed, and quantized for a ternary one."""
     if not isinstance(matrix, Ternary):
         return x if norm is None else _rms(x, norm)
     return quant(x) if norm is None else rmsnorm_quant(x, norm.weight, norm.eps)

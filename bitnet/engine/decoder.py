@@ -1,17 +1,17 @@
-"""A model as static memory and one step, with the kernels and the loop left to others.
+"""A model as static memory and one step; the loop is the engine's, the arithmetic a runner's.
 
     decoder = Decoder(model, max_batch=8, max_len=2048)
     decoder.prefill(tokens, n_valid)        # prompts; logits and the chosen token of each row
-    decoder.step(batch)                     # as often as wanted: appends, attends, chooses
+    decoder.step(batch)                     # as often as needed: appends, attends, chooses
 
-Everything that a step reads or writes is allocated once: the weights in the form that its products
+All memory that a step reads or writes is allocated once: the weights in the form that its products
 read (:mod:`bitnet.engine.weights`), keys and values, the rows' tokens and lengths, the workspace.
-A greedy step feeds itself: it leaves the chosen tokens where the next one reads its inputs, so the
-host need only read them. Rows fill independently, each from column 0: no padding and no shared
+A greedy step feeds itself: it writes the chosen tokens where the next step reads its inputs, so the
+host only reads them. Rows fill independently, each from column 0: no padding and no shared
 position, so a row's tokens depend on no other row.
 
-Two ways to run, one a device: a tape of bound torch calls on CPU (:mod:`bitnet.engine.cpu`), one
-CUDA graph a batch size on a GPU (:mod:`bitnet.engine.cuda`).
+There is one runner per device: recorded torch calls on a CPU (:mod:`bitnet.engine.cpu`), one CUDA
+graph per batch size on a GPU (:mod:`bitnet.engine.cuda`).
 
 S rows, T tokens, V vocabulary.
 """
@@ -46,29 +46,29 @@ class Decoder:
     """A model's weights, its keys and values, and one step over them.
 
     Arguments:
-        model: read as it is now, on its device, fp32, bf16 or fp16; linear layers that are neither
-            packed, ternary nor plain (:mod:`bitnet.engine.weights`) stay modules, are called in the
-            mode they are in, and allocate what they allocate. The rest of the model may be dropped.
-            Once it has been changed, the decoder is of no more use: :meth:`check_weights`.
-        max_batch: rows, at most 64. max_len: tokens a row holds, at most the model's context.
-        chunk: most tokens a row that one call of :meth:`prefill` takes.
-        cache_dtype: of keys and values. "auto": the model's dtype on CPU, bf16 on CUDA. "int8"
-            keeps a scale a head and token.
-        head: how the output head is kept. "float": as the model has it. "auto": that on CPU, bf16
-            on CUDA. "int8": absmax codes, a scale a row, of weights and of activations.
+        model: on its device, in fp32, bf16 or fp16. Its weights are read once, now. Linear layers
+            that are neither packed, ternary nor plain (:mod:`bitnet.engine.weights`) are called as
+            modules, in the mode they are in, and allocate memory. The rest of the model may be
+            dropped. After a change of the model, make a new decoder: :meth:`check_weights`.
+        max_batch: rows, at most 64. max_len: tokens per row, at most the model's context.
+        chunk: most tokens per row in one call of :meth:`prefill`.
+        cache_dtype: of keys and values. "auto": the model's dtype on a CPU, bf16 on CUDA. "int8"
+            keeps one scale per head and token.
+        head: dtype of the output head. "float": the model's. "auto": the model's on a CPU, bf16 on
+            CUDA. "int8": absmax codes, one scale per row, for weights and activations.
         kernel: of packed layers on CUDA.
     Attributes:
         device, vocab_size, max_batch, max_len, chunk.
-        modules: what is called as it is, in the mode it is in; none mostly.
+        modules: the layers called as modules; usually none.
         buckets: batch sizes that have a graph on CUDA; a CPU runs any.
-        tokens: int64 ``[S]``, the next input of each row; a step writes ``chosen`` there (-1 as 0),
-            and it may be overwritten between steps.
-        lengths: int32 ``[S]``, the tokens whose keys and values each row holds; to be changed by
-            :meth:`set_length` and :meth:`copy_prefix` only.
-        active: int32 ``[S]``, 1 (as at first) where a step advances the row. A row at 0 keeps its
-            length and what it holds; it is computed all the same, unseen.
-        logits: fp32 ``[S, V]``, each row's last.
-        chosen: int64 ``[S]``, their argmax; -1 where their maximum is NaN or infinite.
+        tokens: int64 ``[S]``, the next input of each row. A step writes ``chosen`` there (0 instead
+            of -1); the caller may overwrite it between steps.
+        lengths: int32 ``[S]``, the number of tokens whose keys and values each row holds; change it
+            by :meth:`set_length` and :meth:`copy_prefix` only.
+        active: int32 ``[S]``, 1 (the initial value) where a step advances the row. A row at 0 keeps
+            its length and its tokens; a step computes it too, without effect.
+        logits: fp32 ``[S, V]``, the last of each row.
+        chosen: int64 ``[S]``, the argmax of the logits; -1 if their maximum is NaN or infinite.
     Raises:
         ValueError: an argument out of range, or a model whose arithmetic a step cannot repeat.
     """
@@ -112,7 +112,8 @@ class Decoder:
         self.device, self.vocab_size = weight.device, config.vocab_size
         self.max_batch, self.max_len, self.chunk = max_batch, max_len, min(chunk, max_len)
         self.buckets = (*(2**i for i in range(6) if 2**i < max_batch), max_batch)
-        # What is kept may be changed in and outside of inference mode, whichever this is.
+        # The decoder's tensors may be changed inside and outside of inference mode, so they are
+        # made outside.
         with torch.inference_mode(False), torch.no_grad(), self.device:
             self._build(model, cache_dtype, head, kernel)
 
@@ -150,8 +151,8 @@ class Decoder:
         """Feed ``tokens[:batch]``: append their keys and values, attend, and write ``logits``,
         ``chosen`` and the next ``tokens`` of these rows; then ``lengths += active``.
 
-        A row that holds ``max_len`` tokens is full: nothing is appended, its length stays, and its
-        logits mean nothing. On CUDA nothing here waits for the device.
+        A row that holds ``max_len`` tokens is full: a step appends nothing and keeps its length,
+        and its logits mean nothing. On CUDA, a step does not wait for the device.
 
         Raises:
             ValueError: batch is not 1 to max_batch.
@@ -161,11 +162,12 @@ class Decoder:
         self._runner.step(batch)
 
     def check_weights(self) -> None:
-        """Tell whether the model is still the one that was read, which :meth:`prefill` asks too.
+        """Check that the model's weights have not changed since they were read. :meth:`prefill`
+        calls this too.
 
         Raises:
-            ValueError: a weight was changed in place since (of changes through ``weight.data`` only
-                those of vectors, such as norms, are seen).
+            ValueError: a weight was changed in place since. Of changes through ``weight.data``,
+                only those of vectors, such as norms, are seen.
         """
         if self._versions.changed():
             raise ValueError(
@@ -175,15 +177,15 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor, n_valid: list[int]) -> None:
-        """Append tokens to rows, whether these are active or not. Waits for the device.
+        """Append tokens to rows, active or not. Waits for the device.
 
         Arguments:
             tokens: int64 ``[B, T]``, T <= chunk, for rows 0 .. B - 1, padded on the right.
-            n_valid: how many of a row's tokens count; 0: the row is left as it is. Its logits,
-                chosen and next token are those after its last valid token.
+            n_valid: how many of each row's tokens count; 0 leaves the row as it is. The row's
+                logits, chosen and next token are then those after its last valid token.
         Raises:
-            ValueError: a shape or dtype that does not fit, a token the model does not have, a row
-                without room for its tokens, or weights that changed (:meth:`check_weights`).
+            ValueError: a shape or dtype that does not fit, a token that the model does not have, a
+                row without room for its tokens, or changed weights (:meth:`check_weights`).
         """
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise ValueError(
@@ -197,7 +199,7 @@ class Decoder:
                 f"{self.max_batch} (max_batch), got {b}"
             )
         if t > self.chunk:
-            raise ValueError(f"tokens: expected at most {self.chunk} (chunk) a row, got {t}")
+            raise ValueError(f"tokens: expected at most {self.chunk} (chunk) per row, got {t}")
         low, high = tokens.aminmax() if tokens.numel() else (0, 0)
         if low < 0 or high >= self.vocab_size:
             raise ValueError(f"tokens: expected 0 to {self.vocab_size - 1}, got {low} to {high}")
@@ -212,7 +214,7 @@ class Decoder:
 
     @torch.inference_mode()
     def copy_prefix(self, source: int, target: int, n: int) -> None:
-        """Make row ``target`` hold the first ``n`` tokens of another row, and only those.
+        """Make row ``target`` hold the first ``n`` tokens of row ``source``, and only those.
 
         Raises:
             ValueError: no such row, or it holds fewer tokens.
@@ -226,7 +228,7 @@ class Decoder:
 
     @torch.inference_mode()
     def set_length(self, row: int, n: int) -> None:
-        """Forget what a row holds after its first ``n`` tokens.
+        """Forget a row's tokens after the first ``n``.
 
         Raises:
             ValueError: no such row, or it holds fewer tokens.
@@ -236,13 +238,13 @@ class Decoder:
 
     def memory(self) -> dict[str, int]:
         """Bytes of ``weights`` (the layers' matrices and norms), ``head``, ``embedding``, ``cache``
-        (keys, values and their scales) and ``workspace`` (all else; on CUDA without the graphs'
-        pool). Memory that two share counts once: a head tied to the embedding is 0."""
+        (keys, values and their scales) and ``workspace`` (everything else; on CUDA without the
+        graphs' pool). Shared memory counts once: a head tied to the embedding is 0."""
         weights, state = self._weights, self._state
         parts = {
             "embedding": [weights.embedding],
             "head": tensors_of(weights.head),
-            "weights": weights.tensors(),  # in which the two above are not counted again
+            "weights": weights.tensors(),  # the two above are among them, and count once
             "cache": [state.kv] if state.scale is None else [state.kv, state.scale],
             "workspace": [
                 *state.others(),

@@ -1,11 +1,11 @@
-"""Which computed tokens can be used again.
+"""Find the computed tokens that a call can reuse.
 
 A row of the cache holds keys and values of known tokens, and those of a prefix depend on nothing
-after it. So a prompt needs to be computed only from where it departs from what some row holds
-(:func:`place`), and a prefix that several prompts of a call share, a system prompt, only once
-(:func:`share`). A call needs the first rows, so what it does not use of them is first moved to
-others (:func:`keep`). The last token of a prompt is always computed: its logits are wanted, and no
-row keeps them.
+after it. So a prompt must be computed only from the token where it departs from all rows
+(:func:`place`), and a prefix that several prompts of a call share, such as a system prompt, only
+once (:func:`share`). A call runs in the first rows, so tokens there that it does not use are first
+moved to other rows (:func:`keep`). The last token of a prompt is always computed: the call needs
+its logits, and no row keeps them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,19 +25,19 @@ class Copy(NamedTuple):
 def place(
     held: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]
 ) -> tuple[list[int], list[int], list[Copy]]:
-    """Give each prompt a row, so that as much as can be stays where it is.
+    """Give each prompt a row, so that as many tokens as possible stay where they are.
 
-    Pairs of prompt and row are joined greedily, the longest common prefix first. A prompt whose
-    longest prefix lies in another row than its own gets it by a copy. The copies may be made in any
-    order: the prompt that was given a row has at least as long a prefix in common with it as one
-    that reads it, so what it writes there begins with what is read.
+    Prompts and rows are paired greedily, the longest common prefix first. A prompt whose longest
+    prefix lies in another row gets it by a copy. The order of the copies does not matter: a row's
+    own prompt shares at least as long a prefix with the row as any prompt that reads it, so it
+    overwrites none of the tokens that are read.
 
     Arguments:
-        held: the tokens of each row. prompts: as many as there are rows, or fewer; none empty.
+        held: the tokens of each row. prompts: at most as many as rows; none empty.
 
     Returns:
-        The row of each prompt, a permutation of ``range(len(prompts))``; how many tokens of each
-        prompt that row holds already, before the copies; the copies, which give more.
+        The row of each prompt, a permutation of ``range(len(prompts))``; how many tokens of the
+        prompt that row holds before the copies; the copies, which add to them.
     """
     rows = _padded(held)
     common = [_common(rows, prompt[:-1]) for prompt in prompts]
@@ -61,14 +61,14 @@ def place(
 def keep(
     held: Sequence[Sequence[int]], used: Sequence[int], lost: Iterable[int], spare: Iterable[int]
 ) -> list[Copy]:
-    """Where to keep what rows hold that are about to be written over.
+    """Find places for the tokens of rows that are about to be overwritten.
 
-    Best over a row that holds a prefix of it, or nothing; else over the one least recently used,
-    unless that was used later than the row itself.
+    The best place is a row that holds a prefix of them, or nothing; else the least recently used
+    row, unless it was used later than the row itself.
 
     Arguments:
         held: the tokens of each row. used: when each was last used, any ascending number.
-        lost: rows about to be written over. spare: rows that may be written over instead.
+        lost: rows about to be overwritten. spare: rows that may be overwritten instead.
     """
     copies = []
     free = sorted(spare, key=lambda row: used[row])
@@ -83,16 +83,16 @@ def keep(
 
 
 def share(prompts: Sequence[Sequence[int]], held: Sequence[int]) -> list[list[Copy]]:
-    """Prefixes that prompts have in common beyond what is there already.
+    """Find prefixes that prompts have in common beyond the tokens that their rows hold already.
 
     A prompt takes the longest prefix that an earlier prompt has too, from the first such prompt.
 
     Arguments:
-        prompts: none empty. held: how many tokens of each are there.
+        prompts: none empty. held: how many tokens of each prompt its row holds.
 
     Returns:
-        Rounds of copies between *prompts*: those of a round need what the rounds before it copied,
-        and their sources computed as far as they are read.
+        Rounds of copies between *prompts*. A round needs the copies of the rounds before it, and
+        its sources computed as far as they are read.
     """
     wanted = [prompt[:-1] for prompt in prompts]
     rows = _padded(wanted)
@@ -111,7 +111,7 @@ def share(prompts: Sequence[Sequence[int]], held: Sequence[int]) -> list[list[Co
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Rows of tokens as one int64 array, filled up with -1, which is no token."""
+    """Rows of tokens as one int64 array, padded with -1, which is no token."""
     padded = np.full((len(rows), max(map(len, rows), default=0)), -1, dtype=np.int64)
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row
@@ -119,7 +119,7 @@ def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def _common(rows: np.ndarray, tokens: Sequence[int]) -> list[int]:
-    """Length of the common prefix of each padded row with some tokens."""
+    """The length of the common prefix of ``tokens`` with each padded row."""
     n = min(len(tokens), rows.shape[1])
     same = np.ones((len(rows), n + 1), dtype=bool)
     same[:, :n] = rows[:, :n] == np.array(tokens[:n], dtype=np.int64)

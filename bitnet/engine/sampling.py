@@ -1,9 +1,9 @@
 """Choosing the next token: the distribution, and a draw from it with one uniform number.
 
-A draw inverts the cumulative distribution (the first token whose cumulated probability exceeds the
-number). So a text is a function of logits and numbers; the numbers of a row come from a generator
-of the row's own, on the CPU on any device, and neither the global random state nor another row
-plays a part. Nothing here waits for the device.
+A draw inverts the cumulative distribution: it takes the first token whose cumulated probability
+exceeds the number. So a text is a function of logits and numbers. Each prompt has a generator of
+its own for the numbers, always on the CPU; neither the global random state nor another prompt
+changes them. Nothing here waits for the device.
 """
 
 import torch
@@ -22,13 +22,13 @@ def next_token_probabilities(
         top_p: in (0, 1]; the most likely token always stays. Counts the probabilities after top-k.
 
     Returns:
-        fp32 ``[B, V]``, rows sum to 1, exactly 0 for what is cut off.
+        fp32 ``[B, V]``; rows sum to 1, and tokens cut off have exactly 0.
     """
-    # Subtracting the peak first keeps a tiny temperature from overflowing: exp sees 0 and below.
+    # Subtracting the maximum first keeps a tiny temperature from overflowing: exp gets 0 and below.
     # A temperature below fp32's range would divide by 0.
     scaled = (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     vocab_size = scaled.shape[-1]
-    if 0 < top_k < vocab_size:  # before top_p: to sort a whole vocabulary takes long
+    if 0 < top_k < vocab_size:  # before top_p: sorting a whole vocabulary takes long
         ranked, ids = scaled.topk(top_k, -1)
     elif top_p < 1:
         ranked, ids = scaled.sort(-1, descending=True)
@@ -43,9 +43,9 @@ def next_token_probabilities(
 
 
 def uniforms(seed: int, n: int) -> Tensor:
-    """The numbers that a row's draws take, in order: float64 ``[n]`` in [0, 1), on the CPU.
+    """The numbers of a text's draws, in order: float64 ``[n]`` in [0, 1), on the CPU.
 
-    More numbers from the same seed begin with the same ones.
+    A longer sequence from the same seed begins with the shorter one.
     """
     generator = torch.Generator().manual_seed(seed)
     numbers = torch.rand(n, dtype=torch.float64, generator=generator, device="cpu")
@@ -54,7 +54,7 @@ def uniforms(seed: int, n: int) -> Tensor:
 
 
 def draw(probabilities_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """A token of each row by inversion: the first whose cumulated probability exceeds the number.
+    """Draw a token for each row: the first whose cumulated probability exceeds the number.
 
     Arguments:
         probabilities_BV: float ``[B, V]``, 0 or more, with any positive sum.
@@ -75,13 +75,13 @@ def choose(
     top_p: float = 1.0,
     uniforms_B: Tensor | None = None,
 ) -> Tensor:
-    """The next token of each row.
+    """Choose the next token of each row.
 
     Arguments:
         logits_BV: fp32 ``[B, V]``.
         temperature: 0 = the most likely token (greedy), which takes no ``uniforms_B``.
-        top_k, top_p: as :func:`next_token_probabilities` has them.
-        uniforms_B: float64 ``[B]``, as :func:`draw` has them.
+        top_k, top_p: see :func:`next_token_probabilities`.
+        uniforms_B: float64 ``[B]``, see :func:`draw`.
 
     Returns:
         int64 ``[B]``; -1 where the logits have no finite maximum.

@@ -1,4 +1,4 @@
-"""What a decoder keeps from step to step, all of it allocated once.
+"""The memory of a decoder, all of it allocated once: its rows, and the buffers of a step.
 
 S rows, L columns, G key-value heads, E head_dim, V vocabulary.
 """
@@ -13,15 +13,15 @@ from bitnet.engine.weights import Dense, Int8, ModelWeights, Ternary
 from bitnet.model import ModelConfig, rotary
 
 COLUMN_STEP = 64
-"""A step on CPU reads columns up to the longest row's length, rounded up to a multiple of this."""
+"""A step on a CPU reads columns up to the longest row's length, rounded up to a multiple of it."""
 
 
 @dataclass(frozen=True)
 class State:
     """Rows and their keys and values.
 
-    A row has a column more than ``max_len`` (and what rounds it up): a row that is full or has
-    ended goes on being computed, and what it writes must not fall on a column it holds.
+    A row has at least one column more than ``max_len``: a row that is full or inactive is computed
+    too, and must not overwrite a column that it holds.
     """
 
     max_len: int
@@ -43,7 +43,7 @@ class State:
     sin: Tensor
     """fp32 ``[L, E]``, by position."""
     unfinished: dict[int, int] = field(default_factory=dict)
-    """On CPU, of a prefill under way: the rows that it writes, and up to which column."""
+    """On a CPU: the rows that a prefill is writing, each with the column where it will end."""
 
     @staticmethod
     def empty(
@@ -53,7 +53,7 @@ class State:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "State":
-        """Rows without tokens; ``dtype`` is the cache's."""
+        """Make rows without tokens; ``dtype`` is that of keys and values."""
         columns = COLUMN_STEP * math.ceil((max_len + 1) / COLUMN_STEP)
         shape = (config.n_layers, 2, max_batch, config.n_kv_heads, columns, config.head_dim)
         fp32 = torch.float32
@@ -80,17 +80,17 @@ class State:
     def truncate(self, row: int, n: int) -> None:
         """Forget a row's columns from ``n`` on.
 
-        On CPU they are zeroed: a step gives columns beyond a row's length the weight 0, and 0 times
-        a NaN that stood there would be NaN. The kernels on CUDA do not read them.
+        On a CPU they are zeroed: a step gives columns beyond a row's length the weight 0, and 0
+        times a NaN would be NaN. The kernels on CUDA do not read them.
         """
         if self.kv.device.type == "cpu":
-            # A row that is not active has written one more.
+            # An inactive row has written one column more.
             self._zero(row, n, int(self.lengths[row]) + 1)
         self.lengths[row] = n
 
     def clean(self) -> None:
-        """Zero what a prefill that was broken off left beyond its rows' lengths, as NaN may be
-        among it: see :meth:`truncate`."""
+        """Zero the columns that a prefill, broken off, wrote beyond its rows' lengths, which may
+        hold NaN: see :meth:`truncate`."""
         for row, end in self.unfinished.items():
             self._zero(row, int(self.lengths[row]), end)
         self.unfinished.clear()
@@ -101,20 +101,20 @@ class State:
             self.scale[:, :, row, :, start:end].zero_()
 
     def copy_prefix(self, source: int, target: int, n: int) -> None:
-        """The first ``n`` columns of a row into another, which holds nothing."""
+        """Copy the first ``n`` columns of a row into another row, which holds nothing."""
         self.kv[:, :, target, :, :n] = self.kv[:, :, source, :, :n]
         if self.scale is not None:
             self.scale[:, :, target, :, :n] = self.scale[:, :, source, :, :n]
         self.lengths[target] = n
 
     def others(self) -> list[Tensor]:
-        """All that is not keys and values."""
+        """All tensors except keys, values and their scales."""
         rows = [self.tokens, self.lengths, self.active, self.logits, self.chosen]
         return [*rows, self.cos, self.sin]
 
 
 class Scratch:
-    """One flat buffer, of which each use takes the front, contiguous, in the shape it needs."""
+    """One flat buffer. Each use takes a contiguous view of its front, in the shape it needs."""
 
     def __init__(self, numel: int, dtype: torch.dtype = torch.float32) -> None:
         self.buffer = torch.zeros(numel, dtype=dtype, device="cpu")
@@ -127,7 +127,8 @@ class Scratch:
 class Workspace:
     """The buffers of the steps and prefills on a CPU.
 
-    M tokens at most, K inputs of the widest matrix. Uses of a buffer follow one another.
+    For at most M tokens at a time, and K inputs of the widest matrix. The uses of a buffer follow
+    one another.
     """
 
     def __init__(
@@ -142,10 +143,10 @@ class Workspace:
         head = rows * v
         quantized_head = isinstance(weights.head, Ternary | Int8)
         self.x = Scratch(m * d, dtype)  # the residual stream
-        self.y = Scratch(m * inner, dtype)  # what a matrix reads
-        self.z = Scratch(outer, dtype)  # what a matrix gives
+        self.y = Scratch(m * inner, dtype)  # the input of a matrix
+        self.z = Scratch(outer, dtype)  # the output of a matrix
         self.hidden = Scratch(m * inner, dtype)  # inside a block
-        self.wide = Scratch(m * max(inner, (h + 2 * g) * e))  # fp32 of what is normed
+        self.wide = Scratch(m * max(inner, (h + 2 * g) * e))  # fp32 input of a norm
         self.square = Scratch(m * max(inner, 2 * g * e))
         self.moment = Scratch(m * (h + 2 * g))
         self.step_size = Scratch(m * (h + 2 * g))
@@ -187,7 +188,7 @@ class Workspace:
         return tensors + [value.buffer for value in values if isinstance(value, Scratch)]
 
     def constant(self, value: float) -> Tensor:
-        """fp32 ``[]``, made once."""
+        """A number as an fp32 ``[]``, made once."""
         if value not in self._constants:
             self._constants[value] = torch.tensor(value, dtype=torch.float32, device="cpu")
         return self._constants[value]

@@ -1,9 +1,9 @@
-"""Tokens to text as they come, and where a stop string ends it.
+"""Turn tokens into text as they come, and end the text at a stop string.
 
-Text and tokens have different borders. A character may take several tokens (byte fallback), a stop
-string may span tokens and may begin inside one. So both are handed out only once they are certain:
+Text and tokens have different borders. A character may take several tokens (byte fallback); a stop
+string may span tokens and may begin inside one. So both are handed out only when they are certain:
 text that may be the beginning of a stop string is held back until it is one or cannot become one,
-and a token is *settled* once all of its text has been handed out.
+and a token is *settled* when all of its text has been handed out.
 """
 
 from collections.abc import Sequence
@@ -13,26 +13,27 @@ from bitnet.data.tokenizer import Tokenizer
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 _ANCHOR = "a"
 _WINDOW = 16
-"""Tokens that are decoded again with each new one, at most; more where they end in no character."""
+"""Tokens decoded again with each new one, at most; more if they do not end with a character."""
 
 
 class TextStream:
     """The text of a prompt's continuation, piece by piece.
 
-    Without a stop string, what the calls return adds up to ``tokenizer.decode(prompt + tokens)``
-    after the prompt. With one, it ends exactly before the first stop string to be complete (before
-    the one that begins first, where a token completes several). A stop string counts where all of
-    it lies in the new text: one that begins in the prompt does not.
+    Without stop strings, the returned pieces add up to ``tokenizer.decode(prompt + tokens)`` after
+    the prompt. With them, the text ends exactly before the first stop string to be complete (if one
+    token completes several, before the one that begins first). A stop string counts only if all of
+    it lies in the new text, not if it begins in the prompt.
 
     Arguments:
-        prompt: decides whether the first new token begins with its space. Bytes at its end that are
-            no character may become one: their text is then part of the continuation's.
+        prompt: decides whether the first new token keeps its leading space. If the prompt ends in
+            bytes that are no character yet, the character they become belongs to the continuation.
         stop: the stop strings, none empty.
     Attributes:
         stopped: a stop string is complete; no more tokens may be pushed.
         settled: how many of the new tokens are certain to stay: those whose text has been handed
-            out whole. Once ``stopped``, these are the tokens that lie wholly before the stop
-            string; one in which it begins is not among them, though the text before it is returned.
+            out completely. Once ``stopped``, these are the tokens that lie wholly before the stop
+            string; the token in which it begins is not among them, though the text before it is
+            returned.
     """
 
     def __init__(
@@ -43,22 +44,22 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._ends: list[int] = []  # length of the decoded text after each new token
-        # Only the tokens since a certain border are decoded: one between characters, with text
-        # before it. An anchor in front keeps their first space from being taken for the one that
-        # tokenizers put before a text.
+        # Only the tokens after a border are decoded: a place between two characters, with text
+        # before it. An anchor in front of them keeps their first space: tokenizers put one before
+        # a text, and decoding removes it.
         self._anchor: list[int] = []
         self._ids = list(prompt)
         self._begin = 0  # characters before the border
-        self._waiting = ""  # those of them that are not handed out yet
+        self._waiting = ""  # those of them not handed out yet
         text = self._decode()
         whole = text
         if tokenizer.count_bytes([tokenizer.eos_id, *prompt]) != len(text.encode()):
             whole = _whole(text)  # some bytes are no character
-        self._given = len(whole)  # characters after the border that are handed out
+        self._given = len(whole)  # characters after the border handed out so far
         self._move_border(text)
 
     def push(self, token: int) -> str:
-        """Take one token; return the text that is certain now, which may be empty."""
+        """Add one token; return the text that is certain now, which may be empty."""
         assert not self.stopped
         self._ids.append(token)
         text = self._decode()
@@ -77,8 +78,8 @@ class TextStream:
         return new
 
     def finish(self) -> str:
-        """The rest, of which no stop string came: text held back, and bytes that never became a
-        character, as U+FFFD. Nothing if ``stopped``, or when called again."""
+        """Return the rest: text held back that became no stop string, and bytes that became no
+        character, as U+FFFD. Returns "" if ``stopped``, or when called again."""
         if self.stopped:
             return ""
         self.settled = len(self._ends)
@@ -88,12 +89,12 @@ class TextStream:
         return new
 
     def _decode(self) -> str:
-        """The text of the tokens since the border."""
+        """The text of the tokens after the border."""
         text = self._tokenizer.decode([*self._anchor, *self._ids])
         return text[len(_ANCHOR) :] if self._anchor else text
 
     def _move_border(self, text: str) -> None:
-        """Move the border behind the tokens, whose text this is, if that is between characters."""
+        """Move the border behind the tokens, whose text is ``text``, if a character ends there."""
         if text and text[-1] != _UNKNOWN:
             self._waiting += text[self._given :]
             self._begin += len(text)
@@ -101,7 +102,8 @@ class TextStream:
             self._anchor = self._anchor or self._tokenizer.encode(_ANCHOR)
 
     def _certain(self, new: str) -> str:
-        """What of the text not yet handed out is no part of a stop string, nor may become one."""
+        """The front of ``new``, the text not handed out yet, that neither is nor may become part of
+        a stop string."""
         if found := [start for stop in self._stop if (start := new.find(stop)) >= 0]:
             self.stopped = True
             return new[: min(found)]
@@ -113,8 +115,8 @@ class TextStream:
 
 
 def _whole(text: str) -> str:
-    """Without the characters at the end that another token may still change: an unfinished UTF-8
-    character has at most three bytes, and each decodes to one U+FFFD."""
+    """The text without the characters at its end that another token may still change: an unfinished
+    UTF-8 character has at most three bytes, and each decodes to one U+FFFD."""
     for _ in range(3):
         text = text.removesuffix(_UNKNOWN)
     return text

@@ -1,15 +1,16 @@
-"""What a step reads: a model's modules as matrices and norms, fused where several share an input.
+"""A model's weights as a step reads them: matrices and norms, fused where several share an input.
 
-    Ternary   TernaryLinear, or BitLinear as it is now: codes and one scale a row. On CPU the codes
-              are unpacked once to int8, which torch's int8 product reads as they are and three to
-              thirteen times as fast as an fp32 product of the size; on CUDA they stay packed.
-    Dense     nn.Linear, the full-precision twin: one weight.
-    Modules   whatever else stands there (scales by group, a norm inside, a bias, layers of QAT,
-              adapters): called as it is, one by one, allocating what it allocates. A BitLinear
-              among them is packed first, so that no call quantizes its weight again.
+    Ternary   TernaryLinear, or BitLinear with the codes of its weight now: codes and one scale per
+              row. On a CPU the codes are unpacked once to int8: torch's int8 product reads them
+              directly, and is three to thirteen times as fast as an fp32 product of the same size.
+              On CUDA they stay packed.
+    Dense     nn.Linear, the full-precision baseline: one weight.
+    Modules   any other layer (scales per group, a norm inside, a bias, layers of QAT, adapters):
+              called as a module, one by one, allocating memory. A BitLinear among them is packed
+              first, so that no call quantizes its weight again.
 
-Fused projections (q, k and v; gate and up) keep one scale an original projection, as quantization
-demands: a fused matrix carries a scale a row. Nothing is estimated again from what was fused.
+A fused matrix (q, k and v; gate and up) has one scale per row, so each projection in it keeps its
+own scale. Nothing is estimated again.
 
 N out_features, K in_features.
 """
@@ -40,9 +41,9 @@ class Norm(NamedTuple):
 
 
 class Ternary(NamedTuple):
-    """Ternary rows: ``weight`` int8 codes ``[N, K]`` on CPU, uint8 packed ``[N, ceil(K/64)*16]``
-    on CUDA; ``scale`` fp32 ``[N]``; ``planes`` the packed codes as bit planes, for the kernel that
-    reads these."""
+    """A ternary matrix: ``weight`` int8 codes ``[N, K]`` on a CPU, uint8 packed
+    ``[N, ceil(K/64)*16]`` on CUDA; ``scale`` fp32 ``[N]``; ``planes`` the packed codes as bit
+    planes, for the kernel that reads those."""
 
     weight: Tensor
     scale: Tensor
@@ -56,13 +57,13 @@ class Dense(NamedTuple):
 
 
 class Modules(NamedTuple):
-    """Layers that are called as they are; their outputs stand side by side."""
+    """Layers called as modules; their outputs stand side by side."""
 
     modules: tuple[nn.Module, ...]
 
 
 class Int8(NamedTuple):
-    """An 8-bit head: codes int8 ``[N, K]`` and their scales fp32 ``[N]``, absmax a row."""
+    """An 8-bit head: codes int8 ``[N, K]`` and one absmax scale per row, fp32 ``[N]``."""
 
     weight: Tensor
     scale: Tensor
@@ -74,7 +75,7 @@ _M = TypeVar("_M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer; a norm is None where the model has none there."""
+    """One layer. A norm is None if the model has none in its place."""
 
     input_norm: Norm | None
     qkv: Matrix
@@ -103,16 +104,16 @@ class ModelWeights:
     @staticmethod
     @torch.no_grad()
     def of(model: Transformer, packed: bool, planes: bool = False) -> "ModelWeights":
-        """Read a model as it is now.
+        """Read a model's weights as they are now.
 
         Arguments:
             model: a Transformer whose embedding, layers, attention and MLP are the classes of
                 torch and :mod:`bitnet.model`; the linear modules inside may be any.
-            packed: keep ternary weights packed (CUDA) or as int8 codes (CPU).
+            packed: keep ternary weights packed (for CUDA) instead of as int8 codes (for a CPU).
             planes: keep packed weights as bit planes as well.
         Raises:
-            ValueError: a module in place of one whose arithmetic is fixed (named), or of another
-                dtype than the embedding.
+            ValueError: a module (named) whose arithmetic a step does not know, or whose dtype is
+                not the embedding's.
         """
         _require("model", model, Transformer)
         embedding = embedding_of(model)
@@ -161,21 +162,23 @@ class ModelWeights:
         return ModelWeights(embedding, tuple(layers), norm, head)
 
     def modules(self) -> tuple[nn.Module, ...]:
-        """Those that are called as they are."""
+        """The layers called as modules."""
         matrices = [m for layer in self.layers for m in vars(layer).values()] + [self.head]
         return tuple(one for m in matrices if isinstance(m, Modules) for one in m.modules)
 
     def tensors(self) -> list[Tensor]:
-        """All that a step reads."""
+        """All tensors that a step reads."""
         parts = [part for layer in self.layers for part in vars(layer).values()]
         parts += [self.norm, self.head]
         return [self.embedding, *(tensor for part in parts for tensor in tensors_of(part))]
 
 
 class Versions:
-    """What tells whether a model has changed since it was read: torch counts the changes in place
-    of each tensor, but for those past autograd (``weight.data``), of tensors made in inference
-    mode, and by fused optimizers. A step of these shows in the vectors, of which copies are kept.
+    """Detects whether a model has changed since it was read.
+
+    torch counts each tensor's changes in place, except those past autograd (``weight.data``), of
+    tensors made in inference mode, and by fused optimizers. A step of a fused optimizer shows in
+    the vectors, of which this keeps copies.
 
     :class:`ModelWeights` shares some of a model's tensors and copies others, so after a change it
     is neither the old model nor the new. The copied ones are watched by weak references: the model
@@ -183,7 +186,7 @@ class Versions:
     """
 
     def __init__(self, model: nn.Module, weights: ModelWeights) -> None:
-        # A module's buffers may be what it counts in every call.
+        # A layer called as a module may change its own buffers in every call.
         free = {id(buffer) for module in weights.modules() for buffer in module.buffers()}
         packed = [module for module in model.modules() if isinstance(module, TernaryLinear)]
         originals = [*model.parameters(), *(t for module in packed for t in module.buffers())]
@@ -198,7 +201,7 @@ class Versions:
         ]
 
     def copies(self) -> list[Tensor]:
-        """What is kept to compare with."""
+        """The copies that this keeps."""
         return [before for _, before in self._vectors]
 
     def changed(self) -> bool:
@@ -216,11 +219,11 @@ class Versions:
 
 
 def embedding_of(model: Transformer) -> Tensor:
-    """The embedding's rows ``[V, D]``: a plain embedding's own weight, of a quantized one the rows
-    that its forward gives now, a copy.
+    """The embedding's rows ``[V, D]``: the weight itself of a plain embedding; of a quantized one a
+    copy of the rows that its forward gives now.
 
     Raises:
-        ValueError: it is no nn.Embedding, nor one that a recipe has quantized.
+        ValueError: it is neither an nn.Embedding nor one that a recipe has quantized.
     """
     embedding = model.embed_tokens
     if type(embedding) in (QATEmbedding, IntEmbedding) and not hooked(embedding):
@@ -237,14 +240,14 @@ def embedding_of(model: Transformer) -> Tensor:
 
 
 def tensors_of(matrix: Matrix | Norm | None) -> list[Tensor]:
-    """The tensors that a matrix or norm is made of."""
+    """The tensors of a matrix or norm."""
     if isinstance(matrix, Modules):
         return [t for module in matrix.modules for t in (*module.parameters(), *module.buffers())]
     return [] if matrix is None else [part for part in matrix if isinstance(part, Tensor)]
 
 
 def _require(name: str, module: nn.Module, kind: type[_M]) -> _M:
-    """The module, if its forward is that of ``kind`` and nothing is hooked to it."""
+    """The module; raises ValueError if its forward is not that of ``kind``, or it has hooks."""
     same = isinstance(module, kind) and all(
         getattr(type(module), name, None) is getattr(kind, name, None) and name not in vars(module)
         for name in ("__call__", "forward", "hidden")
@@ -268,7 +271,7 @@ def _norm(name: str, module: nn.Module | None) -> Norm | None:
 
 
 def _fuse(modules: Sequence[nn.Module], packed: bool, planes: bool) -> Matrix:
-    """The matrix of layers that read the same input."""
+    """Fuse layers that read the same input into one matrix."""
     if all(_is_matrix(module) for module in modules):
         ternary = [part for module in modules if (part := _ternary(module, packed)) is not None]
         if len(ternary) == len(modules):
@@ -282,15 +285,15 @@ def _fuse(modules: Sequence[nn.Module], packed: bool, planes: bool) -> Matrix:
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    """Whether its weight, if its class is one of those known, is all there is to a layer."""
+    """Whether a layer of a known class does nothing beyond its weight: no bias, no hooks."""
     bare = getattr(module, "bias", None) is None and not computed_parameter(module)
     return bare and not hooked(module)
 
 
 def _constant(module: nn.Module) -> nn.Module:
-    """A BitLinear with its codes as they are now, to the same bits; any other module itself.
+    """A BitLinear packed, with equal outputs to the last bit; any other module itself.
 
-    Left as it is, it would quantize its weight in every call, or take codes that
+    Unpacked, a BitLinear would quantize its weight in every call, or use codes that
     ``weights_quantized`` holds for a while: a CUDA graph would go on reading those.
     """
     if type(module) is not BitLinear or hooked(module) or computed_parameter(module):
@@ -304,7 +307,7 @@ def _constant(module: nn.Module) -> nn.Module:
 
 
 def _ternary(module: nn.Module, packed: bool) -> tuple[Tensor, Tensor] | None:
-    """Codes and a scale a row, of a layer that has this form."""
+    """Codes and one scale per row, of a layer that has them; else None."""
     if type(module) not in (BitLinear, TernaryLinear):
         return None
     assert isinstance(module, BitLinear | TernaryLinear)
@@ -320,15 +323,15 @@ def _ternary(module: nn.Module, packed: bool) -> tuple[Tensor, Tensor] | None:
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:
-    """One contiguous tensor; a single one is shared with the model, not copied."""
+    """Concatenate to one contiguous tensor. A single one is shared with the model, not copied."""
     return rows[0].contiguous() if len(rows) == 1 else torch.cat(list(rows))
 
 
 def quantized_head(head: Matrix, dtype: Literal["bf16", "int8"]) -> Matrix:
-    """A dense output head in fewer bits: bf16, or int8 by absmax a row.
+    """A dense output head in fewer bits: bf16, or int8 with one absmax scale per row.
 
     Raises:
-        ValueError: the head is no plain nn.Linear; the CPU has no exact int8 product.
+        ValueError: the head is no plain nn.Linear, or the CPU has no exact int8 product.
     """
     if not isinstance(head, Dense):
         raise ValueError(f"head: {dtype!r} needs a lm_head that is a plain nn.Linear; use 'auto'")
