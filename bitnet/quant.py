@@ -26,6 +26,7 @@ import math
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from einops import repeat
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -102,7 +103,10 @@ def absmean_ternary(
     group_size: int = 128,
     alpha: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """Ternary codes and their scale, statistics in fp32 or better (arXiv 2402.17764, eqs. 1-3).
+    """Ternary codes and their scale (arXiv 2402.17764, eqs. 1-3).
+
+    The mean of the magnitudes is a sum of integers, so gamma has the same bits on every device and
+    in every order of summation, whatever the number of threads.
 
     Arguments:
         weight: float ``[N, K]``.
@@ -120,30 +124,51 @@ def absmean_ternary(
     _check_weight(weight)
     check_granularity(granularity, group_size)
     w = weight.float()
-    # fp64 weights are averaged in fp64, so that no order of the sum shows in the fp32 mean.
-    magnitude = w.abs().to(torch.promote_types(weight.dtype, torch.float32))
+    magnitude = weight.abs() if weight.dtype == torch.float64 else w.abs()
     if granularity == "tensor":
-        gamma = _clamped(magnitude.mean())
+        gamma = _clamped_mean(magnitude.flatten())
         threshold = alpha * gamma
     elif granularity == "row":
-        gamma = _clamped(magnitude.mean(1))
+        gamma = _clamped_mean(magnitude)
         threshold = alpha * gamma.unsqueeze(1)
     else:
-        groups = [group.mean(1) for group in magnitude.split(group_size, 1)]
-        gamma = _clamped(torch.stack(groups, 1))
+        gamma = torch.stack([_clamped_mean(part) for part in magnitude.split(group_size, 1)], 1)
         threshold = alpha * spread_groups(gamma, group_size, w.shape[1])
     codes = (w > threshold).to(torch.int8)
     codes -= (w < -threshold).to(torch.int8)
     return codes, gamma
 
 
-def _clamped(mean: Tensor) -> Tensor:
-    return torch.where(mean.isfinite(), mean.clamp(min=EPS), torch.nan).float()
+def _clamped_mean(magnitude: Tensor) -> Tensor:
+    """``max(mean, EPS)`` over the last axis of a tensor >= 0, fp32; NaN where a term is not finite.
+
+    Each term becomes a whole number of units, the power of two 2^-bits times the one below the
+    largest term. The int64 sum of n <= 2^L terms stays below 2^62 and is exact in any order. Terms
+    lose their fraction of a unit, which is at most 2^(2L - 61) of the mean.
+    """
+    n = magnitude.shape[-1]
+    bits = 61 - (n - 1).bit_length()
+    largest = magnitude.amax(-1, keepdim=True).float()
+    # fp32's biased exponent; products with powers of two that are made from it are exact
+    exponent = largest.clamp(min=2.0**-60).view(torch.int32) >> 23
+    units_per_one = ((254 + bits - exponent) << 23).view(torch.float32)
+    unit = ((exponent - bits) << 23).view(torch.float32).squeeze(-1)
+    total = (magnitude * units_per_one).to(torch.int64).sum(-1).double()
+    # by a tensor: CUDA would multiply by the rounded reciprocal of a number
+    mean = (total * unit / total.new_full((), n)).float()
+    finite = largest.squeeze(-1).isfinite()
+    return torch.where(finite, mean.clamp(min=EPS), torch.nan)
 
 
 def spread_groups(gamma: Tensor, group_size: int, in_features: int) -> Tensor:
-    """One scale a column: ``[N, G]`` -> ``[N, K]``."""
-    return gamma.repeat_interleave(group_size, 1)[:, :in_features]
+    """One scale per column: ``[N, G]`` -> ``[N, K]``.
+
+    The last group, where it is shorter, is added by itself. A slice of the repeated scales reads
+    wrong elements when torch (2.13) compiles it for a CPU.
+    """
+    full, rest = divmod(in_features, group_size)
+    columns = repeat(gamma[:, :full], "n g -> n (g columns)", columns=group_size)
+    return torch.cat((columns, gamma[:, full:].expand(-1, rest)), 1) if rest else columns
 
 
 def dequantize(codes: Tensor, gamma: Tensor, group_size: int = 128) -> Tensor:

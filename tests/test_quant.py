@@ -1,5 +1,6 @@
 """bitnet/quant.py against numpy and the formulas of the BitNet papers, written out here again."""
 
+from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -64,6 +65,49 @@ def test_absmean_matches_numpy(granularity: Granularity, shape: tuple[int, int])
     assert (codes.numpy()[clear] == expected[clear]).all()
     w_hat = dequantize(codes, gamma, 32).numpy()
     np.testing.assert_allclose(w_hat[clear], (expected * scales)[clear], rtol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-6, 0.02, 1.0, 1e30])
+@pytest.mark.parametrize("n", [1, 2, 3, 64, 65, 1000, 4097])
+def test_gamma_is_the_exact_mean_rounded_once(n: int, scale: float, dtype: torch.dtype) -> None:
+    w = (torch.randn(1, n, generator=torch.Generator().manual_seed(n)) * scale).to(dtype)
+    (gamma,) = absmean_ternary(w, "row")[1].tolist()
+    exact = sum(map(Fraction, w.abs().flatten().tolist())) / n
+    lost = exact * Fraction(2) ** (2 * (n - 1).bit_length() - 61) + exact * Fraction(2) ** -52
+    bounds = (exact - lost, exact + lost)
+    below, above = (max(np.float32(float(b)), np.float32(1e-5)) for b in bounds)
+    assert below <= gamma <= above
+
+
+def test_gamma_has_the_same_bits_in_any_order() -> None:
+    """As other devices, thread counts and splits among ranks would add."""
+    generator = torch.Generator().manual_seed(5)
+    w = torch.randn(61, 333, generator=generator) * torch.logspace(-6, 0, 333)
+    flat = w.flatten()
+    naive = set()
+    for _ in range(20):
+        shuffled = flat[torch.randperm(flat.numel(), generator=generator)].view(w.shape)
+        assert torch.equal(absmean_ternary(shuffled)[1], absmean_ternary(w)[1])
+        naive.add(shuffled.abs().mean().item())
+    assert len(naive) > 1  # so that the order does matter to a sum of floats
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own tracing
+@pytest.mark.parametrize("k", [20, 33, 130])
+def test_short_groups_are_compiled_right(k: int) -> None:
+    """torch 2.13 compiles a slice of repeated scales into reads past their end."""
+
+    def scales(w: Tensor) -> tuple[Tensor, ...]:
+        codes, gamma = absmean_ternary(w, "group", 32)
+        return codes, gamma, dequantize(codes, gamma, 32)
+
+    torch.compiler.reset()
+    w = torch.randn(5, k, generator=torch.Generator().manual_seed(k)) * 0.02
+    compiled = torch.compile(scales, fullgraph=True)(w)
+    for got, want in zip(compiled, scales(w), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_zeros_of_known_distributions() -> None:
