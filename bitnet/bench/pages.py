@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bitnet.bench import decode_table, train_rows
+from bitnet.durable import write_atomic
 from bitnet_kernels.bench import report
 from bitnet_kernels.bench.rows import Row
 
@@ -43,9 +44,9 @@ def stale(root: Path, figures: list[Row]) -> dict[str, str]:
 
 
 def write(root: Path, texts: Mapping[str, str]) -> None:
-    """Write pages: name -> text."""
+    """Write pages (name -> text), each whole or not at all."""
     for page, text in texts.items():
-        (root / page).write_text(text, encoding="utf-8")
+        write_atomic(root / page, text.encode())
 
 
 def _regions(root: Path, figures: list[Row]) -> Iterator[Region]:

@@ -1,6 +1,7 @@
 """``bitnet inspect kernels``: what the GPU kernels compile to, on a machine without a GPU."""
 
 import csv
+import io
 import re
 import sys
 from collections import Counter
@@ -14,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bitnet.cli.common import valid_names
-from bitnet.durable import check_output
+from bitnet.durable import check_output, write_atomic
 from bitnet.progress import Reports, plain_console
 from bitnet.schema import UserError, nearest, user_input
 from bitnet_kernels.sass import ARCHS, Report, inspect, listing
@@ -153,15 +154,15 @@ def shortened(opcodes: list[str]) -> str:
 
 
 def write_listing(folder: Path, spec: Any, sm: int) -> None:
-    """``FOLDER/sad-M=1.sm_90.sass``."""
+    """Write ``FOLDER/sad-M=1.sm_90.sass``."""
     with user_input(f"--out {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w=.-]+", "-", spec.name)
-    (folder / f"{name}.sm_{sm}.sass").write_text(listing(spec, sm), encoding="utf-8")
+    write_atomic(folder / f"{name}.sm_{sm}.sass", listing(spec, sm).encode())
 
 
 def write_csv(path: Path, reports: list[Report]) -> None:
-    """A row a report; pipes have a column each, per weight."""
+    """Write one row per report; each pipe has a column, per weight."""
     rows = []
     for one in reports:
         row: dict[str, Any] = {"gpu": ARCHS[f"sm_{one.sm}"].gpu}
@@ -175,7 +176,8 @@ def write_csv(path: Path, reports: list[Report]) -> None:
             else:
                 row[key] = counted(value) if isinstance(value, list) else value
         rows.append(row)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, text.getvalue().encode())

@@ -168,7 +168,8 @@ def test_a_closed_terminal_ends_a_command_without_an_error(tmp_path: Path) -> No
     ours, terminal = os.openpty()
     code = (
         "with one_line_errors():\n"
-        "    try:\n        print('begun', flush=True)\n        time.sleep(60)\n    finally:\n        print('x' * 10_000, flush=True)\n"
+        "    try:\n        print('begun', flush=True)\n        time.sleep(60)\n"
+        "    finally:\n        print('x' * 10_000, flush=True)\n"
         f"        open({str(tmp_path / 'cleaned')!r}, 'x')"
     )
     with (tmp_path / "errors").open("w") as stderr:
