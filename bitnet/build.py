@@ -17,7 +17,7 @@ from bitnet.export.folder import load, read_config
 from bitnet.linear import BitLinear
 from bitnet.model import Transformer, as_transformer
 from bitnet.qat.adapters import add_adapters
-from bitnet.qat.prepare import bitlinear_twin, prepare
+from bitnet.qat.prepare import prepare, with_bitlinears
 from bitnet.qat.recipe import Recipe
 from bitnet.schema import UserError
 
@@ -65,14 +65,14 @@ def as_saved(model: Transformer, quant: Recipe) -> tuple[Transformer, Recipe]:
     head), becomes the ordinary ternary model that it is, which ``bitnet pack`` and all other
     commands know. All else stays as it trained.
     """
-    twin = bitlinear_twin(model) if quant.enabled else None
-    if twin is None:
+    ternary = with_bitlinears(model) if quant.enabled else None
+    if ternary is None:
         return model, quant
     config = model.config
     names = {f"layers.{i}.{name}" for i in range(config.n_layers) for name in config.matrices()}
-    if names != {name for name, module in twin.named_modules() if isinstance(module, BitLinear)}:
+    if names != {name for name, module in ternary.named_modules() if isinstance(module, BitLinear)}:
         return model, quant
-    saved = as_transformer(twin)
+    saved = as_transformer(ternary)
     saved.config = dataclasses.replace(
         config,
         linear="ternary",

@@ -128,6 +128,11 @@ def test_an_output_can_be_detached_in_place() -> None:
         assert not y.requires_grad
 
 
+def freeze(layer: nn.Module) -> None:
+    if layer.input_observer is not None:
+        layer.input_observer.frozen = True
+
+
 @pytest.mark.parametrize("weights", WEIGHT_QUANTIZERS)
 def test_qat_linear(weights: str) -> None:
     for activations in ("none", "absmax", "static"):
@@ -142,7 +147,7 @@ def test_qat_linear(weights: str) -> None:
             )
             layer = prepare(nn.Linear(8, 5), recipe)
             calibrate(layer, [torch.randn(4, 8)])
-            layer.input_observer and layer.input_observer.freeze()
+            freeze(layer)
             check(layer, an_input((2, 3, 8)))
             layer.lambda_w = layer.lambda_a = 0.5
             check(layer, an_input((3, 8)))
@@ -165,7 +170,7 @@ def test_qat_convolutions(activations: ActivationQuantizer, granularity: Granula
     ):
         layer = prepare(conv, recipe)
         calibrate(layer, [torch.randn(2, *shape)])
-        layer.input_observer and layer.input_observer.freeze()
+        freeze(layer)
         for batch in ((), (2,)):
             check(layer, an_input((*batch, *shape)))
 

@@ -9,19 +9,13 @@
 docs/qat.md is the guide. The PTQ baselines are in ptq.py, gptq.py, awq.py and smoothquant.py.
 """
 
-from bitnet.qat.prepare import (
-    bitlinear_twin,
-    calibrate,
-    convert,
-    fold_batch_norm,
-    prepare,
-    size_report,
-)
+from bitnet.qat.batch_norm import fold_batch_norm
+from bitnet.qat.prepare import calibrate, convert, prepare
 from bitnet.qat.recipe import Recipe
+from bitnet.qat.sizes import size_report
 
 __all__ = [
     "Recipe",
-    "bitlinear_twin",
     "calibrate",
     "convert",
     "fold_batch_norm",

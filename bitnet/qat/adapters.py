@@ -233,8 +233,9 @@ def add_adapters(model: nn.Module, config: AdapterConfig, recipe: Recipe = BITNE
     disable_nested_tensors(model)
     if not config.train_base:
         model.requires_grad_(False)
-        for tensor in _tensors(model).values():
-            tensor.requires_grad_(True)
+        for _, layer in _adapted(model):
+            layer.lora_a.requires_grad_(True)
+            layer.lora_b.requires_grad_(True)
     return model
 
 
@@ -374,37 +375,3 @@ def _quantized(linear: nn.Linear) -> tuple[Tensor, Tensor]:
         codes, scale = linear.quantize()
         return codes, dequantize_ternary(codes, scale, linear.group_size)
     return linear.weight.new_zeros(()), linear.weight.float()
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": getattr(layer, key)
-        for name, layer in _adapted(model)
-        for key in ("lora_a", "lora_b")
-    }
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the adapters alone: ``<layer>.lora_a`` fp32 ``[r, K]`` and ``<layer>.lora_b`` fp32
-    ``[N, r]``. Rank and alpha are not in them: they belong to the config."""
-    return {name: tensor.detach().clone() for name, tensor in _tensors(model).items()}
-
-
-@torch.no_grad()
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy what :func:`adapter_state` gave into a model with the same adapters.
-
-    Raises:
-        ValueError: a tensor too few, too many, or of another shape; nothing is loaded then.
-    """
-    own = _tensors(model)
-    if missing := sorted(own.keys() ^ state.keys()):
-        side = "state" if missing[0] in own else "model"
-        raise ValueError(f"state: {missing[0]!r} is not in the {side} ({len(missing)} such names)")
-    for name, tensor in own.items():
-        if state[name].shape != tensor.shape:
-            raise ValueError(
-                f"state: {name} has shape {list(state[name].shape)}, expected {list(tensor.shape)}"
-            )
-    for name, tensor in own.items():
-        tensor.copy_(state[name])

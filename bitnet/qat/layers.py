@@ -162,7 +162,7 @@ class ProductLayer(QATLayer):
         if recipe.weights_only or self.lambda_a == 0:
             y = self.op.floating(x, w_used, self.bias, output_dtype(x))
             return self.op.unbatched(y, input)
-        moves = self.training and observer is not None and observer.moves
+        moves = self.training and observer is not None and not observer.frozen
         scale, zero_point = self.input_range(check=not moves)
         codes, s_x, z_x, x_hat = fake_quantize_activation(
             x, recipe, scale, zero_point, self.op.per_sample

@@ -37,8 +37,8 @@ class Observer(nn.Module):
 
     State: ``low``, ``high`` fp32 ``[]``, both 0 until a batch was seen (they stay fp32 under
     ``.to(dtype)``); ``n_seen`` int64 ``[]``, batches that counted; ``bad`` int64 ``[]``, batches
-    left out for NaN or infinity. ``observing`` and ``frozen`` are plain attributes: whoever sets
-    them by a schedule sets them again after loading a checkpoint.
+    left out for NaN or infinity. ``frozen`` is a plain attribute, which keeps the range as it is. A
+    checkpoint does not hold it, so a schedule sets it again after loading one.
 
     Under gradient checkpointing a layer's forward runs again in the backward, so in training each
     batch counts twice: in ``n_seen``, and in a moving average as two steps (momentum squared).
@@ -51,8 +51,7 @@ class Observer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.observing, self.frozen = True, False
-        self._calibrated = False
+        self.frozen = self._calibrated = False
         for name in ("low", "high"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float32, device="cpu"))
         for name in ("n_seen", "bad"):
@@ -60,8 +59,8 @@ class Observer(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Take a float batch of any shape into account; nothing where frozen or disabled."""
-        if not self.moves or (x.numel() == 0 and not _distributed(x)):
+        """Take a float batch of any shape into account; nothing where frozen."""
+        if self.frozen or (x.numel() == 0 and not _distributed(x)):
             return
         x = x.detach().float()
         finite = x.isfinite().all()
@@ -81,11 +80,6 @@ class Observer(nn.Module):
         """Buffers, by name, as they are after a finite batch."""
         raise NotImplementedError
 
-    @property
-    def moves(self) -> bool:
-        """Whether batches are taken into account: neither frozen nor disabled."""
-        return self.observing and not self.frozen
-
     def calibrated(self) -> bool:
         """Whether a batch was seen. Waits for the device until it is so, and no longer from then
         on; on the meta device, which has no values, true."""
@@ -104,22 +98,6 @@ class Observer(nn.Module):
         self._calibrated = False
         super()._load_from_state_dict(*args, **kwargs)
 
-    def freeze(self) -> None:
-        """Keep the range from now on."""
-        self.frozen = True
-
-    def unfreeze(self) -> None:
-        """Let the range move again."""
-        self.frozen = False
-
-    def enable(self) -> None:
-        """Observe (as a new observer does)."""
-        self.observing = True
-
-    def disable(self) -> None:
-        """Ignore what is shown."""
-        self.observing = False
-
     def range(self) -> tuple[Tensor, Tensor]:
         """low, high: fp32 ``[]``."""
         return self.low, self.high
@@ -134,8 +112,8 @@ class Observer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """The modes."""
-        return f"observing={self.observing}, frozen={self.frozen}"
+        """Whether it is frozen."""
+        return f"frozen={self.frozen}"
 
 
 class MinMax(Observer):

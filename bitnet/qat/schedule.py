@@ -153,8 +153,5 @@ def set_step(
         if begins:
             layer.initialize_step()
         if layer.input_observer is not None:
-            if frozen:
-                layer.input_observer.freeze()
-            else:
-                layer.input_observer.unfreeze()
+            layer.input_observer.frozen = frozen
     return weights, activations

@@ -31,8 +31,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitnet.qat.prepare import calibrate, convert, fold_batch_norm, prepare, size_report
-from bitnet.qat.recipe import Recipe
+from bitnet.qat import Recipe, calibrate, convert, fold_batch_norm, prepare, size_report
 
 ROOT = Path(__file__).parent.parent.parent
 CSV = Path(__file__).parent / "digits.csv"

@@ -16,9 +16,7 @@ from bitnet.qat.adapters import (
     AdapterConfig,
     FrozenTernaryLinear,
     LoRALinear,
-    adapter_state,
     add_adapters,
-    load_adapter_state,
     merge_adapters,
 )
 from bitnet.qat.layers import QATLinear
@@ -40,6 +38,10 @@ TERNARY = Recipe(weights="absmean", granularity="tensor")
 
 def lora(**keys: Any) -> AdapterConfig:
     return AdapterConfig(kind="lora", **keys)
+
+
+def adapters_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if name.endswith(("lora_a", "lora_b"))}
 
 
 def transformer(linear: str = "fp", **keys: Any) -> Transformer:
@@ -167,7 +169,7 @@ def test_adding_to_a_transformer(kind: str) -> None:
     assert {type(layer.base) for layer in layers} == {bases[kind]}
     assert type(model.lm_head) is nn.Linear
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trained == set(adapter_state(model))
+    assert trained == set(adapters_of(model))
     stored = {"lora": ["weight"], "nf4": ["absmax", "packed"], "ternary": ["packed", "scale"]}
     prefix = "layers.1.mlp.down_proj."
     keys = sorted(key.removeprefix(prefix) for key in model.state_dict() if key.startswith(prefix))
@@ -202,7 +204,7 @@ def test_a_module_used_twice_gets_one_adapter() -> None:
 
 def test_patterns() -> None:
     model = add_adapters(transformer(), lora(targets=["layers.0.mlp.*", "q_proj"]))
-    names = {name.rpartition(".")[0] for name in adapter_state(model)}
+    names = {name.rpartition(".")[0] for name in adapters_of(model)}
     assert names == {
         *(f"layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")),
         "layers.0.self_attn.q_proj",
@@ -421,38 +423,6 @@ def test_what_cannot_be_merged() -> None:
         merge_adapters(packed)
 
 
-# The adapters alone ------------------------------------------------------------------------------
-
-
-def test_adapter_state_moves_an_adapter() -> None:
-    source, other = (add_adapters(transformer(), lora(rank=3)) for _ in range(2))
-    shake(source)
-    state = adapter_state(source)
-    shapes = {tuple(tensor.shape) for name, tensor in state.items() if "q_proj.lora" in name}
-    assert shapes == {(3, 32), (32, 3)}
-    tokens = torch.randint(67, (2, 9))
-    expected = source(tokens)
-    load_adapter_state(other, state)
-    assert torch.equal(other(tokens), expected)
-    shake(source)  # the state is a copy
-    load_adapter_state(other, state)
-    assert torch.equal(other(tokens), expected)
-
-
-def test_adapter_state_is_strict() -> None:
-    model = add_adapters(transformer(), lora(rank=3))
-    state = adapter_state(model)
-    name = "layers.0.mlp.up_proj.lora_a"
-    short = {key: tensor for key, tensor in state.items() if key != name}
-    with pytest.raises(ValueError, match=f"state: '{name}' is not in the state"):
-        load_adapter_state(model, short)
-    with pytest.raises(ValueError, match="state: 'extra' is not in the model"):
-        load_adapter_state(model, state | {"extra": torch.zeros(1)})
-    with pytest.raises(ValueError, match=rf"{name} has shape \[2, 32\], expected \[3, 32\]"):
-        load_adapter_state(model, state | {name: torch.zeros(2, 32)})
-    assert all(torch.equal(adapter_state(model)[key], state[key]) for key in state)
-
-
 # Training ----------------------------------------------------------------------------------------
 
 
@@ -488,11 +458,11 @@ def test_training_moves_the_adapters_and_nothing_else(name: str) -> None:
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     first, last, optimizer = train(model)
     assert last < 0.5 * first
-    adapters = set(adapter_state(model))
+    adapters = set(adapters_of(model))
     for key, tensor in model.state_dict().items():  # bit for bit
         assert torch.equal(tensor, before[key]) == (key not in adapters), key
     kept = sum(state["exp_avg"].numel() for state in optimizer.state.values())
-    assert kept == sum(tensor.numel() for tensor in adapter_state(model).values())
+    assert kept == sum(tensor.numel() for tensor in adapters_of(model).values())
 
 
 @pytest.mark.parametrize("recipe", [W4, TERNARY], ids=str)

@@ -15,7 +15,7 @@ from bitnet.qat.activations import fake_quantize_activation
 from bitnet.qat.grid import Codes
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLinear
 from bitnet.qat.observers import make_observer
-from bitnet.qat.prepare import bitlinear_twin, convert, prepare
+from bitnet.qat.prepare import convert, prepare, with_bitlinears
 from bitnet.qat.product import ConvOp, int_matmul, quantized_linear
 from bitnet.qat.recipe import Recipe
 from bitnet_kernels import reference
@@ -303,7 +303,7 @@ def test_no_gradient_outside_a_static_range_and_for_saturated_weights() -> None:
     layer = QATLinear.from_float(nn.Linear(8, 3), recipe)
     layer(torch.rand(50, 8))
     assert layer.input_observer is not None
-    layer.input_observer.freeze()
+    layer.input_observer.frozen = True
     x = (3 * torch.rand(4, 8)).requires_grad_()
     layer(x).sum().backward()
     assert x.grad is not None
@@ -373,7 +373,7 @@ def test_what_is_not_quite_bitnet_computes_by_its_own_recipe(change: dict[str, A
     recipe = Recipe(**options | change)  # type: ignore[arg-type]
     assert not recipe.is_bitnet
     layer = QATLinear.from_float(nn.Linear(40, 6, bias=False), recipe)
-    assert bitlinear_twin(nn.Sequential(layer)) is None
+    assert with_bitlinears(nn.Sequential(layer)) is None
     if recipe.activations == "absmax":
         x = torch.randn(9, 40)
         found = fake_quantize_activation(x, recipe)
@@ -418,17 +418,14 @@ def test_an_observer_that_saw_nothing_has_no_range() -> None:
     observer, x = layer.input_observer, torch.randn(2, 4)
     assert observer is not None
     message = r"input_observer: has seen no input; .*\(a QATLinear of weight \[3, 4\]\)"
-    for set_mode in (layer.eval, observer.freeze, observer.disable):
-        layer.train()
-        observer.unfreeze()
-        observer.enable()
-        set_mode()
+    for training, frozen in ((False, False), (True, True)):
+        layer.train(training)
+        observer.frozen = frozen
         with pytest.raises(ValueError, match=message):
             layer(x)
-    layer.train()
-    observer.enable()
+    observer.frozen = False
     layer(x)
-    observer.freeze()
+    observer.frozen = True
     assert torch.equal(layer(x), layer.eval()(x))
     assert observer.calibrated()
     observer.load_state_dict(make_observer(recipe).state_dict())
@@ -542,7 +539,7 @@ def test_observers_watch_in_training_only_and_until_frozen() -> None:
     assert (observer.low.item(), observer.high.item()) == (-2.0, 3.0)
     layer.eval()(torch.full((1, 3), 9.0))
     assert observer.high.item() == 3.0
-    observer.freeze()
+    observer.frozen = True
     layer.train()(torch.full((1, 3), 9.0))
     assert observer.high.item() == 3.0
     assert "input_observer.low" in layer.state_dict()

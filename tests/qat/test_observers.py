@@ -202,7 +202,7 @@ def test_a_batch_that_is_not_finite_is_left_out(kind: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_frozen_and_disabled_observers_do_not_move(kind: str) -> None:
+def test_frozen_observers_do_not_move(kind: str) -> None:
     x, y, z = batches(3)
     observer = shown(observer_of(kind), x)
     before = copy.deepcopy(observer.state_dict())
@@ -210,16 +210,10 @@ def test_frozen_and_disabled_observers_do_not_move(kind: str) -> None:
     def unmoved() -> bool:
         return all(torch.equal(before[k], v) for k, v in observer.state_dict().items())
 
-    observer.freeze()
-    assert observer.frozen
+    observer.frozen = True
     shown(observer, y)
     assert unmoved()
-    observer.unfreeze()
-    observer.disable()
-    assert not observer.observing
-    shown(observer, y)
-    assert unmoved()
-    observer.enable()
+    observer.frozen = False
     shown(observer, z)
     assert not unmoved()
     assert ends(observer) == ends(shown(observer_of(kind), x, z))

@@ -14,9 +14,9 @@ from bitnet.qat.adapters import AdapterConfig, add_adapters, merge_adapters
 from bitnet.qat.integer import IntConv1d, IntConv2d, IntEmbedding, IntLayer, IntLinear
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATLayer, QATLinear
 from bitnet.qat.prepare import (
-    bitlinear_twin,
     convert,
     prepare,
+    with_bitlinears,
 )
 from bitnet.qat.recipe import Recipe
 from tests.helpers.qat_net import EVERYTHING, Net, ids, kinds
@@ -119,7 +119,7 @@ def test_transformer_and_its_twin_of_bitlinears() -> None:
     model = Transformer(config)
     recipe = Recipe(weights="absmean", granularity="tensor", modules=["linear"])
     prepared = prepare(copy.deepcopy(model), recipe)
-    twin = bitlinear_twin(prepared)
+    twin = with_bitlinears(prepared)
     assert twin is not None
     layers = [m for m in prepared.modules() if isinstance(m, QATLinear)]
     assert sum(isinstance(m, BitLinear) for m in twin.modules()) == len(layers) == 14
@@ -130,9 +130,9 @@ def test_transformer_and_its_twin_of_bitlinears() -> None:
     y = prepared.eval()(tokens)
     assert torch.equal(twin.eval()(tokens), y)
     assert torch.equal(convert(prepared)(tokens), y)
-    assert bitlinear_twin(model) is None
-    assert bitlinear_twin(prepare(copy.deepcopy(model), Recipe(weights="int"))) is None
-    assert bitlinear_twin(prepare(Net(), Recipe(weights="absmean"))) is None
+    assert with_bitlinears(model) is None
+    assert with_bitlinears(prepare(copy.deepcopy(model), Recipe(weights="int"))) is None
+    assert with_bitlinears(prepare(Net(), Recipe(weights="absmean"))) is None
 
 
 def test_degenerate_layers() -> None:

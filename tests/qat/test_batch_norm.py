@@ -7,11 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.linear import BitLinear, replace_linear
-from bitnet.qat.prepare import (
-    batch_norm_pairs,
-    fold_batch_norm,
-    prepare,
-)
+from bitnet.qat.batch_norm import batch_norm_pairs, fold_batch_norm
+from bitnet.qat.prepare import prepare
 from bitnet.qat.recipe import Recipe
 
 
