@@ -209,7 +209,7 @@ def _negative_log_likelihood(
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:
-    """The summed negative log likelihood of targets ``[...]`` under logits ``[..., V]``: float64."""
+    """Sum of the negative log likelihoods of ``[...]`` targets under ``[..., V]`` logits: fp64."""
     flat = logits.float().flatten(0, -2)
     return F.cross_entropy(flat, targets.flatten(), reduction="none").double().sum()
 
