@@ -137,7 +137,7 @@ class Config:
         return self.train.batch_tokens // self.data.seq_len
 
     def resolve(self) -> "Config":
-        """Fill every 0 that the dial computes; raises UserError for what cannot be."""
+        """Fill every 0 that has a rule; raises UserError for an impossible config."""
         _check_name(self.run.name)
         _check_encoding(self)
         folder = self.train.init_from
@@ -324,7 +324,7 @@ def _resolve_qat(config: Config, n_parameters: int) -> Config:
 
 
 def default_lr(n_parameters: int, linear: str, fine_tune: bool = False) -> float:
-    """The dial's peak learning rate (AdamW), to two digits; the rule stands in the module head.
+    """The peak learning rate (AdamW) by the rule of the module's docstring, to two digits.
 
     ``fine_tune``: a saved full-precision model, to be trained on.
     """
@@ -334,7 +334,7 @@ def default_lr(n_parameters: int, linear: str, fine_tune: bool = False) -> float
 
 
 def default_batch_tokens(n_parameters: int) -> int:
-    """The dial's tokens a step; the rule stands in the module head."""
+    """Tokens per step by the rule of the module's docstring."""
     exponent = round(math.log2(2**18 * math.sqrt(n_parameters / 50e6)))
     return int(2 ** min(20, max(14, exponent)))
 

@@ -121,7 +121,8 @@ def token_cost(
 
     Arguments:
         model: resolved. context: positions attended to, the token's own included.
-        ternary: W1.58A8 with packed 2-bit codes, or the 16-bit twin; ``model.linear`` is not read.
+        ternary: W1.58A8 with packed 2-bit codes, or the 16-bit baseline; ``model.linear`` is
+            not read.
         zeros: share of zero codes.
     Raises:
         ValueError: context < 1 or zeros outside [0, 1].

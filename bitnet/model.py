@@ -3,7 +3,7 @@
     tokens -> embedding -> n_layers x [x + attention(norm(x));  x + mlp(norm(x))] -> norm -> logits
 
 RMSNorm, rotary positions, grouped-query attention, a gated MLP, no biases. The matrices inside the
-layers are BitLinear (`linear = "ternary"`) or nn.Linear (`"fp"`, the full-precision twin); the
+layers are BitLinear (`linear = "ternary"`) or nn.Linear (`"fp"`, the full-precision baseline); the
 embedding, the head and the norms stay in high precision either way. Where the normalization sits
 is the one structural choice ternary models add:
 
@@ -13,7 +13,7 @@ is the one structural choice ternary models add:
     in_linear  Microsoft's Training Tips: a norm inside every linear and none outside
 
 Parameter names and maths are those of Hugging Face's BitNet where both have the thing, so that
-exporting is renaming. One dial, ``depth``, chooses the whole shape (:meth:`ModelConfig.resolve`).
+exporting is renaming. ``depth`` alone chooses the whole shape (:meth:`ModelConfig.resolve`).
 
 B batch, T tokens, D d_model, H query heads, G key-value heads, E head_dim, F d_ff, V vocabulary.
 """
@@ -43,9 +43,9 @@ class ModelConfig:
     """The model's shape and arithmetic. 0 means: computed from ``depth``."""
 
     depth: Annotated[int, Field(ge=1, le=1000)] = 6
-    """The one dial: layers, width, heads, FFN and (elsewhere) learning rate, batch and tokens."""
+    """Sets layers, width, heads and FFN; learning rate, batch and tokens follow from the size."""
     linear: Literal["ternary", "fp"] = "ternary"
-    """Arithmetic of the layers' matrices; "fp" is the full-precision twin."""
+    """Arithmetic of the layers' matrices; "fp" is the full-precision baseline."""
     n_layers: Count = 0
     """Layers. 0: depth."""
     d_model: Count = 0
@@ -85,7 +85,7 @@ class ModelConfig:
     gives the gradient of each matrix's "input", or of "both" its input and its weight."""
 
     def resolve(self, vocab_size: int = 0, seq_len: int = 0) -> "ModelConfig":
-        """Fill every 0 by the dial's rules and check what remains.
+        """Fill every 0 by the rules of ``depth`` and check the rest.
 
         Raises UserError, naming the key, for a shape that cannot be.
         """
@@ -120,7 +120,7 @@ class ModelConfig:
         if self.int8_backward != "none" and self.linear == "fp":
             raise UserError(
                 f'model.int8_backward = "{self.int8_backward}" needs model.linear = "ternary"; for '
-                'the full-precision twin it is "none"'
+                'the full-precision baseline it is "none"'
             )
         if self.int8_backward != "none" and self.granularity == "group":
             raise UserError(
@@ -176,7 +176,7 @@ def _divisors(n: int) -> list[int]:
 
 
 class NormLinear(nn.Linear):
-    """nn.Linear with a learned RMSNorm on its input: the full-precision twin of in_linear."""
+    """nn.Linear with a learned RMSNorm on its input: the full-precision form of in_linear."""
 
     def __init__(self, in_features: int, out_features: int, norm_eps: float) -> None:
         super().__init__(in_features, out_features, bias=False)

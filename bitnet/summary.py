@@ -18,7 +18,7 @@ from bitnet.energy import (
 from bitnet.model import ModelConfig
 from bitnet.training.optim import warmup_steps
 
-_DIALED = (
+_COMPUTED = (
     (
         "model",
         ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "vocab_size", "max_seq_len"),
@@ -89,26 +89,27 @@ def _warmups(config: Config) -> tuple[tuple[str, float], tuple[str, float]]:
 def tables(asked: Config) -> list[Table]:
     """What ``bitnet inspect`` prints for a config as it was asked for (not resolved)."""
     config = asked.resolve()
-    found = [_dial(asked, config), _shapes(config), _costs(config)]
+    found = [_settings(asked, config), _shapes(config), _costs(config)]
     if config.quant.enabled and not config.quant.quantizer.ternary:
         return found  # multiplications of other widths have no table
     return found + energy_tables(config.model, config.data.seq_len)
 
 
-def _dial(asked: Config, config: Config) -> Table:
-    table = Table("key", "value", "chosen by", title=f"{config.run.name}: the dial")
+def _settings(asked: Config, config: Config) -> Table:
+    table = Table("key", "value", "chosen by", title=f"{config.run.name}: settings")
     table.add_row("model.depth", str(config.model.depth), "config")
-    for section, keys in _DIALED:
+    for section, keys in _COMPUTED:
         for key in keys:
             value = getattr(getattr(config, section), key)
             given = getattr(getattr(asked, section), key)
             table.add_row(
                 f"{section}.{key}",
                 f"{value:g}" if isinstance(value, float) else f"{value:,}",
-                "config" if given else _TAKEN.get(key, "dial"),
+                "config" if given else _TAKEN.get(key, "model.depth"),
             )
     warmup = warmup_steps(config.train.steps, config.optim)
-    table.add_row("warmup", f"{warmup:,} steps", "config" if asked.optim.warmup_steps else "dial")
+    chosen_by = "config" if asked.optim.warmup_steps else "model.depth"
+    table.add_row("warmup", f"{warmup:,} steps", chosen_by)
     return table
 
 

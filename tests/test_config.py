@@ -1,4 +1,4 @@
-"""Configs: every shipped file, strictness, the dial's rules, and the messages of mistakes."""
+"""Configs: every shipped file, strictness, the rules of model.depth, and errors."""
 
 import dataclasses
 import tomllib
@@ -25,21 +25,21 @@ SIZES = ["quickstart", "15m", "60m", "125m", "350m", "700m"]
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_shipped_configs_and_their_twins(name: str) -> None:
-    path, twin_path = CONFIGS / f"{name}.toml", CONFIGS / "fp" / f"{name}.toml"
-    config, twin = load_config([path]).resolve(), load_config([twin_path]).resolve()
-    for file in (path, twin_path):
+def test_shipped_configs_and_their_baselines(name: str) -> None:
+    path, baseline_path = CONFIGS / f"{name}.toml", CONFIGS / "fp" / f"{name}.toml"
+    config, baseline = load_config([path]).resolve(), load_config([baseline_path]).resolve()
+    for file in (path, baseline_path):
         head = file.read_text().splitlines()
         assert head[0].startswith("# "), "a head comment says what the file is"
         comment = "\n".join(line for line in head if line.startswith("#"))
         if name != "quickstart" or file == path:
             for word in ("Time", "Loss"):
                 assert word in comment, f"{file} does not say its {word}"
-    changed = {line.partition(":")[0] for line in differences(to_dict(config), to_dict(twin))}
+    changed = {line.partition(":")[0] for line in differences(to_dict(config), to_dict(baseline))}
     rates = {"optim.lr", "optim.muon_lr"}
     assert changed - rates == {"run.name", "model.linear"}
-    assert changed & rates, "a twin has a learning rate of its own"
-    assert twin.run.name == f"{name}-fp"
+    assert changed & rates, "a baseline has its own learning rate"
+    assert baseline.run.name == f"{name}-fp"
     assert one_line(config)
     assert len(tables(load_config([path]))) == 5
 

@@ -1,4 +1,4 @@
-"""The transformer against a second, naive writing of it, and the shapes that the dial chooses."""
+"""The transformer against a second, naive writing of it, and the shapes that depth chooses."""
 
 import dataclasses
 import math

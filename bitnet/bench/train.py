@@ -4,7 +4,7 @@
 
 A *variant* is a way to compute the layers' matrices, eager or compiled:
 
-    fp          nn.Linear: the full-precision twin, which the others are compared with
+    fp          nn.Linear: the full-precision baseline, which the others are compared with
     naive       BitLinear the usual way: fake quantization in floats, x + (q(x) - x).detach()
     ours        BitLinear of this package
     ours-int8   the same with model.int8_backward = "both", an approximation

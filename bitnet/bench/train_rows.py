@@ -58,7 +58,7 @@ class Row:
     speedup_min: float
     speedup_max: float
     mfu: float
-    """Of ``peak_flops``; by the twin's operations, whatever they are computed with."""
+    """Of ``peak_flops``; by the baseline's operations, for every variant."""
     peak_flops: float
     peak_flops_source: str
     peak_bytes: int
@@ -131,8 +131,8 @@ def figures(
     }
     rows = []
     for name, turns in timed.items():
-        twin = f"fp{COMPILED}" if name.endswith(COMPILED) else "fp"
-        base = twin if twin in timed else next(iter(timed))
+        baseline = f"fp{COMPILED}" if name.endswith(COMPILED) else "fp"
+        base = baseline if baseline in timed else next(iter(timed))
         ratios = [b.seconds / t.seconds for b, t in zip(timed[base], turns, strict=True)]
         seconds = [turn.seconds for turn in turns]
         tokens_s = some.train.batch_tokens / statistics.median(seconds)

@@ -104,10 +104,10 @@ def train_command(
         str, typer.Option(help="CSV file. Default: docs/results/train_<device>.csv.")
     ] = "",
 ) -> None:
-    """Time a training step: ternary layers, their twin, and others.
+    """Time a training step: ternary layers, their baseline, and others.
 
     \b
-    fp         nn.Linear: the full-precision twin
+    fp         nn.Linear: the full-precision baseline
     naive      BitLinear as papers print it, fake quantization in floats
     ours       BitLinear of this package
     ours-int8  the same with model.int8_backward = "both", an approximation

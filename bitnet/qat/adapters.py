@@ -181,7 +181,7 @@ class LoRALinear(CalledLayer, nn.Module):
         return self.scaling * (self.lora_b.float() @ self.lora_a.float())
 
     def extra_repr(self) -> str:
-        """The adapter's dial."""
+        """Rank and alpha."""
         return f"rank={self.rank}, alpha={self.alpha:g}"
 
 

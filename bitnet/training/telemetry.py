@@ -43,7 +43,7 @@ class Telemetry:
     Arguments:
         model: as it is called in training, but not wrapped (no ``torch.compile`` wrapper). Read are
             its BitLinears, and what QAT makes of other layers by BitNet's recipe. A model without
-            them, such as a full-precision twin, is read as ``{}``.
+            them, such as a full-precision baseline, is read as ``{}``.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -28,7 +28,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def expected_fp_losses(path: Path, steps: int) -> list[float]:
-    """A training loop as anyone writes it, of the full-precision twin."""
+    """A training loop as anyone writes it, of the full-precision baseline."""
     config = load_config([path], ["model.linear=fp"]).resolve()
     torch.manual_seed(0)
     model = Transformer(config.model)

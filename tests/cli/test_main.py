@@ -24,7 +24,7 @@ LARGE = ("model.safetensors", "tokenizer.model")
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """text.txt, and a small untrained model in model/ and its full-precision twin in fp/."""
+    """text.txt, and a small untrained model in model/ and its full-precision baseline in fp/."""
     root = tmp_path_factory.mktemp("cli")
     write_folders(root)
     return root
@@ -130,7 +130,8 @@ def test_inspect(bitnet: Bitnet) -> None:
     configs = Path(__file__).parents[2] / "configs"
     code, out, _ = bitnet("inspect", configs / "15m.toml")
     assert code == 0
-    for part in ("15,447,168", "train.steps", "config", "dial", "weights in packed", "0.004"):
+    expected = ("15,447,168", "train.steps", "config", "model.depth", "weights in packed", "0.004")
+    for part in expected:
         assert part in out
     assert "packed" not in bitnet("inspect", configs / "fp" / "15m.toml")[1]
     assert "d_model" in bitnet("inspect", configs / "15m.toml", "model.depth=8")[1]

@@ -486,7 +486,7 @@ def test_a_config_needs_no_command_but_may_have_one(
     config = str(Path(__file__).parents[2] / "configs" / "15m.toml")
     short = run(monkeypatch, capsys, "inspect", config, "model.depth=8")
     assert short[0] == 0
-    assert "15m: the dial" in short[1]
+    assert "15m: settings" in short[1]
     assert run(monkeypatch, capsys, "inspect", "config", config, "model.depth=8") == short
 
 

@@ -1,4 +1,4 @@
-"""Golden losses: 50 steps of a small model, kept as text, for the ternary model and its twin.
+"""Golden losses: 50 steps of a small model, kept as text, for the ternary model and its baseline.
 
 A change of the maths that no other test knows of shows here. After one that is meant to be:
 
