@@ -1,22 +1,22 @@
-"""Prepared tokens on disk, and which of them a step trains on.
+"""Prepared tokens on disk, and the batch of each training step.
 
 A prepared set (prepare.py writes it) is a folder:
 
-    index.json         what is in the other files: counts, checksums, the settings it was made with
-    tokenizer.model    the tokenizer its ids belong to (tokenizer.json, where it is of that kind)
+    index.json         counts and checksums of the other files, and the settings of the set
+    tokenizer.model    the tokenizer of the ids (tokenizer.json for a tokenizer of that kind)
     train_00000.bin    the documents' ids, one after the other, each document ended by EOS:
-    val_00000.bin      little-endian uint16, or uint32 where the vocabulary needs it
+    val_00000.bin      little-endian uint16, or uint32 if the vocabulary needs it
 
-Training reads it in windows of ``seq_len + 1`` tokens at a stride of ``seq_len`` (inputs, and the
-same shifted by one as targets), so in an epoch each token is a target once. Documents are not
-padded and not kept apart: the model learns what EOS means.
+Training reads windows of ``seq_len + 1`` tokens at a stride of ``seq_len`` (inputs, and the same
+tokens shifted by one as targets), so in an epoch each token is a target once. Documents are neither
+padded nor kept apart: the model learns the meaning of EOS.
 
-The order of the windows is a keyed permutation of their numbers, another for each epoch, computed
-for the windows a batch needs and never stored. A batch is therefore a pure function of
+The order of the windows is a keyed permutation of their numbers, another one in each epoch,
+computed for the windows that a batch needs and never stored. So a batch is a pure function of
 (seed, step): there is no shuffle buffer, no worker and no state in a checkpoint, a resumed run sees
-what it would have seen, and any number of processes divides the same batch. The permutation is a
-Feistel network (Luby and Rackoff, 1988) over the least 4^h >= n, walked along its cycles until it
-is back below n; it uses integer arithmetic alone, so it is the same on every machine.
+the batches that an uninterrupted run sees, and any number of processes divides the same batch. The
+permutation is a Feistel network (Luby and Rackoff, 1988) over the least 4^h >= n, applied again
+until the result is below n. It uses only integer arithmetic, so it is the same on every machine.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from bitnet.schema import STRICT, Count, Positive, UserError, read_file
 
 INDEX = "index.json"
 VERSION: Literal[1] = 1
-"""Of the folder's format."""
+"""Version of the folder's format."""
 SplitName = Literal["train", "val"]
 
 
@@ -47,7 +47,7 @@ class DataConfig:
     """The ``[data]`` section: the text, its tokenizer, its validation split, and the windows."""
 
     path: Annotated[str, Field(min_length=1)] = "data/python-stdlib"
-    """folder of the prepared set; made (as by `bitnet prepare`) where it is missing"""
+    """folder of the prepared set; made (as by `bitnet prepare`) if it is missing"""
     sources: Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["python-stdlib"]
     )
@@ -55,7 +55,7 @@ class DataConfig:
     "python-stdlib", the standard library's own source; "hf:NAME" or "hf:NAME:CONFIG", the train
     split of a Hugging Face dataset, streamed"""
     text_field: str = "text"
-    """which field of .jsonl, .parquet and Hugging Face rows holds the text"""
+    """the field of .jsonl, .parquet and Hugging Face rows that holds the text"""
     tokenizer: str = ""
     """a sentencepiece model file, or a byte-level BPE tokenizer.json (with the hf extra); "" =
     train one on the training split"""
@@ -71,7 +71,7 @@ class DataConfig:
     seq_len: Positive = 512
     """tokens in a training sequence"""
     threads: Count = 0
-    """for tokenization; 0 = one for each core"""
+    """threads for tokenization; 0 = one per core"""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -81,21 +81,21 @@ class Shard:
     file: str
     """its name in the folder"""
     n_tokens: Positive
-    """how many, EOS included"""
+    """tokens in it, EOS included"""
     sha256: str
-    """of the file, in hex"""
+    """hash of the file, in hex"""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Split:
-    """What one split holds."""
+    """The sizes and files of one split."""
 
     n_tokens: Positive
-    """EOS included"""
+    """tokens, EOS included"""
     n_bytes: Positive
     """exact UTF-8 bytes of the text"""
     n_documents: Positive
-    """as many as there are EOS tokens"""
+    """documents, one per EOS token"""
     shards: list[Shard]
     """in order"""
 
@@ -105,21 +105,21 @@ class Index:
     """The contents of index.json."""
 
     version: Literal[1]
-    """of the format"""
+    """version of the format"""
     dtype: Literal["uint16", "uint32"]
-    """of an id, little-endian"""
+    """dtype of an id, little-endian"""
     vocab_size: Positive
-    """of the tokenizer"""
+    """ids of the tokenizer"""
     eos_id: Count
     """the token that ends each document"""
     tokenizer_sha256: str
-    """of the tokenizer's file, in hex"""
+    """hash of the tokenizer's file, in hex"""
     held_out: Literal["documents", "passages"]
-    """what the validation split is made of"""
+    """the units of the validation split"""
     sources_digest: str
-    """of the names and sizes of the local source files"""
+    """hash of the names and sizes of the local source files"""
     settings: dict[str, Any]
-    """the [data] settings that decide the contents"""
+    """the [data] settings that determine the contents"""
     splits: dict[SplitName, Split]
     """train and val"""
 
@@ -166,17 +166,17 @@ class TokenDataset:
 
     Attributes:
         path, split: as given.
-        n_tokens, n_bytes, n_documents: of the split; bytes are the exact UTF-8 bytes of its text.
+        n_tokens, n_bytes, n_documents: sizes of the split; bytes are the UTF-8 bytes of its text.
         vocab_size, eos_id: of the tokenizer.
         held_out: whether the validation split consists of whole "documents" or of "passages".
 
     Arguments:
         path: the prepared folder.
         split: "train" or "val".
-        verify: compare each shard's checksum, which reads all of it (about 1 s a gigabyte); sizes
-            are always compared.
+        verify: compare each shard's checksum, which reads the whole shard (about 1 s per
+            gigabyte); sizes are always compared.
     Raises:
-        UserError: there is no such set, or a file is missing, damaged or of another set.
+        UserError: there is no such set, or a file is missing, damaged or from another set.
     """
 
     def __init__(self, path: Path | str, split: SplitName, verify: bool = True) -> None:
@@ -200,7 +200,7 @@ class TokenDataset:
         """The tokenizer that made the ids.
 
         Raises:
-            UserError: its file is missing, damaged or another.
+            UserError: its file is missing or damaged, or belongs to another tokenizer.
         """
         path = tokenizer_path(self.path)
         if hashlib.sha256(read_model(path)).hexdigest() != self._tokenizer_sha256:
@@ -216,7 +216,7 @@ class TokenDataset:
         """Tokens ``start`` to ``stop`` of the split: int64 ``[stop - start]``.
 
         Raises:
-            ValueError: the range is not within ``0 <= start <= stop <= n_tokens``.
+            ValueError: unless ``0 <= start <= stop <= n_tokens``.
         """
         if not 0 <= start <= stop <= self.n_tokens:
             raise ValueError(f"tokens {start}..{stop}: the split has {self.n_tokens}")
@@ -249,16 +249,16 @@ class Loader:
 
     Batch ``step`` holds windows number ``step * B .. step * B + B - 1`` of an endless sequence:
     epoch after epoch, each a permutation of all windows. A batch may span two epochs. Tokens after
-    the last whole window are left out, the same ones in every epoch.
+    the last whole window are left out of every epoch.
 
     Attributes:
         n_windows: windows in an epoch.
 
     Arguments:
-        dataset: where tokens are read.
-        seq_len: T.
-        batch_sequences: B, of the global batch.
-        seed: of the order.
+        dataset: the split to read.
+        seq_len: T, tokens per sequence.
+        batch_sequences: B, sequences of the global batch.
+        seed: seed of the order.
     Raises:
         UserError: the split has too few tokens for one window.
     """
@@ -316,10 +316,10 @@ class Loader:
 
 
 def permute(positions: np.ndarray, n: int, key: bytes) -> np.ndarray:
-    """Where a keyed permutation of ``range(n)`` puts some positions.
+    """Apply a keyed permutation of ``range(n)`` to some positions.
 
-    A Feistel network of 8 rounds whose round function is splitmix64's finalizer, with cycle
-    walking: at most 4 steps on average.
+    A Feistel network of 8 rounds with splitmix64's finalizer as round function, applied again while
+    the result is n or more: at most 4 times on average.
 
     Arguments:
         positions: uint64 ``[P]`` below ``n``.
@@ -352,8 +352,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def window_starts(n_tokens: int, seq_len: int, max_tokens: int = 0) -> Iterator[int]:
-    """Where windows of ``seq_len`` predictions begin among ``n_tokens``: all of them, or about
-    ``max_tokens`` predictions, in windows spread evenly (the beginning may be of one kind)."""
+    """The first positions of windows of ``seq_len`` predictions among ``n_tokens``: of all windows,
+    or of about ``max_tokens`` predictions, spread evenly (the beginning may be all of one kind)."""
     n_windows = -(-n_tokens // seq_len)
     count = min(n_windows, max(1, max_tokens // seq_len)) if max_tokens else n_windows
     return (i * n_windows // count * seq_len for i in range(count))
@@ -364,16 +364,16 @@ def sequential_windows(
 ) -> Iterator[Tensor]:
     """Windows for evaluation: every token of a split is predicted exactly once, in order.
 
-    The first token's context is EOS, as if a document had just ended, and the last window is as
-    long as what is left. So over the whole split the targets stand for exactly its ``n_bytes``;
-    ``Tokenizer.count_bytes`` of each window adds up to it, and is exact for some windows too.
+    The first token's context is EOS, as if a document had just ended; the last window may be
+    shorter. So over the whole split the targets stand for exactly its ``n_bytes``: the sum of
+    ``Tokenizer.count_bytes`` over the windows, which is exact for a part of them too.
 
     Arguments:
         dataset: N tokens.
-        seq_len: T.
-        max_tokens: about how many predictions; 0: all. See :func:`window_starts`.
+        seq_len: T, predictions per window.
+        max_tokens: about how many predictions; 0 = all. See :func:`window_starts`.
     Yields:
-        int64 ``[T + 1]``, the last one maybe shorter: inputs are ``[:-1]``, targets ``[1:]``.
+        int64 ``[T + 1]``, the last one possibly shorter: inputs are ``[:-1]``, targets ``[1:]``.
     """
     for start in window_starts(dataset.n_tokens, seq_len, max_tokens):
         first = np.array([dataset.eos_id]) if start == 0 else dataset.tokens(start - 1, start)

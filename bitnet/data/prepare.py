@@ -1,24 +1,24 @@
-"""Text to a prepared set (data.py describes it): survey, tokenizer, tokens.
+"""Turn text into a prepared set (loader.py describes it): survey, tokenizer, tokens.
 
 The sources are read twice. The *survey* counts, decides how to hold out validation text, and keeps
 a sample for the tokenizer: the documents with the least hashes, so that neither the order of the
 sources nor that of their rows matters. The second pass tokenizes and writes.
 
-*Validation split.* A document is held out when a hash of its text, as a fraction of all hashes, is
-below ``val_fraction``: the same document is on the same side wherever it comes from, and copies
-never straddle the split. With few documents that may hold out nothing, or nearly all. If it gives
-less than half or more than twice the bytes asked for, *passages* are held out instead: documents
-are cut at paragraphs into parts of 2 to 4 Ki characters, hashed each, and the parts between two
-held-out ones stay together as a document. At least one passage is held out. Passages of a book
-resemble the rest of it more than another book does, so the index says which of the two it was.
+*Validation split.* A document is held out if a hash of its text, as a fraction of all hashes, is
+below ``val_fraction``: the same document is always on the same side, and so are all its copies.
+With few documents this may hold out nothing, or nearly all. If it gives less than half or more than
+twice the bytes asked for, *passages* are held out instead: documents are cut at paragraphs into
+parts of 2 to 4 Ki characters, each with its own hash; the parts between two held-out ones stay
+together as a document. At least one passage is held out. Passages of a book resemble the rest of
+the book more than another book does, so the index records which of the two was done.
 
-*Whole or not at all.* The set is written beside its final name and renamed when all is on the
-disk. A lock lets one process prepare while others that want the same set wait for it and use it.
-An interrupted preparation is started anew; what it left is removed then.
+*Whole or not at all.* The set is written beside its final name and renamed when all of it is on
+disk. Under a lock, one process prepares, and others that need the same set wait for it and use it.
+An interrupted preparation starts anew, and removes the files of the old one.
 
-*Reuse.* A finished set is used as it is if it was made with the same settings, and refused
-otherwise. Source files that have changed since are only reported: a set stands on its own, and a
-run that is resumed must see what it saw before.
+*Reuse.* A finished set is used again if its settings are the same, and refused otherwise. Changed
+source files are only reported: a set does not depend on them any more, and a resumed run must see
+the same data as before.
 """
 
 import hashlib
@@ -58,25 +58,25 @@ from bitnet.schema import UserError, check_file, user_input
 
 _HASHES = 2**64
 _PASSAGE = 2048
-"""Characters, at least, of a passage."""
+"""Least characters of a passage."""
 _BATCH = 2**23
 """Characters tokenized at once."""
 _HUB_SURVEY = 4
-"""A Hugging Face dataset is surveyed for this many times the tokenizer's text."""
+"""The survey reads this many times the tokenizer's text from a Hugging Face dataset."""
 
 
 def prepare(config: DataConfig, *, progress: bool = True) -> Path:
-    """Make the prepared set that a config describes, unless it is there.
+    """Make the prepared set that a config describes, unless it exists.
 
     Arguments:
         config: the ``[data]`` section.
         progress: report on stderr.
     Returns:
-        the folder of the set.
+        The folder of the set.
     Raises:
         UserError: a source or the tokenizer is missing or unreadable, there is too little text,
             or ``data.path`` holds something else.
-        OSError: of writing; it names the file.
+        OSError: a file (named) cannot be written.
     """
     path = Path(config.path)
     console = plain_console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
@@ -87,7 +87,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
         place = path.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         lock_path = place.with_name(f".{place.name}.lock")
-        lock_path.touch()  # an unwritable folder is an error here, and not a wait below
+        lock_path.touch()  # an unwritable folder is an error here, not a wait below
         check_file(lock_path)
     lock = FileLock(lock_path)
     try:
@@ -106,7 +106,7 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
 
 
 def _is_prepared(path: Path, config: DataConfig, given: Tokenizer | None, console: Console) -> bool:
-    """Whether the set is there; raises if something else is."""
+    """Whether the set exists; raises UserError if something else does."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return False
     if not (path / INDEX).exists():
@@ -138,9 +138,9 @@ def _is_prepared(path: Path, config: DataConfig, given: Tokenizer | None, consol
 
 
 def _settings(config: DataConfig, given: Tokenizer | None) -> dict[str, Any]:
-    """The settings that decide what a set contains; a given tokenizer counts by its hash."""
+    """The settings that determine the contents of a set; a given tokenizer counts by its hash."""
 
-    def text(name: str) -> str:  # a file name that is no UTF-8 has lone surrogates, JSON has none
+    def text(name: str) -> str:  # a file name that is not UTF-8 has lone surrogates, JSON has none
         return name.encode(errors="backslashreplace").decode()
 
     settings: dict[str, Any] = {
@@ -156,7 +156,7 @@ def _settings(config: DataConfig, given: Tokenizer | None) -> dict[str, Any]:
 
 def _digest(files: Iterable[Path]) -> str:
     entries = sorted(f"{file.stat().st_size} {file.name}" for file in files)
-    # a name that is no UTF-8 has lone surrogates
+    # a name that is not UTF-8 has lone surrogates
     return hashlib.blake2b(os.fsencode("\0".join(entries)), digest_size=16).hexdigest()
 
 
@@ -165,7 +165,7 @@ def _summary(path: Path, index: Index) -> str:
     return (
         f"{path}: train {decimal(train.n_bytes)}, {train.n_tokens:,} tokens; validation "
         f"{decimal(val.n_bytes)} in whole {index.held_out}, {val.n_tokens:,} tokens; "
-        f"{train.n_bytes / train.n_tokens:.2f} bytes a token, vocabulary {index.vocab_size:,}"
+        f"{train.n_bytes / train.n_tokens:.2f} bytes per token, vocabulary {index.vocab_size:,}"
     )
 
 
@@ -214,13 +214,13 @@ def _make(folder: Path, config: DataConfig, given: Tokenizer | None, console: Co
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Which part of a text is validation."""
+    """Decides which parts of a text are validation."""
 
     unit: Literal["documents", "passages"]
     threshold: int
 
     def divide(self, text: str) -> Iterator[tuple[SplitName, str]]:
-        """The documents that a document of the sources becomes, in order, with their splits."""
+        """Divide a document of the sources into documents of the splits, in order."""
         parts = [text] if self.unit == "documents" else cut(text, _PASSAGE)
         for held_out, run in groupby(parts, lambda part: _hash(part) < self.threshold):
             yield "val" if held_out else "train", "".join(run)
@@ -228,7 +228,7 @@ class _HeldOut:
 
 @dataclass(frozen=True)
 class _Survey:
-    """What the first pass found out."""
+    """The results of the first pass."""
 
     n_bytes: int
     held_out: _HeldOut
@@ -236,7 +236,7 @@ class _Survey:
 
 
 def _survey(config: DataConfig, sample_bytes: int, bars: Progress) -> _Survey:
-    """Read all local documents (of a Hugging Face dataset, the first ones).
+    """Read all local documents, and the first ones of a Hugging Face dataset.
 
     Raises:
         UserError: there is no text, or too little to split.
@@ -281,7 +281,8 @@ def _survey(config: DataConfig, sample_bytes: int, bars: Progress) -> _Survey:
 
 
 def _hash(text: str, purpose: bytes = b"split") -> int:
-    """Below 2^64. By the split's own hash, the least would all be validation: hence a purpose."""
+    """A hash below 2^64. The purpose gives the sample another hash than the split: the documents
+    with the least split hashes are all validation."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=purpose).digest()
     return int.from_bytes(digest, "little")
 
@@ -343,7 +344,7 @@ class _SplitWriter:
 
     def __exit__(self, *_: object) -> None:
         if self._file:
-            with _naming(self._path):  # closing tries once more to write what is buffered
+            with _naming(self._path):  # closing tries once more to write the buffer
                 self._file.close()
 
     def append(self, tokens: list[int], n_bytes: int) -> None:
@@ -391,7 +392,7 @@ class _SplitWriter:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Writing to an open file raises an OSError (a full disk) that does not say which file."""
+    """Name the file in the OSError that writing to an open file raises (a full disk)."""
     try:
         yield
     except OSError as error:

@@ -1,20 +1,19 @@
-"""Where text comes from: files, globs, folders, the standard library, Hugging Face datasets.
+"""Read text: from files, globs, folders, the standard library, Hugging Face datasets.
 
-Everything becomes a stream of documents (str), never held in memory together. A .txt, .md or .py
-file is one document, a row of .jsonl or .parquet or of a Hugging Face dataset is one. Upper case
-in a file's ending does not matter. What is read depends on the sources and nothing else: folders
-are walked in sorted order, links to folders too, and a file or folder reached twice, in a circle of
-links for example, is read once.
+All sources become a stream of documents (str), never in memory together. A .txt, .md or .py file is
+one document; so is a row of .jsonl, .parquet or a Hugging Face dataset. Upper case in a file's
+ending does not matter. The stream depends only on the sources: folders are walked in sorted order,
+following links, and a file or folder reached twice, such as in a circle of links, is read once.
 
-Text that is left out silently is missed only after the training. A folder that cannot be listed and
-a text file that cannot be read are errors, a link to nothing among them. Hidden files,
+Nobody notices text that was left out silently until after the training. So a folder that cannot be
+listed is an error, and so is a text file that cannot be read or a link to nothing. Hidden files,
 ``__pycache__``, files with other endings and documents without text are left out and counted.
 
-Files are UTF-8 (a byte order mark is dropped) and .py files what their coding line says. Anything
-else is an error that names the file, as is a damaged or a truncated archive. Two repairs are made:
-lone surrogates, which JSON can carry and UTF-8 cannot, become U+FFFD, and documents beyond 2 Mi
-characters are cut at a paragraph, so that a dump in one file neither fills the memory nor lands in
-one split.
+Files are UTF-8 (a byte order mark is dropped); a .py file's coding line may name another encoding.
+Anything else is an error that names the file, as is a damaged or truncated archive. Two things are
+repaired: lone surrogates, which JSON allows and UTF-8 does not, become U+FFFD; documents beyond
+2 Mi characters are cut at a paragraph, so that a dump in one file neither fills the memory nor
+lands in one split.
 """
 
 import io
@@ -44,32 +43,32 @@ _COMPRESSIONS: dict[str, Callable[[], Any]] = {
     ".xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj(),
 }
-"""Ending -> what decompresses one member (gzip), stream (xz) or frame (zstd)."""
+"""Ending -> a decompressor of one member (gzip), stream (xz) or frame (zstd)."""
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"} | {
-    "encodings",  # generated tables, not code that somebody wrote: a sixth of the library
+    "encodings",  # generated tables, not written code: a sixth of the library
     "pydoc_data",
 }
 _MAGIC = "*?["
 _MAX_DOCUMENT = 2**21
 _MAX_ROW = 2**27
-"""Characters of a .jsonl row, and bytes of a .py file, beyond which it is refused."""
+"""Most characters of a .jsonl row, and most bytes of a .py file."""
 _BLOCK = 2**20
 _HOLE = "\0" * _BLOCK
 _PACKED_BLOCK = 2**12
 """Bytes decompressed at once: 4 KiB of a hostile archive are at most 128 MiB of zeros."""
 _MAX_PADDING = 2**12
-"""Blocks of zeros between an archive's members or after them."""
+"""Most blocks of zeros between an archive's members or after them."""
 
 
 def local_files(sources: Sequence[str], left_out: Counter[str] | None = None) -> list[Path]:
-    """The files that the local ones of some sources name, each once, in order.
+    """The files of the local sources, each once, in order.
 
     Arguments:
         sources: as ``DataConfig.sources``.
-        left_out: counts what folders hold and is not read, by kind (".csv", "hidden", ...).
+        left_out: counts the files in folders that are not read, by kind (".csv", "hidden", ...).
     Raises:
-        UserError: one is missing (the nearest name is given), is of no known kind, holds none, or
-            cannot be read.
+        UserError: a source is missing (the error gives the nearest name), is of no known kind,
+            holds no file, or cannot be read.
     """
     return [item for item in _in_order(sources, left_out) if isinstance(item, Path)]
 
@@ -84,9 +83,9 @@ def documents(
 
     Arguments:
         sources: as ``DataConfig.sources``.
-        field: which field of a row holds the text.
-        hub_bytes: read about this much of each Hugging Face dataset (a second pass over one is a
-            second download).
+        field: the field of a row that holds the text.
+        hub_bytes: read about this much of each Hugging Face dataset (a second pass downloads it
+            again).
         left_out: counts documents of blanks or null.
     Raises:
         UserError: a source is missing, unreadable, damaged, or has no such field.
@@ -105,9 +104,9 @@ def documents(
 
 
 def cut(text: str, size: int) -> Iterator[str]:
-    """Cut a text into parts of ``size`` to ``2 * size`` characters, the last maybe shorter.
+    """Cut a text into parts of ``size`` to ``2 * size`` characters, the last possibly shorter.
 
-    A part ends with a paragraph if one ends in that range, or else with a line, or a word, or
+    A part ends with a paragraph if one ends in that range, else with a line, else with a word, else
     anywhere. Joined, the parts are the text.
     """
     start = 0
@@ -123,7 +122,7 @@ def cut(text: str, size: int) -> Iterator[str]:
 
 
 def _in_order(sources: Sequence[str], left_out: Counter[str] | None = None) -> Iterator[Path | str]:
-    """Files, and Hugging Face sources as they are written."""
+    """The files, and Hugging Face sources unchanged, in the order of the sources."""
     seen: set[str] = set()
     for source in sources:
         if source.startswith(HUB):
@@ -167,9 +166,9 @@ def _files(source: str, left_out: Counter[str]) -> list[Path]:
 
 
 def _matching(folder: Path, parts: Sequence[str], above: frozenset[Path]) -> Iterator[Path]:
-    """What matches the pattern ``parts`` below a folder and is no folder itself, as ``glob`` has it
-    (``**``: any folders; hidden names only where the pattern has their dot). Unlike ``glob`` it
-    raises OSError where a folder cannot be listed, and does not go round in a circle of links.
+    """The files below a folder that match the pattern ``parts``, as ``glob`` defines it (``**``:
+    any folders; a hidden name only if the pattern has its dot). Unlike ``glob`` it raises OSError
+    if a folder cannot be listed, and enters a circle of links only once.
 
     Arguments:
         above: the real paths of the folders that a ``**`` has entered.
@@ -197,7 +196,7 @@ def _matching(folder: Path, parts: Sequence[str], above: frozenset[Path]) -> Ite
 def _walk(
     folder: Path, endings: tuple[str, ...], no_folders: set[str], left_out: Counter[str]
 ) -> list[Path]:
-    """The files of these endings, each folder's before its folders', in sorted order."""
+    """The files with these endings in sorted order, a folder's own files before its folders'."""
     found: list[Path] = []
     walked: set[tuple[int, int]] = set()
     for root, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
@@ -253,13 +252,14 @@ def _file_texts(path: Path, field: str) -> Iterator[str]:
             if kind == ".py":
                 yield _python_text(stream.read(_MAX_ROW + 1))
                 return
-            newline = "\n" if kind == ".jsonl" else ""  # of neither is any translated
+            newline = "\n" if kind == ".jsonl" else ""  # neither translates line ends
             with io.TextIOWrapper(stream, "utf-8-sig", newline=newline) as text:
                 yield from _json_rows(path, text, field) if kind == ".jsonl" else _blocks(text)
 
 
 def _python_text(source: bytes) -> str:
-    """A Python file decoded as its coding line says, in an encoding that leaves ASCII as it is."""
+    """Decode a Python file as its coding line says; raises ValueError for an encoding that changes
+    ASCII, which is none of Python source."""
     if len(source) > _MAX_ROW:
         raise ValueError(f"is no Python source: it has more than {_MAX_ROW:,} bytes")
     encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
@@ -271,7 +271,7 @@ def _python_text(source: bytes) -> str:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """One line that names the file for what the decoders raise."""
+    """Turn the decoders' errors into one line that names the file."""
     try:
         yield
     except UnicodeDecodeError as error:
@@ -292,10 +292,10 @@ def _open(path: Path) -> IO[bytes]:
 
 
 class _Decompressed(io.RawIOBase):
-    """Reads all members of an archive, and nothing but whole members.
+    """Reads all members of an archive, and raises if one is not whole.
 
-    The readers of the standard library and of zstandard take some cut archives for whole ones: no
-    bytes at all (.gz, .zst), a cut last frame (.zst), or a damaged second stream (.xz).
+    The readers of the standard library and of zstandard accept some cut archives: no bytes at all
+    (.gz, .zst), a cut last frame (.zst), a damaged second stream (.xz).
     """
 
     def __init__(self, path: Path, decoder: Callable[[], Any]) -> None:
@@ -410,7 +410,7 @@ def _limited(texts: Iterable[str], n_bytes: float) -> Iterator[str]:
 
 
 def _text_of(row: Mapping[str, Any], field: str, where: str) -> str:
-    """A row's text; null is no text."""
+    """A row's text; "" for null."""
     if field not in row:
         near = nearest(field, row)
         hint = f"; did you mean data.text_field = {near!r}?" if near else ""

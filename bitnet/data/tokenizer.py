@@ -1,31 +1,31 @@
 """Text to token ids and back, byte for byte: sentencepiece BPE with byte fallback.
 
-A language model is scored in bits per byte of the original text, so the tokenizer may lose nothing:
-``decode(encode(text)) == text`` for every str. Hence no normalization (``identity``), no removal of
-whitespace, and a token for each of the 256 bytes for characters the vocabulary lacks. Loading
-checks this on a few hostile strings, so a lossy sentencepiece model is refused, not trained with.
+A language model is scored in bits per byte of the original text, so the tokenizer must lose
+nothing: ``decode(encode(text)) == text`` for every str. Hence no normalization (``identity``), no
+removal of whitespace, and a token for each of the 256 bytes, for characters that the vocabulary
+lacks. Loading checks this on a few hostile strings and refuses a lossy sentencepiece model.
 
-What sentencepiece does, and what we do about it:
+Traits of sentencepiece, and how this module treats them:
 
-- *Dummy prefix.* A space is put before each text, so that a word has the same token at its start
-  as after a space. Kept, as llama.cpp and Hugging Face expect it, and taken off by ``decode``. It
-  is a byte that the text does not have: ``token_bytes`` of an encoded text add up to one more than
-  its bytes. :meth:`Tokenizer.count_bytes` leaves it out.
-- *U+2581 (lower one eighth block)* is how sentencepiece writes a space, so a literal one would come
-  back as a space. We give it its three byte tokens instead.
+- *Dummy prefix.* sentencepiece puts a space before each text, so that a word has the same token at
+  the start of a text as after a space. llama.cpp and Hugging Face expect it, so it is kept;
+  ``decode`` removes it. It is a byte that the text does not have: ``token_bytes`` of an encoded
+  text add up to one more than its bytes. :meth:`Tokenizer.count_bytes` leaves it out.
+- *U+2581 (lower one eighth block)* is sentencepiece's mark for a space, so a literal one would come
+  back as a space. It gets its three byte tokens instead.
 - *The trainer* skips a "sentence" that is long or holds U+2585, and puts the dummy prefix before
-  each. So it gets whole documents, cut at such characters, with no limit of length and the prefix
-  switched off but for a space where a document begins: what it counts is what ``encode`` will see,
-  newlines and indentation included. Line by line instead, as is common, costs 5% more tokens on
-  Python source, because ``):\\n`` or ``\\n\\n`` cannot become a token.
-- *Threads.* The number is stored in the model file; we reset it, so that a file and its hash
-  depend on text and vocabulary size only.
+  each. So it gets whole documents, cut at such characters, without a limit of length and without
+  the prefix, except a space where a document begins: it counts the strings that ``encode`` will
+  see, newlines and indentation included. Training line by line, as is common, costs 5% more tokens
+  on Python source, because ``):\\n`` or ``\\n\\n`` cannot become a token.
+- *Threads.* The model file stores their number; it is reset, so that a file and its hash depend
+  only on text and vocabulary size.
 
-A space that follows another character always starts a new token (pieces hold spaces at their start
-or nothing but spaces). Cut there, a text has the same tokens as in one piece; so long texts are
-encoded in segments, in parallel, and in time linear in their length.
+A space that follows another character always starts a new token (a piece has spaces only at its
+start, or is all spaces). A text cut there has the same tokens as in one piece, so long texts are
+encoded in segments, in parallel, in time linear in their length.
 
-Files are patched by appending: protobuf defines that of two values of a field the last one counts.
+Files are patched by appending: in protobuf, the last of two values of a field counts.
 """
 
 import hashlib
@@ -71,7 +71,7 @@ class Tokenizer:
     :func:`bitnet.data.tokenizer_json.load_tokenizer` tells them apart.
 
     Attributes:
-        file_name: what the file is called in a folder of ours.
+        file_name: the name of the file in a folder of ours.
         path: the model file.
         model_bytes: its contents.
         vocab_size: number of ids, V.
@@ -80,7 +80,7 @@ class Tokenizer:
 
     Raises:
         UserError: the file is missing, is not a sentencepiece model, has no end-of-sentence token,
-            or does not give every text back.
+            or does not decode every text to itself.
     """
 
     file_name = "tokenizer.model"
@@ -175,7 +175,7 @@ class Tokenizer:
 
         Arguments:
             texts: B strings.
-            threads: 0 = one for each core.
+            threads: 0 = one per core.
         """
         split = [self._segments(text) for text in texts]
         flat = [part for parts in split for part in parts if part != _SPACE]
@@ -190,7 +190,7 @@ class Tokenizer:
         ]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of some ids: without dummy prefix and control tokens; bytes that are no UTF-8
+        """The text of some ids, without dummy prefix and control tokens; bytes that are not UTF-8
         become U+FFFD.
 
         Raises:
@@ -219,10 +219,10 @@ def train_tokenizer(
     are. The same texts in the same order give the same file.
 
     Arguments:
-        texts: documents, any number and length; the trainer, a process of its own, holds them in
+        texts: documents, any number and length; the trainer, a separate process, holds them in
             memory.
-        vocab_size: number of ids, all included.
-        threads: 0 = one for each core; does not change the result.
+        vocab_size: number of ids in total.
+        threads: 0 = one per core; does not change the result.
     Raises:
         UserError: the texts are too few for this vocabulary, or it is too small for them.
         OSError: ``out`` cannot be written.
@@ -250,7 +250,7 @@ def train_tokenizer(
 
 
 def check_text(text: str, name: str = "text") -> None:
-    """Raise UserError, naming the text, where it holds a lone surrogate, which has no UTF-8."""
+    """Raise UserError, naming the text, if it holds a lone surrogate, which has no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -293,7 +293,7 @@ def _training_error(message: str, vocab_size: int) -> UserError:
 
 
 def read_model(path: Path) -> bytes:
-    """A tokenizer file's bytes; raises UserError, with the nearest name, where there is none."""
+    """A tokenizer file's bytes; raises UserError, with the nearest name, if there is none."""
     if path.exists() and not path.is_dir():
         return read_file(path)
     if path.is_dir():

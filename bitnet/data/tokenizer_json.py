@@ -1,23 +1,22 @@
 """The second kind of tokenizer: byte-level BPE as a Hugging Face tokenizer.json.
 
-Models from elsewhere bring it (SmolLM2's, Llama 3's). Its vocabulary is made of *bytes*, each
-written as one printable character (GPT-2's alphabet: " " is "Ġ"), so a token's length in characters
-is its length in bytes. What we ask beyond that:
+Imported models have it (SmolLM2, Llama 3). Its vocabulary is made of *bytes*, each written as one
+printable character (GPT-2's alphabet: " " is "Ġ"), so a token's length in characters is its length
+in bytes. Further requirements:
 
-- *No loss.* A normalizer (NFC, lower case), a prefixed space or a splitter that removes what it
-  splits at changes the text that is scored. No few probes find them all, so the file may hold only
-  parts that are known to lose nothing (:func:`_unfit`); the probes, as for sentencepiece, are for
-  what this overlooks. A byte that is no token is dropped by the library without a word (SmolLM2's
-  vocabulary lacks six control characters and the rare planes of Unicode): a text with one is
-  refused when it is encoded.
-- *One encoding.* BPE with dropout gives another at each call: refused.
+- *No loss.* A normalizer (NFC, lower case), a prefixed space or a splitter that removes its
+  separators changes the text that is scored. A few probes cannot find them all, so the file may
+  hold only parts known to lose nothing (:func:`_unfit`); the probes, as for sentencepiece, are for
+  the rest. The library silently drops a byte that is no token (SmolLM2's vocabulary lacks six
+  control characters and the rare planes of Unicode): encoding refuses a text with such a byte.
+- *One encoding.* BPE with dropout gives another encoding in each call, and is refused.
 - *No specials from text.* A literal "<|im_end|>" in a text is encoded as those bytes, not as the
-  control token: a document must not be able to end itself. A special token that merges lead to,
-  and which ordinary text would become therefore, is refused.
-- *An end-of-document token*, which the format has no field for. It is the token that the file's
-  own post-processor puts after a text, or else the first of the usual names. :func:`with_eos`
-  writes it down in the first form. A chat model has several tokens that end a text (Llama 3's
-  <|eot_id|>): the post-processor's template lists the others without placing them.
+  control token: a document must not be able to end itself. A special token that merges produce,
+  and that ordinary text would therefore become, is refused.
+- *An end-of-document token*, for which the format has no field. It is the token that the file's
+  post-processor puts after a text, or else the first of the usual names. :func:`with_eos` writes
+  the first form. A chat model has several tokens that end a text (Llama 3's <|eot_id|>): the
+  post-processor's template lists the others without placing them.
 
 The `tokenizers` package that runs it comes with the `hf` extra.
 """
@@ -34,9 +33,9 @@ from bitnet.data.tokenizer import Tokenizer, check_text, read_model
 from bitnet.schema import UserError, user_input
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
-"""What the tokenizer of a folder may be called."""
+"""The names that a folder's tokenizer may have."""
 _SPLITTERS = ("ByteLevel", "Split", "Digits", "Punctuation")
-"""Pre-tokenizers that only cut, unless told to add or remove something."""
+"""Pre-tokenizers that only cut, unless their options add or remove something."""
 _MAX_IDS = 2**24
 """As many as a model may have."""
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
@@ -55,7 +54,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def tokenizer_path(folder: Path) -> Path:
-    """Where a folder's tokenizer is; of none, where it should be."""
+    """The path of a folder's tokenizer; if it has none, the path where one should be."""
     found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return found[0] if found else folder / TOKENIZER_FILES[0]
 
@@ -64,8 +63,8 @@ class JsonTokenizer(Tokenizer):
     """A byte-level BPE tokenizer.json with the interface of ``bitnet.data.tokenizer.Tokenizer``.
 
     Arguments:
-        path: the file; it need not exist where ``model_bytes`` are given, and names them in errors.
-        model_bytes: the file's contents. None: read them.
+        path: the file. If ``model_bytes`` are given, it need not exist, and serves in errors only.
+        model_bytes: the file's contents; None = read them.
     Raises:
         UserError: the file is missing, damaged, not byte-level BPE, loses text or has no
             end-of-document token; or the `hf` extra is not installed.
@@ -106,7 +105,7 @@ class JsonTokenizer(Tokenizer):
         self._check_lossless([f" {name} " for name in self._ordinary_added()])
 
     def _ordinary_added(self) -> list[str]:
-        """Added tokens that a text's own words become; they may strip the spaces beside them."""
+        """Added tokens that are not special: text becomes them, and they may strip spaces."""
         added = self._backend.get_added_tokens_decoder().values()
         return [token.content for token in added if not token.special]
 
@@ -123,12 +122,12 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """int64 ``[V]``: UTF-8 bytes that each id stands for, 0 for special and unused ids."""
+        """int64 ``[V]``: the UTF-8 bytes that each id stands for; 0 for special and unused ids."""
         alphabet = set(_byte_marks().values())
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, token in self._pieces.items():
             if token not in self._specials:
-                # as the decoder has it: a piece with one foreign character stands for itself
+                # as the decoder does: a piece with one foreign character stands for itself
                 mapped = alphabet.issuperset(piece)
                 sizes[token] = len(piece) if mapped else len(piece.encode())
         return sizes
@@ -138,8 +137,8 @@ class JsonTokenizer(Tokenizer):
 
         Arguments:
             texts: B strings.
-            threads: 1 = one after the other; the library has one pool, of a thread a core (or of
-                RAYON_NUM_THREADS), for any other number.
+            threads: 1 = one after the other; for any other number the library uses its one pool,
+                of one thread per core (or RAYON_NUM_THREADS).
         Raises:
             UserError: a lone surrogate, or a byte that the vocabulary lacks.
         """
@@ -163,7 +162,7 @@ class JsonTokenizer(Tokenizer):
             )
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of some ids, without special tokens; bytes that are no UTF-8 become U+FFFD.
+        """The text of some ids, without special tokens; bytes that are not UTF-8 become U+FFFD.
 
         Raises:
             IndexError: an id outside ``range(V)``.
@@ -175,13 +174,13 @@ class JsonTokenizer(Tokenizer):
 
 
 def with_eos(model_bytes: bytes, eos: str, ends: Sequence[str] = ()) -> bytes:
-    """A tokenizer.json whose post-processor puts the special token ``eos`` after a text, and does
-    nothing else: the form in which :class:`JsonTokenizer` finds it first.
+    """Change the post-processor of a tokenizer.json: it then puts the special token ``eos`` after a
+    text, and does nothing else. :class:`JsonTokenizer` looks for this form first.
 
     Arguments:
-        ends: all tokens that end a generated text, ``eos`` among them or not.
+        ends: all tokens that end a generated text, with or without ``eos``.
     Raises:
-        ValueError: not a tokenizer.json, or one that has not such a token.
+        ValueError: not a tokenizer.json, or one without such a token.
     """
     content = json.loads(model_bytes)
     added: list[dict[str, Any]] = content["added_tokens"]
@@ -204,7 +203,7 @@ def with_eos(model_bytes: bytes, eos: str, ends: Sequence[str] = ()) -> bytes:
 
 
 def _listed(model_bytes: bytes) -> set[str]:
-    """Special tokens that the post-processor's template has but places nowhere."""
+    """Special tokens that the post-processor's template lists but places nowhere."""
     template = json.loads(model_bytes).get("post_processor") or {}
     if template.get("type") != "TemplateProcessing":
         return set()
@@ -253,15 +252,15 @@ def _backend(path: Path, model_bytes: bytes) -> Any:
 
 
 def _affix(content: Any) -> str:
-    """Which mark of a word's parts, of other kinds of BPE and of WordPiece, the file has."""
+    """The name of a mark of word parts that the file has (other kinds of BPE, WordPiece), or ""."""
     model = content.get("model") if isinstance(content, dict) else None
     names = ("continuing_subword_prefix", "end_of_word_suffix")
     return next((n for n in names if isinstance(model, dict) and model.get(n)), "")
 
 
 def _unfit(content: dict[str, Any], backend: Any) -> str | None:
-    """What makes a byte-level BPE tokenizer lose text, or a text have several encodings; None where
-    nothing does. ``content`` is tokenizer.json as the library writes it."""
+    """Why a byte-level BPE tokenizer loses text, or gives a text several encodings; None if it does
+    neither. ``content`` is tokenizer.json as the library writes it."""
     for step in _steps(content["normalizer"], "normalizers"):
         return f"its normalizer {step['type']} changes the text"
     splitters = _steps(content["pre_tokenizer"], "pretokenizers")
@@ -286,7 +285,7 @@ def _unfit(content: dict[str, Any], backend: Any) -> str | None:
 
 
 def _is_word(piece: str, backend: Any) -> bool:
-    """Whether the pre-tokenizer makes one word of a piece's text, alone or within another text."""
+    """Whether the pre-tokenizer makes one word of a piece's text, alone or inside another text."""
     bytes_of = {mark: byte for byte, mark in _byte_marks().items()}
     text = bytes(bytes_of.get(mark, 0) for mark in piece).decode(errors="replace")
     around = (text, f" {text} ", f"a{text}a")
@@ -296,7 +295,7 @@ def _is_word(piece: str, backend: Any) -> bool:
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The parts of a Sequence, of Sequences too, in order; of one that is none, itself."""
+    """The parts of a Sequence, nested ones too, in order; a part that is no Sequence, alone."""
     if part is None:
         return []
     if part["type"] != "Sequence":
@@ -305,8 +304,8 @@ def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _byte_marks() -> dict[int, str]:
-    """GPT-2's alphabet: printable bytes of Latin-1 stand for themselves, the others, in order, are
-    the characters from U+0100 on."""
+    """GPT-2's alphabet: printable bytes of Latin-1 stand for themselves; the other bytes, in order,
+    for the characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {

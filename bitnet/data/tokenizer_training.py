@@ -1,14 +1,13 @@
-"""sentencepiece's trainer in a process of its own, both of its ends.
+"""sentencepiece's trainer in a separate process: the parent's end and the child's.
 
-The trainer is one call of C++ that takes minutes and hears no signal. In a process of its own it
-can be killed: by an exception of any kind here (Ctrl-C, SIGTERM), and by the end of this process,
-however it comes. The child leads a session of its own, so that Ctrl-C of a terminal reaches the
-parent alone.
+The trainer is one call of C++ that takes minutes and handles no signal. A separate process can be
+killed: by any exception here (Ctrl-C, SIGTERM), and by the end of this process for any reason. The
+child leads its own session, so that Ctrl-C in a terminal reaches only the parent.
 
-The parent writes frames: a length in 8 bytes, then as many bytes. The first is the options in
-JSON, the others are sentences, and the length -1 ends them. The child answers with the model and
-exit code 0, or with a message and exit code 1. The parent keeps its end of the pipe open until
-then: where that closes, the child ends.
+The parent writes frames: a length in 8 bytes, then as many bytes. The first frame holds the options
+in JSON, the others hold sentences, and the length -1 ends them. The child answers with the model
+and exit code 0, or with a message and exit code 1. The parent keeps its end of the pipe open until
+then; if it closes, the child ends.
 
 The child runs this file, which therefore imports nothing but sentencepiece.
 """
@@ -30,14 +29,14 @@ _END = -1
 
 
 def train_model(sentences: Iterable[str], options: dict[str, str | int | bool]) -> bytes:
-    """``SentencePieceTrainer.train`` of these sentences, which nobody need hold at once.
+    """Run ``SentencePieceTrainer.train`` on sentences, which may be a generator.
 
     Arguments:
-        options: as sentencepiece's, but for those of input and output.
+        options: sentencepiece's, except those of input and output.
     Returns:
-        the model file's bytes.
+        The model file's bytes.
     Raises:
-        RuntimeError: what the trainer says, or how its process ended.
+        RuntimeError: with the trainer's message, or the way its process ended.
     """
     child = subprocess.Popen(
         [sys.executable, "-P", __file__],
@@ -49,7 +48,7 @@ def train_model(sentences: Iterable[str], options: dict[str, str | int | bool]) 
     assert requests is not None
     assert replies is not None
     try:
-        with suppress(BrokenPipeError):  # where it has ended, its exit code says why
+        with suppress(BrokenPipeError):  # if the child has ended, its exit code says why
             for text in chain([json.dumps(options)], sentences):
                 data = text.encode()
                 requests.write(_LENGTH.pack(len(data)))
@@ -75,7 +74,7 @@ def train_model(sentences: Iterable[str], options: dict[str, str | int | bool]) 
 
 
 def _frames(requests: IO[bytes]) -> Iterator[bytes]:
-    """What the parent sends, to the end; where it breaks off, so does this process."""
+    """The parent's frames, to the end; if they break off, this process ends."""
     while header := requests.read(_LENGTH.size):
         (length,) = _LENGTH.unpack(header)
         if length == _END:
@@ -85,7 +84,7 @@ def _frames(requests: IO[bytes]) -> Iterator[bytes]:
 
 
 def _end_with_the_parent() -> None:
-    os.read(0, 1)  # nothing comes any more but the end
+    os.read(0, 1)  # only the end of the pipe can come now
     os._exit(2)
 
 
