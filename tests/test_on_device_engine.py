@@ -181,7 +181,7 @@ def test_greedy_tokens(device: torch.device, name: str) -> None:
 
 
 def test_engine(device: torch.device) -> None:
-    """As it is by default, with 16 bits on a GPU; prompts in two waves, then continued."""
+    """As it is by default, with 16 bits on a GPU; prompts in two batches, then continued."""
     model, prompts = model_on(device), make_prompts([5, 70, 1, 17, 33, 8])
     engine = Engine(model, max_batch=4, chunk=32)
     for _ in range(2):

@@ -86,7 +86,7 @@ def test_tokens_equal_the_model_run_by_hand(
     model, prompts, texts = model_and_texts
     assert len({len(prompt) for prompt in prompts}) > 10
     assert len({tuple(text) for text in texts}) > 15  # two prompts may lead into the same loop
-    engine = Engine(model, max_batch=max_batch, chunk=chunk)  # waves of 1, and of 8, 8 and 4
+    engine = Engine(model, max_batch=max_batch, chunk=chunk)  # batches of 1, and of 8, 8 and 4
     assert engine.generate(prompts, N) == texts
     assert engine.generate(prompts[::-1], N) == texts[::-1]  # in a used cache
     assert list(engine.stream(prompts[2], N)) == texts[2]
