@@ -1,15 +1,15 @@
-"""What a run says about itself: ``metrics.jsonl``, wandb and the console.
+"""The log of a run: ``metrics.jsonl``, wandb and the console, behind :class:`RunLog`.
 
-``metrics.jsonl`` is the record: one JSON object a line, each with the ``step`` it belongs to. It
+``metrics.jsonl`` is the record: one JSON object per line, each with the ``step`` it belongs to. It
 is exact over kills because of an order, not a lock:
 
     append(step s) ... sync() -> checkpoint of step s becomes durable      while training
     rewind(s) -> train on from s                                           on resume
 
-A line is in the file before the checkpoint that covers it, and lines past the checkpoint go before
-their steps are run again; so whatever the moment of a SIGKILL, no step is lost or doubled. The
-console and wandb are views: they may be cut off at any time, and a failure of wandb is one warning,
-never the end of a run.
+A line is in the file before the checkpoint that covers it, and lines past the checkpoint are
+deleted before their steps run again; so whatever the moment of a SIGKILL, no step is lost or
+doubled. The console and wandb are views: they may be cut off at any time, and a failure of wandb is
+one warning, never the end of a run.
 """
 
 import json
@@ -325,6 +325,63 @@ class Console:
     def warn(self, text: str) -> None:
         """Print a warning line."""
         self.print(f"warning: {text}", style="yellow")
+
+
+class RunLog:
+    """Everything a run says: ``metrics.jsonl``, wandb and the console, as one object.
+
+    Use as a context manager: however the run ends, wandb is closed (as failed, where an exception
+    ends it) and the terminal's cursor comes back. ``print``, ``warn`` and ``doing`` are those of
+    :class:`Console`.
+
+    Arguments:
+        config: of the run. folder: of the run.
+        step: completed steps; lines of metrics.jsonl past them are deleted. None: the run begins.
+        total_steps: of the run.
+    """
+
+    def __init__(self, config: LogConfig, folder: Path, step: int | None, total_steps: int) -> None:
+        self._config, self._folder = config, folder
+        self._file = MetricsFile(folder / "metrics.jsonl")
+        self._file.rewind(-1 if step is None else step)
+        self._console = Console(total_steps, step or 0, every=config.every)
+        self._tracker: Tracker | None = None
+        self._shown: dict[str, Any] = {}
+        self.print, self.warn = self._console.print, self._console.warn
+        self.doing = self._console.doing
+
+    def __enter__(self) -> "RunLog":
+        self._console.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if self._tracker is not None:
+                self._tracker.finish(0 if kind is None else 1)
+        finally:
+            self._console.__exit__()
+
+    def track(self, name: str, settings: Mapping[str, Any]) -> None:
+        """Start wandb, under the run's name and with its resolved config."""
+        self._tracker = Tracker(self._config, self._folder, name, settings, self.warn)
+
+    def row(self, row: Mapping[str, Any], *, record: bool) -> None:
+        """Show numbers of ``row["step"]``, beside those shown before.
+
+        Arguments:
+            record: also write a line of metrics.jsonl, and to wandb.
+        """
+        step = row["step"]
+        if record:
+            self._file.append(row)
+            if self._tracker is not None:
+                self._tracker.log(row, step)
+        self._shown |= row
+        self._console.progress(step, self._shown)
+
+    def sync(self) -> None:
+        """Wait until every line of metrics.jsonl is on disk; call before a checkpoint."""
+        self._file.sync()
 
 
 def _duration(seconds: float) -> str:

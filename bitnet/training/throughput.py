@@ -96,6 +96,33 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     return 2 * n**3 / best, f"measured, {n}x{n} matmul, {str(dtype).removeprefix('torch.')}"
 
 
+class Meter:
+    """A run's speed, as numbers for a line of metrics: tokens per second, MFU, peak memory.
+
+    Arguments:
+        bf16: whether the run computes in bf16, else fp32.
+        flops_per_token: of training, forward and backward.
+    Attributes:
+        peak, peak_source: by :func:`peak_flops`.
+    """
+
+    def __init__(self, device: torch.device, bf16: bool, flops_per_token: float) -> None:
+        self.device, self.bf16 = device, bf16
+        self._throughput, self._flops_per_token = Throughput(), flops_per_token
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        self.peak, self.peak_source = peak_flops(device, dtype)
+        self.step, self.pause = self._throughput.step, self._throughput.pause
+
+    def readings(self) -> dict[str, float]:
+        """``tokens_per_second``, ``mfu`` and ``peak_memory_bytes``."""
+        speed = self._throughput.tokens_per_second
+        return {
+            "tokens_per_second": speed,
+            "mfu": mfu(self._flops_per_token, speed, self.peak),
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+
+
 class CoreWatch:
     """Finds out from a run itself whether other programs take its CPU cores away.
 

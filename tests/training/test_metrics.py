@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from bitnet.schema import UserError
-from bitnet.training.metrics import Console, LogConfig, MetricsFile, Tracker
+from bitnet.training.metrics import Console, LogConfig, MetricsFile, RunLog, Tracker
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -442,3 +442,44 @@ def test_a_stream_that_cannot_say_it() -> None:
     Console(1, file=out).print("snow ☃ \ud800")
     out.flush()
     assert out.buffer.getvalue() == b"snow ? ?\n"  # type: ignore[attr-defined]
+
+
+# -- All of it -----------------------------------------------------------------------------------
+
+
+def test_the_log_of_a_run(
+    wandb: FakeWandb, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(LogConfig(every=2), tmp_path, None, 4) as log:
+        log.row({"step": 1, "loss": 3.0}, record=True)  # before wandb is started
+        log.track("tiny", {"a": 1})
+        log.row({"step": 2, "loss": 2.0}, record=False)
+        log.row({"step": 3, "loss": 1.0}, record=True)
+        log.row({"step": 4, "val_bpb": 0.5}, record=True)
+        log.sync()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "loss": 3.0},
+        {"step": 3, "loss": 1.0},
+        {"step": 4, "val_bpb": 0.5},
+    ]
+    assert wandb.run.logged == [(line, line["step"]) for line in lines[1:]]
+    assert wandb.run.exit_code == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in shown] == ["step 2/4", "step 4/4"]
+    assert "loss 1.0000" in shown[1], "an evaluation is shown beside the last step's numbers"
+
+    RunLog(LogConfig(), tmp_path, 3, 4)  # resumed from a checkpoint of step 3
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in kept] == lines[:2]
+
+
+def test_a_run_that_fails_has_failed_in_wandb_too(wandb: FakeWandb, tmp_path: Path) -> None:
+    def fail() -> None:
+        with RunLog(LogConfig(), tmp_path, None, 4) as log:
+            log.track("tiny", {})
+            raise UserError("bad steps")
+
+    with pytest.raises(UserError, match="bad steps"):
+        fail()
+    assert wandb.run.exit_code == 1

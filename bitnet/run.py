@@ -1,0 +1,286 @@
+"""A run and its folder: the lock, the signals that stop it, its state on disk, what may change.
+
+A run lives in ``run.dir/run.name``:
+
+    config.toml       resolved
+    metrics.jsonl     one object per logged step
+    checkpoints/      the state of the run, written by :meth:`Run.save`
+    model/            the trained model, when the run is done
+
+The data, the schedules and the model (it has no dropout) are pure functions of (seed, step). So the
+weights (learned scales, observers and adapters among them), the optimizers' state, the telemetry's
+last codes, the balance of a distillation and a few counters are all that a checkpoint restores.
+"""
+
+import dataclasses
+import math
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from bitnet.config import Config, differences, to_dict
+from bitnet.export.folder import read_config
+from bitnet.model import Transformer
+from bitnet.qat.recipe import Recipe
+from bitnet.qat.schedule import QATConfig
+from bitnet.schema import UserError, check_file, user_input, with_new_keys
+from bitnet.signals import drop_closed_terminal, ending_signals
+from bitnet.summary import human, one_line, quantization_lines
+from bitnet.training import checkpoint
+from bitnet.training.checkpoint import Checkpoint
+from bitnet.training.distill import Distiller
+from bitnet.training.metrics import RunLog
+from bitnet.training.optim import Optimizers
+from bitnet.training.step import StepResult
+from bitnet.training.telemetry import Telemetry
+from bitnet.training.throughput import Meter
+
+FIXED = (
+    *("model", "data", "run.seed", "train.batch_tokens", "train.dtype", "train.init_from"),
+    *("quant", "qat", "distill", "adapter", "optim.optimizer"),
+    *("optim.beta1", "optim.beta2", "optim.eps", "optim.muon_momentum", "optim.muon_ns_steps"),
+)
+"""Keys and sections that a run keeps: a changed one makes another run, and resuming refuses."""
+FREE = ("data.threads", "distill.device")
+"""Exceptions: keys of those sections that may change."""
+
+
+@dataclasses.dataclass
+class Run:
+    """A run in progress: what trains, what counts, and how both are saved and restored."""
+
+    config: Config
+    """Resolved."""
+    model: Transformer
+    optimizers: Optimizers
+    telemetry: Telemetry
+    distiller: Distiller | None
+    data_hash: str
+    """Of the prepared data's index."""
+    teacher_hash: str
+    """Of the teacher's config; "" without distillation."""
+    step: int = 0
+    """Steps completed."""
+    tokens: int = 0
+    """Tokens trained on."""
+    skipped: int = 0
+    """Steps that were not finite."""
+    skipped_in_a_row: int = 0
+    """Of those the last ones, in this process."""
+    best_loss: float = math.inf
+    """Lowest validation loss, in nats."""
+    saved_step: int = -1
+    """Step of the newest checkpoint; -1: there is none."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return checkpoints_of(self.config)
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Continue from a checkpoint: the next step is that of an uninterrupted run.
+
+        Raises:
+            UserError: the data or the teacher are not those the run began with.
+        """
+        state, config = saved.state, self.config
+        if state["data"] != self.data_hash:
+            raise UserError(
+                f"data.path = {config.data.path} was prepared anew since this run began, from "
+                "other text; bring the old set back, or give the new run another run.name"
+            )
+        if self.distiller is not None:
+            if state["teacher"] != self.teacher_hash:
+                raise UserError(
+                    f"distill.teacher = {config.distill.teacher} is another model than when this "
+                    "run began; bring the old one back, or give the new run another run.name"
+                )
+            self.distiller.load_state(state["distill"])
+        self.model.load_state_dict(saved.tensors["model"])
+        self.telemetry.load_state(saved.tensors["telemetry"])
+        for i, optimizer in enumerate(self.optimizers.optimizers):
+            tensors, structure = saved.tensors[f"optimizer_{i}"], state["optimizers"][i]
+            checkpoint.load_optimizer(optimizer, tensors, structure)
+        checkpoint.set_rng_state(state["rng"])
+        self.step = self.saved_step = saved.step
+        self.tokens, self.skipped = state["tokens"], state["skipped"]
+        self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
+
+    def save(self, log: RunLog, val_loss: float | None) -> None:
+        """Write a checkpoint of this step, once its metrics are on disk, and delete old ones.
+
+        Arguments:
+            val_loss: validation loss of this step, in nats; None where it was not measured.
+        """
+        log.sync()
+        groups = {"model": self.model.state_dict(), "telemetry": self.telemetry.state()}
+        structures = []
+        for i, optimizer in enumerate(self.optimizers.optimizers):
+            groups[f"optimizer_{i}"], structure = checkpoint.optimizer_tensors(optimizer)
+            structures.append(structure)
+        state = {
+            "config": to_dict(self.config),
+            "optimizers": structures,
+            "rng": checkpoint.rng_state(),
+            "tokens": self.tokens,
+            "skipped": self.skipped,
+            "data": self.data_hash,
+            "teacher": self.teacher_hash,
+            "distill": self.distiller.state() if self.distiller is not None else {},
+            "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
+        }
+        checkpoint.save(self.checkpoints, self.step, groups, state, val_loss)
+        keep = self.config.checkpoint
+        checkpoint.prune(self.checkpoints, keep.keep_last, keep.keep_best)
+        self.saved_step = self.step
+
+    def count(self, finite: bool) -> None:
+        """Count a step that has just ended."""
+        self.step += 1
+        self.tokens += self.config.train.batch_tokens
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+
+    def check_finite(self, log: RunLog, result: StepResult) -> None:
+        """Warn of a step that was not finite.
+
+        Raises:
+            UserError: ``train.max_bad_steps`` in a row were not.
+        """
+        if result.finite:
+            return
+        log.warn(f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}: skipped")
+        if self.skipped_in_a_row >= self.config.train.max_bad_steps:
+            kept = f"is kept in {self.checkpoints}" if self.saved_step >= 0 else "was not reached"
+            raise UserError(
+                f"{self.skipped_in_a_row} steps in a row were not finite (up to step {self.step}); "
+                f"a good checkpoint {kept}. A lower optim.lr or optim.grad_clip often helps; both "
+                "may change on resume"
+            )
+
+    def save_if_due(self, log: RunLog, val_loss: float | None) -> None:
+        """Save every ``checkpoint.every`` steps, at the end, and where the validation loss is the
+        lowest yet; never after a step that was not finite, whose weights may be the reason."""
+        config = self.config
+        due = self.step % config.checkpoint.every == 0 or self.step == config.train.steps
+        if val_loss is not None and val_loss < self.best_loss:
+            self.best_loss = val_loss
+            due = due or config.checkpoint.keep_best
+        if due and not self.skipped_in_a_row:
+            self.save(log, val_loss)
+
+
+def checkpoints_of(config: Config) -> Path:
+    """The folder of a run's checkpoints."""
+    return config.run_dir / "checkpoints"
+
+
+def announce(
+    log: RunLog, run: Run, changes: list[str], meter: Meter, train_tokens: int, val_tokens: int
+) -> None:
+    """Print the head of a run, with what is worth a warning.
+
+    Arguments:
+        changes: by :func:`allowed_changes`.
+        train_tokens, val_tokens: sizes of the data.
+    """
+    config, total_steps = run.config, run.config.train.steps
+    log.print(one_line(config))
+    log.print(
+        f"on {meter.device}, {'bf16 autocast' if meter.bf16 else 'fp32'}; "
+        f"{human(train_tokens)} training tokens, so "
+        f"{config.train.tokens / train_tokens:.2g} epochs; "
+        f"MFU against {human(meter.peak, 'FLOP/s')} ({meter.peak_source})"
+    )
+    if run.step:
+        nothing = "" if run.step < total_steps else f" of {total_steps}: nothing is left to train"
+        log.print(f"resumed at step {run.step}{nothing}")
+    if changes:
+        log.warn(f"changed since this run was last started: {'; '.join(changes)}")
+    for line in quantization_lines(config):
+        log.print(line)
+    if config.train.compile:
+        log.print("the first step compiles, which takes minutes; its tokens/s and ETA too")
+    if config.train.init_from and run.saved_step < 0:
+        source = read_config(Path(config.train.init_from)).quant
+        if source.enabled and source != config.quant:
+            log.warn(
+                f"[quant] is not that of {config.train.init_from} ({source}), whose learned "
+                "scales and ranges are therefore left behind"
+            )
+    if val_tokens < 10_000:
+        log.warn(
+            f"only {val_tokens} validation tokens: val_loss will be noisy; a larger "
+            "data.val_fraction, in another data.path, steadies it"
+        )
+
+
+def allowed_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> list[str]:
+    """How the config of a begun run differs; UserError for a key of :data:`FIXED`.
+
+    A key that did not exist when the run began had its default.
+    """
+    defaults, old = to_dict(Config()), with_new_keys(old)
+    steps = old["train"]["steps"], new["train"]["steps"]
+    quantized = Recipe(**new["quant"]).enabled and QATConfig(**new["qat"]).depends_on_length
+    if quantized and steps[0] != steps[1]:
+        raise UserError(
+            f"train.steps = {steps[1]}: {run_dir} holds a run of {steps[0]} steps, and qat.start "
+            "with the rest of [qat] are shares of them: what is quantized already would be full "
+            "precision again. Change it back; or go on from its model with train.init_from, under "
+            "another run.name"
+        )
+    old = {section: defaults.get(section, {}) | old.get(section, {}) for section in defaults | old}
+    keys = {change.partition(":")[0]: change for change in differences(old, new)}
+    fixed = [
+        change
+        for key, change in keys.items()
+        if (key in FIXED or key.partition(".")[0] in FIXED) and key not in FREE
+    ]
+    if fixed:
+        raise UserError(
+            f"{run_dir} holds a run with another config: {'; '.join(fixed)}. Change it back, or "
+            "give the new run another run.name"
+        )
+    return list(keys.values())
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder: two processes that train in one would destroy each other's work."""
+    lock = run_dir / ".lock"
+    with user_input(f"run.dir: {run_dir}"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.touch()  # an unwritable folder is an error here, not a wait below
+        check_file(lock)
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"{run_dir}: another process is training in this folder") from None
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """Yield a list that the first SIGINT, SIGTERM or SIGHUP is added to. A second SIGINT or SIGTERM
+    ends the process at once."""
+    stop: list[int] = []
+
+    def on_signal(number: int, _: FrameType | None) -> None:
+        drop_closed_terminal()
+        if stop and number != signal.SIGHUP:  # of which shells send two
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        stop.append(number)
+
+    previous = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, *ending_signals())}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
