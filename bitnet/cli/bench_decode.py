@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import torch
 import typer
 from rich.console import Console
 
@@ -54,7 +55,7 @@ from bitnet_kernels.bench.machine import Machine
 
 
 class _Usual(NamedTuple):
-    """What is measured where nothing is named."""
+    """What is measured by default."""
 
     sizes: tuple[str, ...]
     batches: tuple[int, ...]
@@ -69,89 +70,98 @@ ALL = _Usual(tuple(SIZES), (1, 8, 32), (128, 2048), 128, 7)
 QUICK = _Usual(("60m",), (1,), (32,), 8, 2)
 PROFILE = _Usual(("110m",), (1,), (128,), 16, 1)
 
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"A model's shape by its size: {', '.join(SIZES)}; repeatable. Default: 60m and "
+        "110m, on a GPU 700m and 2b.",
+        show_default=False,
+    ),
+]
+Contenders = Annotated[
+    list[str] | None,
+    typer.Option(help=f"{', '.join(CONTENDERS)}; repeatable. Default: all that can run here."),
+]
+Batches = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Rows generated together; repeatable. Default: 1, 8, on a GPU also 32.",
+        min=1,
+        max=LARGEST_BATCH,
+        show_default=False,
+    ),
+]
+Prompts = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Tokens per prompt; repeatable. Default: 128.",
+        min=1,
+        max=1 << 20,
+        show_default=False,
+    ),
+]
+New = Annotated[
+    int, typer.Option(help="Tokens to generate per row. 0: 32, on a GPU 128.", min=0, max=1 << 20)
+]
+Rounds = Annotated[
+    int,
+    typer.Option(help="Timed generations per contender. 0: 5, on a GPU 7.", min=0, max=10_000),
+]
+Quick = Annotated[
+    bool,
+    typer.Option(
+        "--quick",
+        help="A short check that it works: ours-auto and the baseline, 60m, 8 tokens, 2 rounds, "
+        "unless others are named. Writes nothing without --out.",
+    ),
+]
+Everything = Annotated[
+    bool, typer.Option("--all", help="Every size, batch 1, 8, 32, prompt 128 and 2048.")
+]
+Profiled = Annotated[
+    bool,
+    typer.Option("--profile", help="Where the time of one contender's step goes, by operation."),
+]
+Out = Annotated[
+    str,
+    typer.Option(
+        help="CSV file. Default: docs/results/decode_<device>.csv; of a profile, "
+        "docs/results/profile_decode_<device>.csv."
+    ),
+]
+
 
 def decode_command(
-    size: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"A model's shape by its size: {', '.join(SIZES)}; repeatable. Default: 60m and "
-            "110m, on a GPU 700m and 2b.",
-            show_default=False,
-        ),
-    ] = None,
+    size: Sizes = None,
     model: Annotated[
-        str,
-        typer.Option(help="Or a folder with a ternary model. Weights are random otherwise."),
+        str, typer.Option(help="Or a folder with a ternary model. Weights are random otherwise.")
     ] = "",
-    contender: Annotated[
-        list[str] | None,
-        typer.Option(help=f"{', '.join(CONTENDERS)}; repeatable. Default: all that can run here."),
-    ] = None,
-    batch: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Rows generated together; repeatable. Default: 1, 8, on a GPU also 32.",
-            min=1,
-            max=LARGEST_BATCH,
-            show_default=False,
-        ),
-    ] = None,
-    prompt: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Tokens of a row's prompt; repeatable. Default: 128.",
-            min=1,
-            max=1 << 20,
-            show_default=False,
-        ),
-    ] = None,
-    new: Annotated[
-        int,
-        typer.Option(help="Tokens to generate, a row. 0: 32, on a GPU 128.", min=0, max=1 << 20),
-    ] = 0,
-    rounds: Annotated[
-        int, typer.Option(help="Timed generations of each. 0: 5, on a GPU 7.", min=0, max=10_000)
-    ] = 0,
+    contender: Contenders = None,
+    batch: Batches = None,
+    prompt: Prompts = None,
+    new: New = 0,
+    rounds: Rounds = 0,
     device: Device = "auto",
     threads: Threads = 0,
     seed: Seed = 0,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick",
-            help="Does it work? ours-auto and a twin, 60m, 8 tokens, 2 rounds, unless others are "
-            "named. Writes nothing without --out.",
-        ),
-    ] = False,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Every size, batch 1, 8, 32, prompt 128 and 2048.")
-    ] = False,
-    profile: Annotated[
-        bool,
-        typer.Option(
-            "--profile", help="One contender, one step: where its time goes, by operation."
-        ),
-    ] = False,
-    out: Annotated[
-        str,
-        typer.Option(
-            help="CSV file. Default: docs/results/decode_<device>.csv; of a profile, "
-            "docs/results/profile_decode_<device>.csv."
-        ),
-    ] = "",
+    quick: Quick = False,
+    everything: Everything = False,
+    profile: Profiled = False,
+    out: Out = "",
 ) -> None:
-    """Time generation: packed layers, their twin, and transformers.
+    """Time generation: packed layers, their baseline, and transformers.
 
-    Each contender has a process of its own; they take turns, a generation each, so that a machine
-    that slows down slows all alike. Told are the time to the first token, tokens a second after
-    it, memory, and on a GPU joules a token, with the ratios within a round. Rows are written when
-    a case is done: Ctrl-C loses one at most, and the same command goes on where it was. What is in
-    the file already, measured by the same sources, is shown and not measured again.
+    Each contender runs in its own process; they take turns, one generation each, so that a machine
+    that slows down slows all alike. Results are the time to the first token, tokens per second
+    after it, memory, and on a GPU joules per token, with the ratios within a round. Rows are
+    written when a case is done: Ctrl-C loses one at most, and the same command continues where it
+    stopped. What the file has already, measured by the same sources, is shown and not measured
+    again.
 
     ours-auto is what `bitnet generate` does; -dot and -addsub force a kernel on a GPU, -bf16-head
-    is --head bf16 on a CPU. twin is the same shape with nn.Linear layers in the same engine.
-    transformers is generate() of its BitNet class (autobitlinear) on the same ternary weights,
-    greedy.
+    is --head bf16 on a CPU. twin, the full-precision baseline, has the same shape with nn.Linear
+    layers in the same engine. transformers is generate() of its BitNet class (autobitlinear) on the
+    same ternary weights, greedy.
 
     On a GPU: bitnet bench decode --size 700m --size 2b --size 8b
     """
@@ -163,12 +173,7 @@ def decode_command(
     asked = GPU if target.type == "cuda" else CPU
     for chosen, given in ((everything, ALL), (quick, QUICK), (profile, PROFILE)):
         asked = given if chosen else asked
-    names, lines = valid_names("--contender", contender or [], CONTENDERS), list[str]()
-    if not names and quick:
-        dtype = "bf16" if target.type == "cuda" else "fp32"
-        names = ["ours-auto", f"twin-{dtype}"]
-        lines.append(f"--quick leaves transformers out; --contender transformers-{dtype} times it")
-    names = names or (["ours-auto"] if profile else list(usual(target)))
+    names, lines = _contenders(contender or [], target, quick, profile)
     cases = [
         Case(rows, tokens, new or asked.new)
         for tokens in dict.fromkeys(prompt or asked.prompts)
@@ -184,20 +189,23 @@ def decode_command(
     run = _Run(plain_console(), here, names, cases, rounds or asked.rounds, seed, threads, path)
     if profile:
         _profile(run, subjects)
-        return
-    run.kept = read(path, COLUMNS) if path else []
-    _, no_energy = machine.find_meter(target)
-    todo = [
-        (subject, run.fitting(subject, run.jobs(subject, lines), lines)) for subject in subjects
-    ]
-    for line in filter(None, dict.fromkeys([no_energy, *lines])):  # no argument is wrong
-        run.say(line)
-    for subject, jobs in todo:
-        run.race(subject, jobs)
-    run.say("")
-    run.say(table(run.shown))
-    run.say("")
-    run.say(f"figures: {path}" if path else NOT_WRITTEN)
+    else:
+        run.measure(subjects, lines)
+
+
+def _contenders(
+    given: list[str], device: torch.device, quick: bool, profile: bool
+) -> tuple[list[str], list[str]]:
+    """The contenders to measure, and lines to print about them."""
+    if names := valid_names("--contender", given, CONTENDERS):
+        return names, []
+    if profile:
+        return ["ours-auto"], []
+    if not quick:
+        return list(usual(device)), []
+    dtype = "bf16" if device.type == "cuda" else "fp32"
+    line = f"--quick leaves transformers out; --contender transformers-{dtype} times it"
+    return ["ours-auto", f"twin-{dtype}"], [line]
 
 
 def _subjects(folder: str, sizes: Sequence[str], cases: Sequence[Case]) -> list[Subject]:
@@ -218,7 +226,7 @@ def _subjects(folder: str, sizes: Sequence[str], cases: Sequence[Case]) -> list[
 
 @dataclasses.dataclass
 class _Run:
-    """What holds for every model of a command, and what they came to."""
+    """The settings of a command, which hold for every model, and the rows of its results."""
 
     console: Console
     here: Machine
@@ -238,8 +246,25 @@ class _Run:
         """A line, or several."""
         say(self.console, text)
 
+    def measure(self, subjects: Sequence[Subject], lines: list[str]) -> None:
+        """Measure all models; print ``lines``, then results as they come, then the table."""
+        self.kept = read(self.path, COLUMNS) if self.path else []
+        _, no_energy = machine.find_meter(self.here.device)
+        todo = [
+            (subject, self.fitting(subject, self.jobs(subject, lines), lines))
+            for subject in subjects
+        ]
+        for line in filter(None, dict.fromkeys([no_energy, *lines])):  # no argument is wrong
+            self.say(line)
+        for subject, jobs in todo:
+            self.race(subject, jobs)
+        self.say("")
+        self.say(table(self.shown))
+        self.say("")
+        self.say(f"figures: {self.path}" if self.path else NOT_WRITTEN)
+
     def kept_so_far(self) -> str:
-        """What a command that is stopped says of its file."""
+        """The line of a stopped command about its file."""
         return f"the same command goes on from {self.path}" if self.path and self.shown else ""
 
     def jobs(self, subject: Subject, lines: list[str]) -> list[Job]:
@@ -301,8 +326,9 @@ class _Run:
         for job, size in zip(jobs, sizes, strict=True):
             if job not in kept:
                 lines.append(
-                    f"{subject.name}: {job.contender} is left out: it needs some "
-                    f"{human(size, 'B')} beside the others, of {human(free or 0, 'B')} free"
+                    f"{subject.name}: {job.contender} is left out: it needs about "
+                    f"{human(size, 'B')}, and the others leave too little of the "
+                    f"{human(free or 0, 'B')} that are free"
                 )
         if not kept:
             raise UserError(f"{subject.name} does not fit into memory; choose a smaller --size")
@@ -310,7 +336,7 @@ class _Run:
 
 
 def _line(rows: Sequence[Figures]) -> str:
-    """What a case came to, for those who watch."""
+    """One line for those who watch: a case's results."""
     parts = []
     for row in rows:
         notes = []

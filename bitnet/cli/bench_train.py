@@ -30,76 +30,84 @@ from bitnet.training.throughput import peak_flops
 from bitnet_kernels.bench import machine
 
 EAGER = ("fp", "naive", "ours")
-"""Measured unless others are named on a CPU, whose compiled steps take minutes to begin."""
+"""Variants measured by default on a CPU, where compiling a step takes minutes."""
 CPU_TOKENS = 2048
-"""A micro-batch of a model by size on a CPU, two a step: seconds instead of minutes."""
+"""Tokens per micro-batch of a model by size on a CPU, two per step: seconds instead of minutes."""
 PEAK_TRIES = 5
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]",
+        help="Config keys for every variant, such as optim.optimizer=muon.",
+        show_default=False,
+    ),
+]
+Sizes = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"A model's shape by its size: {', '.join(SIZES)} (8 layers, 2,048 wide); "
+        "repeatable. Default: 15m, on a GPU 350m.",
+        show_default=False,
+    ),
+]
+Configs = Annotated[
+    list[Path] | None,
+    typer.Option(help="Or a config, such as configs/15m.toml; repeatable. Its data are not read."),
+]
+Variants = Annotated[
+    list[str] | None,
+    typer.Option(
+        help=f"{', '.join(VARIANTS)}; repeatable. Default: {', '.join(EAGER)}, on a GPU also all "
+        "compiled ones.",
+        show_default=False,
+    ),
+]
+BatchTokens = Annotated[
+    int,
+    typer.Option(
+        help=f"Tokens per micro-batch. 0: the config's; with --size on a CPU {CPU_TOKENS}.",
+        min=0,
+        max=1 << 24,
+    ),
+]
+MicroBatches = Annotated[
+    int,
+    typer.Option(
+        help="Micro-batches per step. 0: as many as make the config's step; with --size on a "
+        f"CPU, {2 * CPU_TOKENS} tokens.",
+        min=0,
+        max=1 << 20,
+    ),
+]
+Steps = Annotated[
+    int, typer.Option(help="Timed steps per variant. 0: 5, on a GPU 10.", min=0, max=1 << 20)
+]
+Warmup = Annotated[int, typer.Option(help="Untimed steps before those. 0: 2.", min=0, max=1 << 20)]
+Quick = Annotated[
+    bool,
+    typer.Option(
+        "--quick",
+        help=f"A short check that it works: {', '.join(EAGER)}, 3 steps of one sequence, unless "
+        "others are named. Writes nothing without --out.",
+    ),
+]
 
 
 def train_command(
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[SECTION.KEY=VALUE]",
-            help="Of the config, for every variant, such as optim.optimizer=muon.",
-            show_default=False,
-        ),
-    ] = None,
-    size: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"A model's shape by its size: {', '.join(SIZES)} (8 layers, 2,048 wide); "
-            "repeatable. Default: 15m, on a GPU 350m.",
-            show_default=False,
-        ),
-    ] = None,
-    config: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Or a config, such as configs/15m.toml; repeatable. Its data are not read."
-        ),
-    ] = None,
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(
-            help=f"{', '.join(VARIANTS)}; repeatable. Default: {', '.join(EAGER)}, on a GPU also "
-            "all compiled ones.",
-            show_default=False,
-        ),
-    ] = None,
-    tokens: Annotated[
-        int,
-        typer.Option(
-            help=f"Tokens of a micro-batch. 0: the config's; of a --size on a CPU {CPU_TOKENS}.",
-            min=0,
-            max=1 << 24,
-        ),
-    ] = 0,
-    micro_batches: Annotated[
-        int,
-        typer.Option(
-            help="Micro-batches of a step. 0: as many as make the config's step; of a --size on a "
-            f"CPU, {2 * CPU_TOKENS} tokens.",
-            min=0,
-            max=1 << 20,
-        ),
-    ] = 0,
-    steps: Annotated[
-        int, typer.Option(help="Timed steps of each. 0: 5, on a GPU 10.", min=0, max=1 << 20)
-    ] = 0,
-    warmup: Annotated[int, typer.Option(help="Steps before those. 0: 2.", min=0, max=1 << 20)] = 0,
+    overrides: Overrides = None,
+    size: Sizes = None,
+    config: Configs = None,
+    variant: Variants = None,
+    tokens: BatchTokens = 0,
+    micro_batches: MicroBatches = 0,
+    steps: Steps = 0,
+    warmup: Warmup = 0,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16. auto: bf16 on a GPU.")] = "auto",
     threads: Threads = 0,
     seed: Seed = 0,
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick",
-            help=f"Does it work? {', '.join(EAGER)}, 3 steps of one sequence, unless others are "
-            "named. Writes nothing without --out.",
-        ),
-    ] = False,
+    quick: Quick = False,
     out: Annotated[
         str, typer.Option(help="CSV file. Default: docs/results/train_<device>.csv.")
     ] = "",
@@ -114,16 +122,16 @@ def train_command(
     torchao    torchao's bitnet_training, where that package is installed
     ...-compiled: by torch.compile
 
-    Each variant has a process of its own; they take turns, a step each, so that a machine that
-    slows down slows all alike. Speed is told by the ratios within a round, beside peak memory,
-    loss and compile time. Rows are written when a model is done; those of an earlier run that
-    measured the same thing with as many steps are replaced.
+    Each variant runs in its own process; they take turns, one step each, so that a machine that
+    slows down slows all alike. Results are ratios of speed within a round, peak memory, loss and
+    compile time. Rows are written when a model is done; they replace those of an earlier run that
+    measured the same thing with as many steps.
 
-    A step is train.py's. On a CPU that of a --size is 4,096 tokens long, so that the default takes
-    minutes; that of a --config is as long as it says: 131,072 tokens for configs/15m.toml, a minute
-    and a half on 2 cores.
+    A step is train.py's. With --size on a CPU it has 4,096 tokens, so that the default takes
+    minutes; with --config it has as many as the config says: 131,072 tokens for configs/15m.toml,
+    a minute and a half on 2 cores.
 
-    On a GPU, all there is to know: bitnet bench train --size 350m --size 1b
+    The full measurement on a GPU: bitnet bench train --size 350m --size 1b
     """
     target = bench_device(device, threads)
     on_cpu = target.type == "cpu"
@@ -137,20 +145,16 @@ def train_command(
     more = overrides or []
     asked = _Asked(tokens, micro_batches, steps + warmup, target, dtype, threads, seed, quick, more)
     subjects = _subjects(config or [], size or [], "15m" if on_cpu else "350m")
-    runs = {  # every mistake is found before anything is said or timed
+    runs = {  # every mistake is found before anything is printed or timed
         label: asked.configs(paths, given, chosen) for label, (paths, given) in subjects.items()
     }
     here = machine.describe(target)
     path = results_path(out, f"train_{here.slug}.csv") if out or not quick else None
     kept = read(path, COLUMNS) if path else []
-    _, no_energy = machine.find_meter(target)
     console = plain_console()
+    _, no_energy = machine.find_meter(target)
     for label, configs in runs.items():
-        train = next(iter(configs.values())).train
-        lines.append(
-            f"{label}: {counted(len(configs), 'variant')} x {counted(steps + warmup, 'step')} of "
-            f"{train.batch_tokens:,} tokens"
-        )
+        lines.append(_announcement(label, configs, steps + warmup))
     for line in [*filter(None, [no_energy]), *lines]:
         say(console, line)
     saved: list[str] = []
@@ -171,6 +175,14 @@ def train_command(
     say(console, f"figures: {path}" if path else NOT_WRITTEN)
 
 
+def _announcement(label: str, configs: Mapping[str, Config], steps: int) -> str:
+    train = next(iter(configs.values())).train
+    return (
+        f"{label}: {counted(len(configs), 'variant')} x {counted(steps, 'step')} of "
+        f"{train.batch_tokens:,} tokens"
+    )
+
+
 def _subjects(
     configs: list[Path], sizes: list[str], default: str
 ) -> dict[str, tuple[list[Path], list[str]]]:
@@ -184,7 +196,7 @@ def _subjects(
 
 
 class _Asked(NamedTuple):
-    """Options as given; zeros are the config's."""
+    """Options as given; a 0 means the config's value."""
 
     tokens: int
     micro_batches: int
@@ -199,7 +211,7 @@ class _Asked(NamedTuple):
     def configs(
         self, paths: Sequence[Path], given: list[str], variants: list[str]
     ) -> dict[str, Config]:
-        """Variant -> its config, which says all that a worker has to know.
+        """Variant -> its config, which holds all that a worker needs.
 
         Arguments:
             paths, given: config files, or the overrides that make a model of some size.
@@ -243,8 +255,8 @@ def _names(overrides: Sequence[str], keys: Sequence[str]) -> bool:
 def _race(
     console: Console, label: str, configs: Mapping[str, Config], steps: int, warmup: int
 ) -> tuple[dict[str, list[Reply]], tuple[float, str]]:
-    """What the variants say, and the peak that their FLOP/s are compared with: the best of those
-    measured before the first turns, since another program slows one down easily, but not all."""
+    """The variants' replies, and the peak FLOP/s with its source. The peak is the best of several
+    measurements before the first turns: another program may slow down one, but hardly all."""
     train = next(iter(configs.values())).train
     device = torch.device(train.device)
     dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32

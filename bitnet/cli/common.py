@@ -10,12 +10,14 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
 
 from bitnet.config import describe
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.export.folder import load
 from bitnet.linear import Kernel
 from bitnet.model import Transformer
+from bitnet.progress import plain_console
 from bitnet.schema import UserError, nearest, read_file
 from bitnet_kernels import pack_ternary, ternary_matmul
 
@@ -87,6 +89,14 @@ def _number(text: str) -> float | None:
     if match := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([kmb]?)", text):
         return float(match[1]) * {"k": 1e-3, "": 1, "m": 1, "b": 1e3}[match[2]]
     return None
+
+
+def wide_console() -> Console:
+    """A console for wide tables: at least 120 columns where the output is a file or a pipe."""
+    console = plain_console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    return console
 
 
 def read_text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""``bitnet inspect kernels``: what the GPU kernels compile to, on a machine without a GPU."""
+"""``bitnet inspect kernels``: the GPU kernels' machine code, counted without a GPU."""
 
 import csv
 import io
@@ -14,9 +14,9 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from bitnet.cli.common import valid_names
+from bitnet.cli.common import valid_names, wide_console
 from bitnet.durable import check_output, write_atomic
-from bitnet.progress import Reports, plain_console
+from bitnet.progress import Reports
 from bitnet.schema import UserError, nearest, user_input
 from bitnet_kernels.sass import ARCHS, Report, inspect, listing
 
@@ -35,7 +35,7 @@ def inspect_kernels(
     """Compile the GPU kernels, which needs no GPU, and show what their main loops cost.
 
     Instructions are those of a thread, counted in the machine code (SASS), per weight. The last
-    columns are the weights that an SM could process in a clock, by published rates of its units,
+    columns are the weights that an SM could process per clock, by published rates of its units,
     and how that compares with what memory delivers ("93%: alu", limited by the integer units): a
     bound, not a measurement. A kernel of the addsub family that multiplies data anywhere but by the
     two scales of its epilogue is an error: exit code 1.
@@ -45,7 +45,32 @@ def inspect_kernels(
     for option, path in (("--csv", csv_file), ("--sass", sass and f"{sass}/listing")):
         if path:
             check_output(option, Path(path))
-    archs = {name: ARCHS[name] for name in valid_names("--arch", arch or ["sm_90"], ARCHS)}
+    archs = valid_names("--arch", arch or ["sm_90"], ARCHS)
+    reports = compiled(archs, chosen_specs(kernel), Path(sass) if sass else None)
+    if csv_file:
+        write_csv(Path(csv_file), reports)
+    console = wide_console()
+    for name in archs:
+        for table in tables_of(name, [one for one in reports if one.sm == ARCHS[name].sm]):
+            console.print(table)
+    print("Counted in SASS. The speeds are bounds from published rates, not measurements.")
+    for one in reports:
+        for note in filter(None, [*one.notes, load_widths(one)]):
+            print(f"{one.name}, sm_{one.sm}: {note}")
+    wrong = [one for one in reports if one.family == "addsub" and multipliers(one)]
+    for one in wrong:
+        found = counted(multipliers(one))
+        print(f"error: {one.name}, sm_{one.sm}: multiplies data: {found}", file=sys.stderr)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def chosen_specs(kernel: str) -> dict[str, Any]:
+    """Name -> kernel to compile, of the kernels whose name contains ``kernel``.
+
+    Raises:
+        UserError: there is none, or kernels cannot be compiled here.
+    """
     if find_spec("triton") is None:
         raise UserError("inspecting kernels needs Triton, which is not installed")
     from bitnet_kernels.gpu.catalog import catalog
@@ -54,51 +79,38 @@ def inspect_kernels(
     if INTERPRETED:
         raise UserError("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
     specs = {spec.name: spec for spec in catalog()}
-    names = [name for name in specs if kernel.lower() in name.lower()]
-    if not names:
+    found = {name: spec for name, spec in specs.items() if kernel.lower() in name.lower()}
+    if not found:
         near = nearest(kernel, specs, 0)
         raise UserError(f"--kernel {kernel!r}: no kernel's name contains it; nearest: {near}")
+    return found
 
+
+def compiled(archs: list[str], specs: dict[str, Any], listings: Path | None) -> list[Report]:
+    """Compile kernels for GPUs and count their instructions; write listings into a folder."""
     reports: list[Report] = []
     with Reports() as progress:
-        task = progress.add_task("compiling", total=len(archs) * len(names))
-        for arch_name, target in archs.items():
-            for name in names:
-                progress.update(task, description=f"{name}, {arch_name}")
-                reports.append(inspect(specs[name], target.sm))
-                if sass:
-                    write_listing(Path(sass), specs[name], target.sm)
+        task = progress.add_task("compiling", total=len(archs) * len(specs))
+        for arch in archs:
+            for name, spec in specs.items():
+                progress.update(task, description=f"{name}, {arch}")
+                reports.append(inspect(spec, ARCHS[arch].sm))
+                if listings:
+                    write_listing(listings, spec, ARCHS[arch].sm)
                 progress.advance(task)
-    if csv_file:
-        write_csv(Path(csv_file), reports)
+    return reports
 
-    console = plain_console()
-    if not console.is_terminal:  # a file or a pipe has room for the whole table
-        console.width = max(console.width, 120)
-    for arch_name, target in archs.items():
-        for table in tables_of(arch_name, [one for one in reports if one.sm == target.sm]):
-            console.print(table)
-    print("Counted in SASS. The speeds are bounds from published rates, not measurements.")
-    for one in reports:
-        for note in filter(None, [*one.notes, load_widths(one)]):
-            print(f"{one.name}, sm_{one.sm}: {note}")
-    wrong = [
-        (one, one.multipliers_on_data + one.multipliers_outside)
-        for one in reports
-        if one.family == "addsub"
-    ]
-    wrong = [(one, found) for one, found in wrong if found]
-    for one, found in wrong:
-        print(f"error: {one.name}, sm_{one.sm}: multiplies data: {counted(found)}", file=sys.stderr)
-    if wrong:
-        raise typer.Exit(1)
+
+def multipliers(report: Report) -> list[str]:
+    """The multiplications that an addsub kernel may not have."""
+    return report.multipliers_on_data + report.multipliers_outside
 
 
 def tables_of(arch_name: str, reports: list[Report]) -> Iterator[Table]:
-    """The figures of one GPU, a row a kernel: the matmuls', then those of the others."""
+    """The figures of one GPU, one row per kernel: a table of the matmuls, one of the others."""
     arch = ARCHS[arch_name]
     needed = arch.needed_weights_per_clock
-    title = f"{arch_name} ({arch.gpu}): memory delivers {needed:.1f} weights a clock to each SM"
+    title = f"{arch_name} ({arch.gpu}): memory delivers {needed:.1f} weights per clock to each SM"
     matmuls, others = (
         Table(title=text, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         for text in (title, f"{arch_name} ({arch.gpu})")
@@ -126,15 +138,14 @@ def tables_of(arch_name: str, reports: list[Report]) -> Iterator[Table]:
 
 
 def load_widths(report: Report) -> str:
-    """What to say of weights that are not loaded 16 bytes at a time; "" where they are, or in
-    bulk."""
+    """A note on weights that are not loaded 16 bytes at a time; "" where they are, or in bulk."""
     if report.weight_load_bits in ([128], []):
         return ""
     return f"weights in loads of {', '.join(str(n // 8) for n in report.weight_load_bits)} bytes"
 
 
 def roofline(report: Report) -> str:
-    """``"all"`` for a kernel that memory limits, else the share of its speed and what limits."""
+    """``"all"`` for a kernel that memory limits; else its share of that speed, and its limit."""
     assert report.weights_per_clock is not None
     if report.bound == "memory":
         return "all"
@@ -147,7 +158,7 @@ def counted(opcodes: list[str]) -> str:
 
 
 def shortened(opcodes: list[str]) -> str:
-    """:func:`counted` of the bare opcodes, the two most frequent of them."""
+    """:func:`counted` of the two most frequent opcodes, without their modifiers."""
     counts = Counter(opcode.partition(".")[0] for opcode in opcodes).most_common()
     listed = [f"{opcode} x{n}" for opcode, n in counts[:2]]
     return ", ".join(listed + ["..."] * (len(counts) > 2)) or "0"
@@ -162,7 +173,7 @@ def write_listing(folder: Path, spec: Any, sm: int) -> None:
 
 
 def write_csv(path: Path, reports: list[Report]) -> None:
-    """Write one row per report; each pipe has a column, per weight."""
+    """One row per report; one column per pipe, in instructions per weight."""
     rows = []
     for one in reports:
         row: dict[str, Any] = {"gpu": ARCHS[f"sm_{one.sm}"].gpu}

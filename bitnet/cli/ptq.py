@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from bitnet.cli.common import Device, pick_device, read_text, valid_names
+from bitnet.cli.common import Device, pick_device, read_text, valid_names, wide_console
 from bitnet.data.loader import sequential_windows
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.data.windows import split_of, text_windows, whole_inputs
@@ -22,7 +22,7 @@ from bitnet.evaluate import evaluate_windows
 from bitnet.export.folder import save_model
 from bitnet.export.source import load_source
 from bitnet.model import Transformer
-from bitnet.progress import Reports, plain_console
+from bitnet.progress import Reports
 from bitnet.qat.comparison import (
     BITS,
     FULL,
@@ -109,12 +109,9 @@ def ptq_command(
             if out:
                 save_model(out, quantized, tokenizer, recipe)
 
-    console = plain_console()
-    if not console.is_terminal:  # a file or a pipe has room for the whole table
-        console.width = max(console.width, 120)
     activations = f"activations of {activation_bits} bits" if activation_bits else "weights only"
     rows = results.rows
-    console.print(_table(rows, f"{model}: {activations}, {rows[0].tokens:,} tokens"))
+    wide_console().print(_table(rows, f"{model}: {activations}, {rows[0].tokens:,} tokens"))
     for line in verdicts(rows):
         print(line)
 

@@ -188,7 +188,7 @@ def test_needed_weights() -> None:
 
 
 def test_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By hand, for kernels of 100 weights a clock on an A100: 108 SMs, 1.41 GHz, 2.039 TB/s."""
+    """By hand, for kernels of 100 weights per clock on an A100: 108 SMs, 1.41 GHz, 2.039 TB/s."""
     made = Compiled(listing(GEMV), "", registers=64, spill_bytes=0, shared_bytes=0)
     monkeypatch.setattr(model, "compile_spec", lambda spec, sm: made)
     real = inspect(Stand(), 80)._replace(weights_per_clock=100.0)  # type: ignore[arg-type]
@@ -370,8 +370,8 @@ def test_estimate_of_a_real_kernel(worked: dict[str, Any]) -> None:
 def test_inspect_kernels(worked: dict[str, Any]) -> None:
     code, out, err = worked["cli"]["two"]
     assert (code, err) == (0, "")
-    assert "sm_80 (A100 80GB): memory delivers 53.6 weights a clock" in out
-    assert "sm_90 (H100): memory delivers 51.3 weights a clock" in out
+    assert "sm_80 (A100 80GB): memory delivers 53.6 weights per clock" in out
+    assert "sm_90 (H100): memory delivers 51.3 weights per clock" in out
     assert "not measurements" in out
     assert "dp4a" not in out
     rows = [line for line in out.splitlines() if line.lstrip().startswith("sad M=1  ")]
