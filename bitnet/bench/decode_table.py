@@ -1,23 +1,28 @@
-"""The figures of ``bitnet bench decode``: a row a contender and case, in a CSV file and in tables.
+"""The figures of ``bitnet bench decode``: one row per contender and case, in CSV and in tables.
 
-Ratios are made here, round by round (bitnet/bench/decode.py says why), to the *fastest* of the
-twin's dtypes and of transformers' settings: the strongest opponent that was measured.
+Ratios are computed here, round by round (bitnet/bench/decode.py says why), to the *fastest* dtype
+of the baseline and the fastest setting of transformers: the strongest opponents that were measured.
+The baseline is the same shape with full-precision layers; its contenders are named ``twin-*``.
 """
 
 import hashlib
-import shlex
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from bitnet.bench.decode_worker import Case, Job, Turn
-from bitnet.bench.rows import Figures, counted, distinct, origin, read, text
+from bitnet.bench.rows import (
+    Figures,
+    as_figures,
+    counted,
+    distinct,
+    origin,
+    provenance,
+    read_all,
+    text,
+)
 from bitnet.model import ModelConfig
 from bitnet.summary import human
 from bitnet_kernels.bench import machine
@@ -34,18 +39,18 @@ class Row:
     device: str
     """The GPU or CPU by name."""
     threads: int | None
-    """Of a CPU."""
+    """On a CPU."""
     model: str
     """A size of :data:`SIZES`, or a folder's name."""
     weights: str
-    """"random", or "trained" where they are a folder's; a twin's are always random."""
+    """"trained" if they are a folder's, else "random"; the baseline's are always random."""
     parameters: int
     contender: str
     dtype: str
     batch: int
     prompt: int
     new: int
-    """Tokens a row, each."""
+    """Tokens generated per row."""
     seed: int
     rounds: int
     first_ms: float
@@ -53,50 +58,50 @@ class Row:
     first_ms_p25: float
     first_ms_p75: float
     tokens_s: float
-    """Decoded tokens a second of all rows together, the first ones left out, median."""
+    """Decoded tokens per second of all rows together, without the first ones, median."""
     tokens_s_p25: float
     tokens_s_p75: float
     over_twin: float | None
-    """Median of the ratios, round by round, of ``tokens_s`` to the twin's that is the faster by its
-    median; and their quartiles."""
+    """Median of the ratios, round by round, of ``tokens_s`` to that of the baseline (of the dtype
+    with the higher median); and their quartiles."""
     over_twin_p25: float | None
     over_twin_p75: float | None
     over_transformers: float | None
-    """The same to the fastest of transformers' contenders."""
+    """The same to the fastest contender of transformers."""
     over_transformers_p25: float | None
     over_transformers_p75: float | None
     first_over_twin: float | None
-    """The same of the time to the first token: above 1 is faster."""
+    """The same for the time to the first token: above 1 is faster."""
     first_over_transformers: float | None
     agreement: float | None
-    """Mean share of a row's tokens before the first that differs from ours-auto's. Contenders of
-    the same weights agree until rounding turns a close choice; a twin's weights are others."""
+    """Mean share of a row's tokens before the first that differs from ours-auto's. Contenders with
+    the same weights agree until rounding changes a close choice; the baseline has other weights."""
     peak_bytes: int | None
-    """Of the generations: what tensors held on a GPU, what the process held (CPU)."""
+    """During generation: memory of the tensors on a GPU, of the process on a CPU."""
     weight_bytes: int
     """Matrices of the layers, and norms."""
     head_bytes: int
     """Head and embedding."""
     cache_bytes: int
-    """Allocated between generations."""
+    """Of the KV cache, which stays allocated between generations."""
     joules_token: float | None
-    """Of the whole board, while decoding."""
+    """Energy of the whole board per decoded token."""
     torch: str
     triton: str
     transformers: str
     driver: str
     commit: str
     code: str
-    """Of the sources: rows of others are not taken for done."""
+    """Hash of the sources: rows of other sources are measured again."""
     date: str
     command: str
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
 KEY = ("device", "threads", "model", "weights", "contender", "batch", "prompt", "new", "rounds")
-"""What a row is about: a file has one row for each."""
+"""What a row describes: a file has one row for each."""
 VERSION = ("seed", "torch", "triton", "transformers", "driver", "code")
-"""With which code and settings: a row of another version is measured again."""
+"""Code and settings: a row of another version is measured again."""
 
 
 class Subject(NamedTuple):
@@ -106,11 +111,11 @@ class Subject(NamedTuple):
     config: ModelConfig
     """Resolved; of the ternary model."""
     folder: str
-    """"": random weights."""
+    """Of the trained model; "": random weights."""
 
 
 class Outcome(NamedTuple):
-    """What a contender did in a case."""
+    """What was measured of a contender in a case."""
 
     turns: list[Turn]
     memory: dict[str, int]
@@ -119,7 +124,7 @@ class Outcome(NamedTuple):
 
 
 def code_hash(device: str) -> str:
-    """Of this package's sources and the kernels': 12 hex digits."""
+    """Hash of the sources of this package and of the kernels: 12 hex digits."""
     digest = hashlib.sha256(machine.code_hash(device).encode())
     package = Path(__file__).parents[1]
     for path in sorted(package.rglob("*.py")):
@@ -128,19 +133,15 @@ def code_hash(device: str) -> str:
 
 
 def common_columns(here: Machine, rounds: int) -> dict[str, Any]:
-    """What all rows of a run share."""
+    """Columns that all rows of a run share."""
     return {
+        **provenance(),
         "device": here.name,
         "threads": here.threads,
         "rounds": rounds,
-        "torch": torch.__version__,
-        "triton": machine.package_version("triton"),
         "transformers": machine.package_version("transformers"),
         "driver": here.driver,
-        "commit": machine.commit(),
         "code": code_hash(here.name),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": shlex.join(["bitnet", *sys.argv[1:]]),
     }
 
 
@@ -151,7 +152,7 @@ def figures(
     outcomes: Mapping[str, Outcome],
     common: Mapping[str, Any],
 ) -> list[Figures]:
-    """A case's rows."""
+    """The rows of a case."""
     first = {name: [turn.first_s for turn in one.turns] for name, one in outcomes.items()}
     count = case.batch * (case.new - 1)
     speed = {name: [count / turn.rest_s for turn in one.turns] for name, one in outcomes.items()}
@@ -189,7 +190,7 @@ def figures(
             cache_bytes=one.memory["cache"],
             joules_token=one.joules_token,
         )
-        rows.append({column: text(value) for column, value in asdict(row).items()})
+        rows.append(as_figures(asdict(row)))
     return rows
 
 
@@ -233,13 +234,12 @@ def _agreement(outcomes: Mapping[str, Outcome], name: str) -> float | None:
 
 
 def load(folder: Path) -> list[Figures]:
-    """The rows of all files of a folder. UserError where one of them is damaged."""
-    return [row for path in sorted(folder.glob(PATTERN)) for row in read(path, COLUMNS)]
+    """The rows of a folder's files. Raises UserError if a file is damaged."""
+    return read_all(folder, PATTERN, COLUMNS)
 
 
 def table(rows: Sequence[Figures]) -> str:
-    """Markdown: for each machine and length of a run a line that says where and with what, and a
-    table."""
+    """Markdown: for each machine and length of a run, a line on both and a table."""
     groups: dict[tuple[str, ...], list[Figures]] = {}
     for row in rows:
         where = tuple(row[column] for column in ("device", "threads", "new", "rounds"))
@@ -256,11 +256,11 @@ def _section(rows: Sequence[Figures]) -> str:
         if (version := distinct(rows, package))
     ]
     lines = [
-        f"**{one['device']}**{threads}: {', '.join(versions)}; {one['new']} new tokens a row, "
+        f"**{one['device']}**{threads}: {', '.join(versions)}; {one['new']} new tokens per row, "
         f"{counted(int(one['rounds']), 'round')}; {origin(rows)}",
         "",
         "| model | batch | prompt | contender | first token, ms | tokens/s (quartiles) "
-        "| over the twin | over transformers | agrees | J/token | layers | peak memory |",
+        "| over the baseline | over transformers | agrees | J/token | layers | peak memory |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]

@@ -1,23 +1,45 @@
-"""Figures as a CSV file has them: text, under columns that a benchmark declares."""
+"""Rows of CSV files: text, under the columns that a benchmark declares."""
 
 import csv
 import io
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bitnet.durable import write_atomic
 from bitnet.schema import UserError, read_file
+from bitnet_kernels.bench import machine
 
 Figures = dict[str, str]
-"""A row."""
+"""A row: column -> text."""
 
 
 def text(value: Any) -> str:
-    """A figure as it stands in a file: eight digits of a float, "" for None."""
+    """The text of a figure in a file: eight digits of a float, "" for None."""
     if value is None:
         return ""
     return f"{value:.8g}" if isinstance(value, float) else str(value)
+
+
+def as_figures(columns: Mapping[str, Any]) -> Figures:
+    """A row as text."""
+    return {column: text(value) for column, value in columns.items()}
+
+
+def provenance() -> dict[str, str]:
+    """Columns of every row: with which versions, when, and by which command it was measured."""
+    return {
+        "torch": torch.__version__,
+        "triton": machine.package_version("triton"),
+        "commit": machine.commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "command": shlex.join(["bitnet", *sys.argv[1:]]),
+    }
 
 
 def counted(count: int, noun: str) -> str:
@@ -26,27 +48,27 @@ def counted(count: int, noun: str) -> str:
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share of a limit: ``"87%"``; more than all of it is marked, ``"~104%"``, since then the
-    limit was measured too low, as on a busy machine."""
+    """A share of a limit: ``"87%"``. One above 100% is marked, ``"~104%"``: the limit was measured
+    too low, as happens on a busy machine."""
     return f"{'~' if share > 1 else ''}{share:.{digits}%}"
 
 
 def distinct(rows: Sequence[Figures], column: str) -> str:
-    """What rows of several runs, which may have met in one file, say in a column."""
+    """The values of a column, each once; a file may hold rows of several runs."""
     return ", ".join(dict.fromkeys(row[column] for row in rows if row[column]))
 
 
 def origin(rows: Sequence[Figures]) -> str:
-    """With which commit, where the package was part of a checkout, and when."""
+    """Commit, if the package was part of a checkout, and date."""
     commit, date = distinct(rows, "commit"), distinct(rows, "date")
     return f"commit {commit}, {date}" if commit else date
 
 
 def read(path: Path, columns: tuple[str, ...]) -> list[Figures]:
-    """The rows of a file; none where there is no file.
+    """The rows of a file; none if there is no file.
 
     Raises:
-        UserError: it is not a file of these columns.
+        UserError: the file has other columns, or is damaged.
     """
     if not path.exists():
         return []
@@ -62,16 +84,21 @@ def read(path: Path, columns: tuple[str, ...]) -> list[Figures]:
     return rows
 
 
+def read_all(folder: Path, pattern: str, columns: tuple[str, ...]) -> list[Figures]:
+    """The rows of a folder's files. Raises UserError as :func:`read`."""
+    return [row for path in sorted(folder.glob(pattern)) for row in read(path, columns)]
+
+
 def merge(old: Sequence[Figures], new: Sequence[Figures], key: Sequence[str]) -> list[Figures]:
-    """``old`` with rows about the same thing, by the columns ``key``, replaced by ``new`` ones;
-    others at the end. What makes a figure worth more, such as more steps, is part of a key: a short
-    run replaces no long one."""
+    """``old`` rows, replaced by ``new`` ones that agree in the columns ``key``; the other new rows
+    follow. Keys contain what makes a figure more reliable, such as the number of steps: a short run
+    does not replace a long one."""
     merged = {tuple(row[column] for column in key): row for row in (*old, *new)}
     return list(merged.values())
 
 
 def write(path: Path, rows: Sequence[Figures], columns: tuple[str, ...]) -> None:
-    """Replace the file by these rows, whole or not at all."""
+    """Replace a file by these rows, completely or not at all."""
     lines = io.StringIO(newline="")
     writer = csv.DictWriter(lines, columns, lineterminator="\n")
     writer.writeheader()

@@ -1,18 +1,13 @@
-"""The figures of ``bitnet bench train``: rows of a CSV file, and the tables drawn from them."""
+"""The figures of ``bitnet bench train``: rows of a CSV file, and tables drawn from them."""
 
 import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bitnet.bench.rows import Figures, counted, distinct, origin, percent, read, text
+from bitnet.bench.rows import Figures, counted, distinct, origin, percent, provenance, read_all
 from bitnet.bench.train import COMPILED, Reply
 from bitnet.config import Config
 from bitnet.summary import human
@@ -31,48 +26,48 @@ class Row:
     """The config file, or the size and what differs from it."""
     variant: str
     base: str
-    """The variant of this run that ratios are to: fp in the same mode, else the first."""
+    """The variant that ratios are to: fp in the same mode, else the first of this run."""
     parameters: int
     device: str
     """The GPU or CPU by name."""
     threads: int | None
-    """Of a CPU."""
+    """On a CPU."""
     dtype: str
     """"fp32", or "bf16" by autocast; latent weights and optimizer are fp32."""
     seq_len: int
     tokens: int
-    """A micro-batch, random ones of the model's vocabulary, the same in every step."""
+    """Tokens per micro-batch: random ones of the model's vocabulary, the same in every step."""
     micro_batches: int
-    """A step."""
+    """Micro-batches per step."""
     warmup: int
-    """Steps before those that are timed."""
+    """Steps before the timed ones."""
     steps: int
     step_ms: float
     """Median."""
     step_ms_p25: float
     step_ms_p75: float
     tokens_s: float
-    """At the median."""
+    """At the median step time."""
     speedup: float
-    """Median of the ratios, round by round, of the base's time to this one's; the range: of all."""
+    """Median of the ratios, round by round, of the base's time to this one's; then their range."""
     speedup_min: float
     speedup_max: float
     mfu: float
-    """Of ``peak_flops``; by the baseline's operations, for every variant."""
+    """Share of ``peak_flops``, counting the operations of the full-precision baseline."""
     peak_flops: float
     peak_flops_source: str
     peak_bytes: int
-    """Of a step: the most that tensors held."""
+    """Most memory of the tensors during a step."""
     memory_ratio: float
-    """To the base's."""
+    """``peak_bytes`` divided by the base's."""
     resident_bytes: int | None
-    """Of a step on a CPU: the most that the process held."""
+    """Most memory of the process during a step, on a CPU."""
     loss: float
-    """At the last step, in nats a token, before its update."""
+    """At the last step, before its update, in nats per token."""
     compile_s: float | None
-    """Seconds of the first turn of a compiled variant, its compiler's cache empty."""
+    """Seconds of a compiled variant's first turn, with an empty compiler cache."""
     joules_token: float | None
-    """Of the whole board, median."""
+    """Energy of the whole board per token, median."""
     torch: str
     triton: str
     torchao: str
@@ -88,7 +83,7 @@ KEY = (
     *("model", "variant", "device", "threads", "dtype", "seq_len", "tokens", "micro_batches"),
     "steps",
 )
-"""What a row is about: a file has one row for each."""
+"""What a row describes: a file has one row for each."""
 
 
 def figures(
@@ -99,84 +94,80 @@ def figures(
     warmup: int,
     peak: tuple[float, str],
 ) -> list[Row]:
-    """What the replies come to, a row a variant.
+    """The rows of a model, one per variant.
 
     Arguments:
         peak: FLOP/s that MFU is measured against, and where the number comes from.
     """
-    some = next(iter(configs.values()))
-    tokens = some.train.micro_batch * some.data.seq_len
+    config = next(iter(configs.values()))
+    common = {**_common(label, here, config), "warmup": warmup}
+    common |= {"peak_flops": peak[0], "peak_flops_source": peak[1]}
     timed = {name: list(turns[warmup:]) for name, turns in replies.items()}
-    peaks = {name: max(turn.peak_bytes for turn in turns) for name, turns in timed.items()}
-    common: dict[str, Any] = {
-        "model": label,
-        "parameters": some.model.num_parameters()["total"],
-        "device": here.name,
-        "threads": here.threads,
-        "dtype": some.train.dtype,
-        "seq_len": some.data.seq_len,
-        "tokens": tokens,
-        "micro_batches": some.train.batch_tokens // tokens,
-        "warmup": warmup,
-        "peak_flops": peak[0],
-        "peak_flops_source": peak[1],
-        "torch": torch.__version__,
-        "triton": machine.package_version("triton"),
-        "torchao": machine.package_version("torchao"),
-        "python": platform.python_version(),
-        "driver": here.driver,
-        "commit": machine.commit(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "command": shlex.join(["bitnet", *sys.argv[1:]]),
-    }
     rows = []
-    for name, turns in timed.items():
-        baseline = f"fp{COMPILED}" if name.endswith(COMPILED) else "fp"
+    for name in timed:
+        compiled = name.endswith(COMPILED)
+        baseline = f"fp{COMPILED}" if compiled else "fp"
         base = baseline if baseline in timed else next(iter(timed))
-        ratios = [b.seconds / t.seconds for b, t in zip(timed[base], turns, strict=True)]
-        seconds = [turn.seconds for turn in turns]
-        tokens_s = some.train.batch_tokens / statistics.median(seconds)
-        joules = [turn.joules for turn in turns if turn.joules is not None]
-        resident = [turn.resident_bytes for turn in turns if turn.resident_bytes is not None]
-        rows.append(
-            Row(
-                **common,
-                variant=name,
-                base=base,
-                steps=len(turns),
-                step_ms=1e3 * statistics.median(seconds),
-                step_ms_p25=1e3 * quantile(seconds, 0.25),
-                step_ms_p75=1e3 * quantile(seconds, 0.75),
-                tokens_s=tokens_s,
-                speedup=statistics.median(ratios),
-                speedup_min=min(ratios),
-                speedup_max=max(ratios),
-                mfu=mfu(some.model.flops_per_token(some.data.seq_len), tokens_s, peak[0]),
-                peak_bytes=peaks[name],
-                memory_ratio=peaks[name] / peaks[base],
-                resident_bytes=max(resident) if resident else None,
-                loss=turns[-1].loss,
-                compile_s=replies[name][0].turn_seconds if name.endswith(COMPILED) else None,
-                joules_token=statistics.median(joules) / some.train.batch_tokens
-                if joules
-                else None,
-            )
-        )
+        first = replies[name][0].turn_seconds if compiled else None
+        columns = _measured(timed[name], timed[base], config, peak[0])
+        rows.append(Row(**common, **columns, variant=name, base=base, compile_s=first))
     return rows
 
 
-def as_text(row: Row) -> Figures:
-    """As the file has it."""
-    return {column: text(value) for column, value in asdict(row).items()}
+def _common(label: str, here: machine.Machine, config: Config) -> dict[str, Any]:
+    """Columns that all rows of a model share."""
+    tokens = config.train.micro_batch * config.data.seq_len
+    return {
+        **provenance(),
+        "model": label,
+        "parameters": config.model.num_parameters()["total"],
+        "device": here.name,
+        "threads": here.threads,
+        "dtype": config.train.dtype,
+        "seq_len": config.data.seq_len,
+        "tokens": tokens,
+        "micro_batches": config.train.batch_tokens // tokens,
+        "torchao": machine.package_version("torchao"),
+        "python": platform.python_version(),
+        "driver": here.driver,
+    }
+
+
+def _measured(
+    turns: Sequence[Reply], base: Sequence[Reply], config: Config, peak_flops: float
+) -> dict[str, Any]:
+    """Columns of a variant's timed turns, compared with those of its base."""
+    ratios = [b.seconds / t.seconds for b, t in zip(base, turns, strict=True)]
+    seconds = [turn.seconds for turn in turns]
+    tokens_s = config.train.batch_tokens / statistics.median(seconds)
+    joules = [turn.joules for turn in turns if turn.joules is not None]
+    resident = [turn.resident_bytes for turn in turns if turn.resident_bytes is not None]
+    peak_bytes = max(turn.peak_bytes for turn in turns)
+    return {
+        "steps": len(turns),
+        "step_ms": 1e3 * statistics.median(seconds),
+        "step_ms_p25": 1e3 * quantile(seconds, 0.25),
+        "step_ms_p75": 1e3 * quantile(seconds, 0.75),
+        "tokens_s": tokens_s,
+        "speedup": statistics.median(ratios),
+        "speedup_min": min(ratios),
+        "speedup_max": max(ratios),
+        "mfu": mfu(config.model.flops_per_token(config.data.seq_len), tokens_s, peak_flops),
+        "peak_bytes": peak_bytes,
+        "memory_ratio": peak_bytes / max(turn.peak_bytes for turn in base),
+        "resident_bytes": max(resident, default=None),
+        "loss": turns[-1].loss,
+        "joules_token": statistics.median(joules) / config.train.batch_tokens if joules else None,
+    }
 
 
 def load(folder: Path) -> list[Figures]:
-    """The rows of all files of a folder. UserError where one of them is damaged."""
-    return [row for path in sorted(folder.glob(PATTERN)) for row in read(path, COLUMNS)]
+    """The rows of a folder's files. Raises UserError if a file is damaged."""
+    return read_all(folder, PATTERN, COLUMNS)
 
 
 def table(rows: Sequence[Figures]) -> str:
-    """Markdown: for each model and machine a line that says what was run, and a table."""
+    """Markdown: for each model and machine, a line on what was run and a table."""
     groups: dict[tuple[str, ...], list[Figures]] = {}
     for row in rows:
         subject = tuple(row[column] for column in KEY if column != "variant")

@@ -1,6 +1,7 @@
 """``bitnet bench train``: options, progress and files around :mod:`bitnet.bench.train`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -8,9 +9,9 @@ import torch
 import typer
 from rich.console import Console
 
-from bitnet.bench.rows import counted, merge, read, write
+from bitnet.bench.rows import as_figures, counted, merge, read, write
 from bitnet.bench.train import SIZES, USUAL, VARIANTS, Reply, choose_variants, race, variant_config
-from bitnet.bench.train_rows import COLUMNS, KEY, as_text, figures, table
+from bitnet.bench.train_rows import COLUMNS, KEY, figures, table
 from bitnet.bench.worker import WorkerDied
 from bitnet.cli.bench_common import (
     NOT_WRITTEN,
@@ -166,7 +167,8 @@ def train_command(
         with ending(console, kept_so_far, WorkerDied):
             replies, peak = _race(console, label, configs, steps, warmup)
         name = " ".join([label, *more])
-        new = [as_text(row) for row in figures(name, here, configs, replies, warmup, peak)]
+        rows = figures(name, here, configs, replies, warmup, peak)
+        new = [as_figures(asdict(row)) for row in rows]
         if path:
             kept = merge(kept, new, KEY)
             write(path, kept, COLUMNS)

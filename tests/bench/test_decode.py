@@ -210,15 +210,15 @@ def test_what_stands_above_a_table() -> None:
     )
     blank = {"transformers": "", "commit": "", "torch": "2.1", "date": "today"}
     for row, title in (
-        (rows[0] | blank, "**A CPU**, 1 thread: torch 2.1; 3 new tokens a row, 1 round; today"),
+        (rows[0] | blank, "**A CPU**, 1 thread: torch 2.1; 3 new tokens per row, 1 round; today"),
         (
             rows[0] | {"threads": "2", "rounds": "7"},
-            "**A CPU**, 2 threads: torch x, transformers x; 3 new tokens a row, 7 rounds; commit x,"
+            "**A CPU**, 2 threads: torch x, transformers x; 3 new tokens per row, 7 rounds; commit x,"
             " x",
         ),
         (
             rows[0] | {"threads": ""},
-            "**A CPU**: torch x, transformers x; 3 new tokens a row, 1 round; commit x, x",
+            "**A CPU**: torch x, transformers x; 3 new tokens per row, 1 round; commit x, x",
         ),
     ):
         assert tables.table([row]).splitlines()[0] == title

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from bitnet.bench import train as bench_train
-from bitnet.bench.rows import counted, percent
+from bitnet.bench.rows import as_figures, counted, percent
 from bitnet.bench.train import Reply, Stepper, build, most_allocated, variant_config
-from bitnet.bench.train_rows import COLUMNS, as_text, figures, table
+from bitnet.bench.train_rows import COLUMNS, figures, table
 from bitnet.config import load_config
 from bitnet.linear import BitLinear
 from bitnet.model import Transformer
@@ -123,7 +123,7 @@ def test_figures_by_hand(tiny: Path) -> None:
     alone = figures("tiny", here, {"ours": configs["ours"]}, {"ours": replies["ours"]}, 1, peak)
     assert (alone[0].base, alone[0].speedup) == ("ours", 1)
 
-    row = as_text(ours) | {"device": "A CPU", "commit": "", "torch": "2.1", "date": "today"}
+    row = as_figures(dataclasses.asdict(ours)) | {"device": "A CPU", "commit": "", "torch": "2.1", "date": "today"}
     places = {"1": "A CPU, 1 thread, fp32;", "4": "A CPU, 4 threads,", "": "A CPU, fp32"}
     for threads, said in places.items():
         title = table([row | {"threads": threads}]).splitlines()[0]
