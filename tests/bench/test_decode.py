@@ -213,8 +213,8 @@ def test_what_stands_above_a_table() -> None:
         (rows[0] | blank, "**A CPU**, 1 thread: torch 2.1; 3 new tokens per row, 1 round; today"),
         (
             rows[0] | {"threads": "2", "rounds": "7"},
-            "**A CPU**, 2 threads: torch x, transformers x; 3 new tokens per row, 7 rounds; commit x,"
-            " x",
+            "**A CPU**, 2 threads: torch x, transformers x; 3 new tokens per row, 7 rounds; commit "
+            "x, x",
         ),
         (
             rows[0] | {"threads": ""},

@@ -123,7 +123,8 @@ def test_figures_by_hand(tiny: Path) -> None:
     alone = figures("tiny", here, {"ours": configs["ours"]}, {"ours": replies["ours"]}, 1, peak)
     assert (alone[0].base, alone[0].speedup) == ("ours", 1)
 
-    row = as_figures(dataclasses.asdict(ours)) | {"device": "A CPU", "commit": "", "torch": "2.1", "date": "today"}
+    row = as_figures(dataclasses.asdict(ours))
+    row |= {"device": "A CPU", "commit": "", "torch": "2.1", "date": "today"}
     places = {"1": "A CPU, 1 thread, fp32;", "4": "A CPU, 4 threads,", "": "A CPU, fp32"}
     for threads, said in places.items():
         title = table([row | {"threads": threads}]).splitlines()[0]
