@@ -1,32 +1,32 @@
 """One config from TOML files and `section.key=value`, strict; `model.depth` gives the rest.
 
 Each section is a dataclass that lives with the code it configures (``optim`` in optim.py, ...); a
-value comes from its default, then the files in order, then the command line. A file may begin with
-``extends = "other.toml"`` (relative to itself): so the full-precision baselines name only the few
-keys that differ. An unknown key, a wrong type or a value out of range is an error that names the
-file, the key and the nearest valid name: a typo must never train a model.
+value comes from its default, then from the files in order, then from the command line. A file may
+begin with ``extends = "other.toml"`` (a path relative to the file), so the full-precision baselines
+name only the keys that differ. An unknown key, a wrong type or a value out of range is an error
+that names the file, the key and the nearest valid name: a typo must never train a model.
 
-Zeros are then *resolved*: ``model.depth`` alone gives the shape (model.py) and, from the number of
-parameters N it implies, by these rules,
+Zeros are then *resolved*. ``model.depth`` alone gives the shape (model.py), and the shape gives the
+number of parameters N. These rules follow:
 
     learning rate   2.4e-3 * (140M / N)^0.29, at most 4e-3   TriLM's table (arXiv 2407.12327) to 5%
                     a sixth of that for the full-precision baseline (ternary takes 6 to 8 times)
-                    a tenth of *that* for a saved full-precision model, which is to be bent, not
-                    made anew (QAT takes 1/10 to 1/100), with [quant] or, its control, without
+                    a tenth of *that* to fine-tune a saved full-precision model (QAT takes 1/10 to
+                    1/100), with [quant] or, as the control, without it
     batch           262,144 * sqrt(N / 50M) tokens, to a power of two in 16k .. 1M: 262k at 50M
                     (QuEST, arXiv 2502.05003), 1M at 700M (b1.58)
     tokens          20 N (Chinchilla, arXiv 2203.15556)
 
-`train.init_from` starts from a saved model: [model] keys left at their defaults, the tokenizer and
-the folder's own [quant] are then taken from its folder, and a key that says otherwise is an error.
+`train.init_from` starts from a saved model. Its folder then gives the tokenizer, its [quant] and
+every [model] key left at its default; a key that disagrees with the folder is an error.
 
 Four sections quantize a full-precision model in training (bitnet/qat/):
     [quant]    what is quantized and how (recipe.py); needs model.linear = "fp"
-    [qat]      when that begins and how it sets in (schedule.py)
+    [qat]      when quantization begins and how fast it is phased in (schedule.py)
     [distill]  a teacher to learn from (distill.py)
-    [adapter]  low-rank adapters, trained in place of the matrices (adapters.py)
+    [adapter]  low-rank adapters, trained instead of the matrices (adapters.py)
 
-The resolved config is what is printed, saved in the run folder and compared on resume.
+A run prints the resolved config, saves it in its folder and compares it on resume.
 """
 
 import dataclasses
@@ -67,25 +67,25 @@ from bitnet.training.metrics import LogConfig
 from bitnet.training.optim import OptimConfig
 
 _MAX_BYTES = 2**24
-"""Of a config file."""
+"""Largest config file that is read."""
 _Files = list[tuple[str, dict[str, Any]]]
 
 
 @dataclass(frozen=True, config=STRICT)
 class RunConfig:
-    """The run and where it is kept."""
+    """The run's name, folder and seed."""
 
     name: str = ""
     """Folder of the run. "": the name of the (last) config file."""
     dir: str = "runs"
     """Folder of all runs."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of the initial weights and the order of the data."""
+    """Seed of the initial weights and of the order of the data."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"; "auto": a GPU if there is one."""
@@ -94,19 +94,19 @@ class TrainConfig:
     compile: bool = False
     """Compile forward and loss with torch.compile: minutes at the start, faster steps after."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
-    """CPU threads of torch. 0: torch's own choice."""
+    """CPU threads of torch. 0: torch's default."""
     batch_tokens: Count = 0
-    """Tokens an optimizer step. 0: from the parameters; see the head of bitnet/config.py."""
+    """Tokens per optimizer step. 0: from the parameters; see the top of bitnet/config.py."""
     micro_batch: Count = 0
-    """Sequences a forward; the rest is accumulated. 0: about 8,192 tokens, 2,048 on a CPU."""
+    """Sequences per forward; gradients accumulate. 0: about 8,192 tokens, on a CPU 2,048."""
     tokens: Count = 0
-    """Tokens in the run. 0: 20 a parameter."""
+    """Tokens in the run. 0: 20 per parameter."""
     steps: Count = 0
     """Optimizer steps in the run. 0: tokens / batch_tokens, rounded up."""
     init_from: str = ""
-    """Folder of a saved model to start from, whose shape, tokenizer and [quant] it gives."""
+    """Folder of a saved model to start from; it gives the shape, tokenizer and [quant]."""
     max_bad_steps: Positive = 10
-    """Steps in a row with a non-finite loss or gradient that end the run; each is skipped."""
+    """Consecutive steps with a non-finite loss or gradient before the run ends; each is skipped."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -1,14 +1,14 @@
-"""What stands between a layer's matrices: RMSNorm, and the squared-ReLU gate of the MLP.
+"""The elementwise operators between a layer's matrices: RMSNorm and the squared-ReLU gate.
 
-Composed of torch's operators, each operator keeps what its own backward reads: of a norm the input
-and the normalized input, of the gate relu, relu^2 and ``up``. The inputs alone would do. At the
-sizes of a small model on a CPU, where a pass over memory costs more than an integer product's
-share of it, and touching new memory most of all, each is therefore one function whose backward
-computes the rest again, in place. The forward has the bits of the composition.
+Composed of torch's operators, each operator saves the tensors that its backward reads: the norm its
+input and the normalized input, the gate relu, relu^2 and ``up``. The inputs alone are enough. In a
+small model on a CPU memory traffic costs more than arithmetic, and touching new memory costs most.
+So each is one autograd function that saves its inputs and recomputes the rest in the backward, in
+place. The forward gives the same bits as the composition.
 
-That is for plain training: gradients, eager, in reverse. All else (no gradients, torch.compile,
-torch.func, forward mode, tracing) gets the composition, and so do gradients of gradients. Only
-batches of gradients (``is_grads_batched=True``) cannot be told from single ones, and are an error.
+The functions serve plain training: eager, reverse mode. Everything else (no gradients,
+torch.compile, torch.func, forward mode, tracing, double backward) uses the composition. Only
+batched gradients (``is_grads_batched=True``) look like single ones, and are an error.
 """
 
 from collections.abc import Callable

@@ -1,23 +1,23 @@
 """Quantizers and the straight-through estimator of BitNet b1.58 (arXiv 2402.17764).
 
-    gamma = max(mean|W|, 1e-5)            one a tensor, a row, or a group of columns; fp32
+    gamma = max(mean|W|, 1e-5)            one per tensor, row, or group of columns; fp32
     codes = +1 where W >  gamma/2         the exact form of clamp(round(W / gamma), -1, +1):
             -1 where W < -gamma/2         no division, ties at gamma/2 go to 0
              0 elsewhere
-    s_x   = max(max|x|, 1e-5) / 127       one a token; x_q = round(x / s_x) in int8
-    y     = (codes @ x_q) * s_x * gamma   the sum in int32 is exact, so every path agrees on it
+    s_x   = max(max|x|, 1e-5) / 127       one per token; x_q = round(x / s_x) in int8
+    y     = (codes @ x_q) * s_x * gamma   the int32 sum is exact, so every path gives the same bits
 
 Both roundings have zero gradient almost everywhere, so the backward is *straight-through*: it
-takes the gradients of y = x_hat @ W_hat.T and hands them to x and to the latent W unchanged. It is
-one autograd function and not the `x + (q(x) - x).detach()` idiom, because in bf16 that sum is
-itself rounded and 1.8% of the weights it yields are not ternary. What it keeps for the backward
-are the int8 codes and the scales, never floats of their size.
+computes the gradients of y = x_hat @ W_hat.T and passes them to x and to the latent W unchanged. It
+is one autograd function and not the `x + (q(x) - x).detach()` idiom: in bf16 that sum is rounded
+again, and 1.8% of the resulting weights are not ternary. The function saves int8 codes and scales
+for the backward, never floats of their size.
 
-What is quantized once may serve many times, to the same bits: one input the layers that share it
-(:func:`quantize_input`), one weight all forwards until it changes (:func:`quantize_weight`).
+A quantized tensor can be used many times, with the same bits: an input by all layers that share it
+(:func:`quantize_input`), a weight by all forwards until it changes (:func:`quantize_weight`).
 
 A scale always *multiplies* codes here. absmean is not idempotent (quantizing W_hat again shrinks
-the scale by mean|codes|), so whoever stores a quantized weight stores codes and scale.
+the scale by mean|codes|), so a quantized weight is stored as codes and scale.
 
 Shapes: M tokens, K in_features, N out_features, G = ceil(K / group_size) groups of columns.
 """
@@ -39,17 +39,17 @@ GradMask = Literal["none", "clip", "trust"]
 Int8Backward = Literal["none", "input", "both"]
 
 _ops = torch.ops.bitnet
-"""The operators of bitnet_kernels less their checks: torch.compile refuses some of what those look
-at inside of a backward."""
+"""The operators of bitnet_kernels without their checks, some of which torch.compile refuses inside
+a backward."""
 _TOKENS_A_SUM = 2**16
-"""Tokens in one int32 sum of products up to 128^2, half of what int32 holds."""
+"""Tokens per int32 sum of products up to 128^2: half of the range of int32."""
 
 
 class QuantizedInput(NamedTuple):
-    """Activations that were quantized once, for several layers; see :func:`quantize_input`."""
+    """Activations quantized once for several layers; see :func:`quantize_input`."""
 
     values: Tensor
-    """float ``[..., K]``: what was quantized. Gradients flow here."""
+    """float ``[..., K]``: the input itself, which receives the gradients"""
     codes: Tensor
     """int8 ``[..., K]``"""
     scale: Tensor
@@ -57,21 +57,21 @@ class QuantizedInput(NamedTuple):
 
 
 class TernaryWeight(NamedTuple):
-    """A weight that was quantized once, for several forwards; see :func:`quantize_weight`."""
+    """A weight quantized once for several forwards; see :func:`quantize_weight`."""
 
     codes: Tensor
     """int8 ``[N, K]`` in {-1, 0, +1}"""
     gamma: Tensor
     """fp32 ``[]``, ``[N]`` or ``[N, G]``"""
     transposed: Tensor | None = None
-    """int8 ``[K, N]``: the codes once more, where the backward multiplies integers"""
+    """int8 ``[K, N]``: the transposed codes, for a backward that multiplies integers"""
 
 
 def quantize_input(x: Tensor) -> QuantizedInput:
-    """Absmax int8 codes of each token of a float ``[..., K]``, to be shared by the layers that take
-    the same input. Differentiable in ``values`` alone, which is x.
+    """Quantize each token of a float ``[..., K]`` to int8 by absmax, once for all layers that take
+    the same input. Gradients flow through ``values``, which is x.
 
-    Raises TypeError where x is not floating point.
+    Raises TypeError if x is not floating point.
     """
     _check_float(x)
     with torch.no_grad():
@@ -89,8 +89,8 @@ def quantize_weight(
     group_size: int = 128,
     int8_backward: Int8Backward = "none",
 ) -> TernaryWeight:
-    """:func:`absmean_ternary` of a latent weight, without gradient, with what
-    :func:`ternary_linear_ste` wants besides for this ``int8_backward``. Errors as there."""
+    """Quantize a latent weight by :func:`absmean_ternary`, without gradient, and transpose the
+    codes if ``int8_backward`` needs them. Raises what :func:`absmean_ternary` raises."""
     check_int8_backward(int8_backward, granularity)
     codes, gamma = absmean_ternary(weight, granularity, group_size)
     transposed = None if int8_backward == "none" else codes.t().contiguous()
@@ -172,7 +172,7 @@ def spread_groups(gamma: Tensor, group_size: int, in_features: int) -> Tensor:
 
 
 def dequantize(codes: Tensor, gamma: Tensor, group_size: int = 128) -> Tensor:
-    """``W_hat = codes * gamma``: int8 ``[N, K]``, gamma as absmean_ternary gives it -> fp32."""
+    """``W_hat = codes * gamma``: int8 ``[N, K]`` and gamma of :func:`absmean_ternary` -> fp32."""
     if gamma.dim() == 1:
         gamma = gamma.unsqueeze(1)
     elif gamma.dim() == 2:
@@ -181,15 +181,15 @@ def dequantize(codes: Tensor, gamma: Tensor, group_size: int = 128) -> Tensor:
 
 
 def stochastic_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Int8 codes of each row, rounded up or down at random so that on average nothing is lost:
+    """Quantize each row to int8, rounded up or down at random so that the error is zero on average:
     ``s = max|x| / 127``, ``codes = floor(x / s + u)``, u uniform in [0, 1) from torch's global
     generator; the expectation of ``codes * s`` is x (Gupta et al., arXiv 1502.02551).
 
     Arguments:
         x: float ``[M, N]``, N >= 1.
     Returns:
-        codes int8 ``[M, N]``, |codes| <= 127; scale fp32 ``[M]``, NaN with codes 0 for a row that
-        holds a NaN or an infinity.
+        codes int8 ``[M, N]``, |codes| <= 127; scale fp32 ``[M]``. A row that holds a NaN or an
+        infinity has scale NaN and codes 0.
     """
     x = x.float()
     absmax = torch.maximum(x.amax(1), -x.amin(1))
@@ -202,7 +202,7 @@ def stochastic_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 def _gradient_mask(
     weight: Tensor, codes: Tensor, gamma: Tensor, group_size: int, mask: GradMask, c: float
 ) -> Tensor:
-    """Where the gradient of a latent weight passes.
+    """The elements of a latent weight that receive a gradient: bool ``[N, K]``.
 
     ``clip``: where |W| <= c * gamma. ``trust``: where |W - W_hat| <= c * gamma, the trust region
     of QuEST (arXiv 2502.05003); at c = 0.5, half a quantization step, that is |W| <= 1.5 gamma.
@@ -217,7 +217,7 @@ def _gradient_mask(
 class _TernaryLinear(torch.autograd.Function):
     """y = x_hat @ W_hat.T + b forward in exact integers, straight-through backward.
 
-    x and the weight are arguments for their gradients' sake: the forward reads their codes.
+    x and the weight are arguments so that they receive gradients; the forward reads their codes.
     """
 
     @staticmethod
@@ -276,8 +276,8 @@ class _TernaryLinear(torch.autograd.Function):
 
 def _input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, group_size: int) -> Tensor:
     """``dy @ W_hat`` in the dtype of ``dy``. W_hat is exact in fp32. In 16 bits gamma would be
-    rounded, and the same way for every token, but the codes are exact: it goes into the result, or
-    into dy. Into dy always for fp16, in which the sum of N unscaled gradients may be infinite."""
+    rounded, in the same direction for every token, while the codes are exact. So gamma multiplies
+    the result, or dy: in fp16 always dy, since the sum of N unscaled gradients may overflow."""
     if dy.dtype.itemsize >= 4 or gamma.dim() == 2:
         return dy @ dequantize(codes, gamma, group_size).to(dy.dtype)
     if gamma.dim() == 1 or dy.dtype == torch.float16:
@@ -286,7 +286,7 @@ def _input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, group_size: int) -
 
 
 def _int8_input_gradient(dy: Tensor, transposed: Tensor, gamma: Tensor) -> Tensor:
-    """An approximation of ``dy @ W_hat``, right on average: int8 codes of each token of ``dy``."""
+    """An unbiased estimate of ``dy @ W_hat`` from int8 codes of each token of ``dy``."""
     if gamma.dim() == 1:
         dy, gamma = dy.float() * gamma, gamma.new_ones(())
     dy_q, s_dy = stochastic_int8(dy)
@@ -294,8 +294,8 @@ def _int8_input_gradient(dy: Tensor, transposed: Tensor, gamma: Tensor) -> Tenso
 
 
 def _int8_weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
-    """An approximation of ``dy.T @ x_hat``, right on average: the tokens' scales go into ``dy``,
-    and that into int8 codes with a scale for each output channel. fp32 ``[N, K]``."""
+    """An unbiased estimate of ``dy.T @ x_hat``, fp32 ``[N, K]``: ``dy`` is multiplied by the tokens'
+    scales and becomes int8 codes with one scale per output channel."""
     dw = torch.zeros(dy.shape[1], x_q.shape[1], device=dy.device, dtype=torch.float32)
     scaled = dy.float() * s_x.unsqueeze(1)
     if len(dy):
@@ -306,8 +306,8 @@ def _int8_weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer returns for ``x``: the autocast dtype where that is on, else its own.
-    Autocast leaves fp64 as it is."""
+    """The dtype that a linear layer returns for ``x``: autocast's if it is on, else that of x.
+    Autocast leaves fp64 alone."""
     device = x.device.type
     autocasts = device != "meta" and x.dtype != torch.float64
     if autocasts and torch.is_autocast_enabled(device):
@@ -335,18 +335,18 @@ def ternary_linear_ste(
     """The training forward of a ternary linear layer, differentiable straight-through.
 
     Arguments:
-        x: float ``[..., K]``; any leading dimensions, empty ones too. Or these as
-            :func:`quantize_input` gives them, with the same results to the last bit.
+        x: float ``[..., K]``; any leading dimensions, empty ones too. Or the same input from
+            :func:`quantize_input`, which gives the same bits.
         weight: the latent float ``[N, K]``; bias: ``[N]`` or None, added after the rescale.
         granularity, group_size: of the weight's scale, see :func:`absmean_ternary`.
         mask, mask_c: which latent weights receive a gradient. ``"none"``: all. ``"clip"``: where
             |W| <= mask_c * gamma. ``"trust"``: where |W - W_hat| <= mask_c * gamma (arXiv
             2502.05003).
-        quantized: what :func:`quantize_weight` gives for this weight as it is now (which is not
-            checked) and these options (which are, by its shapes); None: found here.
-        int8_backward: an approximation, for speed on int8 tensor cores. The gradients that come in
-            are rounded stochastically to int8 (:func:`stochastic_int8`), for the gradient of the
-            ``"input"``, or of ``"both"`` it and the weight; these are right on average, with the
+        quantized: the result of :func:`quantize_weight` for this weight and these options. Its
+            shapes are checked, its values are not. None: the weight is quantized here.
+        int8_backward: an approximation, for speed on int8 tensor cores. Incoming gradients are
+            rounded stochastically to int8 (:func:`stochastic_int8`) to compute the gradient of
+            the ``"input"``, or of ``"both"`` input and weight. The results are unbiased, with the
             noise of the rounding. Not for granularity "group".
     Returns:
         ``[..., N]`` in the autocast dtype where autocast is on, else in the dtype of ``x``.
