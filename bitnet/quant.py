@@ -294,8 +294,8 @@ def _int8_input_gradient(dy: Tensor, transposed: Tensor, gamma: Tensor) -> Tenso
 
 
 def _int8_weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
-    """An unbiased estimate of ``dy.T @ x_hat``, fp32 ``[N, K]``: ``dy`` is multiplied by the tokens'
-    scales and becomes int8 codes with one scale per output channel."""
+    """An unbiased estimate of ``dy.T @ x_hat``, fp32 ``[N, K]``: ``dy`` is multiplied by the scales
+    of the tokens and becomes int8 codes with one scale per output channel."""
     dw = torch.zeros(dy.shape[1], x_q.shape[1], device=dy.device, dtype=torch.float32)
     scaled = dy.float() * s_x.unsqueeze(1)
     if len(dy):
