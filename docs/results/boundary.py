@@ -4,14 +4,14 @@
     python docs/results/boundary.py configs/60m.toml       # the same study of another config
     python docs/results/boundary.py table | plot           # from the CSV that was written
 
-For each seed: train the config's full-precision model; quantize it by each PTQ method at each bit
-width; and train it on for a fifth of its steps, once for each bit width with fake quantization and
-once in full precision, the *control*, which sees the same tokens in the same order at the same
-learning rates. PTQ is compared with the model it started from, QAT with the control, so that what
-more training gains is not taken for what QAT gains. All is measured on the whole validation split,
-QAT models in their converted, integer form.
+For each seed: train the config's full-precision model, quantize it by each PTQ method at each bit
+width, and train it on for a fifth of its steps: once per bit width with fake quantization, and once
+in full precision. That *control* sees the same tokens in the same order at the same learning rates.
+PTQ is compared with the model it started from and QAT with the control, so the gain of more
+training does not count as a gain of QAT. Everything is measured on the whole validation split, QAT
+models in their converted, integer form.
 
-Rows are written as they come, and what is in the CSV is not run again: the same command continues.
+Each row is written as soon as it is measured; the same command continues where it was stopped.
 """
 
 import csv
@@ -64,7 +64,7 @@ PTQ: dict[str, tuple[str, Ptq]] = {
 
 
 def ptq_recipe(bits: float, activations: str) -> Recipe:
-    """One scale a row, for every method."""
+    """One scale per row, for every method."""
     if bits < 2:
         return Recipe(weights="absmean", activations=activations)  # type: ignore[arg-type]
     return Recipe(weights="int", bits=int(bits), activations=activations)  # type: ignore[arg-type]
@@ -98,7 +98,7 @@ class Study:
         return any((row["seed"], row["bits"], row["method"]) == key for row in self.rows)
 
     def evaluate(self, model: Transformer) -> EvalResult:
-        """On the whole validation split."""
+        """Evaluate a model on the whole validation split."""
         val = TokenDataset(self.data, "val")
         windows = sequential_windows(val, self.config.data.seq_len)
         return evaluate_windows(model, windows, val.tokenizer().count_bytes)
@@ -125,7 +125,7 @@ class Study:
         return self.model(name)
 
     def add(self, seed: int, bits: float, method: str, result: EvalResult, begun: float) -> None:
-        """One row more, at once."""
+        """Append a row to the CSV."""
         commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
         ).stdout.strip()
@@ -179,7 +179,7 @@ def train_on(study: Study, seed: int, bits: float, method: str) -> None:
 
 
 def run(study: Study) -> None:
-    """All, two jobs at a time, a thread each: small models gain little from a second thread."""
+    """Run everything, two jobs at a time with one thread each: a second gains little here."""
     torch.set_num_threads(1)
     jobs = [(post_train, bits, method) for bits in BITS for method in PTQ]
     jobs += [(train_on, 32.0, "control"), *((train_on, bits, "QAT") for bits in BITS)]
@@ -196,12 +196,12 @@ def run(study: Study) -> None:
 
 
 def integers(model: Transformer) -> Transformer:
-    """What ``bitnet pack`` would write."""
+    """The model as ``bitnet pack`` would write it."""
     return as_transformer(pack(model) if model.config.linear == "ternary" else convert(model))
 
 
 def extra_steps(config: Config) -> list[str]:
-    """Of QAT and the control: a fifth of the steps, at a tenth of the learning rates."""
+    """Options of QAT and the control: a fifth of the steps, a tenth of the learning rates."""
     steps = max(1, round(EXTRA * config.train.steps))
     return [
         f"train.steps={steps}",
@@ -286,7 +286,7 @@ def plot(path: Path) -> Path:
         )
     axes.set_yscale("symlog", linthresh=1.0)
     axes.set_xticks(places, [f"{bits:g}" for bits in BITS])
-    axes.set_xlabel("bits a weight")
+    axes.set_xlabel("bits per weight")
     axes.set_ylabel("perplexity over full precision, %")
     axes.axhline(0, color="0.6", lw=0.8)
     axes.grid(axis="y", alpha=0.3)

@@ -12,7 +12,7 @@ batch norms are folded; then, from that one network and for each width of the we
     qat     the same, then trained on with fake quantization, at a tenth of the learning rate
 
 and, as a control, trained on in full precision for as many steps at the same rate (fp+). Weights:
-symmetric integers with a scale a row, or ternary by absmean. Activations: 8-bit, static, affine.
+symmetric integers with a scale per row, or ternary by absmean. Activations: 8-bit, static, affine.
 The first convolution and the last linear layer stay in full precision, as is the default. Every
 quantized model is converted to integers, and its outputs on the test images compared, bit for bit,
 with those of the fake-quantized one.
@@ -42,7 +42,7 @@ LR = 3e-3
 
 
 def recipes() -> dict[str, Recipe]:
-    """What is compared, by the name of the weights."""
+    """The recipes, by the name of the weights."""
     static = {"activations": "static", "activation_symmetric": False, "granularity": "row"}
     named = {f"int{bits}": Recipe(weights="int", bits=bits, **static) for bits in (8, 4, 3, 2)}
     return named | {"ternary": Recipe(weights="absmean", **static)}

