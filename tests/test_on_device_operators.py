@@ -73,10 +73,10 @@ def product(x_q: Tensor, codes: Tensor) -> Tensor:
 
 
 def rescaled(
-    acc: Tensor, s_x: Tensor, gamma: Tensor, bias: Tensor | None, dtype: torch.dtype
+    acc: Tensor, s_x: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     y = acc.float() * s_x[:, None]
-    y = y * gamma
+    y = y * scale
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
@@ -87,7 +87,7 @@ class Matmul(NamedTuple):
     s_x: Tensor
     x: Tensor
     codes: Tensor
-    gamma: Tensor
+    scale: Tensor
     bias: Tensor | None
 
     @classmethod
@@ -98,9 +98,9 @@ class Matmul(NamedTuple):
         if m > 2:
             x[-1, -1], s_x[-1] = torch.nan, torch.nan
         codes = torch.randint(-1, 2, (n, k), dtype=torch.int8)
-        gamma = torch.rand(n) if index % 2 else torch.rand(())
+        scale = torch.rand(n) if index % 2 else torch.rand(())
         bias = None if index % 3 == 0 else torch.randn(n).to(DTYPES[(index + 1) % 4])
-        return cls(x_q, s_x, x, codes, gamma, bias)
+        return cls(x_q, s_x, x, codes, scale, bias)
 
 
 SHAPES = [
@@ -118,18 +118,18 @@ def test_matmuls(device: torch.device, kernel: str) -> None:
         one = Matmul.random(index, m, n, k)
         packed = pack_ternary(one.codes.to(device))
         planes = bit_planes(packed) if kernel in ("addsub", "popcount") or index % 2 else None
-        gamma, bias = one.gamma.to(device), None if one.bias is None else one.bias.to(device)
+        scale, bias = one.scale.to(device), None if one.bias is None else one.bias.to(device)
         x_q, dtype, acc = one.x_q.to(device), one.x.dtype, product(one.x_q, one.codes)
         case = (m, n, k, dtype)
         if index % 3 == 0:  # each form of a kernel takes a second to compile
             assert equal(ternary_matmul(x_q, packed, here(kernel), planes), acc), case
         tokens = (x_q, one.s_x.to(device), x_q.sum(1, dtype=torch.int32))
-        y = quantized_linear(*tokens, packed, gamma, bias, here(kernel), planes, dtype)
-        assert equal(y, rescaled(acc, one.s_x, one.gamma, one.bias, dtype)), case
+        y = quantized_linear(*tokens, packed, scale, bias, here(kernel), planes, dtype)
+        assert equal(y, rescaled(acc, one.s_x, one.scale, one.bias, dtype)), case
 
         codes, s_x, _ = quantized(one.x)
-        want = rescaled(product(codes, one.codes), s_x, one.gamma, one.bias, dtype)
-        y = ternary_linear(one.x.to(device), packed, gamma, bias, here(kernel), planes=planes)
+        want = rescaled(product(codes, one.codes), s_x, one.scale, one.bias, dtype)
+        y = ternary_linear(one.x.to(device), packed, scale, bias, here(kernel), planes=planes)
         assert equal(y, want), case
 
 
@@ -142,37 +142,37 @@ def quantized(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def test_layouts_of_matmuls(device: torch.device, kernel: str) -> None:
     one = Matmul.random(1, 6, 33, 300)
     codes, s_x, _ = quantized(one.x)
-    want = rescaled(product(codes, one.codes), s_x, one.gamma, one.bias, one.x.dtype)
+    want = rescaled(product(codes, one.codes), s_x, one.scale, one.bias, one.x.dtype)
     acc = product(one.x_q, one.codes)
     for layout in LAYOUTS:
         packed = pack_ternary(one.codes.to(device))
         planes = layout(bit_planes(packed))
-        x, x_q, s_x, gamma, bias = (
-            layout(t.to(device)) for t in (one.x, one.x_q, one.s_x, one.gamma, one.bias)
+        x, x_q, s_x, scale, bias = (
+            layout(t.to(device)) for t in (one.x, one.x_q, one.s_x, one.scale, one.bias)
         )
         packed = layout(packed)
         assert equal(ternary_matmul(x_q, packed, here(kernel), planes), acc), layout
         for lead in ((6,), (2, 3), (1, 6, 1)):
             leading = x.contiguous().view(*lead, 300) if len(lead) > 1 else x
-            y = ternary_linear(leading, packed, gamma, bias, here(kernel), planes=planes)
+            y = ternary_linear(leading, packed, scale, bias, here(kernel), planes=planes)
             assert equal(y, want.view(*lead, 33)), (layout, lead)
         row_sum = layout(x_q.sum(1, dtype=torch.int32))
-        y = quantized_linear(x_q, s_x, row_sum, packed, gamma, bias, here(kernel), planes)
-        expected = rescaled(acc, one.s_x, one.gamma, one.bias, torch.bfloat16)
+        y = quantized_linear(x_q, s_x, row_sum, packed, scale, bias, here(kernel), planes)
+        expected = rescaled(acc, one.s_x, one.scale, one.bias, torch.bfloat16)
         assert equal(y, expected), layout
 
 
 def test_group_scales(device: torch.device) -> None:
     one = Matmul.random(1, 17, 33, 300)
     codes, s_x, _ = quantized(one.x)
-    gamma, want = torch.rand(33, 10), torch.zeros(17, 33)
+    scale, want = torch.rand(33, 10), torch.zeros(17, 33)
     for group in range(10):
         part = slice(32 * group, 32 * group + 32)
         want += rescaled(
-            product(codes[:, part], one.codes[:, part]), s_x, gamma[:, group], None, torch.float32
+            product(codes[:, part], one.codes[:, part]), s_x, scale[:, group], None, torch.float32
         )
     packed = pack_ternary(one.codes.to(device))
-    y = ternary_linear(one.x.to(device), packed, gamma.to(device), group_size=32)
+    y = ternary_linear(one.x.to(device), packed, scale.to(device), group_size=32)
     assert equal(y, want.to(one.x.dtype))
 
 
@@ -227,11 +227,11 @@ def test_products_of_training(device: torch.device) -> None:
         one, dtype = Matmul.random(index, m, n, k), DTYPES[index % 4]
         w = torch.randint(-128, 128, (n, k), dtype=torch.int8)
         w[: n // 2] = -128
-        want = rescaled(product(one.x_q, one.codes), one.s_x, one.gamma, one.bias, dtype)
+        want = rescaled(product(one.x_q, one.codes), one.s_x, one.scale, one.bias, dtype)
         for layout in (as_it_is, *LAYOUTS) if k == 300 else (as_it_is,):
             x_q, s_x, codes, b = (layout(t.to(device)) for t in (one.x_q, one.s_x, one.codes, w))
             bias = None if one.bias is None else layout(one.bias.to(device))
-            y = int8_linear(x_q, s_x, codes, one.gamma.to(device), bias, dtype)
+            y = int8_linear(x_q, s_x, codes, one.scale.to(device), bias, dtype)
             assert equal(y, want), (m, n, k, layout)
             assert equal(int8_matmul(x_q, b), product(one.x_q, w)), (m, n, k, layout)
 
@@ -390,8 +390,8 @@ def test_what_is_not_finite_stays_in_its_row(
 def calls(device: torch.device, m: int) -> dict[str, Callable[[], Any]]:
     """Each operator, on m tokens or rows."""
     one, rows = Matmul.random(1, m, 40, 300), Rows(1, 4, 2, 16, 70, list(range(m)))
-    x, x_q, s_x, codes, gamma = (
-        t.to(device) for t in (one.x.float(), one.x_q, one.s_x, one.codes, one.gamma)
+    x, x_q, s_x, codes, scale = (
+        t.to(device) for t in (one.x.float(), one.x_q, one.s_x, one.codes, one.scale)
     )
     packed = pack_ternary(codes)
     planes, row_sum = bit_planes(packed), x_q.sum(1, dtype=torch.int32)
@@ -404,7 +404,7 @@ def calls(device: torch.device, m: int) -> dict[str, Callable[[], Any]]:
         "rmsnorm_quant": lambda: rmsnorm_quant(x, weight, EPS),
         "add_rmsnorm_quant": lambda: add_rmsnorm_quant(x, x, weight, EPS),
         "relu2_mul_rmsnorm_quant": lambda: relu2_mul_rmsnorm_quant(x, x, weight, EPS),
-        "int8_linear": lambda: int8_linear(x_q, s_x, codes, gamma),
+        "int8_linear": lambda: int8_linear(x_q, s_x, codes, scale),
         "int8_matmul": lambda: int8_matmul(x_q, codes),
         "groups": lambda: ternary_linear(x, packed, groups),
         "rope_append": lambda: rope_append(
@@ -419,10 +419,10 @@ def calls(device: torch.device, m: int) -> dict[str, Callable[[], Any]]:
                 x_q, packed, **options
             ),
             f"ternary_linear {kernel}": lambda options=options: ternary_linear(
-                x, packed, gamma, **options
+                x, packed, scale, **options
             ),
             f"quantized_linear {kernel}": lambda options=options: quantized_linear(
-                x_q, s_x, row_sum, packed, gamma, **options
+                x_q, s_x, row_sum, packed, scale, **options
             ),
         }
     return found

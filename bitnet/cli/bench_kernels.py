@@ -30,7 +30,7 @@ from bitnet.schema import UserError
 from bitnet_kernels.bench import estimate as estimating
 from bitnet_kernels.bench import machine, rows
 from bitnet_kernels.bench.contenders import DTYPES, choices, missing
-from bitnet_kernels.bench.run import CACHES, Bench, Choice, Group, common_columns, groups
+from bitnet_kernels.bench.run import CACHES, Bench, Selection, Group, common_columns, groups
 from bitnet_kernels.bench.shapes import GOAL_TOKENS, GOALS, MODELS, TOKENS, shapes_of
 from bitnet_kernels.bench.verify import Inexact
 from bitnet_kernels.sass import ARCHS
@@ -127,7 +127,7 @@ class _Asked(NamedTuple):
     replays: int
     energy: bool
 
-    def choice(self, kind: str, everything: bool, quick: bool) -> Choice:
+    def choice(self, kind: str, everything: bool, quick: bool) -> Selection:
         """What to measure; by default what a CPU can do in minutes, and more on a GPU."""
         gpu = kind == "cuda"
         shapes: tuple[tuple[int, int], ...]
@@ -140,7 +140,7 @@ class _Asked(NamedTuple):
             dtypes = ("bf16",) if gpu else ("bf16", "fp32")
         if quick:
             shapes, tokens = shapes[:1], (1, 16)
-        return Choice(
+        return Selection(
             self.shapes or shapes,
             self.tokens or tokens,
             self.kernels,
@@ -208,7 +208,7 @@ def _line(group: Group, new: list[rows.Row]) -> str:
     )
 
 
-def _estimate(console: Console, path: Path, archs: tuple[str, ...], choice: Choice) -> None:
+def _estimate(console: Console, path: Path, archs: tuple[str, ...], choice: Selection) -> None:
     common = common_columns("") | {"driver": ""}
     try:
         with reporting("compiling kernels for GPUs that are not here"):

@@ -1,6 +1,5 @@
 """``bitnet bench tune``: find the fastest kernels for shapes on this GPU."""
 
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
@@ -16,6 +15,7 @@ from bitnet.cli.bench_common import (
 )
 from bitnet.progress import Reports, plain_console
 from bitnet.schema import UserError
+from bitnet_kernels.available import triton_installed
 from bitnet_kernels.bench.shapes import GOALS
 from bitnet_kernels.dispatch import key_of
 
@@ -37,7 +37,7 @@ def tune_command(
     target = bench_device(device)
     if target.type != "cuda":
         raise UserError("--device: tuning times kernels on a GPU; expected cuda or cuda:N")
-    if find_spec("triton") is None:
+    if not triton_installed():
         raise UserError("tuning needs Triton, which is not installed")
     from bitnet_kernels.tune import TOKENS as TABLE_TOKENS
     from bitnet_kernels.tune import Timer, tune

@@ -6,7 +6,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from bitnet.cli.common import valid_names, wide_console
 from bitnet.durable import check_output, write_atomic
 from bitnet.progress import Reports
 from bitnet.schema import UserError, nearest, user_input
+from bitnet_kernels.available import triton_installed
 from bitnet_kernels.sass import ARCHS, Report, inspect, listing
 
 _PIPES = ("issue", "alu", "imad", "fma", "xu", "lsu", "tensor")
@@ -71,7 +71,7 @@ def chosen_specs(kernel: str) -> dict[str, Any]:
     Raises:
         UserError: there is none, or kernels cannot be compiled here.
     """
-    if find_spec("triton") is None:
+    if not triton_installed():
         raise UserError("inspecting kernels needs Triton, which is not installed")
     from bitnet_kernels.gpu.catalog import catalog
     from bitnet_kernels.gpu.common import INTERPRETED

@@ -82,7 +82,7 @@ def check_vector(name: str, vector: Tensor, length: int) -> None:
 
 
 def check_device(x: Tensor, **others: Tensor) -> None:
-    """Raise ValueError unless all are on the device of the activations ``x``."""
+    """Raise ValueError unless all ``others`` are on the device of the activations ``x``."""
     for name, other in others.items():
         check_tensor(name, other)
         if other.device != x.device:

@@ -1,9 +1,9 @@
-"""Which formulation runs for a shape on a device, and how it is cut up: a table, kept as data.
+"""Choose the formulation and its configuration for a shape on a device, from tables kept as data.
 
-``tables/sm_NN.json`` ships with the package, one a GPU architecture. A file of the same form in
-the user's cache (``$XDG_CACHE_HOME/bitnet``, else ``~/.cache/bitnet``), named for the GPU, is what
-:func:`bitnet_kernels.tune.tune` measured there, and goes before it for the shapes and M it has.
-Every entry says what one formulation needs for one shape:
+``tables/sm_NN.json`` ships with the package, one per GPU architecture. A file of the same form in
+the user's cache (``$XDG_CACHE_HOME/bitnet``, else ``~/.cache/bitnet``), named after the GPU, holds
+the measurements of :func:`bitnet_kernels.tune.tune`. It wins for the shapes and M that it has.
+Every entry gives the time of one formulation for one shape:
 
     {"m": 1, "n": 4096, "k": 4096, "formulation": "sad", "config": [1, 8, 2048, 1, 1, 1], "us": 4.2}
 
@@ -32,23 +32,23 @@ FORMULATIONS = {
 }
 """Every way to compute the product, and its family."""
 KERNELS = ("auto", "addsub", "dot", *FORMULATIONS, "reference")
-"""What ``kernel=`` takes. ``addsub``: multiplication-free; ``dot``: multiplier units on decoded
-codes; a formulation of either by name; all of these are Triton, for CUDA or for the interpreter.
-``reference``: torch, anywhere. ``auto``: the fastest, by device and shape."""
+"""The values of ``kernel=``. ``addsub``: multiplication-free; ``dot``: multiplier units on decoded
+codes; a formulation of either by name; all of these are Triton, on CUDA or in the interpreter.
+``reference``: plain torch, on any device. ``auto``: the fastest, by device and shape."""
 ARCHITECTURES = (80, 89, 90, 100)
-"""Compute capabilities that have a table."""
+"""Compute capabilities with a table of their own."""
 LANE_COLUMNS = {"sad": 2048, "dp4a": 2048, "popcount": 4096}
-"""Columns of a row that a warp loads at once: 32 lanes, 16 bytes (of each of two planes) each."""
+"""Columns of a row that a warp loads at once: 32 lanes times 16 bytes (of each of two planes)."""
 _SHARED_BYTES = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_448}
 """Shared memory of a block by compute capability (CUDA C++ Programming Guide); the others have
 99 KiB."""
 MAX_M = 4096
 _LARGEST = 1 << 20
-"""Bytes of a user's table: thousands of entries; more would be read at every start for seconds."""
+"""Most bytes of a user's table: thousands of entries; more would take seconds at every start."""
 
 
 class TileConfig(NamedTuple):
-    """How a kernel is cut up: a program computes ``block_m`` by ``block_n`` outputs over a
+    """How a kernel is split into programs: each computes ``block_m`` by ``block_n`` outputs over a
     ``split_k``-th of K, ``block_k`` columns at a time."""
 
     block_m: int
@@ -71,7 +71,7 @@ class Entry(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Entries and where they come from ("measured ..." or "static model ...")."""
+    """Entries and their source ("measured ..." or "static model ...")."""
 
     source: str
     entries: tuple[Entry, ...]
@@ -98,7 +98,7 @@ def table_from_json(text: str) -> Table:
 
 
 def _check(entry: Entry) -> None:
-    """Refuse what a kernel could not be launched with: a damaged cache must not crash a model."""
+    """Refuse a configuration that cannot be launched: a damaged cache must not crash a model."""
     config = entry.config
     sizes = (entry.m, entry.n, entry.k, *config)
     whole = all(type(size) is int and 0 < size <= 2**31 for size in sizes)
@@ -121,8 +121,8 @@ def _check(entry: Entry) -> None:
 
 
 def shared_bytes(formulation: str, config: TileConfig) -> int:
-    """Bytes of shared memory that a configuration takes at most: the pipeline's tiles of packed
-    weights and of activations, four of these with packed weights; hardly any for one warp."""
+    """Upper bound of the shared memory of a configuration, in bytes: the pipeline's tiles of
+    weights and activations, four of these with packed weights; next to none for one warp."""
     if formulation in LANE_COLUMNS:
         return 0
     planes = 4 if formulation == "gemm" else 1
@@ -136,7 +136,7 @@ def shared_limit(capability: int) -> int:
 
 
 def table_to_json(table: Table) -> str:
-    """The text of a table, a line an entry."""
+    """The text of a table, one line per entry."""
     rows = [json.dumps(entry._asdict() | {"config": list(entry.config)}) for entry in table.entries]
     head = f'{{\n"source": {json.dumps(table.source)},\n"entries": [\n'
     return head + ",\n".join(rows) + "\n]\n}\n"
@@ -162,8 +162,8 @@ def cache_file(device_name: str) -> Path:
 
 @cache
 def fingerprint() -> str:
-    """Of the kernels' sources and of Triton, 12 hex digits: what was measured with others is old
-    news."""
+    """Hash of the kernels' sources and of Triton, 12 hex digits. Measurements with another hash are
+    stale."""
     digest = hashlib.sha256()
     for path in sorted((Path(__file__).parent / "gpu").glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
@@ -187,7 +187,7 @@ def tuned(device_name: str) -> Table:
 
 
 def forget() -> None:
-    """Read the tables anew at the next call, after a tuning."""
+    """Read the tables again at the next call, after a tuning."""
     for function in (shipped, tuned, choose):
         function.cache_clear()
 

@@ -1,14 +1,14 @@
 """Two ways to store ternary codes; both round-trip exactly.
 
-Quarter-plane, 2 bits a code, is what the kernels read. Byte ``i`` of a row holds the codes at
-columns ``i``, ``i + K/4``, ``i + 2K/4`` and ``i + 3K/4`` in its bit pairs 0..3 (K padded to a
-multiple of 64), so a lane that loads 16 bytes gets four runs of 16 *consecutive* weights and the
-activations can stay in natural order:
+Quarter-plane, 2 bits per code: the layout that the kernels read. Byte ``i`` of a row holds the
+codes at columns ``i``, ``i + K/4``, ``i + 2K/4`` and ``i + 3K/4`` in its bit pairs 0..3 (K padded
+to a multiple of 64). A lane that loads 16 bytes gets four runs of 16 *consecutive* weights, so
+activations stay in natural order:
 
     byte i   [ w[i + 3K/4]+1 | w[i + 2K/4]+1 | w[i + K/4]+1 | w[i]+1 ]     bits 7..0
 
-Base-3, 5 codes a byte (3^5 = 243 <= 256, 1.6 bits a code), is for files: its decode costs more
-than the bytes it saves on a GPU, and a fifth less to store and send is worth having on disk.
+Base-3, 5 codes per byte (3^5 = 243 <= 256, 1.6 bits per code): the layout of files. A fifth less to
+store and send is worth having on disk; on a GPU its decode costs more than the bytes it saves.
 """
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from bitnet_kernels.checks import check_count, check_tensor
 
 K_MULTIPLE = 64
-"""K is padded to this multiple, so that each quarter-plane is a whole number of 16-byte loads."""
+"""K is padded to a multiple of it, so that a quarter-plane is a whole number of 16-byte loads."""
 _POWERS_OF_3 = (1, 3, 9, 27, 81)
 
 
@@ -84,20 +84,19 @@ def _check_pairs(packed: Tensor) -> None:
 
 
 def codes_of(packed: Tensor, in_features: int) -> Tensor:
-    """:func:`unpack_ternary` of what is known to be packed codes: it looks at no value, so that
-    on a GPU nothing waits for it."""
+    """:func:`unpack_ternary` without a check of the values, so that on a GPU nothing waits."""
     planes = [(packed >> shift) & 3 for shift in (0, 2, 4, 6)]
     return (torch.cat(planes, 1)[:, :in_features].to(torch.int8) - 1).contiguous()
 
 
 def plane_words(packed_bytes: int) -> int:
-    """Length in int32 words of one bit plane of a row of ``packed_bytes``: a bit a column, padded
-    to 128 columns so that a plane is a whole number of 16-byte loads."""
+    """Length in int32 words of one bit plane of a row of ``packed_bytes``: a bit per column,
+    padded to 128 columns so that a plane is a whole number of 16-byte loads."""
     return -(-packed_bytes // 32) * 4
 
 
 def bit_planes(packed: Tensor) -> Tensor:
-    """The layout of the ``popcount`` kernel, made once from quarter-planes and as large.
+    """The layout of the ``popcount`` kernel, made once from quarter-planes; it has the same size.
 
     Arguments:
         packed: uint8 ``[N, P]`` from :func:`pack_ternary`.

@@ -1,8 +1,8 @@
-"""Makes the tables of :mod:`bitnet_kernels.dispatch`: by timing on a GPU, or by a static model.
+"""Make the tables of :mod:`bitnet_kernels.dispatch`: by timing on a GPU, or by a static model.
 
-:func:`tune` times every candidate on the GPU at hand and writes the user's cache. Where no GPU is,
-:func:`static_table` ranks the same candidates by what their machine code says: that is what ships
-for GPUs that nobody has measured yet, and its ``source`` says so.
+:func:`tune` times every candidate on the GPU at hand and writes the user's cache. Without a GPU
+:func:`static_table` ranks the same candidates by their machine code. The shipped tables come from
+it, for GPUs that nobody has measured yet; their ``source`` says so.
 """
 
 import itertools
@@ -50,7 +50,7 @@ Cost = Callable[[str, list[TileConfig], int, int, int], list[float]]
 
 def candidates(formulation: str, m: int, n: int, k: int, limit: int) -> list[TileConfig]:
     """The configurations worth trying for a shape, of at most ``limit`` bytes of shared memory;
-    none where a formulation has no business."""
+    none where a formulation cannot win."""
     tokens = bucket(m)
     found: Iterator[TileConfig]
     if formulation in ("gemm", "unpacked"):
@@ -122,8 +122,8 @@ def static_table(
 
 
 class Timer:
-    """Times candidates on a GPU: all of a formulation by turns, in CUDA graphs, with cold weights,
-    each after a comparison with the reference."""
+    """Times candidates on a GPU: those of a formulation take turns, in CUDA graphs, with cold
+    weights. Each is compared with the reference first."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -208,7 +208,7 @@ def tune(
 
 
 def _write(path: Path, text: str) -> None:
-    """All or nothing: a reader never meets half a table."""
+    """Write all or nothing: a reader never sees half a table."""
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)

@@ -167,7 +167,7 @@ def test_a_wrong_op_is_refused_and_nothing_is_timed(
     monkeypatch.setattr(contending, at, wrong_by_one(at, calls))
     timed: list[str] = []
     monkeypatch.setattr(run, "interleave", lambda *args: timed.append("timed"))
-    choice = run.Choice(**SMALL, caches=("cold",))
+    choice = run.Selection(**SMALL, caches=("cold",))
     bench = run.Bench(HERE, choice, FakeClock(lambda: 1.0))
     (group,) = run.groups(choice, CPU)
     what = at.removeprefix("ternary_")
@@ -204,7 +204,7 @@ def test_another_projects_failure_is_a_row_that_says_why() -> None:
     other = contending.Contender("theirs", "other", "x", "linear", "bf16", 2, 0.01, build)
     mine = contending.contenders(CPU, ("auto",), ("bf16",), ("linear",), p.m)
     said: list[str] = []
-    choice = run.Choice(**SMALL)
+    choice = run.Selection(**SMALL)
     bench = run.Bench(HERE, choice, FakeClock(lambda: 1.0), say=said.append)
     group = run.Group(70, 130, 3, "hot", [*mine, other])
     found = bench.measure(group)
@@ -313,7 +313,7 @@ def test_figures_of_a_group_by_a_fake_clock() -> None:
     def slow(made: timing.Recorded) -> bool:
         return not torch.equal(made.output(), expected)
 
-    choice = run.Choice(**(SMALL | {"kernels": ("auto",)}), caches=("cold",))
+    choice = run.Selection(**(SMALL | {"kernels": ("auto",)}), caches=("cold",))
     machine_ = HERE._replace(bandwidth=1e4, ops_16bit=1e9, ops_int8=27300.0)
     bench = run.Bench(machine_, choice, Clock(lambda: now["seconds"]))
     (group,) = run.groups(choice, CPU)

@@ -37,12 +37,12 @@ def summary(spec: Spec, sm: int) -> dict[str, Any]:
 
 
 def biased(spec: Spec, **constants: Any) -> Spec:
-    """With one gamma a row and a bias."""
+    """With one scale a row and a bias."""
     rest = {name: value for name, value in spec.constants.items() if name != "bias_ptr"}
     types = spec.types | {"bias_ptr": "*fp32"}
     aligned = (*spec.aligned, "bias_ptr")
     return spec._replace(
-        types=types, constants=rest | {"GAMMA_PER_ROW": True} | constants, aligned=aligned
+        types=types, constants=rest | {"SCALE_PER_ROW": True} | constants, aligned=aligned
     )
 
 

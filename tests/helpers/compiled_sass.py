@@ -188,7 +188,7 @@ def forms() -> list[dict[str, Any]]:
         gemm.spec("gemm", TileConfig(16, 128, 256, 4, 4, 3)),
         gemm.spec("unpacked", TileConfig(64, 128, 64, 2, 8, 3)),
     )
-    scales = ("s_ptr", "gamma_ptr")
+    scales = ("s_x_ptr", "scale_ptr")
     found = []
     for spec in split:
         types = {name: kind for name, kind in spec.types.items() if name not in scales}
@@ -198,7 +198,7 @@ def forms() -> list[dict[str, Any]]:
         constants = {key: value for key, value in spec.constants.items() if key != "bias_ptr"}
         biased = spec._replace(
             types=spec.types | {"bias_ptr": "*bf16", "y_ptr": "*fp32"},
-            constants=constants | {"GAMMA_PER_ROW": True},
+            constants=constants | {"SCALE_PER_ROW": True},
         )
         for kind, one in (("raw", raw), ("biased", biased)):
             for sm in CAPABILITIES:

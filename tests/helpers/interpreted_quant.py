@@ -23,7 +23,7 @@ from torch import Tensor
 from bitnet_kernels import available, reference
 from bitnet_kernels.gpu import norm_quant, quant
 from bitnet_kernels.gpu.common import INTERPRETED
-from bitnet_kernels.gpu.exact import Rows, narrow, rows_of, widen
+from bitnet_kernels.gpu.exact import RowTile, narrow, row_tile, widen
 from bitnet_kernels.ops import quantize as ops_quant
 
 N_SHAPES = int(sys.argv[1])
@@ -136,8 +136,8 @@ def check_blocks() -> None:
     and rows cut into several; none may show in the result."""
     for m, k, dtype in ((3, 5, torch.float32), (9, 70, torch.bfloat16), (5, 300, torch.float16)):
         x, weight = rows_for(m, k, dtype), torch.rand(k)
-        compiled = rows_of(m, k, interpreted=False)
-        for rows in (compiled, Rows(2, 16, -(-k // 16), 1), Rows(1, 64, -(-k // 64), 1)):
+        compiled = row_tile(m, k, interpreted=False)
+        for rows in (compiled, RowTile(2, 16, -(-k // 16), 1), RowTile(1, 64, -(-k // 64), 1)):
             case = f"M, K = {m}, {k}, {rows}"
             ok = agree(quant.launch(x, k, rows), reference.quant(x), oracle_quant(x))
             report("quant", case, ok)

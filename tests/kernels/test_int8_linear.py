@@ -40,11 +40,11 @@ def any_int8(rows: int, columns: int) -> Tensor:
 
 
 def operands(m: int, n: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x_q, s_x, codes, gamma of every row, bias."""
+    """x_q, s_x, codes, scale of every row, bias."""
     generator = torch.Generator().manual_seed(m + 1000 * n + 10**6 * k)
     codes = torch.randint(-1, 2, (n, k), generator=generator, dtype=torch.int8)
-    s_x, gamma = torch.rand(m, generator=generator), torch.rand(n, generator=generator)
-    return any_int8(m, k), s_x, codes, gamma, torch.randn(n, generator=generator)
+    s_x, scale = torch.rand(m, generator=generator), torch.rand(n, generator=generator)
+    return any_int8(m, k), s_x, codes, scale, torch.randn(n, generator=generator)
 
 
 def int64_product(a: Tensor, b: Tensor) -> Tensor:
@@ -53,9 +53,9 @@ def int64_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def rescaled(
-    acc: Tensor, s_x: Tensor, gamma: Tensor, bias: Tensor | None, dtype: torch.dtype
+    acc: Tensor, s_x: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    y = acc.numpy().astype(np.float32) * s_x.numpy()[:, None] * gamma.numpy()
+    y = acc.numpy().astype(np.float32) * s_x.numpy()[:, None] * scale.numpy()
     return torch.from_numpy(y if bias is None else y + bias.float().numpy()).to(dtype)
 
 
@@ -63,35 +63,35 @@ def rescaled(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_linear_against_numpy(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     """Equal, not close: the sums are exact, and fp32 is rounded in one order."""
-    x_q, s_x, codes, gamma, bias = operands(m, n, k)
+    x_q, s_x, codes, scale, bias = operands(m, n, k)
     acc = int64_product(x_q, codes)
-    for scale in (gamma, gamma[0]):
+    for given in (scale, scale[0]):
         for one in (None, bias, bias.to(torch.bfloat16)):
-            got = int8_linear(x_q, s_x, codes, scale, one, dtype)
+            got = int8_linear(x_q, s_x, codes, given, one, dtype)
             assert got.dtype == dtype
             assert got.is_contiguous()
-            assert torch.equal(got, rescaled(acc, s_x, scale, one, dtype))
+            assert torch.equal(got, rescaled(acc, s_x, given, one, dtype))
 
 
 def test_linear_equals_packed_inference() -> None:
-    x_q, s_x, codes, gamma, bias = operands(6, 5, 70)
+    x_q, s_x, codes, scale, bias = operands(6, 5, 70)
     sums = x_q.sum(-1, dtype=torch.int32)
-    packed = quantized_linear(x_q, s_x, sums, pack_ternary(codes), gamma, bias)
-    assert torch.equal(int8_linear(x_q, s_x, codes, gamma, bias), packed)
+    packed = quantized_linear(x_q, s_x, sums, pack_ternary(codes), scale, bias)
+    assert torch.equal(int8_linear(x_q, s_x, codes, scale, bias), packed)
     assert packed.dtype == torch.bfloat16
 
 
 def test_layouts_and_leading_dimensions() -> None:
-    x_q, s_x, codes, gamma, bias = operands(6, 5, 70)
-    want = int8_linear(x_q, s_x, codes, gamma, bias)
-    got = int8_linear(x_q.view(2, 3, 70), s_x.view(2, 3), codes, gamma, bias)
+    x_q, s_x, codes, scale, bias = operands(6, 5, 70)
+    want = int8_linear(x_q, s_x, codes, scale, bias)
+    got = int8_linear(x_q.view(2, 3, 70), s_x.view(2, 3), codes, scale, bias)
     assert torch.equal(got, want.view(2, 3, 5))
-    assert torch.equal(int8_linear(x_q[2], s_x[2], codes, gamma, bias), want[2])
-    assert int8_linear(x_q[:0], s_x[:0], codes, gamma, bias).shape == (0, 5)
-    assert int8_linear(x_q, s_x, codes[:0], gamma[:0]).shape == (6, 0)
-    strided = [t.repeat_interleave(2, -1)[..., ::2] for t in (x_q, s_x, codes, gamma, bias)]
+    assert torch.equal(int8_linear(x_q[2], s_x[2], codes, scale, bias), want[2])
+    assert int8_linear(x_q[:0], s_x[:0], codes, scale, bias).shape == (0, 5)
+    assert int8_linear(x_q, s_x, codes[:0], scale[:0]).shape == (6, 0)
+    strided = [t.repeat_interleave(2, -1)[..., ::2] for t in (x_q, s_x, codes, scale, bias)]
     assert torch.equal(int8_linear(*strided), want)
-    transposed = (x_q.t().contiguous().t(), s_x, codes.t().contiguous().t(), gamma, bias)
+    transposed = (x_q.t().contiguous().t(), s_x, codes.t().contiguous().t(), scale, bias)
     assert torch.equal(int8_linear(*transposed), want)
 
 
@@ -104,10 +104,10 @@ def test_arguments_are_left_as_they_were() -> None:
 
 
 def test_a_bad_token_spoils_only_itself() -> None:
-    x_q, s_x, codes, gamma, bias = operands(6, 5, 70)
-    want = int8_linear(x_q, s_x, codes, gamma, bias)
+    x_q, s_x, codes, scale, bias = operands(6, 5, 70)
+    want = int8_linear(x_q, s_x, codes, scale, bias)
     s_x[3] = torch.nan
-    got = int8_linear(x_q, s_x, codes, gamma, bias)
+    got = int8_linear(x_q, s_x, codes, scale, bias)
     assert got[3].isnan().all()
     others = [0, 1, 2, 4, 5]
     assert torch.equal(got[others], want[others])
@@ -161,12 +161,12 @@ def test_matmul_is_exact_on_older_processors() -> None:
 
 
 def test_operators_pass_opcheck() -> None:
-    x_q, s_x, codes, gamma, bias = operands(6, 5, 70)
+    x_q, s_x, codes, scale, bias = operands(6, 5, 70)
     linear, matmul = torch.ops.bitnet.int8_linear.default, torch.ops.bitnet.int8_matmul.default
-    for scale in (gamma, gamma[0]):
+    for given in (scale, scale[0]):
         for one in (bias, None):
             for dtype in (torch.float32, torch.bfloat16):
-                rest = (codes, scale, one, dtype)
+                rest = (codes, given, one, dtype)
                 torch.library.opcheck(linear, (x_q.view(2, 3, 70), s_x.view(2, 3), *rest))
     torch.library.opcheck(matmul, (x_q, codes))
     torch.library.opcheck(matmul, (x_q.t(), any_int8(6, 9).t()[:, :6].t().t()))
@@ -174,34 +174,34 @@ def test_operators_pass_opcheck() -> None:
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(dynamic: bool) -> None:
-    def layer(x: Tensor, codes: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    def layer(x: Tensor, codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         x_q, s_x = reference.absmax_int8(x)
-        return int8_linear(x_q, s_x, codes, gamma).relu(), int8_matmul(x_q[0], codes) + 1
+        return int8_linear(x_q, s_x, codes, scale).relu(), int8_matmul(x_q[0], codes) + 1
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for m in (3, 4, 9):
-        _, _, codes, gamma, _ = operands(m, 5, 70)
+        _, _, codes, scale, _ = operands(m, 5, 70)
         x = torch.randn(2, m, 70, generator=torch.Generator().manual_seed(m))
-        for got, want in zip(compiled(x, codes, gamma), layer(x, codes, gamma), strict=True):
+        for got, want in zip(compiled(x, codes, scale), layer(x, codes, scale), strict=True):
             assert torch.equal(got, want)
 
 
 def test_meta_tensors() -> None:
-    x_q, s_x, codes, gamma, bias = (one.to("meta") for one in operands(6, 5, 70))
-    y = int8_linear(x_q.view(2, 3, 70), s_x.view(2, 3), codes, gamma, bias, torch.float16)
+    x_q, s_x, codes, scale, bias = (one.to("meta") for one in operands(6, 5, 70))
+    y = int8_linear(x_q.view(2, 3, 70), s_x.view(2, 3), codes, scale, bias, torch.float16)
     assert (y.shape, y.dtype, y.device.type) == ((2, 3, 5), torch.float16, "meta")
     assert int8_matmul(x_q, codes).shape == (6, 5)
 
 
 def test_there_is_no_backward() -> None:
-    x_q, s_x, codes, gamma, _ = operands(6, 5, 70)
-    y = int8_linear(x_q, s_x, codes, gamma.requires_grad_(), out_dtype=torch.float32)
+    x_q, s_x, codes, scale, _ = operands(6, 5, 70)
+    y = int8_linear(x_q, s_x, codes, scale.requires_grad_(), out_dtype=torch.float32)
     with pytest.raises(RuntimeError, match="have no backward"):
         y.sum().backward()
 
 
-X_Q, S_X, CODES, GAMMA, BIAS = operands(3, 5, 70)
-LINEAR = {"x_q": X_Q, "s_x": S_X, "codes": CODES, "scale": GAMMA, "bias": BIAS}
+X_Q, S_X, CODES, SCALE, BIAS = operands(3, 5, 70)
+LINEAR = {"x_q": X_Q, "s_x": S_X, "codes": CODES, "scale": SCALE, "bias": BIAS}
 
 
 @pytest.mark.parametrize(
@@ -227,9 +227,9 @@ LINEAR = {"x_q": X_Q, "s_x": S_X, "codes": CODES, "scale": GAMMA, "bias": BIAS}
         ({"codes": CODES[0]}, ValueError, r"codes: expected shape \[N, 70\], got \[70\]"),
         ({"codes": CODES.to("meta")}, ValueError, "codes: is on meta, but the activations on cpu"),
         ({"scale": 0.5}, TypeError, "scale: expected a tensor, got float"),
-        ({"scale": GAMMA.half()}, TypeError, "scale: expected float32, got torch.float16"),
-        ({"scale": GAMMA[:4]}, ValueError, r"scale: expected shape \[\] or \[5\], got \[4\]"),
-        ({"scale": GAMMA[:, None]}, ValueError, r"scale: expected shape .* got \[5, 1\]"),
+        ({"scale": SCALE.half()}, TypeError, "scale: expected float32, got torch.float16"),
+        ({"scale": SCALE[:4]}, ValueError, r"scale: expected shape \[\] or \[5\], got \[4\]"),
+        ({"scale": SCALE[:, None]}, ValueError, r"scale: expected shape .* got \[5, 1\]"),
         ({"bias": BIAS.int()}, TypeError, "bias: expected a float dtype, got torch.int32"),
         ({"bias": BIAS[:1]}, ValueError, r"bias: expected shape \[5\], got \[1\]"),
         ({"bias": BIAS.to("meta")}, ValueError, "bias: is on meta, but the activations on cpu"),
@@ -322,9 +322,9 @@ def test_machine_code(compiled: dict[str, dict[str, Any]]) -> None:
 )
 def test_tiles(m: int, n: int, capability: int, n_sms: int, tile: tuple[int, int]) -> None:
     pytest.importorskip("triton")
-    from bitnet_kernels.gpu.int8_gemm import CONFIGS, cut
+    from bitnet_kernels.gpu.int8_gemm import CONFIGS, best_tile
 
-    config = cut(m, n, capability, n_sms)
+    config = best_tile(m, n, capability, n_sms)
     assert config[:2] == tile
     limit = {86: 89, 87: 80, 100: 90, 120: 89}.get(capability, capability)
     assert config in CONFIGS[limit]

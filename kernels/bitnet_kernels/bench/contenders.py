@@ -1,4 +1,4 @@
-"""What is timed: the 16-bit matmul that is to be beaten, every kernel of ours, and other projects'.
+"""The contenders: the 16-bit matmul to beat, all kernels of ours, and those of other projects.
 
 All of them multiply by the same ternary matrix. Ours are timed twice: ``linear`` takes and gives
 floats, with the quantization of the activations, as a layer does; ``matmul`` is the integer product
@@ -22,7 +22,7 @@ from bitnet_kernels.packing import packed_columns
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FEW_TOKENS = {"addsub": 64, "sad": 64, "popcount": 64, "dp4a": 64}
-"""Above this M these are never chosen, and time would be all that they cost."""
+"""Above this M the tables never choose these kernels, so timing them would be wasted."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Problem:
     codes: Tensor
     """int8 [N, K], ternary."""
     packed: Tensor
-    gamma: Tensor
+    scale: Tensor
     """fp32 [], the scale of the weights."""
     seed: int = 0
     _floats: dict[str, Tensor] = field(default_factory=dict)
@@ -70,21 +70,21 @@ class Problem:
         return self._floats[dtype]
 
     def weight(self, dtype: str) -> Tensor:
-        """codes * gamma [N, K], for those that take floats."""
-        return (self.codes * self.gamma).to(DTYPES[dtype])
+        """codes * scale [N, K], for contenders that take floats."""
+        return (self.codes * self.scale).to(DTYPES[dtype])
 
 
 def make_problem(n: int, k: int, m: int, device: torch.device, seed: int = 0) -> Problem:
     """A random ternary matrix, a third of each code, and tokens; seeded."""
     draw = torch.Generator(device).manual_seed(seed)
     codes = torch.randint(-1, 2, (n, k), dtype=torch.int8, device=device, generator=draw)
-    gamma = torch.tensor(k**-0.5, device=device, dtype=torch.float32)
-    return Problem(device, m, codes, pack_ternary(codes), gamma, seed)
+    scale = torch.tensor(k**-0.5, device=device, dtype=torch.float32)
+    return Problem(device, m, codes, pack_ternary(codes), scale, seed)
 
 
 def same_matrix(problem: Problem, m: int) -> Problem:
     """The same matrix with another M."""
-    other = Problem(problem.device, m, problem.codes, problem.packed, problem.gamma, problem.seed)
+    other = Problem(problem.device, m, problem.codes, problem.packed, problem.scale, problem.seed)
     if "planes" in problem.__dict__:  # made once a matrix
         other.__dict__["planes"] = problem.planes
     return other
@@ -100,7 +100,7 @@ class Contender:
     what: str
     dtype: str
     bits: float
-    """A weight, as stored."""
+    """Bits per weight, as stored."""
     tolerance: float | None
     """Relative error allowed, in the Frobenius norm; None: every bit must be right."""
     build: Callable[[Problem, int], CALL]
@@ -108,15 +108,15 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """How messages name it."""
+        """The contender's name in messages."""
         return f"{self.who} {self.formulation} {self.what} {self.dtype}"
 
     def weight_bytes(self, n: int, k: int) -> int:
-        """Of one copy; ours are padded in K."""
+        """Bytes of one copy of the weights; ours are padded in K."""
         return n * packed_columns(k) if self.who == "bitnet" else int(n * k * self.bits / 8)
 
     def bytes_moved(self, m: int, n: int, k: int) -> int:
-        """The least: weights, activations and outputs, each once."""
+        """A lower bound: weights, activations and outputs, each moved once."""
         if self.what == "matmul":
             return self.weight_bytes(n, k) + m * k + 4 * m * n
         return self.weight_bytes(n, k) + DTYPES[self.dtype].itemsize * m * (k + n)
@@ -125,13 +125,13 @@ class Contender:
 def _ours(kernel: str, what: str, dtype: str) -> Callable[[Problem, int], CALL]:
     def build(problem: Problem, copies: int) -> CALL:
         packed = [problem.packed.clone() for _ in range(copies)]
-        # auto gets what a caller has who does not keep two layouts
+        # auto gets no planes, like a caller who keeps only one layout
         planes = [problem.planes.clone() if kernel == "popcount" else None for _ in range(copies)]
         if what == "matmul":
             x_q = problem.x_q
             return lambda i: ternary_matmul(x_q, packed[i], kernel, planes[i])
-        x, gamma = problem.x(dtype), problem.gamma
-        return lambda i: ternary_linear(x, packed[i], gamma, None, kernel, planes=planes[i])
+        x, scale = problem.x(dtype), problem.scale
+        return lambda i: ternary_linear(x, packed[i], scale, None, kernel, planes=planes[i])
 
     return build
 
@@ -151,7 +151,7 @@ def _layers(
 ) -> Callable[[Problem, int], CALL]:
     def build(problem: Problem, copies: int) -> CALL:
         x = problem.x(dtype)
-        torch.compiler.reset()  # a graph a shape; past eight of one function torch stops compiling
+        torch.compiler.reset()  # one graph per shape; torch stops compiling a function after eight
         layers = [make(problem, dtype) for _ in range(copies)]
         return lambda i: layers[i](x)
 
@@ -162,7 +162,7 @@ def _gemlite(name: str) -> Callable[[Problem, str], Callable[[Tensor], Tensor]]:
     def make(problem: Problem, dtype: str) -> Callable[[Tensor], Tensor]:
         processor = getattr(importlib.import_module("gemlite.helper"), name)
         codes = problem.codes.to(DTYPES[dtype])
-        layer = processor(device=str(problem.device)).from_weights(codes, problem.gamma)
+        layer = processor(device=str(problem.device)).from_weights(codes, problem.scale)
         return layer.to(problem.device)  # one of its processors leaves the scales on the CPU
 
     return make
@@ -186,11 +186,11 @@ _OTHERS = (
     ("gemlite", "A16W158_INT", 2, 0.01, ("bf16", "fp16"), _gemlite("A16W158_INT")),
     ("gemlite", "A8W158_INT_dynamic", 2, 0.03, ("bf16", "fp16"), _gemlite("A8W158_INT_dynamic")),
     ("torchao", "int8wo", 8, 0.01, ("bf16", "fp16"), _torchao("Int8WeightOnlyConfig")),
-    # its 16 levels from -gamma to gamma miss zero by gamma/15: 4.7% of the outputs' norm
+    # its 16 levels from -scale to scale miss zero by scale/15: 4.7% of the outputs' norm
     ("torchao", "int4wo", 4.25, 0.1, ("bf16",), _torchao("Int4WeightOnlyConfig", **_INT4)),
 )
-"""Package, what it calls it, bits a weight, tolerance, dtypes, maker. By their public interfaces of
-gemlite 0.6 and torchao 0.18; not yet run."""
+"""Package, its name for the method, bits per weight, tolerance, dtypes, maker. For the public
+interfaces of gemlite 0.6 and torchao 0.18; not yet run."""
 
 
 def few_enough(kernel: str, m: int) -> bool:
@@ -199,12 +199,12 @@ def few_enough(kernel: str, m: int) -> bool:
 
 
 def choices() -> tuple[str, ...]:
-    """What ``--kernel`` takes."""
+    """The values that ``--kernel`` accepts."""
     return tuple(dict.fromkeys((*KERNELS, *(other[0] for other in _OTHERS))))
 
 
 def missing(kernels: tuple[str, ...], device: torch.device) -> list[str]:
-    """A line for what is asked for but cannot take part."""
+    """One line for each kernel or package that was asked for but cannot take part."""
     lines = []
     if device.type != "cuda" and (named := [name for name in FORMULATIONS if name in kernels]):
         lines.append(f"{', '.join(named)}: timed on GPUs only; a CPU runs the reference")
@@ -217,7 +217,7 @@ def missing(kernels: tuple[str, ...], device: torch.device) -> list[str]:
 
 
 def baselines(device: torch.device, dtypes: tuple[str, ...]) -> list[Contender]:
-    """torch's own matmul: at least one in 16 bits, to which all ratios are."""
+    """torch's own matmul, at least once in 16 bits: the baseline of all ratios."""
     names = [dtype for dtype in dtypes if device.type != "cuda" or dtype != "fp32"]
     if not {"bf16", "fp16"} & set(names):
         names.append("bf16")
@@ -239,7 +239,7 @@ def contenders(
 ) -> list[Contender]:
     """Everything to be timed at M = ``m``, the baselines first.
 
-    On a CPU that is what runs there: the reference and ``auto``. Triton's interpreter is not timed.
+    On a CPU only the reference and ``auto`` run. Triton's interpreter is not timed.
     """
     found = baselines(device, dtypes)
     ours = {"auto": "auto", "reference": "reference"}

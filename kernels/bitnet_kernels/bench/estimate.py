@@ -1,7 +1,7 @@
 """What GPUs that are not here would take: rows of estimates, by the static model of
 :mod:`bitnet_kernels.sass.estimate`, in the configurations that ``dispatch`` would choose.
 
-The ratio says what a formulation could give, never what was seen.
+The ratio is an upper bound of a formulation, never a measurement.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ from bitnet_kernels.sass import ARCHS, estimate_us, sixteen_bit_us
 
 
 class Unavailable(RuntimeError):
-    """No estimates can be made here; says in a line why."""
+    """No estimates can be made here; the message is one line with the reason."""
 
 
 def device_name(arch: str) -> str:
-    """``"H100 (sm_90)"``: how rows and tables name a GPU that was not there."""
+    """``"H100 (sm_90)"``: the name of an estimated GPU in rows and tables."""
     return f"{ARCHS[arch].gpu} ({arch})"
 
 
@@ -30,10 +30,10 @@ def estimates(
     kernels: Sequence[str],
     common: dict[str, Any],
 ) -> Iterator[Row]:
-    """A row for each GPU, shape, M and kernel of ours, and for the 16-bit matmul; N x K in shapes.
+    """Yield a row per GPU, shape (N, K), M and kernel, and one for the 16-bit matmul.
 
     Arguments:
-        common: what rows share: versions, commit, date, command.
+        common: columns that all rows share: versions, commit, date, command.
     Raises:
         Unavailable: there is no Triton, or it interprets.
     """

@@ -1,14 +1,14 @@
-"""Is every operator right on this device? A few shapes of each, then the products that are timed.
+"""Check that every operator is right on this device: a few shapes of each, then the timed products.
 
 A full check takes many forms of every kernel (``tests/test_on_device_*.py``). This one is for the
-first minutes on a device: each case is small and stands alone, so that cases can be compiled side
-by side in several processes, and one that crashes spoils no other.
+first minutes on a device. Each case is small and independent, so several processes can compile
+cases side by side, and a crash spoils no other case.
 
-What is expected comes from the CPU: integer products in fp64, where they are exact in any order,
-and the operators of :mod:`bitnet_kernels.reference`, whose bits the operators promise. Attention
-alone has a tolerance. The products that are timed are checked on the device itself, as the
-benchmark does (:mod:`.verify`), since a CPU would take minutes for them; that also leaves their
-kernels in Triton's cache, where the benchmark finds them.
+The CPU computes the expected values: integer products in fp64, exact in any order, and the
+operators of :mod:`bitnet_kernels.reference`, whose bits the operators promise. Only attention has a
+tolerance. The timed products are checked on the device itself, as the benchmark does
+(:mod:`.verify`), since a CPU would take minutes for them. This also leaves their kernels in
+Triton's cache, where the benchmark finds them.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,17 +54,17 @@ class Case(NamedTuple):
     """An operator at one shape."""
 
     operator: str
-    """By its public name, or :data:`TIMED`."""
+    """Its public name, or :data:`TIMED`."""
     kernel: str
     """One of :data:`KERNELS`; "" where the operator has no choice."""
     m: int
     n: int
     k: int
     dtype: str
-    """Of the activations, a name of :data:`DTYPES`; of a cache also "int8"."""
+    """dtype of the activations, a name of :data:`DTYPES`; that of a cache may be "int8"."""
 
     def __str__(self) -> str:
-        """How messages name it."""
+        """The case's name in messages."""
         kernel = f" {self.kernel}" if self.kernel else ""
         return f"{self.operator}{kernel} M={self.m} {self.n}x{self.k} {self.dtype}"
 
@@ -113,7 +113,7 @@ def timed_cases(
 
 
 def check(case: Case, device: torch.device) -> str:
-    """``"yes"`` for outputs that are right bit for bit, ``"rel 1.2e-06"`` within a tolerance.
+    """``"yes"`` where outputs are right bit for bit, ``"rel 1.2e-06"`` where within a tolerance.
 
     Raises:
         Inexact: they are neither; says where.
@@ -125,7 +125,7 @@ def check(case: Case, device: torch.device) -> str:
 
 
 def _compare(case: Case, got: Sequence[Tensor], want: Sequence[Tensor]) -> str:
-    """Bit for bit, NaN where NaN is."""
+    """Compare bit for bit; NaN equals NaN."""
     for place, (ours, theirs) in enumerate(zip(got, want, strict=True)):
         ours, theirs = ours.cpu(), theirs.cpu()
         where = f"{case}: output {place}"
@@ -159,7 +159,7 @@ def _codes(low: int, n: int, k: int) -> Tensor:
 
 
 def _linear(case: Case, device: torch.device) -> str:
-    codes, gamma, bias = (
+    codes, scale, bias = (
         _codes(-1, case.n, case.k),
         torch.rand(case.n, dtype=torch.float32, device="cpu"),
         None,
@@ -174,8 +174,8 @@ def _linear(case: Case, device: torch.device) -> str:
     x_q, s_x, row_sum = reference.quant(x)
     if case.m > 1:
         bias = torch.randn(case.n, dtype=torch.float32, device="cpu").to(dtype)
-    want = reference.rescale(_product(x_q, codes), s_x, gamma, bias, dtype)
-    scales = (gamma.to(device), None if bias is None else bias.to(device))
+    want = reference.rescale(_product(x_q, codes), s_x, scale, bias, dtype)
+    scales = (scale.to(device), None if bias is None else bias.to(device))
     if case.operator == "ternary_linear":
         got = ternary_linear(x.to(device), packed, *scales, case.kernel, planes=planes)
     else:
@@ -187,15 +187,15 @@ def _linear(case: Case, device: torch.device) -> str:
 def _groups(case: Case, device: torch.device) -> str:
     """One scale per 32 columns: partial outputs are added in the order of the groups."""
     codes, x = _codes(-1, case.n, case.k), _tokens(case)
-    gamma = torch.rand(case.n, case.k // 32, dtype=torch.float32, device="cpu")
+    scale = torch.rand(case.n, case.k // 32, dtype=torch.float32, device="cpu")
     x_q, s_x, _ = reference.quant(x)
     want = torch.zeros(case.m, case.n, dtype=torch.float32, device="cpu")
     for group in range(case.k // 32):
         part = slice(32 * group, 32 * group + 32)
         acc = _product(x_q[:, part], codes[:, part])
-        want += reference.rescale(acc, s_x, gamma[:, group], None, torch.float32)
+        want += reference.rescale(acc, s_x, scale[:, group], None, torch.float32)
     packed = pack_ternary(codes.to(device))
-    got = ternary_linear(x.to(device), packed, gamma.to(device), group_size=32)
+    got = ternary_linear(x.to(device), packed, scale.to(device), group_size=32)
     return _compare(case, [got], [want.to(x.dtype)])
 
 
@@ -232,10 +232,10 @@ def _int8(case: Case, device: torch.device) -> str:
         other = _codes(-128, case.n, case.k)
         got = int8_matmul(x_q.to(device), other.to(device))
         return _compare(case, [got], [_product(x_q, other)])
-    codes, gamma = _codes(-1, case.n, case.k), torch.rand(case.n, dtype=torch.float32, device="cpu")
+    codes, scale = _codes(-1, case.n, case.k), torch.rand(case.n, dtype=torch.float32, device="cpu")
     s_x, dtype = torch.rand(case.m, dtype=torch.float32, device="cpu"), DTYPES[case.dtype]
-    given = (x_q.to(device), s_x.to(device), codes.to(device), gamma.to(device))
-    want = reference.rescale(_product(x_q, codes), s_x, gamma, None, dtype)
+    given = (x_q.to(device), s_x.to(device), codes.to(device), scale.to(device))
+    want = reference.rescale(_product(x_q, codes), s_x, scale, None, dtype)
     return _compare(case, [int8_linear(*given, None, dtype)], [want])
 
 
@@ -254,7 +254,7 @@ def _cache(case: Case, fill: bool) -> list[Tensor]:
 
 
 def _scales(cache: list[Tensor]) -> dict[str, Tensor]:
-    """Those of int8 codes."""
+    """The scales of an int8 cache, by argument name."""
     return dict(zip(("k_scale", "v_scale"), cache[2:], strict=False))
 
 

@@ -1,4 +1,4 @@
-"""What a figure depends on besides the kernel: the device and its limits, versions, sources."""
+"""The machine behind a figure: the device and its limits, versions, sources."""
 
 import hashlib
 import importlib
@@ -23,21 +23,21 @@ _OPS_PER_CLOCK = {
     (9, 0): (4096, 8192),
     (10, 0): (8192, 16384),
 }
-"""Dense (16-bit, int8) tensor-core operations a clock and SM, a multiply-add being two; NVIDIA's
+"""Dense (16-bit, int8) tensor-core operations per clock and SM; a multiply-add counts two; NVIDIA's
 architecture white papers. GeForce cards of (8, 9) have half the 16-bit rate."""
 
 
 class Machine(NamedTuple):
-    """The device that is timed. Limits are None where they are not known (a CPU's)."""
+    """The device that is timed. Unknown limits (those of a CPU) are None."""
 
     device: torch.device
     name: str
     cache_bytes: int
     """The L2 of a GPU, the last level of a CPU."""
     bandwidth: float | None
-    """Of the memory, bytes a second, at its highest clock."""
+    """Memory bandwidth in bytes per second, at the highest clock."""
     ops_16bit: float | None
-    """Operations a second of the tensor cores, at the highest clock."""
+    """Tensor-core operations per second, at the highest clock."""
     ops_int8: float | None
     driver: str
     threads: int | None
@@ -109,8 +109,8 @@ def package_version(name: str) -> str:
 
 
 def code_hash(name: str) -> str:
-    """Of every source and table of the package outside this benchmark, and of what was tuned for
-    the device of that name: 12 hex digits."""
+    """Hash (12 hex digits) of all sources and tables of the package outside this benchmark, and of
+    the table that was tuned for the device of that name."""
     digest = hashlib.sha256()
     for path in sorted((*_PACKAGE.rglob("*.py"), *_PACKAGE.glob("tables/*.json"))):
         if "bench" not in path.relative_to(_PACKAGE).parts:
@@ -150,7 +150,7 @@ class Meter:
         self._handle: Any = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
 
     def clock_mhz(self) -> int:
-        """The clock of the SMs, now."""
+        """The present clock of the SMs."""
         return self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
 
     def millijoules(self) -> int:
@@ -175,7 +175,7 @@ def find_meter(device: torch.device) -> tuple[Meter | None, str]:
 def joules_a_run(
     meter: Meter, run: Callable[[], None], finish: Callable[[], None], at_least: float = 0.5
 ) -> float:
-    """Joules of one ``run``, over as many as fill ``at_least`` seconds.
+    """Joules per ``run``, averaged over as many runs as fill ``at_least`` seconds.
 
     By the board's energy counter, or where it has none by the mean of its power. The counter moves
     in steps of some tens of milliseconds, hence the half second.

@@ -1,7 +1,7 @@
-"""From rows to Markdown: the tables of kernels/README.md are drawn here, never written by hand.
+"""Draw the tables of kernels/README.md from rows; they are never written by hand.
 
-A table is of one device and one source: what was measured and what is estimated never share one,
-and an estimate's title says so. Ratios are to the fastest 16-bit matmul of the same round-robin.
+A table has one device and one source: measurements and estimates never share a table, and an
+estimate's title says so. Ratios are to the fastest 16-bit matmul of the same round-robin.
 """
 
 import csv
@@ -18,7 +18,7 @@ NOISY = "~"
 
 
 class Line(NamedTuple):
-    """One line of a table or plot: what it is called, and which rows compete for its figure."""
+    """One line of a table or plot: its name, and the rows that compete for its figure."""
 
     name: str
     holds: Callable[[Row], bool]
@@ -34,7 +34,7 @@ LINES = (
 
 
 def load(folder: Path) -> list[Row]:
-    """All rows of a folder's CSV files, without those that say why there is no figure.
+    """All rows of a folder's CSV files that have a figure.
 
     Raises:
         ValueError: a file is damaged; two files have a row for the same thing.
@@ -60,13 +60,13 @@ class View(NamedTuple):
     rows: list[Row]
 
     def ratio(self, row: Row) -> float:
-        """To the 16-bit matmul."""
+        """The speedup over the 16-bit matmul."""
         ratio = row.ratio_to_16bit if self.source == "measured" else row.estimate_ratio
         assert ratio is not None  # rows.read has checked it
         return ratio
 
     def time(self, row: Row) -> float:
-        """Microseconds."""
+        """The median in microseconds."""
         time = row.median_us if self.source == "measured" else row.estimate_us
         assert time is not None
         return time
@@ -80,7 +80,7 @@ class View(NamedTuple):
         return sorted({row.m for row in self.rows})
 
     def best(self, line: Line, shape: tuple[int, int], m: int) -> Row | None:
-        """The fastest row of a line, if it has one."""
+        """The fastest row of a line, or None."""
         found = [row for row in self.at(shape, m) if line.holds(row)]
         return min(found, key=self.time, default=None)
 
@@ -95,7 +95,7 @@ class View(NamedTuple):
 
     @property
     def has_goals(self) -> bool:
-        """Whether the goals, which are for Hopper, apply."""
+        """Whether the goals apply, which are for Hopper."""
         return self.source == "measured" and any(name in self.device for name in ("H100", "H200"))
 
 
@@ -243,7 +243,7 @@ def replace(text: str, begin: str, end: str, body: str, where: str) -> str:
 
 
 def machine_code(path: Path) -> str:
-    """For kernels/README.md: what ``bitnet inspect kernels --csv`` counted, a row a matmul kernel.
+    """The table of ``bitnet inspect kernels --csv`` for kernels/README.md: a row per matmul kernel.
 
     Raises:
         ValueError: the file is not one of those.

@@ -1,4 +1,4 @@
-"""A figure is a row of a CSV file: what was timed, where, how, and with which versions.
+"""The rows of the CSV files: each figure with its subject, device, method and versions.
 
 Figures that were measured and figures that a static model estimates stand in *different columns*,
 so that no reader of the file can mix them by accident; :func:`read` refuses a row that has both.
@@ -20,7 +20,7 @@ SOURCES = ("measured", "estimate")
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One contender at one shape, M and state of the cache. Times in microseconds a call."""
+    """One contender at one shape, M and state of the cache. Times in microseconds per call."""
 
     device: str
     """The GPU or CPU by name."""
@@ -28,7 +28,7 @@ class Row:
     """"linear": floats in, floats out, with the quantization of the activations; "matmul": int8 in,
     int32 out."""
     contender: str
-    """"bitnet", or whose it is."""
+    """"bitnet", or the package."""
     family: str
     """"16-bit", "32-bit", "addsub", "dot", "auto", "reference", or "other"."""
     formulation: str
@@ -36,7 +36,7 @@ class Row:
     n: int
     k: int
     dtype: str
-    """Of the activations."""
+    """dtype of the activations."""
     cache: str
     """"cold": the weights come from memory; "hot": from the L2 (a CPU's last level) if they fit."""
     source: str
@@ -53,35 +53,35 @@ class Row:
     roofline_share: float | None = None
     """The least time that this GPU's memory and int8 (16-bit) units allow, over the median."""
     energy_uj_token: float | None = None
-    """Microjoules a token, of the whole board."""
+    """Microjoules per token, of the whole board."""
     exact: str
     """"yes": equal to the oracle, bit for bit; else the relative error; "" for estimates."""
     skipped: str = ""
-    """Why this contender could not be measured here; the row has no figures then."""
+    """The reason why this contender could not be measured here; such a row has no figures."""
     replays: int | None = None
     calls: int | None = None
-    """Calls in a replay."""
+    """Calls per replay."""
     threads: int | None = None
-    """Of a CPU."""
+    """CPU threads."""
     sm_clock_mhz: int | None = None
     torch: str
     triton: str
     driver: str
     commit: str
     code: str
-    """Of the kernels' sources and tuning: rows of others are not taken for done."""
+    """Hash of the kernels' sources and tuning; rows with another hash are measured again."""
     date: str
     command: str
 
     @property
     def key(self) -> tuple[str | int, ...]:
-        """What a row is about: a file has one row for each."""
+        """The subject of a row; a file has one row per subject."""
         subject = (self.device, self.what, self.contender, self.family, self.formulation)
         return (*subject, self.m, self.n, self.k, self.dtype, self.cache, self.source)
 
     @property
     def version(self) -> tuple[str | int | None, ...]:
-        """With which code and settings: a row of another version is measured again."""
+        """The code and settings; a row of another version is measured again."""
         return (self.code, self.torch, self.triton, self.driver, self.threads)
 
 

@@ -41,7 +41,7 @@ WHATS = ("linear", "matmul")
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """What to measure."""
 
     shapes: tuple[tuple[int, int], ...]
@@ -57,7 +57,7 @@ class Choice:
 
 
 class Group(NamedTuple):
-    """What is timed in one round-robin."""
+    """The contenders of one round-robin."""
 
     n: int
     k: int
@@ -66,7 +66,7 @@ class Group(NamedTuple):
     contenders: list[Contender]
 
 
-def groups(choice: Choice, device: torch.device) -> list[Group]:
+def groups(choice: Selection, device: torch.device) -> list[Group]:
     """All groups of a choice; those of one matrix, and of one M of it, follow each other."""
     return [
         Group(n, k, m, cache, contenders(device, choice.kernels, choice.dtypes, choice.whats, m))
@@ -77,7 +77,7 @@ def groups(choice: Choice, device: torch.device) -> list[Group]:
 
 
 def common_columns(name: str) -> dict[str, Any]:
-    """What all rows of a run on the device of that name share."""
+    """The columns that all rows of a run on the named device share."""
     return {
         "torch": torch.__version__,
         "triton": machine.package_version("triton"),
@@ -94,7 +94,7 @@ class Bench:
     def __init__(
         self,
         here: Machine,
-        choice: Choice,
+        choice: Selection,
         backend: Backend | None = None,
         meter: Meter | None = None,
         say: Callable[[str], None] = lambda line: None,
@@ -184,7 +184,7 @@ class Bench:
         ]
 
     def _judge_of(self, group: Group) -> Judge:
-        """The matrix is drawn once, and expected outputs are computed once an M."""
+        """The matrix is drawn once, and expected outputs are computed once per M."""
         if self._matrix is None or (self._matrix.n, self._matrix.k) != (group.n, group.k):
             self._judge = self._matrix = None  # their memory, before more is taken
             self._matrix = make_problem(group.n, group.k, group.m, self.here.device)
@@ -196,7 +196,7 @@ class Bench:
         return self._judge
 
     def _prepare(self, group: Group, one: Contender, judge: Judge) -> tuple[Recorded | None, str]:
-        """The contender's replay and the verdict on it, or None and why it is left out.
+        """The contender's replay and the verdict on it, or None and the reason to leave it out.
 
         Its outputs are checked at the first and last copy of the weights and after two replays: a
         kernel may be right but for what a graph leaves behind.

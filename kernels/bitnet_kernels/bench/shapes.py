@@ -1,4 +1,4 @@
-"""Which matrices are timed: those of real models from 0.1B to 70B, and those with a target.
+"""The matrices to time: those of real models from 0.1B to 70B, and those with a target.
 
 A layer has four matrices, fused as inference fuses them: q, k and v in one, gate and up in one.
 N out_features, K in_features, M tokens.
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Layer(NamedTuple):
-    """What fixes the matrices of a transformer layer."""
+    """The sizes that determine the matrices of a transformer layer."""
 
     d_model: int
     n_heads: int
@@ -78,7 +78,7 @@ def parse_shape(text: str) -> tuple[int, int]:
     raise ValueError(f"--shape: {text!r} is not NxK (out_features x in_features), as in 4096x14336")
 
 
-def choose(option: str, value: str, valid: tuple[str, ...]) -> str:
+def _one_of(option: str, value: str, valid: tuple[str, ...]) -> str:
     """``value`` if it is valid; else ValueError naming the option and the nearest valid value."""
     if value in valid:
         return value
@@ -89,7 +89,7 @@ def choose(option: str, value: str, valid: tuple[str, ...]) -> str:
 
 def shapes_of(models: list[str]) -> list[tuple[int, int]]:
     """The distinct (N, K) of some models' layers, smallest first; ValueError for unknown ones."""
-    names = [choose("--model", name, tuple(MODELS)) for name in models]
+    names = [_one_of("--model", name, tuple(MODELS)) for name in models]
     found = {shape for name in names for shape in MODELS[name].matrices().values()}
     return sorted(found, key=lambda shape: (shape[0] * shape[1], shape))
 

@@ -1,8 +1,8 @@
-"""How a call is timed, the same way on a GPU and on a CPU.
+"""Time calls, in the same way on a GPU and on a CPU.
 
 A *replay* is a series of calls: on a GPU a CUDA graph of them (launch overhead would otherwise hide
-kernels of a few microseconds), on a CPU a loop. Contenders take turns, one replay each a round, so
-that a clock that drifts hits all alike; a figure is the median over the rounds, beside the tenth
+kernels of a few microseconds), on a CPU a loop. Contenders take turns, one replay each per round,
+so that a drifting clock hits all alike; a figure is the median over the rounds, beside the tenth
 and ninetieth percentiles.
 
 *Cold* replays rotate over copies of the weights that together are larger than the cache, so that

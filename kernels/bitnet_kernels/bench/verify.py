@@ -1,4 +1,4 @@
-"""Nothing is timed that is not right.
+"""Check every contender before it is timed.
 
 The truth is a product in fp64, where every sum of these integers is exact whatever its order
 (|acc| <= 128 K < 2^53), of the codes as they were drawn, before any packing. It is taken in full
@@ -20,7 +20,7 @@ _CHUNK = 2**25
 
 
 class Inexact(RuntimeError):
-    """A contender computes something else than it should; names it and where."""
+    """A contender gives wrong results; the message names it and the shape."""
 
 
 def _sampled_rows(problem: Problem) -> Tensor:
@@ -86,7 +86,7 @@ class Judge:
             else:
                 x_q, s_x = reference.absmax_int8(self.problem.x(dtype))
                 acc = self._accumulators(x_q)
-                y = reference.rescale(acc, s_x, self.problem.gamma, None, DTYPES[dtype])
+                y = reference.rescale(acc, s_x, self.problem.scale, None, DTYPES[dtype])
             self._expected[what, dtype] = y
         return self._expected[what, dtype]
 
@@ -119,5 +119,5 @@ class Judge:
             raise Inexact(f"{contender.label} at {_where(problem)}: gives {list(y.shape)}")
         rows = _sampled_rows(problem)
         x = problem.x(contender.dtype)
-        truth = _exact_product(x, problem.codes[rows]) * problem.gamma.double()
+        truth = _exact_product(x, problem.codes[rows]) * problem.scale.double()
         return float((y[:, rows].double() - truth).norm() / truth.norm())

@@ -44,13 +44,13 @@ _PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 
 class Rescale(NamedTuple):
-    """What turns accumulators into outputs: ``((acc * s_x) * gamma) + bias``, cast to ``dtype``.
+    """What turns accumulators into outputs: ``((acc * s_x) * scale) + bias``, cast to ``dtype``.
 
-    s_x: fp32 ``[M]``; gamma: fp32 ``[]`` or ``[N]``; bias: any float dtype, ``[N]``, or None.
+    s_x: fp32 ``[M]``; scale: fp32 ``[]`` or ``[N]``; bias: any float dtype, ``[N]``, or None.
     """
 
     s_x: Tensor
-    gamma: Tensor
+    scale: Tensor
     bias: Tensor | None
     dtype: torch.dtype
 
@@ -70,18 +70,20 @@ class Spec(NamedTuple):
     types: dict[str, str]
     constants: dict[str, Any]
     num_warps: int
-    num_stages: int
-    tokens: int
-    weights: int
-    aligned: tuple[str, ...]
+    num_stages: int = 1
+    tokens: int = 0
+    weights: int = 0
+    aligned: tuple[str, ...] = ()
 
 
 def launch_options(device: torch.device) -> dict[str, bool]:
-    """The options that every kernel is launched with on a device: ``launch_pdl``, which other
-    backends and the interpreter do not know, on CUDA from compute capability 9.0 on."""
-    if not ASSEMBLY or device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return {}
-    return {"launch_pdl": True}
+    """The options of every launch on a device: no fused multiply-add, which would skip a rounding
+    that the reference makes, and ``launch_pdl`` on CUDA from compute capability 9.0 on. Other
+    backends and the interpreter do not know the latter."""
+    options = {"enable_fp_fusion": False}
+    if ASSEMBLY and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        options["launch_pdl"] = True
+    return options
 
 
 @triton.jit
@@ -149,22 +151,22 @@ def store(
     mask: tl.tensor,
     y_ptr: tl.tensor,
     row_sum_ptr: tl.tensor,
-    s_ptr: tl.tensor,
-    gamma_ptr: tl.tensor,
+    s_x_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     N: tl.tensor,
-    GAMMA_PER_ROW: tl.constexpr,
+    SCALE_PER_ROW: tl.constexpr,
 ) -> None:
-    """The epilogue, in the order of :func:`bitnet_kernels.reference.rescale`; with ``s_ptr`` None
+    """The epilogue, in the order of :func:`bitnet_kernels.reference.rescale`; with ``s_x_ptr`` None
     it stores the accumulators themselves. A ``row_sum_ptr`` that is not None says that ``acc`` sums
     (w + 1) * x."""
     if row_sum_ptr is not None:
         acc -= tl.load(row_sum_ptr + rows)
-    if s_ptr is None:
+    if s_x_ptr is None:
         tl.store(y_ptr + rows * N + cols, acc, mask)
     else:
-        y = acc.to(tl.float32) * tl.load(s_ptr + rows)
-        y = y * tl.load(gamma_ptr + cols if GAMMA_PER_ROW else gamma_ptr)
+        y = acc.to(tl.float32) * tl.load(s_x_ptr + rows)
+        y = y * tl.load(scale_ptr + cols if SCALE_PER_ROW else scale_ptr)
         if bias_ptr is not None:
             y = y + tl.load(bias_ptr + cols).to(tl.float32)
         tl.store(y_ptr + rows * N + cols, y.to(y_ptr.dtype.element_ty), mask)
@@ -178,14 +180,14 @@ def finish(
     tile: tl.tensor,
     y_ptr: tl.tensor,
     row_sum_ptr: tl.tensor,
-    s_ptr: tl.tensor,
-    gamma_ptr: tl.tensor,
+    s_x_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     arrived_ptr: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
-    GAMMA_PER_ROW: tl.constexpr,
+    SCALE_PER_ROW: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ) -> None:
     """Add up the slices of K, if there are several, and run the epilogue.
@@ -199,7 +201,7 @@ def finish(
             mask = (rows + i < M) & (cols < N)
             store(
                 sums[i], tl.minimum(rows + i, M - 1), tl.minimum(cols, N - 1), mask, y_ptr,
-                row_sum_ptr, s_ptr, gamma_ptr, bias_ptr, N, GAMMA_PER_ROW,
+                row_sum_ptr, s_x_ptr, scale_ptr, bias_ptr, N, SCALE_PER_ROW,
             )  # fmt: skip
     else:
         for i in tl.static_range(len(sums)):
@@ -213,7 +215,7 @@ def finish(
                 acc = tl.load(at, mask, other=0, cache_modifier=".cg")  # from L2: L1 is not shared
                 store(
                     acc, tl.minimum(rows + i, M - 1), tl.minimum(cols, N - 1), mask, y_ptr,
-                    row_sum_ptr, s_ptr, gamma_ptr, bias_ptr, N, GAMMA_PER_ROW,
+                    row_sum_ptr, s_x_ptr, scale_ptr, bias_ptr, N, SCALE_PER_ROW,
                 )  # fmt: skip
 
 
@@ -244,7 +246,7 @@ def launch(
         ``[M, N]``: int32 accumulators, or with ``rescale`` outputs of its dtype.
     """
     m, n, _ = sizes
-    s_x, gamma, bias, dtype = rescale or (None, None, None, torch.int32)
+    s_x, scale, bias, dtype = rescale or (None, None, None, torch.int32)
     # The interpreter of Triton 3.9 rounds fp32 to bf16 wrongly (ties away from zero, lost carries),
     # so there the cast is torch's.
     stored_dtype = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
@@ -262,12 +264,12 @@ def launch(
                 y,
                 row_sum,
                 s_x,
-                None if gamma is None else gamma.contiguous(),
+                None if scale is None else scale.contiguous(),
                 None if bias is None else bias.contiguous(),
                 partial,
                 arrived,
                 *sizes,
-                GAMMA_PER_ROW=gamma is not None and gamma.dim() == 1,
+                SCALE_PER_ROW=scale is not None and scale.dim() == 1,
                 BLOCK_M=config.block_m,
                 BLOCK_N=config.block_n,
                 BLOCK_K=config.block_k,
@@ -275,7 +277,6 @@ def launch(
                 **constants,
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
-                enable_fp_fusion=False,  # an FMA would skip a rounding that the reference makes
                 **launch_options(x.device),
             )
     return y.to(dtype)
@@ -292,15 +293,15 @@ def describe(
     row_sum: bool = False,
     **constants: Any,
 ) -> Spec:
-    """The :class:`Spec` of what :func:`launch` would compile: outputs with one gamma a tensor and
+    """The :class:`Spec` of what :func:`launch` would compile: outputs with one scale a tensor and
     no bias, or int32 accumulators (``outputs`` ``"*i32"``)."""
     types = {"x_ptr": x_type, "w_ptr": w_type, "y_ptr": outputs}
-    values: dict[str, Any] = {"bias_ptr": None, "GAMMA_PER_ROW": False, "SPLIT_K": config.split_k}
+    values: dict[str, Any] = {"bias_ptr": None, "SCALE_PER_ROW": False, "SPLIT_K": config.split_k}
     values |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
     for name_of_pointer, kind, present in (
         ("row_sum_ptr", "*i32", row_sum),
-        ("s_ptr", "*fp32", outputs != "*i32"),
-        ("gamma_ptr", "*fp32", outputs != "*i32"),
+        ("s_x_ptr", "*fp32", outputs != "*i32"),
+        ("scale_ptr", "*fp32", outputs != "*i32"),
         ("partial_ptr", "*i32", config.split_k > 1),
         ("arrived_ptr", "*i32", config.split_k > 1),
     ):

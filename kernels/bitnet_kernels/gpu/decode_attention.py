@@ -275,7 +275,6 @@ def decode_attention(
             BLOCK_E=block_e,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            enable_fp_fusion=False,
             **launch_options(q.device),
         )
         if tile.splits > 1:
@@ -291,7 +290,6 @@ def decode_attention(
                 BLOCK_E=block_e,
                 num_warps=4,
                 num_stages=1,
-                enable_fp_fusion=False,
                 **launch_options(q.device),
             )
     return y
@@ -338,8 +336,6 @@ def _spec(dtype: str, cache: str, e: int, t: int) -> Spec:
         constants=constants,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        tokens=0,
-        weights=0,
         aligned=(*types, "L"),
     )
 
@@ -354,8 +350,5 @@ def _combine_spec(dtype: str, e: int) -> Spec:
         types=types,
         constants=constants,
         num_warps=4,
-        num_stages=1,
-        tokens=0,
-        weights=0,
         aligned=tuple(types),
     )

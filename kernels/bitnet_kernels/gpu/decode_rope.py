@@ -134,7 +134,6 @@ def rope_append(
                 BLOCK=triton.next_power_of_2(e // 2),
                 num_warps=1,
                 num_stages=1,
-                enable_fp_fusion=False,
                 **launch_options(qkv.device),
             )
     return q
@@ -163,8 +162,5 @@ def _spec(dtype: str, e: int, int8: bool) -> Spec:
         types=types,
         constants=constants,
         num_warps=1,
-        num_stages=1,
-        tokens=0,
-        weights=0,
         aligned=tuple(types),
     )

@@ -21,22 +21,26 @@ _BY_BITS = tl.constexpr(INTERPRETED)
 """Triton 3.9's interpreter rounds fp32 to bf16 wrongly and reads denormals of bf16 wrongly."""
 
 
-class Rows(NamedTuple):
-    """What a program takes: ``block_m`` rows, in ``steps`` blocks of ``block_k`` columns."""
+class RowTile(NamedTuple):
+    """The rows of one program: ``block_m`` rows, in ``steps`` blocks of ``block_k`` columns."""
 
     block_m: int
     block_k: int
     steps: int
     num_warps: int
 
+    def constants(self) -> dict[str, int]:
+        """The constexprs of a kernel."""
+        return {"BLOCK_M": self.block_m, "BLOCK_K": self.block_k, "STEPS": self.steps}
 
-def rows_of(m: int, k: int, interpreted: bool = INTERPRETED) -> Rows:
-    """How ``m`` rows of ``k`` columns are cut: one row a program, several where they are short. The
-    interpreter pays by the operation and not by the lane, and gets more of them."""
+
+def row_tile(m: int, k: int, interpreted: bool = INTERPRETED) -> RowTile:
+    """The tile for ``m`` rows of ``k`` columns: one row per program, several where they are short.
+    The interpreter pays per operation, not per lane, so it gets more rows."""
     block_k = min(triton.next_power_of_2(k), MAX_BLOCK)
     block_m = min(triton.next_power_of_2(m), 64 if interpreted else max(1024 // block_k, 1))
     num_warps = min(max(block_m * block_k // 512, 1), 16)
-    return Rows(block_m, block_k, triton.cdiv(k, block_k), num_warps)
+    return RowTile(block_m, block_k, triton.cdiv(k, block_k), num_warps)
 
 
 @triton.jit

@@ -46,15 +46,15 @@ def gemm_kernel(
     w_ptr: tl.tensor,
     y_ptr: tl.tensor,
     row_sum_ptr: tl.tensor,
-    s_ptr: tl.tensor,
-    gamma_ptr: tl.tensor,
+    s_x_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     arrived_ptr: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
     P: tl.tensor,
-    GAMMA_PER_ROW: tl.constexpr,
+    SCALE_PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -86,8 +86,8 @@ def gemm_kernel(
             acc = tl.dot(codes, x, acc, out_dtype=tl.int32)
 
     finish(
-        (acc,), rows, cols, tile, y_ptr, row_sum_ptr, s_ptr, gamma_ptr, bias_ptr, partial_ptr,
-        arrived_ptr, M, N, GAMMA_PER_ROW, SPLIT_K,
+        (acc,), rows, cols, tile, y_ptr, row_sum_ptr, s_x_ptr, scale_ptr, bias_ptr, partial_ptr,
+        arrived_ptr, M, N, SCALE_PER_ROW, SPLIT_K,
     )  # fmt: skip
 
 

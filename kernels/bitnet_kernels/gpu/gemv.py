@@ -229,15 +229,15 @@ def gemv_kernel(
     w_ptr: tl.tensor,
     y_ptr: tl.tensor,
     row_sum_ptr: tl.tensor,
-    s_ptr: tl.tensor,
-    gamma_ptr: tl.tensor,
+    s_x_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     arrived_ptr: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
     P: tl.tensor,
-    GAMMA_PER_ROW: tl.constexpr,
+    SCALE_PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -292,8 +292,8 @@ def gemv_kernel(
         totals = totals + (acc,)
     rows = row + tl.zeros((1, 1), dtype=tl.int64)
     finish(
-        totals, rows, cols, tile, y_ptr, row_sum_ptr, s_ptr, gamma_ptr, bias_ptr, partial_ptr,
-        arrived_ptr, M, N, GAMMA_PER_ROW, SPLIT_K,
+        totals, rows, cols, tile, y_ptr, row_sum_ptr, s_x_ptr, scale_ptr, bias_ptr, partial_ptr,
+        arrived_ptr, M, N, SCALE_PER_ROW, SPLIT_K,
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ CONFIGS = {
     80: (TileConfig(128, 128, 128, 1, 8, 4), TileConfig(64, 128, 128, 1, 4, 4)),  # 128 x 256 spills
     89: (TileConfig(128, 128, 128, 1, 8, 3), TileConfig(64, 128, 128, 1, 4, 3)),
 }
-"""How the product may be cut up, by the compute capability whose shared memory it fits, the largest
+"""The tiles of the product, by the compute capability whose shared memory they fit, the largest
 first. For N a multiple of 16 all compile to int8 tensor-core instructions and spill no register.
 
 Triton 3.9 waits for an integer product before it starts the next one (it does not for fp8), so an
@@ -54,20 +54,20 @@ def int8_gemm_kernel(
     x_ptr: tl.tensor,
     w_ptr: tl.tensor,
     y_ptr: tl.tensor,
-    s_ptr: tl.tensor,
-    gamma_ptr: tl.tensor,
+    s_x_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
     K: tl.tensor,
-    GAMMA_PER_ROW: tl.constexpr,
+    SCALE_PER_ROW: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
     """One tile of x int8 ``[M, K]`` times w int8 ``[N, K]``, rescaled in the order of
-    :func:`bitnet_kernels.reference.rescale`; with ``s_ptr`` None the int32 sums themselves.
+    :func:`bitnet_kernels.reference.rescale`; with ``s_x_ptr`` None the int32 sums themselves.
     ``EVEN_K``: K is a multiple of BLOCK_K, so loads need no mask."""
     await_inputs()
     _, row, col, _ = program(M, N, BLOCK_M, BLOCK_N, 1)
@@ -91,14 +91,14 @@ def int8_gemm_kernel(
 
     y_ptrs = y_ptr + rows[:, None] * N + cols[None, :]
     mask = (rows < M)[:, None] & (cols < N)[None, :]
-    if s_ptr is None:
+    if s_x_ptr is None:
         tl.store(y_ptrs, acc, mask)
     else:
-        y = acc.to(tl.float32) * tl.load(s_ptr + rows, rows < M, other=0.0)[:, None]
-        if GAMMA_PER_ROW:
-            y = y * tl.load(gamma_ptr + cols, cols < N, other=0.0)[None, :]
+        y = acc.to(tl.float32) * tl.load(s_x_ptr + rows, rows < M, other=0.0)[:, None]
+        if SCALE_PER_ROW:
+            y = y * tl.load(scale_ptr + cols, cols < N, other=0.0)[None, :]
         else:
-            y = y * tl.load(gamma_ptr)
+            y = y * tl.load(scale_ptr)
         if bias_ptr is not None:
             y = y + widen(tl.load(bias_ptr + cols, cols < N, other=0.0)).to(tl.float32)[None, :]
         tl.store(y_ptrs, narrow(y, y_ptr.dtype.element_ty), mask)
@@ -110,7 +110,7 @@ def int8_gemm(config: TileConfig, x: Tensor, w: Tensor, rescale: Rescale | None 
     (m, k), n = x.shape, w.shape[0]
     if padding := -k % _ALIGNMENT:
         x, w, k = pad(x, (0, padding)), pad(w, (0, padding)), k + padding
-    s_x, gamma, bias, dtype = rescale or (None, None, None, torch.int32)
+    s_x, scale, bias, dtype = rescale or (None, None, None, torch.int32)
     y = x.new_empty((m, n), dtype=dtype)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     if tiles:
@@ -120,32 +120,31 @@ def int8_gemm(config: TileConfig, x: Tensor, w: Tensor, rescale: Rescale | None 
                 aligned(w),
                 y,
                 None if s_x is None else s_x.contiguous(),
-                None if gamma is None else gamma.contiguous(),
+                None if scale is None else scale.contiguous(),
                 None if bias is None else bias.contiguous(),
                 m,
                 n,
                 k,
-                GAMMA_PER_ROW=gamma is not None and gamma.dim() == 1,
+                SCALE_PER_ROW=scale is not None and scale.dim() == 1,
                 EVEN_K=k % config.block_k == 0,
                 BLOCK_M=config.block_m,
                 BLOCK_N=config.block_n,
                 BLOCK_K=config.block_k,
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
-                enable_fp_fusion=False,  # an FMA would skip a rounding that the reference makes
                 **launch_options(x.device),
             )
     return y
 
 
-def plan(m: int, n: int, device: torch.device) -> TileConfig:
-    """How a product of M tokens and N outputs is cut up on a GPU."""
+def tile_for(m: int, n: int, device: torch.device) -> TileConfig:
+    """The tile for a product of M tokens and N outputs on a GPU."""
     properties = torch.cuda.get_device_properties(device)
-    return cut(m, n, key_of(device)[0], properties.multi_processor_count)
+    return best_tile(m, n, key_of(device)[0], properties.multi_processor_count)
 
 
 @lru_cache(maxsize=65536)
-def cut(m: int, n: int, capability: int, n_sms: int) -> TileConfig:
+def best_tile(m: int, n: int, capability: int, n_sms: int) -> TileConfig:
     """The configuration that takes the fewest clocks by a static model: programs run in waves of
     one an SM, and a program takes as long as its multiply-accumulates or its loads from L2,
     whichever is longer. Large tiles load less, small ones leave fewer SMs idle."""
@@ -160,11 +159,11 @@ def cut(m: int, n: int, capability: int, n_sms: int) -> TileConfig:
 
 
 def spec(config: TileConfig, outputs: str = "*bf16") -> Spec:
-    """A configuration compiled ahead of time, for K a multiple of its step: outputs with one gamma
+    """A configuration compiled ahead of time, for K a multiple of its step: outputs with one scale
     a tensor and no bias, or int32 sums (``outputs`` ``"*i32"``)."""
     types = {"x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": outputs}
-    constants: dict[str, Any] = {"bias_ptr": None, "GAMMA_PER_ROW": False, "EVEN_K": True}
-    scales = ("s_ptr", "gamma_ptr")
+    constants: dict[str, Any] = {"bias_ptr": None, "SCALE_PER_ROW": False, "EVEN_K": True}
+    scales = ("s_x_ptr", "scale_ptr")
     if outputs == "*i32":
         constants |= dict.fromkeys(scales)
     else:
@@ -179,8 +178,6 @@ def spec(config: TileConfig, outputs: str = "*bf16") -> Spec:
         constants=constants,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        tokens=0,
-        weights=0,  # none that are packed
         aligned=(*types, "N", "K"),
     )
 

@@ -146,7 +146,6 @@ def unpack(packed: Tensor) -> Tensor:
                 ROWS=rows,
                 BLOCK=512,
                 num_warps=4,
-                enable_fp_fusion=False,
                 **launch_options(packed.device),
             )
     return codes

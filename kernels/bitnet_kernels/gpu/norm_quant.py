@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_kernels.gpu.common import Spec, await_inputs, launch_options
-from bitnet_kernels.gpu.exact import Rows, grid_of, magnitude, narrow, on_grid, rows_of, widen
+from bitnet_kernels.gpu.exact import RowTile, grid_of, magnitude, narrow, on_grid, row_tile, widen
 from bitnet_kernels.gpu.quant import codes_of, scale_of, store_tokens
 from bitnet_kernels.reference import EPS
 
@@ -124,7 +124,7 @@ def launch(
     weight: Tensor,
     eps: float,
     input: str,
-    rows: Rows | None = None,
+    tile: RowTile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """x float ``[M, K]``, other as x or None, weight float ``[K]`` -> codes int8 ``[M, K]``, scale
     fp32 ``[M]``, row sum int32 ``[M]``, and for ``input="x + residual"`` the sum in x's dtype."""
@@ -134,9 +134,9 @@ def launch(
     row_sum = x.new_empty((m,), dtype=torch.int32)
     h = x.new_empty((m, k)) if input == "x + residual" else None
     if m:
-        rows = rows or rows_of(m, k)
+        tile = tile or row_tile(m, k)
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            norm_quant_kernel[(triton.cdiv(m, rows.block_m),)](
+            norm_quant_kernel[(triton.cdiv(m, tile.block_m),)](
                 x.contiguous(),
                 None if other is None else other.contiguous(),
                 weight.contiguous(),
@@ -150,12 +150,9 @@ def launch(
                 EPS=EPS,
                 INPUT=input,
                 TERMS=triton.next_power_of_2(k),
-                BLOCK_M=rows.block_m,
-                BLOCK_K=rows.block_k,
-                STEPS=rows.steps,
-                num_warps=rows.num_warps,
+                **tile.constants(),
+                num_warps=tile.num_warps,
                 num_stages=1,
-                enable_fp_fusion=False,
                 **launch_options(x.device),
             )
     return codes, scale, row_sum, h
@@ -181,18 +178,15 @@ def _spec(input: str, dtype: str, k: int) -> Spec:
             types[name] = f"*{dtype}"
         else:
             missing[name] = None
-    rows = rows_of(64, k, interpreted=False)
+    tile = row_tile(64, k, interpreted=False)
     constants = {"NORM_EPS": 1e-5, "EPS": EPS, "INPUT": input, "TERMS": triton.next_power_of_2(k)}
-    constants |= {"BLOCK_M": rows.block_m, "BLOCK_K": rows.block_k, "STEPS": rows.steps}
+    constants |= tile.constants()
     return Spec(
         name=f"{names.get(input, 'relu2_mul_rmsnorm_quant')} {dtype} K={k}",
         family="quantization",
         kernel=norm_quant_kernel,
         types=types,
         constants=constants | missing,
-        num_warps=rows.num_warps,
-        num_stages=1,
-        tokens=0,
-        weights=0,
+        num_warps=tile.num_warps,
         aligned=(*types, "K"),
     )

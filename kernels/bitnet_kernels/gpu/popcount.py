@@ -141,15 +141,15 @@ def popcount_kernel(
     w_ptr: tl.tensor,
     y_ptr: tl.tensor,
     row_sum_ptr: tl.tensor,
-    s_ptr: tl.tensor,
-    gamma_ptr: tl.tensor,
+    s_x_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     arrived_ptr: tl.tensor,
     M: tl.tensor,
     N: tl.tensor,
     P: tl.tensor,
-    GAMMA_PER_ROW: tl.constexpr,
+    SCALE_PER_ROW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -195,8 +195,8 @@ def popcount_kernel(
         totals = totals + (tl.sum(total, 2),)
     rows = row + tl.zeros((1, 1), dtype=tl.int64)
     finish(
-        totals, rows, cols, tile, y_ptr, row_sum_ptr, s_ptr, gamma_ptr, bias_ptr, partial_ptr,
-        arrived_ptr, M, N, GAMMA_PER_ROW, SPLIT_K,
+        totals, rows, cols, tile, y_ptr, row_sum_ptr, s_x_ptr, scale_ptr, bias_ptr, partial_ptr,
+        arrived_ptr, M, N, SCALE_PER_ROW, SPLIT_K,
     )  # fmt: skip
 
 
@@ -234,7 +234,6 @@ def activation_planes(x_q: Tensor) -> Tensor:
                 blocks,
                 WORDS=words,
                 num_warps=1,
-                enable_fp_fusion=False,
                 **launch_options(x_q.device),
             )
     return planes

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bitnet_kernels.gpu.common import Spec, await_inputs, launch_options
-from bitnet_kernels.gpu.exact import Rows, magnitude, rows_of, widen
+from bitnet_kernels.gpu.exact import RowTile, magnitude, row_tile, widen
 from bitnet_kernels.reference import EPS
 
 
@@ -101,18 +101,18 @@ def quant(x: Tensor, padded_columns: int | None = None) -> tuple[Tensor, Tensor,
     whole 16-byte loads for the matmuls.
     """
     columns = padded_columns or x.shape[1]
-    return launch(x, columns, rows_of(x.shape[0], columns))
+    return launch(x, columns, row_tile(x.shape[0], columns))
 
 
-def launch(x: Tensor, columns: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`quant` with codes ``[M, columns]``, cut into ``rows``."""
+def launch(x: Tensor, columns: int, tile: RowTile) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`quant` with codes ``[M, columns]``, cut into tiles."""
     m, k = x.shape
     codes = x.new_empty((m, columns), dtype=torch.int8)
     scale = x.new_empty((m,), dtype=torch.float32)
     row_sum = x.new_empty((m,), dtype=torch.int32)
     if m:
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            quant_kernel[(triton.cdiv(m, rows.block_m),)](
+            quant_kernel[(triton.cdiv(m, tile.block_m),)](
                 x.contiguous(),
                 codes,
                 scale,
@@ -121,12 +121,9 @@ def launch(x: Tensor, columns: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]
                 k,
                 columns,
                 EPS=EPS,
-                BLOCK_M=rows.block_m,
-                BLOCK_K=rows.block_k,
-                STEPS=rows.steps,
-                num_warps=rows.num_warps,
+                **tile.constants(),
+                num_warps=tile.num_warps,
                 num_stages=1,
-                enable_fp_fusion=False,
                 **launch_options(x.device),
             )
     return codes, scale, row_sum
@@ -135,21 +132,17 @@ def launch(x: Tensor, columns: int, rows: Rows) -> tuple[Tensor, Tensor, Tensor]
 def specs() -> list[Spec]:
     """The forms for a model's common widths, for short rows and for those of several blocks."""
     forms = (("bf16", 256), ("bf16", 4096), ("bf16", 28672), ("fp32", 8192))
-    return [_spec(dtype, k, rows_of(64, k, interpreted=False)) for dtype, k in forms]
+    return [_spec(dtype, k, row_tile(64, k, interpreted=False)) for dtype, k in forms]
 
 
-def _spec(dtype: str, k: int, rows: Rows) -> Spec:
+def _spec(dtype: str, k: int, tile: RowTile) -> Spec:
     types = {"x_ptr": f"*{dtype}", "codes_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
-    constants = {"EPS": EPS, "BLOCK_M": rows.block_m, "BLOCK_K": rows.block_k, "STEPS": rows.steps}
     return Spec(
         name=f"quant {dtype} K={k}",
         family="quantization",
         kernel=quant_kernel,
         types=types,
-        constants=constants,
-        num_warps=rows.num_warps,
-        num_stages=1,
-        tokens=0,
-        weights=0,
+        constants={"EPS": EPS} | tile.constants(),
+        num_warps=tile.num_warps,
         aligned=(*types, "K", "COLUMNS"),
     )

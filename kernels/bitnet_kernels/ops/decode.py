@@ -87,9 +87,9 @@ def decode_attention(
 
     Query t of row b sees columns ``0 .. lengths[b] + t`` (what :func:`rope_append` has just written
     among them), all L where the cache ends before; a negative length counts as 0. Other columns do
-    not show in its output, whatever they hold. Where a column that it sees holds a NaN or an
-    infinity, the output of that head is not finite. Queries of padding tokens may see columns that
-    nobody wrote: their outputs mean nothing.
+    not change its output, whatever they hold. If a column that it sees holds a NaN or an infinity,
+    the output of that head is not finite. Queries of padding tokens may see columns that
+    were never written: their outputs have no meaning.
 
     Arguments:
         q: fp32, bf16 or fp16 ``[B, T, H, E]``, rotated.
@@ -97,7 +97,7 @@ def decode_attention(
         lengths: int32 or int64 ``[B]``, on the device: columns filled *before* the new tokens.
     Returns:
         ``[B, T, H * E]`` in the dtype of q. On CUDA the columns are cut into slices whose number
-        hangs on shapes and device, never on the lengths; probabilities are rounded to 16 bits for
+        depends on shapes and device, never on the lengths; probabilities are rounded to 16 bits for
         the product with values where q and cache have 16 bits or fewer.
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device, shape or layout.

@@ -41,9 +41,9 @@ def int8_linear(
     Arguments:
         x_q: int8 ``[..., K]``, 1 <= K < 2^24, of any values.
         s_x: fp32 ``[...]``, the scale of each token.
-        codes: int8 ``[N, K]`` in {-1, 0, +1}. That they are is not checked, since that would wait
-            for the device; of others the outputs may be wrong.
-        scale: fp32 ``[]`` (one a tensor) or ``[N]`` (one a row).
+        codes: int8 ``[N, K]`` in {-1, 0, +1}. A check of the values would wait for the device, so
+            there is none: with other codes the outputs may be wrong.
+        scale: fp32 ``[]`` (one per tensor) or ``[N]`` (one per row).
         bias: float ``[N]`` or None; added after the rescale, never scaled.
         out_dtype: float dtype of the outputs.
     Returns:
@@ -105,11 +105,11 @@ def _int8_linear_cuda(
     out_dtype: torch.dtype,
 ) -> Tensor:
     from bitnet_kernels.gpu.common import Rescale
-    from bitnet_kernels.gpu.int8_gemm import int8_gemm, plan
+    from bitnet_kernels.gpu.int8_gemm import int8_gemm, tile_for
 
     tokens, n = rows(x_q), codes.shape[0]
     rescale = Rescale(s_x.reshape(-1), scale, bias, out_dtype)
-    y = int8_gemm(plan(tokens.shape[0], n, x_q.device), tokens, codes, rescale)
+    y = int8_gemm(tile_for(tokens.shape[0], n, x_q.device), tokens, codes, rescale)
     return reshaped(y, *x_q.shape[:-1], n)
 
 
@@ -118,9 +118,9 @@ def _int8_linear_fake(x_q: Tensor, s_x: Tensor, codes: Tensor, *rest: Any) -> Te
 
 
 def _int8_matmul_cuda(a: Tensor, b: Tensor) -> Tensor:
-    from bitnet_kernels.gpu.int8_gemm import int8_gemm, plan
+    from bitnet_kernels.gpu.int8_gemm import int8_gemm, tile_for
 
-    return int8_gemm(plan(a.shape[0], b.shape[0], a.device), a, b)
+    return int8_gemm(tile_for(a.shape[0], b.shape[0], a.device), a, b)
 
 
 def _int8_matmul_fake(a: Tensor, b: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def rmsnorm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 def add_rmsnorm_quant(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`rmsnorm_quant` of ``h = x + residual``, which is returned too: the residual stream of
-    the next addition. A function of its own, so that what is returned does not hang on an argument.
+    """:func:`rmsnorm_quant` of ``h = x + residual``, which is returned too: the residual stream.
+    A separate function, so that the number of results does not depend on an argument.
 
     Arguments:
         x, weight, eps: as for :func:`rmsnorm_quant`.

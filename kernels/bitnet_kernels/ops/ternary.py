@@ -42,8 +42,8 @@ def ternary_matmul(
         packed: uint8 ``[N, P]`` from :func:`bitnet_kernels.packing.pack_ternary`.
         kernel: one of :data:`bitnet_kernels.KERNELS`.
         planes: :func:`bitnet_kernels.packing.bit_planes` of ``packed``, a second layout that
-            ``"popcount"`` reads. Without it ``"addsub"`` is ``"sad"``. Planes of other weights give
-            the product with those.
+            ``"popcount"`` reads. Without it ``"addsub"`` is ``"sad"``. Nothing checks that they
+            belong to ``packed``.
     Returns:
         int32 ``[M, N]``.
     Raises:
@@ -75,8 +75,8 @@ def ternary_linear(
         x: float ``[..., K]``, 1 <= K < 2^24; see :func:`bitnet_kernels.quant` for float64, NaN and
             infinity (the outputs of such a token are NaN).
         packed: uint8 ``[N, P]`` from :func:`bitnet_kernels.packing.pack_ternary`.
-        scale: fp32 ``[]`` (one a tensor), ``[N]`` (one a row) or ``[N, ceil(K/group_size)]`` (one
-            a group of ``group_size`` columns; only the reference computes it).
+        scale: fp32 ``[]`` (one per tensor), ``[N]`` (one per row) or ``[N, ceil(K/group_size)]``
+            (one per group of ``group_size`` columns; no Triton kernel takes it).
         bias: float ``[N]`` or None; added after the rescale, never scaled.
         kernel, planes: see :func:`ternary_matmul`.
         out_dtype: float dtype of the outputs; x's where None.
@@ -120,8 +120,8 @@ def quantized_linear(
     planes: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """:func:`ternary_linear` of tokens that are quantized already, by :func:`bitnet_kernels.quant`
-    or one of the fused quantizers: several layers may share them.
+    """:func:`ternary_linear` of tokens that :func:`bitnet_kernels.quant` or one of the fused
+    quantizers has already quantized: several layers may share them.
 
     Arguments:
         x_q: int8 ``[..., K]``, 1 <= K < 2^24.
@@ -132,8 +132,8 @@ def quantized_linear(
     Returns:
         ``[..., N]``: ``((acc * s_x) * scale) + bias`` in fp32, then one cast.
     Raises:
-        TypeError, ValueError: as :func:`ternary_linear`. A row sum that is not that of the codes is
-            not noticed, and gives wrong outputs.
+        TypeError, ValueError: as :func:`ternary_linear`. Nothing checks the values of ``row_sum``:
+            wrong ones give wrong outputs.
     """
     check_x_q(x_q)
     check_packed(packed, packed_columns(x_q.shape[-1]), x_q.shape[-1])
