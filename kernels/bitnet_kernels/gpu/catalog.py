@@ -1,4 +1,4 @@
-"""Every compiled form of every kernel that is worth looking at, from the kernels' own files."""
+"""The catalog of compiled forms worth looking at, gathered from the kernels' files."""
 
 import pkgutil
 from importlib import import_module
@@ -8,11 +8,11 @@ from bitnet_kernels.gpu.common import Spec
 
 
 def catalog() -> list[Spec]:
-    """The specs of all files of this package that have a ``specs()``: a new kernel's file is found
-    without being named anywhere.
+    """The specs of all files of this package that have a ``specs()``; a new kernel's file is found
+    by itself.
 
     Raises:
-        ValueError: two specs of one name.
+        ValueError: two specs have the same name.
     """
     found: list[Spec] = []
     for file in pkgutil.iter_modules(gpu.__path__, f"{gpu.__name__}."):

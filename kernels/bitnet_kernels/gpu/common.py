@@ -1,26 +1,26 @@
-"""What the matmul kernels share: who computes which outputs, split-K, the epilogue, the launch.
+"""Code that the matmul kernels share: tiles, split-K, the epilogue, the launch.
 
 M tokens, N out_features, K in_features, P = bytes in a packed row (a quarter of K padded to 64).
-A kernel differs from the next one only in how it fills its int32 accumulators. They all take the
-same arguments (see :func:`launch`), so one launch and one description serve them all.
+The kernels differ only in how they fill their int32 accumulators. All take the same arguments (see
+:func:`launch`), so one launch and one description serve all.
 
-**Dependent launch.** A step of generation is hundreds of short kernels, each of which would stand
-idle until the one before it has drained. From compute capability 9.0 on a kernel may start earlier,
-while its predecessor still runs (CUDA C++ Programming Guide, "Programmatic Dependent Launch"), so
-*every* Triton kernel of this package, also the matmuls of training, keeps one rule:
+**Dependent launch.** A generation step is hundreds of short kernels, and each would wait until the
+one before it has drained. From compute capability 9.0 on a kernel may start earlier, while its
+predecessor still runs (CUDA C++ Programming Guide, "Programmatic Dependent Launch"), so
+*every* Triton kernel of this package, including the matmuls of training, keeps one rule:
 
 * it is launched with :func:`launch_options`, and begins with :func:`await_inputs`, in every thread,
   before its first load, store or atomic. Only parameters may be used before, and
   :func:`prefetch_weights`, which yields no value.
 
-Then memory is read and written as if kernels ran one after the other, whatever they are. The wait
-ends when the kernel before has completed and what it wrote is visible. If that was launched early
-too, it did not complete before its own wait ended, so by induction all kernels before it have. What
-is written may be memory that they still read, for the caching allocator hands it on in the stream's
-order: hence no store before the wait either. Kernels of torch, fills and copies know of none of
-this: before them the stream waits for completion, and behind them so does the wait; an event, and
-with it another stream, is told of completion alone. A CUDA graph keeps all that, as capture turns
-the option into edges of its own kind (CUDA 12.3).
+Then memory is read and written as if kernels ran one after the other. The wait ends when the kernel
+before has completed and its writes are visible. If that kernel was launched early too, it completed
+only after its own wait had ended, so by induction all kernels before it have completed. A kernel
+may write memory that earlier ones still read, because the caching allocator reuses memory in the
+stream's order: hence no store before the wait either. Kernels of torch, fills and copies do not
+take part: the stream waits for completion before them, and the wait after them does so too. An
+event, and so another stream, sees completion only. A CUDA graph keeps all this: capture turns the
+option into a special kind of edge (CUDA 12.3).
 """
 
 from typing import Any, NamedTuple
@@ -35,16 +35,16 @@ from triton.language.target_info import cuda_capability_geq
 from bitnet_kernels.dispatch import TileConfig
 
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
-"""Whether Triton runs kernels in its CPU interpreter. TRITON_INTERPRET is read when a function is
-decorated, so what Triton's own functions became when it was imported is what counts."""
+"""Whether Triton runs kernels in its CPU interpreter. Triton reads TRITON_INTERPRET when it
+decorates a function, so the type of its own functions tells the value at its import."""
 ASSEMBLY = not INTERPRETED and torch.version.hip is None
-"""Whether kernels take their inline-PTX branch; the plain one runs anywhere Triton does."""
+"""Whether kernels take their inline-PTX branch; the plain one runs wherever Triton does."""
 _ASSEMBLY = tl.constexpr(ASSEMBLY)
 _PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.b32 $0, 0;")
 
 
 class Rescale(NamedTuple):
-    """What turns accumulators into outputs: ``((acc * s_x) * scale) + bias``, cast to ``dtype``.
+    """The epilogue from accumulators to outputs: ``((acc * s_x) * scale) + bias``, then one cast.
 
     s_x: fp32 ``[M]``; scale: fp32 ``[]`` or ``[N]``; bias: any float dtype, ``[N]``, or None.
     """
@@ -60,8 +60,8 @@ class Spec(NamedTuple):
 
     ``types`` holds the types of pointers (arguments in neither dict are int32), ``constants`` the
     constexpr values and the pointers that are None, ``aligned`` the arguments that the launch
-    guarantees to be divisible by 16. ``tokens`` is the M it is made for and ``weights`` what one
-    program reads in one iteration of its main loop; both 0 where there are no packed weights.
+    guarantees to be divisible by 16. ``tokens`` is the M it is made for and ``weights`` the number
+    of weights that one program reads per iteration of its main loop; both 0 without packed weights.
     """
 
     name: str
@@ -108,9 +108,9 @@ def prefetch_weights(
     """Before the wait: have L2 fetch the first block of a program's weights, BLOCK elements from
     ``begin`` on of each of BLOCK_N rows of ``w [N, LENGTH]``.
 
-    It is safe whoever writes the weights, and when: all reads and writes of memory meet in L2, and
-    a prefetch to it gives the program nothing. Lines are of 128 bytes; where rows begin within one,
-    the last of a block may be missed.
+    It is safe even while another kernel writes the weights: all reads and writes of memory meet in
+    L2, and a prefetch to L2 gives the program no value. A line has 128 bytes; where rows begin
+    within a line, the last line of a block may be missed.
     """
     if _ASSEMBLY and cuda_capability_geq(9, 0):
         LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
@@ -127,9 +127,9 @@ def program(
 ) -> tl.tuple:
     """(tile, first row, first column, slice of K) of this program.
 
-    The grid has one dimension, which may hold 2^31 programs (the others stop at 65535). Neighbours
-    share columns first, in groups of 8 tiles: while M is large, so many programs read the same
-    weights at once that L2 serves them. int64: products with K or N may pass 2^31.
+    The grid has one dimension, which may hold 2^31 programs (the others hold 65535). Neighbours
+    share columns first, in groups of 8 tiles: when M is large, many programs read the same weights
+    at once, and L2 serves them. int64: products with K or N may pass 2^31.
     """
     tile = tl.program_id(0) // SPLIT_K
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -194,7 +194,7 @@ def finish(
 
     ``sums[i]`` belongs to ``rows + i`` and ``cols``, which broadcast to its shape. Integer atomics
     are exact in any order, so the result does not depend on which program comes last; that one
-    stores. The barrier puts every thread's additions before the arrival that announces them.
+    stores. The barrier orders every thread's additions before the arrival that announces them.
     """
     if SPLIT_K == 1:
         for i in tl.static_range(len(sums)):
@@ -220,7 +220,7 @@ def finish(
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Contiguous, and on a 16-byte boundary, as 16-byte loads want it."""
+    """Contiguous and on a 16-byte boundary, as 16-byte loads need."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -235,7 +235,7 @@ def launch(
     rescale: Rescale | None,
     **constants: Any,
 ) -> Tensor:
-    """Run a matmul kernel on operands laid out as it wants them.
+    """Run a matmul kernel on operands in its layout.
 
     Arguments:
         x, w: activations of M tokens and weights of N rows, aligned.
@@ -293,7 +293,7 @@ def describe(
     row_sum: bool = False,
     **constants: Any,
 ) -> Spec:
-    """The :class:`Spec` of what :func:`launch` would compile: outputs with one scale a tensor and
+    """The :class:`Spec` that :func:`launch` would compile: outputs with one scale per tensor and
     no bias, or int32 accumulators (``outputs`` ``"*i32"``)."""
     types = {"x_ptr": x_type, "w_ptr": w_type, "y_ptr": outputs}
     values: dict[str, Any] = {"bias_ptr": None, "SCALE_PER_ROW": False, "SPLIT_K": config.split_k}

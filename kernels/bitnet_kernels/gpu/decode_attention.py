@@ -1,15 +1,15 @@
 """Attention over a static cache, its columns split over programs (flash-decoding).
 
-A step has few queries, so what it costs is reading the cache once, and one program a row and head
-would leave most of a GPU idle. The columns filled are therefore cut into ``SPLITS`` slices; each
+A step has few queries, so its cost is reading the cache once, and one program per row and head
+would leave most of a GPU idle. The filled columns are therefore cut into ``SPLITS`` slices; each
 program walks its slice with the running maximum and sum of online softmax (FlashAttention, arXiv
 2205.14135), and a second kernel weighs the slices' results. The queries of all heads that share a
 key/value head, and of all tokens of a chunk, are the rows of one tile, so a generation step and the
-prefill of a prompt are the same kernel, and a column is read once for all of them.
+prefill of a prompt use the same kernel, which reads a column once for all of them.
 
-The grid hangs on shapes alone; where a row ends is read on the device. Slices are of equal length,
-whatever that is, so a captured graph stays balanced while rows grow; slices past the end of a short
-row are empty and cost a launched program.
+The grid depends on shapes alone; the kernel reads the rows' lengths on the device. Slices always
+have equal lengths, so a captured graph stays balanced while rows grow. Slices past the end of a
+short row are empty and cost a launched program.
 
 An int8 cache is never dequantized: codes go into the dot as they are, the keys' scales multiply the
 scores, the values' scales the probabilities.
@@ -26,7 +26,7 @@ from bitnet_kernels.gpu.common import INTERPRETED, Spec, await_inputs, launch_op
 from bitnet_kernels.gpu.exact import narrow, widen
 
 MAX_SPLITS = 64
-"""Most slices of a row: what a program of the second kernel holds at a time."""
+"""Most slices of a row: a program of the second kernel holds that many at a time."""
 LOG2_E = 1.4426950408889634
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -35,8 +35,8 @@ _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 class Tile(NamedTuple):
-    """What a program takes: ``block_m`` queries (the least that a dot takes is 16) and ``block_n``
-    columns at a time, of one of ``splits`` slices."""
+    """The tile of a program: ``block_m`` queries (a dot takes at least 16) and ``block_n`` columns
+    at a time, of one of ``splits`` slices."""
 
     block_m: int
     block_n: int
@@ -48,8 +48,8 @@ class Tile(NamedTuple):
 def tile_of(
     queries: int, programs: int, head_dim: int, n_columns: int, wide: bool, n_sm: int, chunk: bool
 ) -> Tile:
-    """How attention is cut, so that nothing spills, and into few forms, as each is compiled: the
-    slices are a power of two, and a chunk's tile does not hang on its length.
+    """The tile of attention, so that nothing spills, and with few forms, since each is compiled:
+    the number of slices is a power of two, and a chunk's tile does not depend on its length.
 
     Arguments:
         queries: of a row and key/value head, T * H / G; programs: such pairs, B * G.
@@ -69,7 +69,7 @@ def tile_of(
 
 @triton.jit
 def operand(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
-    """x rounded to the dtype of a dot. The interpreter's dot takes bf16 for integers: there it is
+    """x rounded to the dtype of a dot. The interpreter's dot reads bf16 as integers, so there x is
     fp32 with the same values."""
     if x.dtype != dtype:
         x = narrow(widen(x), dtype)
@@ -210,8 +210,8 @@ def combine_kernel(
 
 
 def dot_dtypes(activations: torch.dtype, cache: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of ``q k^T`` and of ``p v``: fp32, or 16 bits where nothing is lost by it but the
-    rounding of probabilities. int8 codes are exact in 16 bits; probabilities times a scale are not
+    """The dtypes of ``q k^T`` and of ``p v``: fp32, or 16 bits where only the rounding of
+    probabilities is lost. int8 codes are exact in 16 bits; probabilities times a scale are not
     within fp16's range."""
     if activations == torch.float32 or cache not in (activations, torch.int8):
         return torch.float32, torch.float32
@@ -296,7 +296,8 @@ def decode_attention(
 
 
 def specs() -> list[Spec]:
-    """A step (T = 1) and a chunk of a prompt, four query heads a key/value head; second passes."""
+    """A step (T = 1) and a chunk of a prompt, four query heads per key/value head; second
+    passes."""
     forms = [
         _spec("bf16", "bf16", 128, 1),
         _spec("bf16", "i8", 128, 1),

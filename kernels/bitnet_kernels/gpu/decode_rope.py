@@ -1,7 +1,7 @@
-"""Rotary positions and the append to the cache in one kernel: one program a token and head.
+"""Rotary positions and the append to the cache in one kernel: one program per token and head.
 
-The column of a token, which is its position too, is read on the device, so a launch captured in a
-CUDA graph goes on to be right while the rows grow. Bit-exact with
+The kernel reads a token's column, which is also its position, on the device, so a launch captured
+in a CUDA graph stays right while the rows grow. Bit-exact with
 :func:`bitnet_kernels.reference.rope_append`: fp32 in its order, without fused multiply-add,
 one cast to the activations' dtype, then the cast or the quantization to the cache's.
 """

@@ -1,4 +1,4 @@
-"""Floating point whose bits depend on neither the device nor the order: what kernels share.
+"""Floating point whose bits depend on neither the device nor the order.
 
 * :func:`widen` and :func:`narrow` convert between an input's dtype and the one computed in.
 * Sums: every term is first rounded to a grid so coarse that all partial sums are exact, see
@@ -16,7 +16,7 @@ import triton.language as tl
 from bitnet_kernels.gpu.common import INTERPRETED
 
 MAX_BLOCK = 8192
-"""The longest row that one program holds in registers: 16 values a thread."""
+"""The longest row that one program holds in registers: 16 values per thread."""
 _BY_BITS = tl.constexpr(INTERPRETED)
 """Triton 3.9's interpreter rounds fp32 to bf16 wrongly and reads denormals of bf16 wrongly."""
 
@@ -45,7 +45,7 @@ def row_tile(m: int, k: int, interpreted: bool = INTERPRETED) -> RowTile:
 
 @triton.jit
 def widen(x: tl.tensor) -> tl.tensor:
-    """x in the dtype that it is computed with: fp32, and fp64 for fp64."""
+    """x in the dtype of the computation: fp64 for fp64, else fp32."""
     if x.dtype == tl.float64:
         return x
     elif _BY_BITS and x.dtype == tl.bfloat16:
@@ -76,8 +76,8 @@ def magnitude(x: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def grid_of(largest: tl.tensor, TERMS: tl.constexpr) -> tl.tensor:
-    """What :func:`on_grid` adds and subtracts, for a sum of up to ``TERMS`` (a power of 2) terms of
-    0..``largest``, fp64."""
+    """The number that :func:`on_grid` adds and subtracts, for a sum of up to ``TERMS`` (a power of
+    2) terms of 0..``largest``, fp64."""
     exponent = largest.to(tl.int64, bitcast=True) & 0x7FF0000000000000
     return exponent.to(tl.float64, bitcast=True) * (2.0 * TERMS)
 

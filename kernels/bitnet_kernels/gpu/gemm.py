@@ -1,15 +1,15 @@
 """The matmul on int8 tensor cores, for more tokens (family dot).
 
-The weights are the *left* operand, decoded in registers on their way into the tensor core, so that
-nothing decoded is written back to shared memory; the tokens are the right one, which may be as few
-as 8 (swapped operands: y^T = W x^T). One tile of bytes holds four slices of K, one a
-quarter-plane, and each is one ``tl.dot`` against the matching slice of x. Codes go in as w + 1,
+The weights are the *left* operand, decoded in registers on their way into the tensor core, so no
+decoded weight is written back to shared memory. The tokens are the right operand, at least 8 of
+them (swapped operands: y^T = W x^T). One tile of bytes holds four slices of K, one per
+quarter-plane, and each takes one ``tl.dot`` with the matching slice of x. Codes enter as w + 1,
 which takes a shift and an AND for four of them, and the epilogue subtracts the sum of the
 activations.
 
-For thousands of tokens the decoding, done anew by every tile, costs more than it saves: the weights
-are unpacked once to int8 in a scratch buffer, and the same kernel runs on one plane of plain codes
-(formulation "unpacked").
+For thousands of tokens the decoding, which every tile repeats, costs more than it saves. Then the
+weights are unpacked once to int8 in a scratch buffer, and the same kernel runs on one plane of
+plain codes (formulation "unpacked").
 """
 
 import triton
@@ -33,8 +33,8 @@ DECODE = tl.constexpr(
 
 @triton.jit
 def decode(packed: tl.tensor, plane: tl.constexpr, ASM: tl.constexpr) -> tl.tensor:
-    """The codes w + 1 of a quarter-plane, int8. Plain Triton works on one byte a register; the
-    assembly on four."""
+    """The codes w + 1 of a quarter-plane, int8. Plain Triton decodes one byte per register,
+    the assembly four."""
     if ASM:
         return tl.inline_asm_elementwise(DECODE[plane], "=r,r", [packed], tl.int8, True, 4)
     return ((packed >> (2 * plane)) & 3).to(tl.int8)
@@ -69,7 +69,7 @@ def gemm_kernel(
     cols = col + tl.arange(0, BLOCK_N)[:, None]
     per_part = tl.cdiv(tl.cdiv(P, BLOCK_P), SPLIT_K) * BLOCK_P
     end = tl.minimum((part + 1) * per_part, P)
-    if PLANES == 4:  # else the weights are being unpacked
+    if PLANES == 4:  # else the kernel before is still unpacking the weights
         prefetch_weights(w_ptr, col, part * per_part, N, P, BLOCK_N, BLOCK_P)
     await_inputs()
     # Rows and columns past the end repeat the last one, and are not stored.

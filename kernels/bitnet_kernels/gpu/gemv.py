@@ -1,9 +1,9 @@
 """The matmul for few tokens over packed words, in two formulations.
 
-A lane holds 16-byte pieces of weight rows, four 32-bit words of 16 codes each, and the activations
-that meet them; its sums stay in registers and are added across lanes once, after the loop. One
-warp a program, laid out ``[rows in registers, groups of lanes, words]`` so that no value ever
-passes through shared memory.
+A lane holds 16-byte pieces of weight rows, four 32-bit words of 16 codes each, and the matching
+activations. Its sums stay in registers and are added across lanes once, after the loop. A program
+has one warp, laid out ``[rows in registers, groups of lanes, words]``, so that no value passes
+through shared memory.
 
 **sad**, multiplication-free (family addsub), four weights in four instructions:
 
@@ -13,12 +13,13 @@ passes through shared memory.
 
     w = -1: |127 - x - 0| = 127 - x     w = +1: |127 - x - 254| = 127 + x     w = 0: |0 - 127|
 
-so every column adds w x + 127, whatever its weight. This needs x >= -127, as the quantizer's codes
-are. For any int8 (FULL_RANGE) B is FF where w = +1: those columns add one more, and are counted.
+so every column adds w x + 127, whatever its weight. This needs x >= -127, which holds for the
+quantizer's codes. For any int8 (FULL_RANGE) B is FF where w = +1: those columns add one more, and
+the kernel counts them.
 
-**dp4a** (family dot), four weights in two instructions: the codes of a quarter-plane are kept in
-place by one AND, multiplied as they are by DP4A, and the four planes' sums shifted down in the end.
-A code is w + 1, so the sum of the activations is subtracted.
+**dp4a** (family dot), four weights in two instructions: one AND keeps the codes of a quarter-plane
+in place, DP4A multiplies them there, and the four planes' sums are shifted down at the end. A code
+is w + 1, so the sum of the activations is subtracted.
 
 Both are described in NVIDIA's PTX ISA (prmt, vabsdiff4, dp4a); without PTX a plain branch selects
 x, -x or 0.
@@ -103,7 +104,7 @@ dp4a.u32.s32 $3, codes, $12, $7;
 
 @triton.jit
 def quarters(words: tl.tensor) -> tl.tuple:
-    """``[..., 4 n]`` -> four ``[..., n]``, which a lane holds already: it costs nothing."""
+    """``[..., 4 n]`` -> four ``[..., n]`` that a lane already holds: no instruction."""
     lead: tl.constexpr = words.shape[: len(words.shape) - 1]
     even, odd = tl.split(tl.reshape(words, lead + [words.shape[len(lead)] // 4, 2, 2]))
     w0, w2 = tl.split(even)
@@ -315,7 +316,7 @@ def spec(name: str, config: TileConfig) -> Spec:
 
 
 def specs() -> list[Spec]:
-    """The forms that few tokens run: 8 rows a lane while the sums fit, fewer with more tokens."""
+    """The forms for few tokens: 8 rows per lane while the sums fit, fewer rows with more tokens."""
     configs = [TileConfig(m, rows, 2048) for m, rows in ((1, 8), (2, 4), (4, 2), (8, 2))]
     sad = [spec("sad", config) for config in configs]
     any_int8 = sad[0].constants | {"FULL_RANGE": True}

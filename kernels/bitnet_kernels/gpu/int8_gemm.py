@@ -1,10 +1,10 @@
 """The matmul of training: int8 codes by int8 codes on tensor cores, the rescale in its epilogue.
 
 Training has thousands of tokens and a weight that changes at every step, so nothing is packed: both
-operands are plain int8 with K along their rows, as tensor cores want them. The tokens are the left
-operand, so that the accumulators' columns run along the outputs' rows and go out in stores of 16
-bytes. The int32 sums never reach memory: to write and read them would move as many bytes as the
-outputs four times over.
+operands are plain int8 with K along their rows, as tensor cores need. The tokens are the left
+operand, so that the accumulators' columns run along the outputs' rows and are stored 16 bytes at a
+time. The int32 sums never reach memory: writing and reading them would move four times the bytes of
+the outputs.
 """
 
 from functools import lru_cache
@@ -30,7 +30,7 @@ from bitnet_kernels.gpu.exact import narrow, widen
 _ALIGNMENT = 16
 """Bytes of a load: rows are padded to a multiple of it."""
 _L2_BYTES = 32
-"""What an SM gets from L2 in a clock, roughly, on any of these GPUs."""
+"""Bytes per clock that an SM gets from L2, roughly, on any of these GPUs."""
 CONFIGS = {
     90: (
         TileConfig(128, 256, 128, 1, 8, 4),
@@ -46,7 +46,7 @@ first. For N a multiple of 16 all compile to int8 tensor-core instructions and s
 Triton 3.9 waits for an integer product before it starts the next one (it does not for fp8), so an
 H100 idles between the steps of a lone program; a step of 128 columns keeps that short."""
 _MACS = {90: 4096, 80: 2048, 89: 1024}
-"""Multiply-accumulates of int8 a clock and SM, from the vendor's data sheets."""
+"""int8 multiply-accumulates per clock and SM, from the vendor's data sheets."""
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""The way into the matmul kernels: lays out operands as a formulation wants them, and runs it."""
+"""Lay out the operands of a ternary product for a formulation, and run its kernel."""
 
 import torch
 import triton
@@ -32,7 +32,7 @@ def plan(
 
 
 def interpreted_config(formulation: str, m: int, n: int, k: int) -> TileConfig:
-    """The interpreter pays by the operation more than by the lane: few programs, large tiles."""
+    """The interpreter pays per operation, hardly per lane: few programs, large tiles."""
     tokens = triton.next_power_of_2(max(m, 1))
     rows = triton.next_power_of_2(max(n, 1))
     columns = triton.next_power_of_2(k)
@@ -57,8 +57,8 @@ def matmul(
 
     Arguments:
         x_q: codes, or already padded with zeros to ``[M, 4P]``.
-        planes: what ``packing.bit_planes`` makes of ``packed``; for popcount.
-        row_sum: int32 ``[M]``, the sums of the codes, where they are known.
+        planes: ``packing.bit_planes`` of ``packed``, for popcount.
+        row_sum: int32 ``[M]``, the sums of the codes, if known.
         rescale: turns the int32 accumulators into outputs.
         full_range: the codes may hold -128, which those of the quantizer do not.
     """
@@ -82,7 +82,7 @@ def matmul(
     if needs_row_sum and row_sum is None:
         row_sum = x_q.sum(1, dtype=torch.int32)
     if formulation == "dp4a":
-        # A lane's sum of the upper plane grows by up to 2^14 a column: so many columns fit.
+        # A lane's sum of the upper plane grows by up to 2^14 per column, so this many columns fit.
         columns = (2**31 // 2**14) * 4 * config.block_k // 64
         config = config._replace(split_k=max(config.split_k, -(-4 * p // columns)))
     if formulation in ("sad", "dp4a"):

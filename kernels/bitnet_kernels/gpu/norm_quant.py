@@ -1,10 +1,10 @@
-"""RMSNorm and quantization in one kernel, with what comes before the norm in a transformer.
+"""RMSNorm and quantization in one kernel, with the operation before the norm in a transformer.
 
     x                            before the projections of attention, or of the MLP
-    x + residual                 the same, and the sum goes on as the residual stream
+    x + residual                 the same; the sum is the residual stream and is returned too
     relu(gate)^2 * up            before the MLP's last projection
 
-One program a token (several where they are short). A row of up to 8192 columns is read once and
+One program per token (several short tokens share one). A row of up to 8192 columns is read once and
 stays in registers through the norm's statistic, max|y| and the codes. Each step rounds to the dtype
 of x where the operators of torch that it replaces would, so the codes are those of the parts done
 one by one; bit-exact with :func:`bitnet_kernels.reference.rmsnorm_quant` and its neighbours.
@@ -25,7 +25,7 @@ from bitnet_kernels.reference import EPS
 def load_input(
     x_ptr: tl.tensor, other_ptr: tl.tensor, offsets: tl.tensor, mask: tl.tensor, INPUT: tl.constexpr
 ) -> tl.tensor:
-    """What is normed, in the dtype of x; 0 outside the mask."""
+    """The input of the norm, in the dtype of x; 0 outside the mask."""
     stored = tl.load(x_ptr + offsets, mask, other=0.0)
     if INPUT == "x":
         return stored
@@ -69,8 +69,8 @@ def norm_quant_kernel(
     STEPS: tl.constexpr,
 ) -> None:
     """BLOCK_M rows of ``x [M, K]``. INPUT: "x", "x + residual" or "relu2", other being None, the
-    residual or ``up``; h (of the residual only) receives what is normed. ``TERMS`` is the power of
-    2 from K on, ``STEPS * BLOCK_K >= K``."""
+    residual or ``up``; h (of the residual only) receives the input of the norm. ``TERMS`` is the
+    power of 2 from K on, ``STEPS * BLOCK_K >= K``."""
     await_inputs()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (rows < M)[:, None]

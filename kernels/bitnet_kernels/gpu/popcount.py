@@ -1,18 +1,18 @@
 """The multiplication-free matmul for few tokens, one bit of the activations at a time (addsub).
 
 Both operands are bit planes: weights Z (is not 0) and S (is -1), activations b = 0..7 of their
-two's complement. 32 columns meet in three instructions a plane:
+two's complement. 32 columns take three instructions per plane:
 
     t = (x_b ^ S) & Z                                    LOP3: x_b, its complement, or 0
     sum_k w x = sum_b (+-)2^b popcount(t_b) + #(w = -1)  the sign bit's plane counts negative
 
-since ~x = -x - 1. POPC runs at a quarter of the rate of the rest, so words are first added by a
-carry-save adder, two LOP3 (Harley and Seal; Warren, "Hacker's Delight", 5-1): a register of ones a
-plane stays behind, and only the carries, half as many words, are counted. Every plane keeps its own
-count: the shift by b is the epilogue's, once per output, so the loop neither shifts nor multiplies.
+since ~x = -x - 1. POPC runs at a quarter of the rate of the others, so a carry-save adder, two
+LOP3, adds words first (Harley and Seal; Warren, "Hacker's Delight", 5-1): one register of ones per
+plane remains, and only the carries, half as many words, are counted. Every plane has a separate
+count: the epilogue shifts it by b once per output, so the loop neither shifts nor multiplies.
 
-The weights' planes are a second layout (``packing.bit_planes``), made once when a layer is loaded;
-those of the activations are made by :func:`activation_planes` before the matmul.
+The weights' planes are a second layout (``packing.bit_planes``), made once when a layer is loaded.
+:func:`activation_planes` makes those of the activations before the matmul.
 """
 
 import torch
@@ -91,7 +91,7 @@ def step(
     ASM: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tl.tuple:
-    """Add one block of words to the sums, 16 a token: of each plane its ones and its count of
+    """Add one block of words to the sums. A token has 16: per plane its ones and its count of
     twos."""
     x_at = at + at // 128 * (7 * 128)
     inside: tl.tensor = at < W if MASKED else None
@@ -246,5 +246,5 @@ def spec(config: TileConfig) -> Spec:
 
 
 def specs() -> list[Spec]:
-    """The forms that few tokens run: 4 rows a lane while the sums fit, fewer with more tokens."""
+    """The forms for few tokens: 4 rows per lane while the sums fit, fewer rows with more tokens."""
     return [spec(TileConfig(m, rows, 4096)) for m, rows in ((1, 4), (2, 2), (4, 1))]

@@ -1,6 +1,6 @@
 """Activation quantization: int8 codes, the scale and the row sum of a token in one kernel.
 
-One program a token (several where they are short). A row of up to 8192 columns is read once and
+One program per token (several short tokens share one). A row of up to 8192 columns is read once and
 stays in registers; a longer one is walked twice, first for max|x|, then for the codes, and the
 second walk finds it in the L2 cache. Bit-exact with :func:`bitnet_kernels.reference.quant`;
 Triton's ``/`` on fp32 is an approximation on CUDA, ``div_rn`` is not.
@@ -18,8 +18,8 @@ from bitnet_kernels.reference import EPS
 
 @triton.jit
 def scale_of(largest: tl.tensor, EPS: tl.constexpr) -> tl.tuple:
-    """(scale, whether the row is finite) from the row's largest magnitude; the scale of a row that
-    is not is what keeps :func:`codes_of` defined, and :func:`store_tokens` stores NaN for it."""
+    """(scale, whether the row is finite) from the row's largest magnitude. A row that is not finite
+    gets a scale that keeps :func:`codes_of` defined; :func:`store_tokens` stores NaN for it."""
     finite = largest < float("inf")
     return tl.div_rn(tl.maximum(tl.where(finite, largest, 1.0), EPS), 127.0), finite
 
@@ -46,7 +46,7 @@ def store_tokens(
     finite: tl.tensor,
     row_sum: tl.tensor,
 ) -> None:
-    """Store what belongs to a row as a whole."""
+    """Store the scale and the row sum of each row."""
     tl.store(scale_ptr + rows, tl.where(finite, scale, float("nan")), rows < M)
     tl.store(row_sum_ptr + rows, row_sum, rows < M)
 

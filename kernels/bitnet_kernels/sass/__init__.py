@@ -1,4 +1,4 @@
-"""Looking at kernels without a GPU: compiled ahead of time, disassembled, counted and checked.
+"""Inspect kernels without a GPU: compile ahead of time, disassemble, count and check.
 
 ``inspect(spec, 90)`` says what a kernel's main loop costs a weight and whether anything multiplies
 data there. compile makes the listing, read understands it, taint follows the data, model counts.

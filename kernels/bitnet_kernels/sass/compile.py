@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Compiled(NamedTuple):
-    """What the compiler made of a spec: its listings, and the resources of one thread or program.
+    """The compiled form of a spec: its listings, and the resources of one thread or program.
 
     ``registers`` and ``spill_bytes`` are per thread, ``shared_bytes`` per program.
     """

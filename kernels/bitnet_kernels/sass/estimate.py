@@ -12,7 +12,7 @@ LAUNCH_US, _SPLIT_US, _LATENCY_US = 2.0, 1.5, 0.7
 """Of any kernel in a CUDA graph; of clearing and meeting in a scratch buffer; of memory, once for
 every block of K that a program reads one after the other. Round figures, not measured here."""
 _MACS_16BIT = {80: 1024, 89: 256, 90: 2048, 100: 4096}
-"""Dense multiply-adds a clock and SM with fp32 accumulation; NVIDIA's data sheets."""
+"""Dense multiply-adds per clock and SM with fp32 accumulation; NVIDIA's data sheets."""
 
 
 def sixteen_bit_us(sm: int, m: int, n: int, k: int) -> float:

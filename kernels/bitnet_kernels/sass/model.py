@@ -1,4 +1,4 @@
-"""What a kernel's main loop costs, counted, and how fast that could be at best.
+"""Count the cost of a kernel's main loop, and bound its speed.
 
 The counts are facts of the listing: every instruction of the loop but NOPs once, over the weights
 that one thread consumes in one pass. The speed is a bound from published rates and no measurement:
@@ -43,8 +43,8 @@ class Arch(NamedTuple):
 
     @property
     def needed_weights_per_clock(self) -> float:
-        """2-bit weights that memory delivers to each SM in a clock: what a kernel must keep up
-        with to be memory-bound at M = 1."""
+        """2-bit weights that memory delivers to each SM per clock: the rate that a kernel needs to
+        be memory-bound at M = 1."""
         return self.memory_tb_s * 1e12 * 4 / (self.n_sms * self.clock_ghz * 1e9)
 
 
@@ -74,15 +74,15 @@ _PIPES = (
     ("alu", r"\w+"),
 )
 _RATES = {"issue": 128, "alu": 64, "imad": 64, "xu": 16, "lsu": 32}
-"""Thread instructions a clock and SM, alike from 8.0 to 10.0, after the CUDA C++ Programming
+"""Thread instructions per clock and SM, the same from 8.0 to 10.0, after the CUDA C++ Programming
 Guide's table of arithmetic throughput: 64 for integer add, logic, shift, compare, multiply-add and
 vabsdiff4, 16 for popc; fp32 is the Arch's. Which instruction goes to which pipe follows Nsight
 Compute's description of its pipelines: IMAD and dot products share the heavy half of the FMA pipe.
-For the lsu it is words of 4 bytes: L1 moves 128 bytes a clock, if every lane reads its own."""
+For the lsu it is words of 4 bytes: L1 moves 128 bytes per clock, if every lane reads its own."""
 
 
 class Report(NamedTuple):
-    """What :func:`inspect` finds out about a kernel compiled for ``sm_<sm>``.
+    """The findings of :func:`inspect` about a kernel compiled for ``sm_<sm>``.
 
     Counts are thread instructions of one pass of the main loop, or where named so divided by the
     weights that a thread consumes in it; these and the speeds are None for a kernel without
@@ -253,7 +253,7 @@ def _bytes_per_weight(spec: "Spec") -> float:
 
 
 def _by_pipe(spec: "Spec", body: list[Instruction], weights: int) -> dict[str, float]:
-    """What each pipe is asked for, per weight."""
+    """Instructions per weight on each pipe."""
     if not weights:
         return {}
     counts = Counter[str]()
@@ -272,7 +272,7 @@ def _by_pipe(spec: "Spec", body: list[Instruction], weights: int) -> dict[str, f
 
 
 def _speeds(by_pipe: dict[str, float], body: list[Instruction], arch: Arch) -> dict[str, float]:
-    """Weights a clock and SM that each pipe allows."""
+    """Weights per clock and SM that each pipe allows."""
     registers_only = not any("GMMA" in one.base or one.base.startswith("UTC") for one in body)
     share = _MMA_SHARE if arch.sm >= 90 and registers_only else 1.0
     rates = _RATES | {"fma": arch.fp32_lanes, "tensor": arch.int8_macs * share}

@@ -1,4 +1,4 @@
-"""Which multipliers touch data: taint analysis of SASS.
+"""Find the multipliers that touch data: taint analysis of SASS.
 
 Data is what a load from memory fills (global, shared, tensor memory, atomics) and whatever any
 instruction makes of data: in registers, uniform registers and predicates, vectors register by
@@ -77,8 +77,8 @@ def multipliers(code: list[Instruction], loop: Loop) -> Multipliers:
 
 
 def outside(code: list[Instruction], loop: Loop) -> list[Instruction]:
-    """What multiplies data outside a main loop and is not an epilogue's right: that is fp32
-    products, outside every loop and every called function."""
+    """The instructions that multiply data outside a main loop, without the epilogue's: it may use
+    fp32 products, outside every loop and every called function."""
     inner = functions(code).union(*(other.body for other in loops(code)))
     rest = Loop(frozenset(range(len(code))) - loop.body)
     allowed = {id(code[i]) for i in rest.body - inner if code[i].base in ("FMUL", "FMUL2")}
