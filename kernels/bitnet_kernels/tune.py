@@ -7,7 +7,6 @@ it, for GPUs that nobody has measured yet; their ``source`` says so.
 
 import itertools
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +38,7 @@ from bitnet_kernels.dispatch import (
     table_to_json,
     tuned,
 )
+from bitnet_kernels.files import write_whole
 from bitnet_kernels.packing import bit_planes, pack_ternary
 
 SHAPES = ((1024, 1024), (2560, 2560), (4096, 4096), (2560, 6912), (4096, 14336), (8192, 28672))
@@ -194,7 +194,6 @@ def tune(
         RuntimeError: a candidate is not exact; nothing is written of its shape.
     """
     path = cache_file(device_name)
-    path.parent.mkdir(parents=True, exist_ok=True)
     source = f"measured on {device_name}, kernels {fingerprint()}"
     buckets = sorted({bucket(m) for m in tokens})
     for shape in shapes:
@@ -202,16 +201,9 @@ def tune(
         forget()
         measured = {entry[:3] for entry in new}
         kept = tuple(e for e in tuned(device_name).entries if e[:3] not in measured)
-        _write(path, table_to_json(Table(source, kept + new)))
+        write_whole(path, table_to_json(Table(source, kept + new)))
     forget()
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    """Write all or nothing: a reader never sees half a table."""
-    draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
 
 
 def main() -> None:
@@ -222,7 +214,7 @@ def main() -> None:
             print(f"sm_{sm}: {text}", file=sys.stderr)
 
         path = Path(__file__).parent / "tables" / f"sm_{sm}.json"
-        _write(path, table_to_json(static_table(sm, progress=progress)))
+        write_whole(path, table_to_json(static_table(sm, progress=progress)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The one way to register an operator: which implementation runs, and what torch sees."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from bitnet_kernels import available
 from bitnet_kernels.ops.register import register
+
+PACKAGE = Path(available.__file__).parent
 
 RAN: list[str] = []
 
@@ -91,3 +94,17 @@ def test_old_gpus_take_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with pytest.raises(ValueError, match="kernel: 'sad' needs compute capability"):
         available.takes_triton("sad", gpu)
+
+
+@pytest.mark.parametrize(
+    ("what", "place"),
+    [
+        ("torch.library.custom_op(", "ops/register.py"),
+        ("register_autograd", "ops/register.py"),
+        ('find_spec("triton")', "available.py"),
+        ("torch._int_mm(", "cpu/int_mm.py"),
+    ],
+)
+def test_one_place_for_each(what: str, place: str) -> None:
+    files = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
+    assert {name for name in files if what in (PACKAGE / name).read_text()} == {place}

@@ -1,19 +1,19 @@
 """The rows of the CSV files: each figure with its subject, device, method and versions.
 
-Figures that were measured and figures that a static model estimates stand in *different columns*,
-so that no reader of the file can mix them by accident; :func:`read` refuses a row that has both.
-A file is replaced whole after each group of rows, by a rename, so that a run that is interrupted
-keeps what it measured and never leaves half a line.
-"""
+Measured figures and estimates of a static model stand in *different columns*, so that no reader of
+the file can mix them by accident; :func:`read` refuses a row that has both. A file is replaced
+whole after each group of rows, by a rename, so an interrupted run keeps its measurements and never
+leaves half a line. """
 
 import csv
 import io
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from bitnet_kernels.files import write_whole
 
 SOURCES = ("measured", "estimate")
 
@@ -160,7 +160,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
     Raises:
         ValueError: a row mixes measured and estimated figures.
-        OSError: the folder is read-only, the disk full, ...; what was there is untouched.
+        OSError: as :func:`bitnet_kernels.files.write_whole`.
     """
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -168,17 +168,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     for row in rows:
         _check(row)
         writer.writerow({column: _text(value) for column, value in asdict(row).items()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".tmp-{path.name}")
-    try:
-        with aside.open("wb") as file:
-            file.write(text.getvalue().encode())
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    write_whole(path, text.getvalue())
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
