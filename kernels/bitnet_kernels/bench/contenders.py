@@ -1,8 +1,8 @@
 """The contenders: the 16-bit matmul to beat, all kernels of ours, and those of other projects.
 
-All of them multiply by the same ternary matrix. Ours are timed twice: ``linear`` takes and gives
-floats, with the quantization of the activations, as a layer does; ``matmul`` is the integer product
-alone. The others take and give 16-bit floats, so a ratio of ``linear`` is like for like.
+All multiply by the same ternary matrix. Ours are timed twice: ``linear`` has float inputs and
+outputs and quantizes the activations, as a layer does; ``matmul`` is the integer product alone. The
+others have 16-bit inputs and outputs, so ratios of ``linear`` compare like with like.
 """
 
 import importlib

@@ -1,5 +1,5 @@
-"""What GPUs that are not here would take: rows of estimates, by the static model of
-:mod:`bitnet_kernels.sass.estimate`, in the configurations that ``dispatch`` would choose.
+"""Estimate the time on GPUs that are not present, by the static model of
+:mod:`bitnet_kernels.sass.estimate` and the configurations that ``dispatch`` chooses.
 
 The ratio is an upper bound of a formulation, never a measurement.
 """

@@ -3,7 +3,7 @@
 Measured figures and estimates of a static model stand in *different columns*, so that no reader of
 the file can mix them by accident; :func:`read` refuses a row that has both. A file is replaced
 whole after each group of rows, by a rename, so an interrupted run keeps its measurements and never
-leaves half a line. """
+leaves half a line."""
 
 import csv
 import io

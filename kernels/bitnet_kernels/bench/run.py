@@ -1,8 +1,8 @@
-"""A run: for each shape, M and state of the cache, all contenders checked, then timed in turns.
+"""A run: for each shape, M and state of the cache, check all contenders, then time them in turns.
 
 Such a group is measured as a whole or not at all, since its ratios come from one round-robin; its
-rows are handed out as soon as it is done. A group whose rows are there already, from the same
-sources, versions and settings, is skipped.
+rows are handed out as soon as it is done. A group is skipped if its rows exist already, from the
+same sources, versions and settings.
 """
 
 import shlex

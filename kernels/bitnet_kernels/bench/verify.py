@@ -1,10 +1,10 @@
 """Check every contender before it is timed.
 
-The truth is a product in fp64, where every sum of these integers is exact whatever its order
-(|acc| <= 128 K < 2^53), of the codes as they were drawn, before any packing. It is taken in full
-where that is cheap; else for a sample of rows, and for *all* rows at once through random integer
+The truth is a product in fp64 of the codes as drawn, before any packing. Every sum of these
+integers is exact there in any order (|acc| <= 128 K < 2^53). Where the full product is cheap it is
+taken in full; else for a sample of rows, and for *all* rows at once through random integer
 combinations of them: ``acc @ r = x_q @ (codes.T @ r)`` holds for a wrong ``acc`` with a chance of
-one in thousands at most. Against accumulators that pass, everything else is compared bit for bit.
+one in thousands at most. Accumulators that pass are the standard for everything else, bit for bit.
 """
 
 import torch

@@ -1,7 +1,8 @@
 """Inspect kernels without a GPU: compile ahead of time, disassemble, count and check.
 
-``inspect(spec, 90)`` says what a kernel's main loop costs a weight and whether anything multiplies
-data there. compile makes the listing, read understands it, taint follows the data, model counts.
+``inspect(spec, 90)`` reports the instructions per weight of a kernel's main loop, and whether any
+instruction multiplies data there. ``compile`` makes the listing, ``read`` parses it, ``taint``
+follows the data, ``model`` counts.
 """
 
 from bitnet_kernels.sass.compile import Compiled, compile_spec

@@ -1,7 +1,8 @@
-"""A kernel compiled for a GPU that need not be there: PTX, SASS and what ptxas reserved.
+"""Compile a kernel for a GPU that need not be present: PTX, SASS and the resources that ptxas
+reserved.
 
-Triton's wheel carries ptxas, nvdisasm and cuobjdump, so any Linux machine can do this. Results are
-kept in Triton's own cache (TRITON_CACHE_DIR) and, as text, for the life of the process.
+Triton's wheel carries ptxas, nvdisasm and cuobjdump, so any Linux machine can do this. Results stay
+in Triton's cache (TRITON_CACHE_DIR) and, as text, for the life of the process.
 """
 
 import re

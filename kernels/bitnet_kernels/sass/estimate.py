@@ -1,7 +1,6 @@
-"""A static model of the time that a matmul takes on a GPU that is not here: an estimate, and so
-labelled wherever it goes. What a kernel's instructions cost is from its machine code, rates and
-bandwidths from data sheets; what is waited for, and how well work spreads, is only roughly known.
-"""
+"""A static model of the time of a matmul on a GPU that is not present. Its results are estimates,
+and labelled so everywhere. The cost of a kernel's instructions comes from its machine code, rates
+and bandwidths from data sheets; waits, and how evenly work spreads, are only roughly known."""
 
 import math
 

@@ -1,13 +1,13 @@
 """Count the cost of a kernel's main loop, and bound its speed.
 
-The counts are facts of the listing: every instruction of the loop but NOPs once, over the weights
-that one thread consumes in one pass. The speed is a bound from published rates and no measurement:
-it knows nothing of latencies, occupancy, bank conflicts, or the time of a launch.
+The counts are facts of the listing: every instruction of the loop once, except NOPs, over the
+weights that one thread consumes per pass. The speed is a bound from published rates, not a
+measurement: it ignores latencies, occupancy, bank conflicts and the time of a launch.
 
-Weights a pass: packed weights are loaded evict-first, so the bytes of those loads times four, which
-sees through unrolling. Kernels whose weights go through shared memory have no such load; there it
-is ``spec.weights`` for each ``spec.weights * BLOCK_M`` multiply-accumulates that the loop's
-tensor-core instructions make, which is how unrolling shows in them.
+Weights per pass: packed weights are loaded evict-first, so they are four times the bytes of those
+loads, however the loop is unrolled. Kernels whose weights go through shared memory have no such
+load. There the tensor-core instructions of the loop show the unrolling: ``spec.weights`` per
+``spec.weights * BLOCK_M`` multiply-accumulates.
 """
 
 import re

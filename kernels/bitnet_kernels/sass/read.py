@@ -1,10 +1,10 @@
-"""SASS as nvdisasm prints it: instructions, the flow between them, and the main loop.
+"""Parse SASS as nvdisasm prints it: instructions, the flow between them, and the main loop.
 
     /*0120*/              @!P1 IADD3 R4, P0, R2, c[0x0][0x160], RZ ;
     address               guard base.modifiers operands
 
-A loop is a natural loop of the control-flow graph: a backward branch whose target stands on every
-path to it (code that ptxas moved out of line jumps backward too), with all that leads to it.
+A loop is a natural loop of the control-flow graph: a backward branch whose target lies on every
+path to it (code that ptxas moved out of line jumps backward too), with everything that leads to it.
 """
 
 import re

@@ -1,19 +1,18 @@
 """Find the multipliers that touch data: taint analysis of SASS.
 
-Data is what a load from memory fills (global, shared, tensor memory, atomics) and whatever any
-instruction makes of data: in registers, uniform registers and predicates, vectors register by
-register, and also where a predicate made of data guards the instruction. Constant memory holds
-kernel parameters and is none. Local memory is a thread's own, and registers are spilled there: all
-of it is data once any data was stored in it, and none before. The analysis follows the control flow
+Data is every value that a load from memory fills (global, shared, tensor memory, atomics), and
+every result computed from data: in registers, uniform registers and predicates, vectors register by
+register, also where a predicate computed from data guards the instruction. Constant memory holds
+kernel parameters and is not data. Local memory belongs to one thread and holds spilled registers:
+all of it is data once any data was stored there, none before. The analysis follows the control flow
 of the whole kernel, since registers are reused: a register stops being data where an unguarded
-instruction writes it anew. Branches on data are not followed.
+instruction overwrites it. Branches on data are not followed.
 
 Multiplier units also move, shift and add: ptxas writes ``R4 = R5`` as IMAD.MOV and a shift by two
-as IMAD.SHL by 4, to spread work over pipes. So for *integer* multiply-adds on data it matters what
-the other factor is: 0, or a power of two up to sign, is told apart as moving, whether it stands in
-the instruction or in a register that holds it on every path; anything else, and every
-floating-point multiplier, dot product and tensor-core instruction, multiplies data.
-"""
+as IMAD.SHL by 4, to spread work over pipes. So for *integer* multiply-adds on data the other factor
+decides: with 0, or a power of two up to sign, they count as moves, whether the factor stands in the
+instruction or in a register that holds it on every path. Any other integer multiply-add, and every
+floating-point multiplier, dot product and tensor-core instruction, multiplies data."""
 
 import re
 from collections.abc import Iterable
