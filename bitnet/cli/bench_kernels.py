@@ -30,7 +30,7 @@ from bitnet.schema import UserError
 from bitnet_kernels.bench import estimate as estimating
 from bitnet_kernels.bench import machine, rows
 from bitnet_kernels.bench.contenders import DTYPES, choices, missing
-from bitnet_kernels.bench.run import CACHES, Bench, Selection, Group, common_columns, groups
+from bitnet_kernels.bench.run import CACHES, Bench, Group, Selection, common_columns, groups
 from bitnet_kernels.bench.shapes import GOAL_TOKENS, GOALS, MODELS, TOKENS, shapes_of
 from bitnet_kernels.bench.verify import Inexact
 from bitnet_kernels.sass import ARCHS
