@@ -112,42 +112,52 @@ def gptq_matrix(
         )
     w, quantizer = weight.float().clone(), recipe.quantizer
     columns = w.shape[1]
-    by_group = recipe.granularity == "group"
-    found_early = not by_group or act_order
     order = torch.arange(columns, device=w.device, dtype=torch.int64)
     if act_order:
         order = hessian.diagonal().argsort(descending=True, stable=True)
     upper = _inverse_factor(hessian[order][:, order], damping)
-    scale, zero = quantizer.scale(w) if found_early else (w, None)
-    scales, zeros = [], []
+
+    by_group = recipe.granularity == "group"
+    late = by_group and not act_order  # each group's scale is found when the group is reached
+    grids = [] if late else _grids(*quantizer.scale(w))
+    grid_of = (order // recipe.group_size).tolist() if by_group else [0] * columns
     w = w[:, order]
     codes = torch.empty_like(w, dtype=torch.int8)
     cuts = {*range(0, columns, block_size), columns}
-    if not found_early:
+    if late:
         cuts |= set(range(0, columns, recipe.group_size))
-    group_of = (order // recipe.group_size).tolist()
     for start, end in pairwise(sorted(cuts)):
-        if not found_early and start % recipe.group_size == 0:
-            scale, zero = quantizer.scale(w[:, start : start + recipe.group_size])
-            scales.append(scale)
-            zeros.append(zero)
+        if late and start % recipe.group_size == 0:
+            grids += _grids(*quantizer.scale(w[:, start : start + recipe.group_size]))
         errors = torch.empty_like(w[:, start:end])
         for j in range(start, end):
-            own_scale, own_zero = scale, zero
-            if by_group and found_early:
-                own = slice(group_of[j], group_of[j] + 1)
-                own_scale, own_zero = scale[:, own], None if zero is None else zero[:, own]
+            scale, zero = grids[grid_of[j]]
             column = w[:, j : j + 1]
-            rounded = quantizer.codes(column, own_scale, own_zero)
-            w_hat = dequantize(rounded, own_scale, own_zero, recipe.group_size)
+            rounded = quantizer.codes(column, scale, zero)
+            w_hat = dequantize(rounded, scale, zero, recipe.group_size)
             error = (column - w_hat) / upper[j, j]
             w[:, j + 1 : end].sub_(error * upper[j, j + 1 : end])
             codes[:, j : j + 1], errors[:, j - start : j - start + 1] = rounded, error
         w[:, end:].sub_(errors @ upper[start:end, end:])
-    if not found_early:
-        scale = torch.cat(scales, 1)
-        zero = None if zeros[0] is None else torch.cat([z for z in zeros if z is not None], 1)
+    scale, zero = grids[0]
+    if by_group:
+        scale = torch.cat([scale for scale, _ in grids], 1)
+        zero = (
+            torch.cat([zero for _, zero in grids if zero is not None], 1)
+            if quantizer.affine
+            else None
+        )
     return Codes(codes[:, order.argsort()].contiguous(), scale, zero)
+
+
+def _grids(scale: Tensor, zero: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    """Scale and zero point, of each group where they are ``[N, G]``."""
+    if scale.dim() < 2:
+        return [(scale, zero)]
+    scales = scale.split(1, 1)
+    return list(
+        zip(scales, [None] * len(scales) if zero is None else zero.split(1, 1), strict=True)
+    )
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:

@@ -202,38 +202,28 @@ class QATLinear(ProductLayer, nn.Linear):
         return layer._adopt(module, recipe, observed=True)
 
 
-class QATConv1d(ProductLayer, nn.Conv1d):
+class _QATConv(ProductLayer):
+    @classmethod
+    def from_float(cls, module: nn.Conv1d | nn.Conv2d, recipe: Recipe) -> Self:
+        """With the same Parameters; hooks are not carried over. ValueError: padding that is not
+        zeros."""
+        if module.padding_mode != "zeros":
+            raise ValueError(
+                f"padding_mode: only 'zeros' has an integer form here, got {module.padding_mode!r}"
+            )
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+        options: dict[str, Any] = {name: getattr(module, name) for name in (*names, "groups")}
+        layer = cls(**options, bias=module.bias is not None, device="meta")
+        layer.op = ConvOp.of(module)
+        return layer._adopt(module, recipe, observed=True)
+
+
+class QATConv1d(_QATConv, nn.Conv1d):
     """``nn.Conv1d`` under fake quantization: ``[B, C, L]`` or ``[C, L]``."""
 
-    @classmethod
-    def from_float(cls, module: nn.Conv1d, recipe: Recipe) -> Self:
-        """With the same Parameters; hooks are not carried over. ValueError: padding that is not
-        zeros."""
-        layer = cls(**_conv_options(module))
-        layer.op = ConvOp.of(module)
-        return layer._adopt(module, recipe, observed=True)
 
-
-class QATConv2d(ProductLayer, nn.Conv2d):
+class QATConv2d(_QATConv, nn.Conv2d):
     """``nn.Conv2d`` under fake quantization: ``[B, C, H, W]`` or ``[C, H, W]``."""
-
-    @classmethod
-    def from_float(cls, module: nn.Conv2d, recipe: Recipe) -> Self:
-        """With the same Parameters; hooks are not carried over. ValueError: padding that is not
-        zeros."""
-        layer = cls(**_conv_options(module))
-        layer.op = ConvOp.of(module)
-        return layer._adopt(module, recipe, observed=True)
-
-
-def _conv_options(module: nn.Conv1d | nn.Conv2d) -> dict[str, Any]:
-    if module.padding_mode != "zeros":
-        raise ValueError(
-            f"padding_mode: only 'zeros' has an integer form here, got {module.padding_mode!r}"
-        )
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
-    options = {name: getattr(module, name) for name in names}
-    return options | {"groups": module.groups, "bias": module.bias is not None, "device": "meta"}
 
 
 class QATEmbedding(QATLayer, nn.Embedding):

@@ -229,15 +229,17 @@ class Int(WeightQuantizer):
         return within(unclamped(weight, scale, zero_point, self.group_size), self.levels)
 
 
-class Absmedian(WeightQuantizer):
-    """Ternary: the sign of what exceeds ``alpha`` times the median magnitude."""
-
+class _Ternary(WeightQuantizer):
     ternary = True
 
     @property
     def levels(self) -> range:
         """-1, 0, 1."""
         return range(-1, 2)
+
+
+class Absmedian(_Ternary):
+    """Ternary: the sign of what exceeds ``alpha`` times the median magnitude."""
 
     def statistic(self, w: Tensor) -> Tensor:
         """The median magnitude; of an even count the lower of the middle two."""
@@ -266,15 +268,8 @@ class Absmean(Absmedian):
         return Codes(*found, None)
 
 
-class TWN(WeightQuantizer):
+class TWN(_Ternary):
     """Ternary: the scale is the mean magnitude of the weights that are kept."""
-
-    ternary = True
-
-    @property
-    def levels(self) -> range:
-        """-1, 0, 1."""
-        return range(-1, 2)
 
     def _threshold(self, w: Tensor) -> Tensor:
         return TWN_ALPHA * self.spread(clamped(self.reduce(w.abs(), Tensor.mean)), w)
