@@ -65,7 +65,7 @@ def static_range(
 def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """Codes under the scale and zero point of :func:`static_range`: float ``[...]`` -> int8.
 
-    What lies outside the range takes its nearest end, infinities too; NaN takes the code of 0.
+    Values outside the range, infinities too, get the code of its nearest end; NaN gets that of 0.
     """
     codes = unclamped(x.nan_to_num(0.0), scale, zero_point)
     return to_int8(codes, code_range(bits, zero_point is None))
@@ -82,13 +82,13 @@ def activation_codes(
 
     Arguments:
         x: float ``[..., K]``.
-        scale, zero_point: of :func:`static_range`, for "static" (required there) and only there.
+        scale, zero_point: of :func:`static_range`; required for "static" and refused otherwise.
         per_sample: for "absmax": one scale per index of the first axis, as a convolution needs,
             instead of one per token.
     Returns:
         codes int8 of x's shape; scale fp32: "absmax" ``x.shape[:-1]`` or ``x.shape[:1]``, "static"
-        ``[]``; the zero point. Where x holds NaN or infinity that scale is NaN, as are all static
-        ones then: codes would hide it.
+        ``[]``; the zero point. NaN or infinity in x makes its scale NaN (the only scale of static
+        activations), since codes would hide it.
     Raises:
         ValueError: "none" has no codes; a scale missing or superfluous. TypeError: x is not
         floating point.

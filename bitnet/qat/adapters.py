@@ -2,16 +2,16 @@
 
     y = base(x) + (alpha / rank) * B (A x)        A [r, K] Kaiming uniform, B [N, r] zero at first
 
-    lora    the base stays an nn.Linear. Of a prepared model it is a QATLinear (or BitLinear), which
-            goes on quantizing: *LoRA-QAT*, adapters that learn to make good what quantization does
-    qlora   the base is stored in NF4 or ternary codes and dequantized as it is used, so that only
-            its bytes stay in memory (arXiv 2305.14314); it never changes
+    lora    the base stays an nn.Linear. In a prepared model it is a QATLinear (or BitLinear), which
+            keeps quantizing: *LoRA-QAT*, adapters that learn to correct the quantization error
+    qlora   the base is stored in NF4 or ternary codes and dequantized when it is used, so that only
+            its codes and scales stay in memory (arXiv 2305.14314); it never changes
 
-Merging adds s B A to the base's weight, and the model is again what it was before. For a base in
-full precision that changes nothing; under a quantizer it does: W + s B A is rounded anew, and a
-small s B A may vanish below half a step. :func:`merge_adapters` says by how much, layer by layer.
-What it cannot see is that the adapter's share of the output now comes from quantized activations
-too: measure the loss before and after.
+Merging adds s B A (s = alpha / rank) to the base's weight and removes the adapter. With a base in
+full precision the outputs stay the same up to rounding. With a quantizer they change: W + s B A is
+rounded again, and a small s B A may vanish below half a step. :func:`merge_adapters` reports by how
+much, for each layer. It does not see that the adapter's share of the output now comes from
+quantized activations too: measure the loss before and after.
 
 M tokens, K in_features, N out_features, r rank.
 """
@@ -58,24 +58,24 @@ class AdapterConfig:
     """The ``[adapter]`` section: low-rank adapters and what they stand beside."""
 
     kind: Literal["none", "lora", "qlora"] = "none"
-    """"lora": beside the model's own layers, quantizing ones too; "qlora": beside a frozen base of
-    few bits"""
+    """"lora": beside the model's layers, also quantized ones; "qlora": beside a frozen base of few
+    bits"""
     rank: Positive = 16
-    """of the adapters; above in_features or out_features it is allowed and buys nothing"""
+    """of the adapters; more than in_features or out_features is allowed and has no use"""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
-    """adapters count alpha / rank times"""
+    """the adapters' outputs are multiplied by alpha / rank"""
     targets: Annotated[ListOf[str], Field(min_length=1)] = Field(
         default_factory=lambda: list(TARGETS)
     )
-    """names, paths or patterns of the linear layers that get one"""
+    """names, paths or patterns of the linear layers that get an adapter"""
     base: Literal["nf4", "ternary"] = "nf4"
-    """"qlora": how the base is stored, 4.5 or 2 bits a weight"""
+    """format of a "qlora" base: 4.5 or 2 bits per weight"""
     train_base: bool = False
     """"lora": train all the rest of the model too; false: the adapters alone"""
 
 
 class FrozenTernaryLinear(FrozenLinear):
-    """A frozen linear layer in packed ternary codes, 2 bits a weight.
+    """A frozen linear layer in packed ternary codes, 2 bits per weight.
 
     The codes are found once, by absmean with the recipe's granularity and alpha. Unlike in
     :class:`bitnet.TernaryLinear`, which stores the same, activations are not quantized.
@@ -144,8 +144,8 @@ class LoRALinear(CalledLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's dtype, device and shape, for code that asks. Its values are an error: a
-        product with them would leave out the adapter, or its gradient."""
+        """The base's dtype, device and shape, for code that reads them. Reading the values raises
+        TypeError: a product with them would leave out the adapter, or its gradient."""
         base = self.base.weight
 
         def refuse() -> Tensor:
@@ -177,7 +177,7 @@ class LoRALinear(CalledLayer, nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """What merging adds to the weight: ``(alpha / rank) * B A``, fp32 ``[N, K]``."""
+        """``(alpha / rank) * B A``, which merging adds to the weight: fp32 ``[N, K]``."""
         return self.scaling * (self.lora_b.float() @ self.lora_a.float())
 
     def extra_repr(self) -> str:
@@ -276,14 +276,14 @@ def _targets(model: nn.Module, config: AdapterConfig) -> set[nn.Module]:
 
 
 class LayerMerge(NamedTuple):
-    """What merging one layer did."""
+    """The effect of merging one layer."""
 
     error: float
-    """``||Q(W + s B A) - (Q(W) + s B A)|| / ||Q(W) + s B A||`` (Frobenius): what rounding anew
-    changes in the weight. 0 for a full-precision base. Of a qlora base, which merges into full
-    precision, what storing the result in the base's format again *would* change"""
+    """``||Q(W + s B A) - (Q(W) + s B A)|| / ||Q(W) + s B A||`` (Frobenius): the change that
+    rounding again makes in the weight. 0 for a full-precision base. A qlora base merges into full
+    precision; the number is the change if the result *were* stored in the base's format again"""
     codes_changed: float
-    """share of the codes that differ, likewise"""
+    """share of the codes that rounding again changes"""
     bytes_before: int
     """of the base's weight: parameters, or codes and scales"""
     bytes_after: int
@@ -291,7 +291,7 @@ class LayerMerge(NamedTuple):
 
 
 class MergeReport(NamedTuple):
-    """What merging did, by layer; ``str()`` is one line."""
+    """The effect of merging, by layer; ``str()`` is one line."""
 
     layers: dict[str, LayerMerge]
 
@@ -312,9 +312,10 @@ class MergeReport(NamedTuple):
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> MergeReport:
-    """Add every adapter to its base and take it away, in place: the model's layers are again of the
-    types they had. A lora's base keeps its Parameters; a qlora's becomes an nn.Linear of the dtype
-    it came with. ``requires_grad`` stays as it is.
+    """Add every adapter to its base and remove it, in place.
+
+    The layers have their former types again. A lora's base keeps its Parameters; a qlora's becomes
+    an nn.Linear in the dtype that it had. ``requires_grad`` stays as it is.
 
     Raises:
         ValueError: no adapters; adapters or weights that are not finite, or a base that was packed
@@ -367,7 +368,7 @@ def _merge(layer: LoRALinear) -> tuple[nn.Linear, LayerMerge]:
 
 
 def _quantized(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """The codes (full precision: a 0, which never changes) and the fp32 weight of the forward."""
+    """Codes (in full precision a constant 0) and the fp32 weight of the forward."""
     if isinstance(linear, QATLinear):
         codes, scale, zero_point = linear.quantize()
         return codes, dequantize(codes, scale, zero_point, linear.recipe.group_size)

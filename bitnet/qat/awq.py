@@ -1,9 +1,9 @@
-"""AWQ (Lin et al., arXiv 2306.00978): give the weights that meet large inputs finer steps.
+"""AWQ (Lin et al., arXiv 2306.00978): quantize weights of large inputs with finer steps.
 
 A few input channels carry most of a layer's output. Multiplying column j of W by s_j > 1 and
-dividing input channel j by it leaves the product as it was, and makes the rounding error of that
-column about 1/s_j as large, at the price of a coarser scale where the column sets it. The paper
-searches one ratio a layer,
+dividing input channel j by it leaves the product unchanged. The rounding error of that column
+becomes about 1/s_j as large, but the scale gets coarser if the column sets it. The paper searches
+one ratio per layer,
 
     s_j = mean|x_j|^ratio,   ratio in {0, 1/20, ..., 19/20}
     minimizing |Q(W diag(s)) diag(s)^-1 X - W X|^2                                   (eqs. 4, 5)
@@ -13,13 +13,13 @@ tr(dW X^T X dW^T). Ratio 0 is rounding to nearest, so on the calibration inputs 
 never worse. s is divided by sqrt(max s * min s), as the paper's code does, so that inputs keep
 their magnitude.
 
-1/s is folded into what makes the input (``ptq.sites``): a norm's weight, up_proj's rows for
-down_proj, v_proj's rows for o_proj where each head has its own values. Where there is nothing to
-fold into (o_proj behind grouped queries without a sub norm), weights are rounded to nearest. A
-channel that was always 0 keeps s = 1, and means below 1e-4 of the largest count as that, so that no
-channel is blown up that other text may use. The paper's search for a clipped weight range is left
-out: this is its scaling alone. Ternary weights gain little from it: codes clip the very columns
-that are made larger, so the search often ends at ratio 0.
+1/s is folded into the producer of the input (``ptq.sites``): a norm's weight, up_proj's rows for
+down_proj, v_proj's rows for o_proj if each head has its own values. If there is no producer (o_proj
+after grouped queries without a sub norm), weights are rounded to nearest. A channel that was always
+0 keeps s = 1. Means below 1e-4 of the largest are raised to that, so that no channel grows without
+bound that other text may use. The paper also searches for a clipped weight range, which is left out
+here. Ternary weights gain little: their codes clip the columns that were made larger, so the search
+often ends at ratio 0.
 
 K in_features, N out_features.
 """
@@ -56,7 +56,7 @@ def awq(
 
     Arguments:
         model: full precision; not changed.
-        recipe: weights "int" or "absmean"; the search knows of the weights alone.
+        recipe: weights "int" or "absmean"; the search considers the weights alone.
         calibration: int64 ``[S, T]``, token windows.
         n_grid: ratios tried.
         on_layer: called after each layer with how many are done, of how many.

@@ -102,16 +102,11 @@ def _unfoldable(model: nn.Module, layer_name: str, norm_name: str) -> str:
 def fold_batch_norm(model: nn.Module, pairs: Sequence[tuple[str, str]] | None = None) -> nn.Module:
     """Fold batch norms into the layer before them, in place; each becomes an ``nn.Identity``.
 
-    In eval mode a batch norm is an affine map of each channel, so with running mean m and variance
-    v and its own weight g and bias c,
+    The model then computes in training mode what it did in eval mode.
 
-        W' = W * g / sqrt(v + eps)          b' = (b - m) * g / sqrt(v + eps) + c
-
-    computed in float64 and rounded once. The model then computes in training what it did in eval.
-
-    Before or after ``replace_linear`` the same weights come of it. A BitLinear quantizes W' anew,
-    with other codes unless each row has a scale of its own (``granularity="row"``): fold before
-    training it.
+    The weights are the same whether ``replace_linear`` comes before or after. A BitLinear quantizes
+    W' anew and finds other codes, unless it has one scale per row (``granularity="row"``), so fold
+    before training it.
 
     Arguments:
         model: float, or with BitLinears; before :func:`prepare`.

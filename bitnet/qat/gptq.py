@@ -1,26 +1,26 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, and let the columns not yet
-rounded make up for the error.
+"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, and correct the error of each
+in the columns that are not rounded yet.
 
 A layer's output error over the calibration inputs is tr(dW H dW^T) with the Hessian H = 2 X^T X.
 Rounding column j by the error e = w_j - w_hat_j costs least if the columns F still free move by
 
     dW_F = -e / [H_F^-1]_jj * [H_F^-1]_j,F                                           (eq. 2)
 
-(Optimal Brain Surgeon). Rounding all rows in the same order shares H_F between them, and the rows
-of H_F^-1 that the order needs are those of the upper Cholesky factor U of H^-1, U^T U = H^-1, up
-to a factor: [H_F^-1]_j,F / [H_F^-1]_jj = U_j,F / U_jj. So
+(Optimal Brain Surgeon). All rows are rounded in the same order and so share H_F. The rows of H_F^-1
+that are needed are, up to a factor, those of the upper Cholesky factor U of H^-1, U^T U = H^-1:
+[H_F^-1]_j,F / [H_F^-1]_jj = U_j,F / U_jj. So
 
     e_j = (w_j - w_hat_j) / U_jj;   W_j+1: -= e_j U_j,j+1:
 
 where columns beyond a block of 128 get the block's updates together, as one product ("lazy").
 
-Choices: damping is 1% of the mean diagonal, as in the paper. U is found in fp64, the rest is fp32.
-A scale "tensor" or "row" is found before anything is rounded. That of a *group* is found when the
-group is reached, from weights that earlier columns have moved; blocks end where groups do, so all
-of them have. An input channel that is always 0 in the calibration ("dead") has no part in H: its
-weights are rounded to nearest, while the paper's code sets them to 0, which ruins a channel that
-only this text leaves silent. ``act_order`` takes columns with a larger diagonal first; groups stay
-runs of neighbouring columns, so their scales are then found before.
+Choices. Damping is 1% of the mean diagonal, as in the paper. U is computed in fp64, the rest in
+fp32. Scales per tensor or row are computed before rounding. The scale of a *group* is computed when
+the group is reached, from weights that all earlier columns have moved (blocks end where groups
+end). An input channel that is always 0 in the calibration ("dead") has no part in H: its weights
+are rounded to nearest. The paper's code sets them to 0, which ruins a channel that only this text
+leaves silent. ``act_order`` rounds columns with a larger diagonal first; groups are still adjacent
+columns, so their scales are then computed before rounding.
 
 K in_features, N out_features.
 """
@@ -96,9 +96,9 @@ def gptq_matrix(
         weight: float ``[N, K]``; not changed.
         hessian: ``[K, K]``, X^T X times any positive factor.
         recipe: weights "int" or "absmean".
-        damping: what is added to the diagonal, as a share of its mean (over channels that live).
+        damping: added to the diagonal, as a share of its mean over the live channels.
         act_order: round columns in the order of decreasing diagonal.
-        block_size: columns updated together; of no consequence but for speed and fp32 rounding.
+        block_size: columns updated together; affects only speed and fp32 rounding.
     Returns:
         Codes int8 ``[N, K]``, scale, zero point, as ``WeightQuantizer.quantize``.
     Raises:
@@ -167,7 +167,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     if not bool(diagonal.isfinite().all()):
         raise ValueError("hessian: holds NaN or infinity")
     live = diagonal > 0
-    # of an empty selection the mean is NaN; with no live channel any positive number does
+    # the mean of no channels is NaN; without a live channel any positive number will do
     mean = diagonal[live].mean() if bool(live.any()) else h.new_ones(())
     h = h + torch.diag(damping * mean + torch.where(live, 0.0, mean))
     factor, failed = torch.linalg.cholesky_ex(h)

@@ -2,8 +2,8 @@
 
     value = (codes - zero_point) * scale        code = clamp(round(x / scale) + zero_point)
 
-A scale stands for a whole weight ``[N, K]`` (shape ``[]``), a row (``[N]``), or a group of
-``group_size`` columns of a row (``[N, G]``, G = ceil(K / group_size), the last one maybe shorter).
+There is one scale per weight ``[N, K]`` (shape ``[]``), per row (``[N]``), or per group of
+``group_size`` columns of a row (``[N, G]``, G = ceil(K / group_size); the last may be shorter).
 """
 
 from collections.abc import Callable
@@ -70,19 +70,19 @@ def spread(per_scale: Tensor, group_size: int, like: Tensor) -> Tensor:
 
 
 def clamped(statistic: Tensor) -> Tensor:
-    """A statistic to divide by: >= 1e-5, NaN where it is not finite."""
+    """A statistic, made >= 1e-5 so that one can divide by it; NaN where it is not finite."""
     return torch.where(statistic.isfinite(), statistic.clamp(min=EPS), torch.nan)
 
 
 def symmetric_scale(absmax: Tensor, bits: int) -> Tensor:
-    """The scale under which the highest code is the largest magnitude."""
-    # By a tensor, not a number, which torch on CUDA would multiply by the reciprocal of.
+    """The scale that maps the largest magnitude to the highest code."""
+    # Divided by a tensor: by a number, torch on CUDA would multiply with the reciprocal.
     return clamped(absmax) / absmax.new_full((), code_range(bits, True)[-1])
 
 
 def affine_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale fp32 and zero point int32 of codes from low to high, widened to hold 0, which is a
-    level exactly (arXiv 1712.05877, section 2.1)."""
+    """Scale fp32 and zero point int32 of codes from low to high. The range is widened to hold 0,
+    which a code represents exactly (arXiv 1712.05877, section 2.1)."""
     levels = code_range(bits, False)
     lowest, highest = levels[0], levels[-1]
     low = low.clamp(max=0)
@@ -119,6 +119,6 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, group_si
 
 
 def values(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-    """``(codes - zero_point) * scale`` in fp32, of what can be broadcast to the codes."""
+    """``(codes - zero_point) * scale`` in fp32; scale and zero point are broadcast to the codes."""
     shifted = codes.float() if zero_point is None else codes.float() - zero_point
     return shifted * scale

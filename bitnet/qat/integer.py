@@ -1,4 +1,4 @@
-"""True integer layers: packed codes, scales, and the arithmetic of a microcontroller.
+"""Integer layers: packed codes, scales, and the arithmetic of a microcontroller.
 
     layer = integer_layer(qat_layer, qat_layer.quantize())      after QAT
     layer = integer_layer(qat_layer, codes)                     with codes of GPTQ, AWQ, ...
@@ -34,7 +34,7 @@ from bitnet.qat.recipe import Recipe
 from bitnet.quant import output_dtype
 
 _BLOCK = 8
-"""Codes packed together, so that a block of b bits a code is b whole bytes."""
+"""Codes per block: 8 codes of b bits are b whole bytes."""
 
 
 def pack_bits(codes: Tensor, bits: int, offset: int) -> Tensor:
@@ -44,7 +44,7 @@ def pack_bits(codes: Tensor, bits: int, offset: int) -> Tensor:
     ``k * bits`` to ``k * bits + bits - 1``, its lowest first.
 
     Arguments:
-        codes: int8 ``[N, K]``; bits: 1 to 8; offset: what makes the lowest code 0.
+        codes: int8 ``[N, K]``; bits: 1 to 8; offset: makes the lowest code 0.
     Returns:
         uint8 ``[N, ceil(K * bits / 8)]``; bits past the last code are 0.
     Raises:
@@ -168,7 +168,7 @@ class IntLayer(CalledLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight in the shape of the torch layer's, made when its values are used
+        """The dequantized weight in the torch layer's shape, computed when its values are used
         (:mod:`bitnet.dequantized`)."""
         return dequantized(self._dequantize, self._weight_shape, self.dtype, self.packed.device)
 

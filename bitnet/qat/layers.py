@@ -2,16 +2,16 @@
 
     layer = QATLinear.from_float(nn.Linear(64, 32), Recipe(weights="int", bits=4))
 
-A QAT layer *is* the torch layer it replaces: the same Parameters under the same names, so that
-optimizers, checkpoints and tied weights do not notice. Its forward depends on two plain numbers,
+A QAT layer *is* the torch layer it replaces: the same Parameters under the same names, so
+optimizers, checkpoints and tied weights keep working. Its forward depends on two plain numbers,
 
     lambda_w, lambda_a = 0, 0     the float layer
     in between                    the float operation on w + lambda_w (w_hat - w), x likewise
-    1, 1 (from the start)         what the integer layer computes
+    1, 1 (from the start)         the values of the integer layer
 
 which a schedule may move (schedule.py). In the last state the *value* is the exact integer product
 of the codes (product.py), so the converted layer (integer.py) gives the same outputs to the last
-bit; the *gradient* is that of the float operation at x_hat and w_hat, handed on straight-through.
+bit. The *gradient* is that of the float operation at x_hat and w_hat, passed straight-through.
 Without quantized activations (``activations = "none"``) it is the float operation on w_hat.
 
 In BitNet's recipe a QATLinear is a :class:`bitnet.BitLinear` to the last bit, gradients too.
@@ -34,15 +34,15 @@ from bitnet.quant import output_dtype, ternary_linear_ste
 
 
 class QATLayer(CalledLayer, nn.Module):
-    """What QAT layers share. They are made by ``from_float``.
+    """The base of QAT layers, which ``from_float`` makes.
 
     Attributes:
         recipe: what is quantized, and how.
         lambda_w, lambda_a: how far weights and activations are quantized, 0 to 1.
         weight_step: the learned scale of "lsq" and "seq*", else None. fp32, and stays it under
             ``.to(dtype)``.
-        input_observer: of static activations, else None. It observes in training mode, until
-            frozen.
+        input_observer: of static activations, else None. It observes in training mode until it
+            is frozen.
     """
 
     recipe: Recipe
@@ -74,8 +74,8 @@ class QATLayer(CalledLayer, nn.Module):
 
     @torch.no_grad()
     def initialize_step(self) -> None:
-        """Set the learned scale, if there is one, from the weights as they are now; for a schedule
-        that begins to quantize weights that trained in full precision until then."""
+        """Set the learned scale, if there is one, from the present weights: for a schedule that
+        quantizes after a stretch of full precision."""
         if self.weight_step is not None:
             self.weight_step.copy_(self.recipe.quantizer.initial_step(self.weight.flatten(1)))
 
@@ -139,8 +139,8 @@ class ProductLayer(QATLayer):
     def forward(self, input: Tensor) -> Tensor:
         """As the torch layer's; with autocast in its dtype.
 
-        A NaN or infinity in a token (a sample, for convolutions) makes that token's outputs NaN,
-        no other's; with static activations all of the batch's.
+        NaN or infinity in a token (for convolutions, in a sample) makes that token's outputs NaN
+        and no others; with static activations, those of the whole batch.
 
         Raises:
             TypeError, ValueError: an input of another dtype or shape; a static range that nothing
@@ -176,8 +176,8 @@ class ProductLayer(QATLayer):
         return self.op.unbatched(y, input)
 
     def _bitnet(self, x: Tensor) -> Tensor:
-        """The same values, by way of BitLinear's own function: it saves codes, not floats, for the
-        backward, and rounds its gradients in its own order."""
+        """The same values by BitLinear's function, which saves codes, not floats, for the backward
+        and rounds gradients in BitLinear's order."""
         recipe = self.recipe
         return ternary_linear_ste(
             x,
@@ -233,7 +233,7 @@ class QATEmbedding(QATLayer, nn.Embedding):
     def from_float(cls, module: nn.Embedding, recipe: Recipe) -> Self:
         """With the same Parameter; hooks are not carried over. ValueError: ``max_norm``, which
         rewrites the weight in its forward, and sparse gradients, which have no straight-through
-        form here. "sign" and "seq" have no code for 0, so neither has a padding row of theirs."""
+        form here. "sign" and "seq" have no code for 0, so their padding row is not 0."""
         if module.max_norm is not None or module.sparse:
             raise ValueError("an nn.Embedding with max_norm or sparse gradients is not supported")
         layer = cls(

@@ -1,21 +1,21 @@
-"""NF4, the 4-bit float of QLoRA (arXiv 2305.14314), and linear layers that are not trained.
+"""NF4, the 4-bit float of QLoRA (arXiv 2305.14314), and frozen linear layers.
 
-    blocks of 64 weights in row order, the last one maybe shorter; over the end of a row, too
+    blocks of 64 weights in row order, across the ends of rows; the last may be shorter
     absmax = max|w| of the block, fp32             level = the nearest of 16 to w / absmax
     w_hat  = LEVELS[code] * absmax
 
 The levels are quantiles of a normal distribution: Phi^-1 at 9 and at 8 points evenly spaced from
 1/2 to 0.9677083 (the mean of 1 - 1/30 and 1 - 1/32), the second half negated, 0 once, all divided
 by the largest. There are 8 levels above 0 and 7 below it, each the nearest of 2 to 9% of Gaussian
-weights; 0, -1 and 1 are exact, so that a block's largest weight is kept as it is.
+weights; 0, -1 and 1 are exact, so a block's largest weight is exact too.
 
-A weight takes 4 bits and 1/64 of an fp32, 0.5625 bytes. The paper's second quantization, of the
-absmax values, would save another 0.05; it is left out: absmax stays exact and one formula says it
-all. Codes, bytes and absmax are laid out as in bitsandbytes, two codes a byte, the first in the
-high half, so a checkpoint's tensors pass from one to the other as they are.
+A weight takes 4 bits and 1/64 of an fp32, 0.5625 bytes. The paper also quantizes the absmax values,
+which would save another 0.05; this is left out, so absmax stays exact. Codes, bytes and absmax are
+laid out as in bitsandbytes (two codes per byte, the first in the high half), so tensors of one can
+be loaded into the other.
 
-A frozen layer keeps its codes and makes the floats anew for each product, forward and backward:
-y = x @ W_hat.T, dx = dy @ W_hat, no dW. So W_hat lives for one layer at a time.
+A frozen layer keeps its codes and dequantizes them for each product, forward and backward:
+y = x @ W_hat.T, dx = dy @ W_hat, no dW. So W_hat exists for one layer at a time.
 
 N out_features, K in_features.
 """
@@ -71,7 +71,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
     Arguments:
         weight: float tensor of any shape and memory order; read in row order, as fp32.
     Returns:
-        packed: uint8 ``[ceil(numel / 2)]``, two codes a byte, the first in the high half; an odd
+        packed: uint8 ``[ceil(numel / 2)]``, two codes per byte, the first in the high half; an odd
             count ends with a code of level 0. absmax: fp32 ``[ceil(numel / 64)]``. The shape.
     Raises:
         TypeError: ``weight`` is not floating point. ValueError: it holds a NaN or an infinity (on
@@ -117,7 +117,7 @@ def dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size) -> Tensor:
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x @ W_hat.T of a weight that is made from its codes when needed, and not kept."""
+    """x @ W_hat.T of a weight that is dequantized when needed, and not kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: "FrozenLinear", dtype: torch.dtype) -> Tensor:
@@ -131,9 +131,9 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear(CalledLayer, nn.Module):
-    """A linear layer of stored codes that hands gradients on and takes none; see the subclasses.
+    """A linear layer of stored codes that passes gradients to its input and has none itself.
 
-    The product is one of floats, in the autocast dtype or that of the input.
+    It multiplies floats, in the autocast dtype or that of the input.
     """
 
     SCALE = ""
@@ -157,7 +157,7 @@ class FrozenLinear(CalledLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W_hat in ``dtype``, made when its values are used (:mod:`bitnet.dequantized`)."""
+        """W_hat in ``dtype``, computed when its values are used (:mod:`bitnet.dequantized`)."""
         shape = self.out_features, self.in_features
         device = getattr(self, self.SCALE).device
         return dequantized(self.dequantize, shape, self.dtype, device)
@@ -191,7 +191,7 @@ class FrozenLinear(CalledLayer, nn.Module):
 
 
 class NF4Linear(FrozenLinear):
-    """A frozen linear layer in NF4 (see the head of this file), 0.5625 bytes a weight.
+    """A frozen linear layer in NF4 (see the head of this file), 0.5625 bytes per weight.
 
     State: ``packed`` uint8 ``[ceil(NK / 2)]``, ``absmax`` fp32 ``[ceil(NK / 64)]``, ``bias``.
     Raises ValueError where the weights are not finite.

@@ -1,7 +1,7 @@
-"""Observers: what range the activations of a layer have, for scales that are fixed beforehand.
+"""Observers find the range of a layer's activations, for scales that are fixed beforehand.
 
     observer = make_observer(recipe)
-    observer.observe(x)                       as often as there are batches; never waits for a GPU
+    observer.observe(x)                       for each batch; never waits for a GPU
     low, high = observer.range()              -> bitnet.qat.activations.static_range
 
 | observer         | range                                                                      |
@@ -11,12 +11,12 @@
 | "percentile"     | the middle p percent of a batch, averaged the same way: outliers cut       |
 | "mse"            | that with the least squared error of quantization, summed over the batches |
 
-A frozen observer no longer moves, so neither does the scale. A batch with NaN or infinity, or with
-no values, leaves the range as it was.
+A frozen observer keeps its range, and so its scale. A batch with NaN or infinity, or without
+values, leaves the range as it was.
 
-Where ``torch.distributed`` is initialized a batch is what all ranks see together, so that they keep
-one range: minimum and maximum over the ranks, sums of squared errors added, and of the averages the
-mean of the ranks' ranges. As with ``nn.SyncBatchNorm`` every rank has to run the forward.
+Where ``torch.distributed`` is initialized, the batches of all ranks count as one, so that all ranks
+keep one range: minimum and maximum are over the ranks, squared errors are summed, and averages take
+the mean of the ranks' ranges. As with ``nn.SyncBatchNorm``, every rank has to run the forward.
 """
 
 import math
@@ -81,14 +81,14 @@ class Observer(nn.Module):
         raise NotImplementedError
 
     def calibrated(self) -> bool:
-        """Whether a batch was seen. Waits for the device until it is so, and no longer from then
-        on; on the meta device, which has no values, true."""
+        """Whether a batch was seen; true on the meta device, which has no values. Waits for the
+        device until one was seen, and no more from then on."""
         if not self._calibrated and not self.n_seen.is_meta:
             self._calibrated = int(self.n_seen) > 0
         return self._calibrated or self.n_seen.is_meta
 
     def train(self, mode: bool = True) -> "Observer":
-        """``eval()`` looks whether a batch was seen: torch.export cannot look at values."""
+        """``eval()`` also checks that a batch was seen, since torch.export cannot read values."""
         super().train(mode)
         if not mode:
             self.calibrated()
@@ -176,12 +176,12 @@ class Percentile(MovingAverage):
 class MeanSquaredError(Observer):
     """The clip c of [-c, c], within the range seen, with the least squared error of the codes.
 
-    The candidates are c = 2^(e/12) for the 61 integers e up to the first whose c holds all values
-    seen, so down to 1/32 of their maximum. Each keeps its sum of squared errors over the batches,
-    and no batch is kept. A greater maximum moves the candidates up. A new one was too wide for the
-    batches before, where its error is of rounding alone, which grows with c^2.
+    The candidates are c = 2^(e/12) for 61 consecutive integers e. The largest c is the first that
+    holds all values seen; the smallest is 1/32 of it. Each candidate keeps its sum of squared
+    errors over the batches; no batch is kept. A greater maximum adds larger candidates. Those clip
+    nothing of the earlier batches, so their error there is of rounding, which grows with c^2.
 
-    A batch is quantized 61 times: meant for calibration rather than for every step.
+    Each batch is quantized 61 times, so this is for calibration rather than for every step.
     """
 
     PER_OCTAVE = 12
@@ -235,7 +235,7 @@ class MeanSquaredError(Observer):
 
 
 def _distributed(x: Tensor) -> bool:
-    """Whether other ranks see batches too."""
+    """Whether other ranks observe too."""
     together = dist.is_available() and dist.is_initialized() and not x.is_meta
     return together and dist.get_world_size() > 1
 

@@ -6,11 +6,11 @@
     ...train...                                or not: then this is post-training quantization
     model = convert(model)                     QAT layers become integer layers, in place
 
-Only plain torch layers are replaced: a subclass may use its weight in its own way (the output
-projection of ``nn.MultiheadAttention`` is never *called*, so a QAT layer there would change
-nothing). Hooks on a replaced module are not carried over; Parameters are the same objects before
-and after prepare. On the meta device prepare and convert build the structure of a quantized model,
-state-dict names, shapes and dtypes, for a saved one to be loaded into.
+Only plain torch layers are replaced: a subclass may use its weight in another way (the output
+projection of ``nn.MultiheadAttention`` is never *called*, so a QAT layer there would have no
+effect). Hooks on a replaced module are not carried over; Parameters are the same objects before and
+after prepare. On the meta device prepare and convert build the structure of a quantized model, into
+which a saved one can be loaded.
 """
 
 import copy
@@ -117,11 +117,10 @@ def _qat_layer(module: nn.Module, recipe: Recipe) -> QATLayer:
 def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[object, ...]]) -> None:
     """Show a prepared model data, so that its observers find the ranges of static activations.
 
-    The model runs in eval mode and full precision (both lambdas 0), and is left in the modes it
-    was in. What observers have seen before counts on. Without static activations there is nothing
-    to find, and no batch is read.
-    Where ``torch.distributed`` is initialized all ranks calibrate together, with as many batches
-    each, and find one range.
+    The model runs in eval mode and full precision (both lambdas 0); its modes are restored
+    afterwards. Earlier observations still count. Without static activations no batch is read.
+    Where ``torch.distributed`` is initialized all ranks calibrate together, with the same number of
+    batches, and find one range.
 
     Arguments:
         batches: each a tensor, the model's input, or a tuple of its forward's arguments.
@@ -209,8 +208,8 @@ def convert(model: nn.Module) -> nn.Module:
     """Replace every QAT layer by its integer form, in place, with equal outputs to the last bit.
 
     Ternary linear layers with 8-bit dynamic activations become :class:`bitnet.TernaryLinear`; the
-    others the ``Int`` form of their kind. Whatever the lambdas are, the integer form is that of
-    full quantization. Tied layers get a copy of the codes each.
+    others the ``Int`` form of their kind. The integer form is that of full quantization,
+    whatever the lambdas are. Each of several tied layers gets a copy of the codes.
 
     Returns:
         The model; a QAT layer itself is replaced by the returned one.

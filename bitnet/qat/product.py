@@ -1,4 +1,4 @@
-"""The exact integer product behind a quantized layer, and the float one whose gradient it takes.
+"""The exact integer product of a quantized layer, and the float one that gives its gradient.
 
 With codes ``x_q``, ``w_q`` and zero points ``z_x``, ``z_w`` (0 where symmetric), a linear layer is
 
@@ -30,7 +30,7 @@ from bitnet_kernels import reference
 from bitnet_kernels.cpu import int_mm
 
 _INT32_K = (2**31 - 1) // 255**2
-"""int32 holds a sum of products of codes less their zero points: up to this K."""
+"""The largest K whose sum of products (codes less zero points) int32 holds."""
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -57,14 +57,14 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 def quantized_linear(
     x: Codes, w: Codes, bias: Tensor | None, dtype: torch.dtype, group_size: int = 128
 ) -> Tensor:
-    """The integer product and its rescale, as the head of this file has it.
+    """The integer product and its rescale; see the head of this file.
 
     With ternary codes and no zero points it equals ``bitnet_kernels.reference.scaled_matmul``.
 
     Arguments:
         x: codes ``[..., M, K]``, scale ``[M]`` or ``[]``, zero_point ``[]`` or None.
-        w: codes ``[..., N, K]`` with the same leading dimensions; scale and zero_point one a tensor
-            ``[]``, a row ``[..., N]`` or a group of ``group_size`` columns ``[..., N, G]``.
+        w: codes ``[..., N, K]`` with the same leading dimensions; scale and zero_point per tensor
+            ``[]``, per row ``[..., N]`` or per group of ``group_size`` columns ``[..., N, G]``.
         bias: ``[..., N]`` or None, added after the rescale, in fp32.
     Returns:
         ``dtype`` ``[..., M, N]``.
@@ -99,14 +99,14 @@ def _across_rows(per_output: Tensor) -> Tensor:
 
 
 class Op(Protocol):
-    """What a kind of layer computes: in integers, in floats, and the gradients of the latter.
+    """The arithmetic of a kind of layer: in integers, in floats, and the gradients of the latter.
 
     A layer's weight is the matrix ``[N, K]`` here, its input and output are batched.
     """
 
     @property
     def per_sample(self) -> bool:
-        """Whether dynamic activations have one scale a sample instead of one a token."""
+        """Whether dynamic activations have one scale per sample instead of one per token."""
 
     def batched(self, x: Tensor) -> Tensor:
         """Check an input's dtype and shape, and give it the one leading dimension that the rest
@@ -135,7 +135,7 @@ class LinearOp(NamedTuple):
 
     @property
     def per_sample(self) -> bool:
-        """A scale a token."""
+        """One scale per token."""
         return False
 
     def batched(self, x: Tensor) -> Tensor:
@@ -198,7 +198,7 @@ class ConvOp(NamedTuple):
 
     @property
     def per_sample(self) -> bool:
-        """A patch overlaps others, so tokens cannot have scales of their own."""
+        """One scale per sample: patches overlap, so a pixel belongs to several tokens."""
         return True
 
     def batched(self, x: Tensor) -> Tensor:
@@ -299,8 +299,8 @@ def _check_float(x: Tensor) -> None:
 
 
 class _Exact(torch.autograd.Function):
-    """The exact product forward; backward the gradients of the float operation at the quantized
-    values, which the straight-through functions of the quantizers take on from there."""
+    """The exact product forward; backward, the gradients of the float operation at the quantized
+    values, which the quantizers' straight-through functions pass on."""
 
     @staticmethod
     def forward(

@@ -1,19 +1,19 @@
-"""Post-training quantization: what a trained model loses when it is merely rounded.
+"""Post-training quantization (PTQ): round a trained model, without training it further.
 
     quantized = round_to_nearest(model, recipe)          each weight on its own
     quantized = gptq(model, recipe, calibration)         gptq.py: rounding errors compensated
     quantized = awq(model, recipe, calibration)          awq.py: channels rescaled, by search
     quantized = smoothquant(model, recipe, calibration)  smoothquant.py: rescaled, by a formula
 
-These are the baselines that quantization-aware training has to beat. All take a full-precision
+These are the baselines of quantization-aware training. All take a full-precision
 :class:`bitnet.model.Transformer`, leave it as it is, and return a copy in eval mode whose selected
-matrices are integer layers, so that it runs, is saved and reports sizes like a converted QAT model:
-methods differ in the codes and scales alone.
+matrices are integer layers. The copy runs, is saved and reports sizes like a converted QAT model,
+so methods differ in codes and scales alone.
 
-This file holds what the methods share: which matrices of a block read the same input and what
-makes that input (:func:`sites`), and the walk of the calibration tokens through the layers
-(:class:`Walk`), which keeps the inputs of one block at a time. All that the methods need of a
-layer's inputs is summed over the tokens (mean and maximum of |x_j|, and X^T X).
+The methods share :func:`sites`, the matrices of a block that read one input with the producer of
+that input, and :class:`Walk`, which passes the calibration tokens through the layers and keeps the
+inputs of one block at a time. The methods need only sums over a layer's inputs: mean and maximum of
+|x_j|, and X^T X.
 
 S windows, T tokens each, K in_features, N out_features.
 """
@@ -35,7 +35,7 @@ from bitnet.qat.quantizers import WEIGHT_QUANTIZERS
 from bitnet.qat.recipe import Recipe
 
 OnLayer = Callable[[int, int], None]
-"""Called after each layer with how many are done, of how many."""
+"""Called after each layer with the numbers of layers done and in all."""
 _TOKENS_AT_ONCE = 8192
 
 
@@ -46,7 +46,7 @@ def round_to_nearest(
     """Every selected weight to its nearest code: ``convert(prepare(copy of model, recipe))``.
 
     Arguments:
-        calibration: int64 ``[S, T]``; needed for static activations, else not looked at.
+        calibration: int64 ``[S, T]``; needed for static activations, else ignored.
     Raises:
         ValueError: as :func:`check_model`; no calibration where the activations need one.
     """
@@ -120,8 +120,8 @@ class Site(NamedTuple):
     consumers: tuple[str, ...]
     """Their names in the block."""
     producer: nn.Module | None
-    """What the input can be rescaled in, channel by channel, without changing anything else: an
-    RMSNorm (its weight) or a linear layer (its rows). None: nothing."""
+    """The module that can rescale the input per channel without any other effect: an RMSNorm (its
+    weight) or a linear layer (its rows). None: there is no such module."""
 
     def linears(self, block: Block) -> list[nn.Linear]:
         """The consumers themselves."""
@@ -142,9 +142,9 @@ class Site(NamedTuple):
 
 
 def sites(block: Block) -> list[Site]:
-    """The four of a block, in the order of computation.
+    """The four sites of a block, in the order of computation.
 
-    Where no norm stands before an output projection, its input is linear in the rows of the matrix
+    Without a norm before an output projection, its input is linear in the rows of the matrix
     before: down_proj's in those of up_proj (act(gate) * up), o_proj's in those of v_proj (attention
     averages values) unless several query heads share them (grouped queries).
     """
@@ -164,7 +164,7 @@ def sites(block: Block) -> list[Site]:
 
 
 class Statistics:
-    """Of the input of a site, over all calibration tokens.
+    """Sums over the inputs of a site, over all calibration tokens.
 
     Attributes:
         mean, peak: mean and maximum of |x_j|, fp32 ``[K]``.
@@ -192,18 +192,18 @@ class Statistics:
 
     @property
     def mean(self) -> Tensor:
-        """Of |x_j|."""
+        """The mean of |x_j|."""
         return (self._total / self._tokens).float()
 
     @property
     def gram(self) -> Tensor:
-        """Of x x^T."""
+        """The mean of x x^T."""
         assert self._gram is not None
         return self._gram / self._tokens
 
 
 class Walk:
-    """Calibration tokens on their way through the layers of a model.
+    """The hidden states of the calibration tokens, layer by layer.
 
     Arguments:
         model: on any device; used for its embedding and its config.
@@ -220,12 +220,12 @@ class Walk:
         self._layer = 0
 
     def inputs(self) -> Iterator[tuple[object, ...]]:
-        """Arguments of the next block, a portion of the windows after the other."""
+        """Arguments of the next block, for one portion of the windows after the other."""
         for x_BTD in self._x_STD.split(self._rows):
             yield x_BTD, *self._turn, None, None
 
     def statistics(self, block: Block, with_gram: bool) -> list[Statistics]:
-        """Of the inputs of ``sites(block)``, the block being the next in line.
+        """The statistics of the inputs of ``sites(block)``, the block being the next one.
 
         Raises ValueError, naming the layer, where an input is not finite.
         """
@@ -254,7 +254,7 @@ class Walk:
         return found
 
     def advance(self, block: Block) -> None:
-        """The block's outputs become the next one's inputs."""
+        """Make the block's outputs the inputs of the next block."""
         for args in self.inputs():
             x_BTD = args[0]
             assert isinstance(x_BTD, Tensor)  # a view
@@ -275,13 +275,13 @@ def layer_by_layer(
     method: Callable[[Block, Walk], dict[str, Codes]],
     on_layer: OnLayer | None = None,
 ) -> Transformer:
-    """Quantize a copy of the model block by block, each on what the quantized ones before put out.
+    """Quantize a copy of the model block by block, on the outputs of the quantized blocks before.
 
     Arguments:
         calibration: int64 ``[S, T]``.
-        method: given a block of full-precision arithmetic, whose selected matrices are QATLinear,
-            and the walk standing before it: the codes of each of these matrices. It may rescale
-            the block's weights, as long as the block computes the same.
+        method: takes a block in full precision, whose selected matrices are QATLinear, and the
+            walk, whose next block it is; returns the codes of each of these matrices. It may
+            rescale the block's weights if the block computes the same.
     Raises:
         ValueError: as :func:`check_model`, :func:`check_calibration` and prepare(); a module
             outside the layers (embedding, head) is selected.

@@ -152,8 +152,8 @@ class Recipe:
 def select(model: nn.Module, recipe: Recipe) -> set[int]:
     """The ids of the modules to replace, as :func:`bitnet.qat.prepare.prepare` describes them.
 
-    A layer whose weight is parametrized counts as the plain layer that it was before: that it has
-    no quantized form is for prepare to say.
+    A layer whose weight is parametrized counts as the plain layer that it was before; prepare
+    refuses it.
 
     Raises:
         ValueError: nothing is selected; a pattern that no module's name matches, or one of

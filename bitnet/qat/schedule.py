@@ -6,21 +6,21 @@ A run has three stretches, all given as shares of its steps::
     start .. +warmup   W' = W + lambda_w (W_hat - W),   x' = x + lambda_a (x_hat - x)
     from there on      both are 1: what the quantized model computes, exactly
 
-*When.* Quantizing from the first step wastes steps that full precision uses better; beginning too
-late leaves too few to adapt. "Compute-optimal QAT" (arXiv 2509.22935, the fit in its abstract; not
-re-measured here) finds that the best share of quantized tokens grows with the tokens S that the run
-has for each byte of weights::
+*When.* Quantizing from the first step wastes steps that full precision uses better; quantizing too
+late leaves too few steps to adapt. "Compute-optimal QAT" (arXiv 2509.22935, the fit in its
+abstract; not measured again here) finds that the best share of quantized tokens grows with S, the
+run's tokens per byte of weights::
 
-    f* = exp(-6.73 / ln S),   S = D / (N * B / 8)      D tokens, N parameters, B bits a weight
+    f* = exp(-6.73 / ln S),   S = D / (N * B / 8)      D tokens, N parameters, B bits per weight
 
 and that the learning rate should decay once, under quantization: with ``fused_cooldown`` a "wsd"
 decay does not begin before quantization does.
 
-*How.* lambda ramps come from "HF 1.58 bit" (W + lambda (q(W) - W)), weights and activations apart,
-since activations usually stand a sudden start. From lambda = 1 on nothing of the ramp remains.
+*How.* Lambda ramps come from "HF 1.58 bit" (W + lambda (q(W) - W)). Weights and activations have
+separate ramps, since activations usually tolerate a sudden start.
 
-Everything is a pure function of (step, total steps, config), like the learning rate: a resumed run
-keeps no state of the schedule. What the layers learn or observe is in their state dict.
+The schedule is a pure function of (step, total steps, config), like the learning rate, so a
+checkpoint holds no state of it. Learned scales and observed ranges are in the layers' state dict.
 """
 
 import math
@@ -36,7 +36,7 @@ from bitnet.schema import STRICT
 Ramp = Literal["linear", "cosine", "exponential"]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _STEEPNESS = 5.0
-"""Of the exponential ramp: half of it is over after 14% of its steps."""
+"""Of the exponential ramp: it reaches 1/2 after 14% of its steps."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -87,7 +87,7 @@ def first_step(share: float, total_steps: int) -> int:
 
 
 def lambdas(step: int, total_steps: int, config: QATConfig) -> tuple[float, float]:
-    """How far weights and activations are quantized at an update: 0 = not, 1 = wholly.
+    """The lambdas of weights and activations at an update: 0 = full precision, 1 = quantized.
 
     With ``p = (step - first + 1) / warmup steps`` the share of the ramp that is done, at most 1::
 
@@ -129,11 +129,11 @@ def _ramp(done: int, length: float, shape: Ramp) -> float:
 def set_step(
     model: nn.Module, step: int, total_steps: int, config: QATConfig
 ) -> tuple[float, float]:
-    """Bring a prepared model's layers to an update, before its forward.
+    """Set a prepared model's layers for an update, before its forward.
 
-    Sets ``lambda_w`` and ``lambda_a``; lets observers move, or holds them (they move in the first
-    step in any case, since a range is needed); and, at the update where quantization begins after
-    a stretch of full precision, starts learned scales anew from the weights of that moment. The
+    Sets ``lambda_w`` and ``lambda_a``, and freezes or unfreezes observers (they are never frozen in
+    the first step, since a range is needed). At the update where quantization begins after a
+    stretch of full precision, learned scales are initialized again from the present weights. The
     same weights give the same scales, so a run that is killed around this step resumes exactly.
     Without such a stretch the scales stay as they were prepared or loaded.
 

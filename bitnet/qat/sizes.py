@@ -31,9 +31,9 @@ class SizeReport(NamedTuple):
 
 
 def size_report(model: nn.Module) -> SizeReport:
-    """What a model takes, and would take in fp32; call it before and after :func:`convert`.
+    """Bytes of a model as it is, and in fp32; call it before and after :func:`convert`.
 
-    Counted are parameters and the buffers that a state dict holds, observers aside.
+    Counts parameters and the buffers that a state dict holds, without observers.
     """
     layers: dict[str, LayerSize] = {}
     seen: set[int] = set()

@@ -1,16 +1,16 @@
 """SmoothQuant (Xiao et al., arXiv 2211.10438): move the activations' outliers into the weights.
 
-A token's int8 scale is set by its largest channel, and in language models a few channels are tens
-of times larger than the rest. Dividing channel j of the input by
+A token's largest channel sets its int8 scale, and in language models a few channels are tens of
+times larger than the rest. Dividing channel j of the input by
 
     s_j = max|x_j|^alpha / max|w_j|^(1 - alpha)                                      (eq. 4)
 
-and multiplying column j of the weights by it leaves the product as it was; alpha = 0.5 splits the
+and multiplying column j of the weights by it leaves the product unchanged; alpha = 0.5 splits the
 difficulty evenly. w_j are the columns of all matrices that read the input. 1/s is folded into the
-norm that makes the input, so smoothing costs nothing at inference; an input that no norm makes
-(o_proj and down_proj without sub norms) stays as it is, as in the paper. Then everything is rounded
-to nearest. The method is meant for 8-bit weights and activations; with fewer bits it shows how much
-of the loss the activations were.
+norm that produces the input, so smoothing costs nothing at inference. An input that no norm
+produces (o_proj and down_proj without sub norms) stays as it is, as in the paper. Then everything
+is rounded to nearest. The method is meant for 8-bit weights and activations; with fewer bits it
+shows how much of the loss comes from the activations.
 
 Statistics are those of the full-precision model. A channel or column that is all 0 keeps s = 1, and
 s is kept within 1e-5 .. 1e5.
@@ -45,7 +45,7 @@ def smoothquant(
         model: full precision; not changed.
         recipe: any weights and activations.
         calibration: int64 ``[S, T]``, token windows.
-        alpha: how much of the difficulty moves into the weights, 0 to 1.
+        alpha: the share of the difficulty that moves into the weights, 0 to 1.
         on_layer: called after each layer with how many are done, of how many.
     Raises:
         ValueError: as ``ptq.check_model``, ``ptq.check_calibration`` and ``prepare``; alpha.

@@ -31,8 +31,8 @@ class Quantized(NamedTuple):
 class StraightThrough(torch.autograd.Function):
     """The value of the codes; backward, the gradient goes to ``x`` where the mask lets it pass.
 
-    The value is computed here: what a function is given and returns is a view to autograd, which
-    forbids in-place operators on it.
+    The value is computed here: a tensor that a function gets and returns is a view to autograd,
+    which forbids in-place operators on it.
     """
 
     @staticmethod
