@@ -1,10 +1,10 @@
-"""The model of a run: what a config puts together, and what its folder is to hold in the end.
+"""The model of a run: built from its config, and as its model folder holds it in the end.
 
     Transformer -> weights of train.init_from -> quantizers ([quant]) -> adapters ([adapter])
 
-in this order: quantizers find their first scales in the weights, and adapters stand beside layers
-that may be quantizing ones. A run that is resumed goes the same way but for the weights, which its
-checkpoint has, with everything that the layers learned or observed.
+in this order: quantizers take their first scales from the weights, and adapters wrap layers that
+may quantize. A resumed run is built the same way, without the weights: its checkpoint has them,
+with everything that the layers learned or observed.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ def build_model(config: Config, tokenizer_hash: str, fresh: bool) -> Transformer
 
     Arguments:
         config: resolved. tokenizer_hash: of the data's tokenizer.
-        fresh: whether weights are needed: those of ``train.init_from``, if it names a folder, and
-            with the folder's recipe also its learned scales and observers.
+        fresh: load the weights of ``train.init_from``, if it names a folder, and where the folder
+            has the same recipe, its learned scales and observers too.
     Raises:
         UserError: the folder, ``[quant]`` or ``[adapter]`` does not fit the model.
     """
@@ -61,9 +61,9 @@ def build_model(config: Config, tokenizer_hash: str, fresh: bool) -> Transformer
 def as_saved(model: Transformer, quant: Recipe) -> tuple[Transformer, Recipe]:
     """A trained model as its folder holds it, and the folder's recipe.
 
-    What was trained by BitNet's own recipe, every matrix of its layers and nothing else (an output
-    head), becomes the ordinary ternary model that it is, which ``bitnet pack`` and all other
-    commands know. All else stays as it trained.
+    A model that trained every matrix of its layers by BitNet's own recipe, and nothing else (such
+    as the head), is saved as an ordinary ternary model, which ``bitnet pack`` and all other
+    commands read. Any other model is saved as it trained.
     """
     ternary = with_bitlinears(model) if quant.enabled else None
     if ternary is None:

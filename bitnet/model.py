@@ -5,15 +5,15 @@
 RMSNorm, rotary positions, grouped-query attention, a gated MLP, no biases. The matrices inside the
 layers are BitLinear (`linear = "ternary"`) or nn.Linear (`"fp"`, the full-precision baseline); the
 embedding, the head and the norms stay in high precision either way. Where the normalization sits
-is the one structural choice ternary models add:
+is the one structural choice that ternary models add:
 
     sub_norm   BitNet 2B4T (arXiv 2504.12285): pre-norms, plus a norm before each output projection
                (attn_sub_norm, ffn_sub_norm), which keeps the int8 activations there well scaled
     pre_norm   LLaMA: norms before attention and MLP only
     in_linear  Microsoft's Training Tips: a norm inside every linear and none outside
 
-Parameter names and maths are those of Hugging Face's BitNet where both have the thing, so that
-exporting is renaming. ``depth`` alone chooses the whole shape (:meth:`ModelConfig.resolve`).
+Parameter names and maths are those of Hugging Face's BitNet wherever both have a parameter, so an
+export only renames. ``depth`` alone chooses the whole shape (:meth:`ModelConfig.resolve`).
 
 B batch, T tokens, D d_model, H query heads, G key-value heads, E head_dim, F d_ff, V vocabulary.
 """
@@ -73,9 +73,9 @@ class ModelConfig:
     norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-5
     """Added to the mean square in every RMSNorm."""
     granularity: Granularity = "tensor"
-    """One weight scale a "tensor" (b1.58), a "row" or a "group" of columns."""
+    """One weight scale per "tensor" (b1.58), "row" or "group" of columns."""
     group_size: Positive = 128
-    """Columns a group, for granularity = "group"."""
+    """Columns per group, for granularity = "group"."""
     grad_mask: GradMask = "none"
     """Latent weights that receive no gradient: "none", "clip" or "trust" (bitnet/quant.py)."""
     grad_mask_c: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -134,7 +134,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Channels a head: d_model / n_heads."""
+        """Channels per head: d_model / n_heads."""
         return self.d_model // self.n_heads
 
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -162,9 +162,9 @@ class ModelConfig:
         return counts | {"total": sum(counts.values())}
 
     def flops_per_token(self, seq_len: int) -> float:
-        """Training FLOPs a token, forward and backward: ``6 N + 12 L D T`` (PaLM, arXiv
-        2204.02311, appendix B), N the weights that multiply (layers and head), without the
-        causal discount. A forward alone is a third of it."""
+        """Training FLOPs per token, forward and backward: ``6 N + 12 L D T`` (PaLM, arXiv
+        2204.02311, appendix B), N the weights that multiply (layers and head), attention counted
+        as if it were not causal. A forward alone takes a third."""
         multiplied = self.num_parameters()["matrices"] + self.d_model * self.vocab_size
         return 6.0 * multiplied + 12.0 * self.n_layers * self.d_model * seq_len
 
@@ -219,8 +219,8 @@ def make_norm(config: ModelConfig, features: int, *placements: str) -> nn.Module
 class KVCache:
     """Keys and values of the tokens seen so far, preallocated.
 
-    Rows of a batch fill in step; shorter prompts are padded on the *left*, and ``pad`` says by how
-    much, so that the newest token of every row sits in the same column.
+    All rows of a batch have the same length: shorter prompts are padded on the *left*, by ``pad``
+    columns, so the newest token of every row is in the same column.
 
     Arguments:
         config: of the model. batch: rows. max_len: columns, padding included, so that rows of
@@ -245,7 +245,7 @@ class KVCache:
 
     @property
     def max_len(self) -> int:
-        """Columns there are."""
+        """Number of columns."""
         return self.k.shape[3]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -433,6 +433,6 @@ class Transformer(nn.Module):
 
 
 def as_transformer(module: nn.Module) -> Transformer:
-    """What replacing layers inside a Transformer returns, to the type checker."""
+    """The same module, as a Transformer to the type checker."""
     assert isinstance(module, Transformer)
     return module

@@ -1,4 +1,4 @@
-"""How fast a training step is: variants of one model, measured in turns.
+"""The speed of a training step: variants of one model, measured in turns.
 
     bitnet bench train --size 15m
 
@@ -10,14 +10,14 @@ A *variant* is a way to compute the layers' matrices, eager or compiled:
     ours-int8   the same with model.int8_backward = "both", an approximation
     torchao     torchao's bitnet_training, where that package is installed
 
-All start from the same weights, and see the same random tokens in every step. A step is that of
-train.py, function by function: micro-batches, clipping, update.
+All start from the same weights and see the same random tokens in every step. The step is that of
+train.py (bitnet/training/step.py).
 
-Each variant lives in a process of its own (bitnet/bench/worker.py). All are alive together and are
-told in turn to run a step, in one order and then in the other: a machine that slows down slows
-neighbours alike, so the *paired* ratios of one round hold where times alone would not. On a GPU a
-worker gives its cached memory back after its turn, so that all fit, and begins the next turn with a
-micro-batch that is not timed.
+Each variant is a separate process (bitnet/bench/worker.py). All processes exist together and run
+one step in turn, in one order and then in the reverse: a slow moment of the machine slows
+neighbouring turns alike, so the *paired* ratios of one round are reliable where times alone would
+not be. On a GPU a worker frees its cached memory after its turn, so that all fit, and begins the
+next turn with a micro-batch that is not timed.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ FAMILIES = ("fp", "naive", "ours", "ours-int8", "torchao")
 COMPILED = "-compiled"
 VARIANTS = tuple(family + mode for mode in ("", COMPILED) for family in FAMILIES)
 USUAL = ("fp", "naive", "ours", *(family + COMPILED for family in FAMILIES))
-"""Those that are measured on a GPU unless others are named."""
+"""The variants measured on a GPU by default."""
 
 _TEXT = ["data.vocab_size=32768", "data.seq_len=1024", "train.batch_tokens=65536"]
 SIZES = {
@@ -61,9 +61,9 @@ SIZES = {
     "350m": ["model.depth=20", *_TEXT],
     "1b": ["model.depth=32", "model.n_layers=8", *_TEXT],
 }
-"""Models without a config file: those of configs/, the larger ones with 8 micro-batches a step, and
-layers as wide as a model of 1.5B has them (2,048; 8 of its 32, so that every variant's optimizer
-fits on one GPU beside the others')."""
+"""Models without a config file: those of configs/, the larger ones with 8 micro-batches per step,
+and layers as wide as those of a 1.5B model (2,048; 8 of its 32 layers, so that the optimizers of
+all variants fit on one GPU)."""
 
 MIN_SECONDS_FOR_ENERGY = 0.2
 """The board's energy counter moves in steps of some tens of milliseconds."""
@@ -75,7 +75,7 @@ def family_of(variant: str) -> str:
 
 
 def choose_variants(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Those of some variants that can be measured here, and a line for each that cannot.
+    """The variants of ``names`` that can be measured here, and a line for each that cannot.
 
     Raises:
         UserError: none of them can be measured.
@@ -94,7 +94,7 @@ def variant_config(paths: Sequence[Path], overrides: Sequence[str], variant: str
     """The resolved config of a variant.
 
     Raises:
-        UserError: the config asks for what is not timed, or for what the variant cannot do.
+        UserError: the config has a section that is not timed, or that the variant does not support.
     """
     family = family_of(variant)
     own = [
@@ -160,20 +160,20 @@ def _naive(name: str, module: nn.Module) -> nn.Module | None:
 
 
 class Reply(NamedTuple):
-    """What a worker says of its turn."""
+    """The figures of a worker's turn."""
 
     seconds: float
     """Of the step."""
     turn_seconds: float
-    """With what goes before it on a GPU; of the first turn, with the compilation."""
+    """Of the turn: on a GPU with the micro-batch before the step, the first with compilation."""
     loss: float
     """Mean over the step's tokens, in nats, before the update."""
     peak_bytes: int
-    """The most that tensors held: of the step on a GPU; on a CPU, where that takes a profiler, of
-    two micro-batches beside the optimizer's state, once."""
+    """Peak of all tensors: of the step on a GPU; on a CPU, where that takes a profiler, of two
+    micro-batches beside the optimizer's state, once."""
     resident_bytes: int | None
-    """The most that the process held resident in the step; None on a GPU, and where the system
-    cannot say (:func:`reset_peak_memory`)."""
+    """Peak resident memory of the process in the step; None on a GPU, and where the system does not
+    tell (:func:`reset_peak_memory`)."""
     joules: float | None
     """Of the whole board, for the step."""
 
@@ -269,10 +269,10 @@ class Stepper:
 
 
 def most_allocated(function: Callable[[], object]) -> int:
-    """Bytes: the most that tensors on the CPU held at a time while a function ran, beyond what was
-    there before; as torch's profiler sees its allocator.
+    """Peak bytes of tensors on the CPU while a function runs, beyond those that existed before; as
+    torch's profiler sees its allocator.
 
-    What the process holds resident is more, by what malloc keeps between blocks: a share that
+    The resident memory of the process is larger, by what malloc keeps between blocks: a share that
     differs from run to run by a twentieth.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
@@ -289,7 +289,7 @@ def most_allocated(function: Callable[[], object]) -> int:
 
 
 def _start(variant: str, config: Config, folder: Path) -> Worker:
-    """A variant's process; its compiler's cache begins empty, so that its time can be told."""
+    """Start a variant's process, with an empty compiler cache, so that compilation is timed."""
     path = folder / f"{variant}.toml"
     path.write_text(to_toml(config), encoding="utf-8")
     return Worker(
@@ -309,7 +309,7 @@ def race(
 
     Arguments:
         configs: variant -> its resolved config.
-        tick: told the variant before each turn.
+        tick: called with the variant before each turn.
     Raises:
         WorkerDied: names the variant. Whatever is raised, no process is left behind.
     """
@@ -334,7 +334,7 @@ def race(
 
 
 def main(variant: str, path: str) -> None:
-    """A worker: it runs a variant of a resolved config, a step whenever it is asked."""
+    """Run a worker: a variant of a resolved config, one step per request."""
 
     def make() -> dict[str, Callable[..., Any]]:
         config = load_config([path]).resolve()

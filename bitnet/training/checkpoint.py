@@ -1,17 +1,17 @@
-"""Exact, crash-safe checkpoints: a run that is killed at any moment goes on as if it had not been.
+"""Exact, crash-safe checkpoints: a run that is killed at any moment resumes as if it had not been.
 
-A checkpoint is a folder, and what it holds is data only (safetensors and JSON; no pickle, so that
-nothing that is loaded can execute code):
+A checkpoint is a folder of data only (safetensors and JSON; no pickle, so loading executes no
+code):
 
     checkpoints/step_00000100/
         model.safetensors  optim.safetensors      any number of named groups of tensors
         state.json                                counters, random number generators, config, ...
         manifest.json                             size and sha256 of each file above; written last
 
-**It appears whole or not at all** (written aside, fsynced, renamed: durable.py), and only when the
-new one is durable are old ones pruned.
+**It appears whole or not at all** (written aside, fsynced, renamed: durable.py). Old checkpoints
+are deleted only when the new one is durable.
 
-**It is believed only after it is checked.** Loading compares every file with the manifest, and the
+**It is checked before it is used.** Loading compares every file with the manifest, and the
 manifest with its own canonical spelling, so that any flipped bit is found. A damaged checkpoint is
 named and the next older one is used; where none is whole that is an error, never a fresh start.
 
@@ -119,8 +119,8 @@ def save(
         root: the folder of checkpoints; created where missing.
         tensors: group (an identifier: it names the file) -> name -> tensor.
         state: JSON values. Floats come back exactly (their shortest repr is written).
-        val_loss: validation loss at this step, None where it was not measured; by it the best
-            checkpoint is chosen. A loss that is not finite is never the best.
+        val_loss: validation loss at this step, None where it was not measured. The best checkpoint
+            is the one with the lowest; a loss that is not finite is never the best.
     Returns:
         The checkpoint's folder.
     Raises:
@@ -217,8 +217,9 @@ def load_newest(root: Path) -> Checkpoint | None:
 
 
 def resume(root: Path) -> Checkpoint | None:
-    """What a run calls at its start: :func:`recover`, :func:`load_newest`, and damaged checkpoints
-    renamed to `damaged-step_...`, where they neither count as kept nor are lost."""
+    """:func:`recover` the folder, :func:`load_newest`, and rename damaged checkpoints to
+    `damaged-step_...`: they do not count as kept, and are not lost. A run calls this at its
+    start."""
     recover(root)
     checkpoint = load_newest(root)
     if checkpoint is not None:
@@ -254,7 +255,7 @@ def prune(root: Path, keep_last: int, keep_best: bool) -> None:
 
 
 class Stateful(Protocol):
-    """Anything with PyTorch's state-dict methods: an optimizer, or several under one roof."""
+    """Anything with PyTorch's state-dict methods, such as an optimizer."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nested dicts, lists and tuples of tensors and plain values."""

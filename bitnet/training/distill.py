@@ -1,4 +1,4 @@
-"""Distillation: a full-precision teacher shows the quantized student what to say, and how to look.
+"""Distillation: a quantized student learns a full-precision teacher's predictions and attention.
 
 Two terms join the cross-entropy, both Kullback-Leibler divergences from teacher to student, in
 fp32 whatever the dtype of the forward::
@@ -43,7 +43,7 @@ _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True, config=STRICT)
 class DistillConfig:
-    """The ``[distill]`` section: a teacher and what is learned from it."""
+    """The ``[distill]`` section: a teacher and the weights of its terms."""
 
     teacher: str = ""
     """model folder of the teacher, which shares the tokenizer; "" = no distillation"""
@@ -101,7 +101,7 @@ class Distiller:
 
     Arguments:
         teacher: on its device; put in eval mode, without gradients.
-        student: on its device, with its final modules; its training forward is listened to.
+        student: on its device, with its final modules, to which hooks are added.
         config: with weights and layer.
         bf16: run the teacher under bf16 autocast.
     Raises:
@@ -206,8 +206,8 @@ class Distiller:
 
 
 class _States:
-    """Catches what one layer's projections take and give, by forward hooks: of a student in
-    training mode, of a teacher always."""
+    """Records the input and the outputs of one layer's projections, by forward hooks: of a student
+    in training mode, of a teacher always."""
 
     def __init__(self, model: Transformer, layer: int, *, student: bool) -> None:
         self._model, self._is_student = model, student
@@ -237,7 +237,7 @@ class _States:
         return hook
 
     def take(self) -> tuple[Tensor, list[Tensor]]:
-        """The input ``[B, T, D]`` and the outputs of the last forward, which are let go."""
+        """Return and forget the input ``[B, T, D]`` and the outputs of the last forward."""
         shared, self._input = self._input, None
         assert shared is not None, "take() belongs to a forward"
         return shared, [self._outputs.pop(name) for name in PROJECTIONS]

@@ -37,7 +37,7 @@ from bitnet.schema import STRICT, Count, Positive, UserError, read_file
 
 @dataclass(frozen=True, config=STRICT)
 class LogConfig:
-    """What is logged, how often and where to."""
+    """The ``[log]`` section: what is logged, how often and where to."""
 
     every: Positive = 10
     """Steps between lines of metrics.jsonl (and of the console, where it is not a terminal)."""
@@ -146,16 +146,16 @@ def _user_error(path: Path) -> Iterator[None]:
 
 
 class Tracker:
-    """wandb, held at arm's length: it never blocks for long, never asks, never ends a run.
+    """wandb, guarded: it never blocks for long, never prompts, never ends a run.
 
-    Online is used only where an API key is at hand; without one wandb would stop at a prompt. The
+    Online mode needs an API key; without one wandb would stop at a prompt, so it logs offline. The
     first failure of any call prints one warning and switches the tracker off. wandb is imported
     here and not with this module, since a disabled run need not pay for it. The run's id is kept
     in ``<folder>/wandb/id``, so a resumed run continues its curves (steps that wandb has already
     seen, it ignores).
 
     Arguments:
-        config: ``wandb`` and ``wandb_project`` count here.
+        config: ``wandb`` and ``wandb_project`` are used.
         folder: the run's folder; name: the run's name; settings: the resolved config, to store.
         warn: prints one warning line.
     """

@@ -1,12 +1,12 @@
-"""Optimizers, and what changes over a run: the learning rate (LR) and the weight decay (WD).
+"""Optimizers, and the schedules of the learning rate (LR) and the weight decay (WD).
 
-Ternary training asks for other settings than full precision, all from published runs (BitNet b1.58
-Training Tips with 2402.17764, TriLM 2407.12327). The latent weights only matter through which side
-of a threshold they are on, so the LR is 6-8 times the full-precision peak; WD keeps weights near
-the thresholds, where they can still flip, and is switched off after 50-67% of the run so that the
-codes settle; and the LR decays to zero, because at a high LR codes keep flipping and the loss only
-shows its gain once they stop. The default LR schedule is warmup-stable-decay ("wsd"), whose flat
-part does not depend on the length of the run, so that a run can be prolonged; ``two_stage`` is the
+Ternary training needs other settings than full precision; these are from published runs (BitNet
+b1.58 Training Tips with 2402.17764, TriLM 2407.12327). A latent weight matters only by the side of
+a threshold that it is on, so the LR is 6-8 times the full-precision peak; WD keeps weights near the
+thresholds, where they can still flip, and is switched off after 50-67% of the run so that the codes
+settle; and the LR decays to zero, because at a high LR codes keep flipping and the loss only shows
+its gain once they stop. The default LR schedule is warmup-stable-decay ("wsd"), whose flat part
+does not depend on the length of the run, so that a run can be prolonged; ``two_stage`` is the
 schedule of the papers. There is no average of the weights over time: rounding an average of latent
 weights gives codes that no step ever trained (+0.12 to +1.07 bits per byte).
 
@@ -83,7 +83,7 @@ def warmup_steps(total_steps: int, config: OptimConfig) -> int:
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimConfig) -> float:
-    """What the peak learning rates are multiplied by at an update.
+    """The factor of the peak learning rates at an update.
 
     With ``s`` the step, ``n`` the total, ``w`` the warmup and ``p = (s - w) / (n - w)``::
 
@@ -162,7 +162,7 @@ def _check_step(step: int, total_steps: int) -> None:
 
 
 def param_groups(model: nn.Module, config: OptimConfig) -> dict[str, list[nn.Parameter]]:
-    """Who updates which parameter: each trainable parameter stands in exactly one list, once.
+    """The parameters by optimizer: each trainable parameter is in exactly one list, once.
 
     ``decay``: matrices, embeddings and head among them; AdamW with weight decay, as in nanoGPT and
     in GPT-NeoX, with which the TriLM learning rates were found. ``no_decay``: norms, biases (all
@@ -186,8 +186,8 @@ def param_groups(model: nn.Module, config: OptimConfig) -> dict[str, list[nn.Par
 class Optimizers:
     """One or two ``torch.optim`` optimizers that step together on one schedule.
 
-    ``optimizers`` is the list to save and load. The peak learning rates are kept here and not in
-    the optimizers' own state: what a resumed run uses is what its config says.
+    ``optimizers`` is the list to save and load. The peak learning rates are kept here, not in the
+    optimizers' state: a resumed run uses those of its config.
     """
 
     def __init__(self) -> None:
@@ -197,7 +197,7 @@ class Optimizers:
     def add(
         self, optimizer: torch.optim.Optimizer, peak_lr: float, decay_scales: list[float]
     ) -> None:
-        """Take an optimizer in.
+        """Add an optimizer.
 
         Arguments:
             optimizer: its groups' ``lr`` and ``weight_decay`` belong to the schedule from here on.

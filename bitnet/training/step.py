@@ -33,7 +33,7 @@ Losses = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class StepResult(NamedTuple):
-    """What a step computed."""
+    """The numbers of a step."""
 
     loss: float
     """Mean cross-entropy of the whole batch before the update, in nats."""

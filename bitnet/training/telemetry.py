@@ -1,6 +1,6 @@
-"""What the ternary weights are doing: seven numbers a layer, read every few hundred steps.
+"""Telemetry of ternary weights: seven numbers per layer, read every few hundred steps.
 
-A loss curve does not show a quantizer that is stuck. These do, for the whole model and a layer:
+A loss curve does not show a quantizer that is stuck. These numbers do, for the model and per layer:
 
     zeros        share of codes that are 0. 0.31 for Gaussian weights, 0.25 for nn.Linear's uniform
                  initial ones; a trained run sits at 0.31 to 0.34.
@@ -11,10 +11,10 @@ A loss curve does not show a quantizer that is stuck. These do, for the whole mo
     gamma        the weight scale (its mean where a layer has several).
     gamma_drift  gamma / gamma of the first reading - 1.
     act_clipped  share of int8 activation codes at the ends, +-127. Absmax never cuts a value off,
-                 so this is the share *at* its token's maximum after rounding: about 1/K where one
-                 outlier sets the scale, more where tokens saturate together.
+                 so this is the share *at* the token's maximum after rounding: about 1/K where one
+                 outlier sets the scale, more where many values are near the maximum.
     act_kurtosis fourth standardized moment of the activations that are quantized: 3 for Gaussian
-                 ones; the larger, the more of the 8 bits outliers take from everything else.
+                 ones; the larger it is, the more of the 8 bits the outliers use up.
 
 The weights are read as they are. The activations come from one extra forward pass without
 gradients on one micro-batch, so a reading costs about half of a training micro-step. It leaves
@@ -41,8 +41,8 @@ class Telemetry:
     """Reads a model's BitLinears; remembers the codes of the last reading, 2 bits each.
 
     Arguments:
-        model: as it is called in training, but not wrapped (no ``torch.compile`` wrapper). Read are
-            its BitLinears, and what QAT makes of other layers by BitNet's recipe. A model without
+        model: as it is called in training, without a wrapper (``torch.compile``, DDP). It reads
+            BitLinears, and layers that QAT quantizes by BitNet's recipe. A model without
             them, such as a full-precision baseline, is read as ``{}``.
     """
 
@@ -64,9 +64,9 @@ class Telemetry:
         Arguments:
             inputs: what the model's forward takes, one micro-batch.
         Returns:
-            For a line of metrics: ``ternary/<number>`` over the model (a mean weighted by each
-            layer's weights, or activations), and ``ternary/layers``: layer -> number -> value,
-            to 4 digits. Numbers as above.
+            For a line of metrics: ``ternary/<number>`` of the model (a mean over layers, weighted
+            by their weights or activations), and ``ternary/layers``: layer -> number -> value, to
+            4 digits.
         """
         if not self._layers:
             return {}

@@ -1,4 +1,4 @@
-"""How fast a run is and what it needs: tokens a second, MFU, peak memory."""
+"""The speed and the memory of a run: tokens per second, MFU, peak memory."""
 
 import math
 import re
@@ -15,10 +15,10 @@ import torch
 
 
 class Throughput:
-    """Tokens a second over the last ``window`` steps, time in :meth:`pause` left out.
+    """Tokens per second over the last ``window`` steps, without the time in :meth:`pause`.
 
-    It reads the host's clock: on a GPU call :meth:`step` where the host has waited for the step's
-    result, as a loop that looks at its loss has.
+    It reads the host's clock: on a GPU call :meth:`step` after the host has waited for the result
+    of the step, as a loop that reads its loss does.
     """
 
     def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -26,14 +26,14 @@ class Throughput:
         self._steps: deque[tuple[float, int]] = deque(maxlen=window)
 
     def step(self, tokens: int) -> None:
-        """A step that trained on ``tokens`` tokens has just ended."""
+        """Count a step of ``tokens`` tokens that has just ended."""
         now = self._clock()
         self._steps.append((now - self._mark, tokens))
         self._mark = now
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around evaluations, samples and checkpoints."""
+        """Stop the clock, around evaluations, samples and checkpoints."""
         start = self._clock()
         try:
             yield
@@ -66,18 +66,17 @@ _BF16_PEAKS = (
 
 
 def datasheet_peak(name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by the name CUDA gives it; None where it is not known, or is a
-    MIG slice."""
+    """Dense bf16 FLOP/s of a GPU by its CUDA name; None for an unknown GPU or a MIG slice."""
     if "MIG" in name:
         return None
     return next((peak for pattern, peak in _BF16_PEAKS if re.search(pattern, name)), None)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """The FLOP/s that MFU is measured against, and where the number comes from.
+    """The peak FLOP/s that MFU is relative to, and the source of the number.
 
-    The datasheet's where the run computes in bf16 on a known GPU; else *measured*, once, by the
-    fastest of a few square matmuls in ``dtype`` (under a second; a busy machine lowers it).
+    For bf16 on a known GPU it is the datasheet's. Otherwise it is *measured*, once: the fastest of
+    a few square matmuls in ``dtype`` (under a second; a busy machine lowers it).
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
@@ -124,26 +123,27 @@ class Meter:
 
 
 class CoreWatch:
-    """Finds out from a run itself whether other programs take its CPU cores away.
+    """Finds out whether other programs take a run's CPU cores away.
 
     Threads of OpenMP wait for each other at the end of each operator, so a step takes several times
-    as long where one of them has no core. The thread that trains is then without a core for much of
-    the time, on an idle machine hardly ever: its CPU time is compared with the time that passed, in
-    windows of at least :data:`WINDOW` seconds and steps. That only raises the question. The answer
-    is measured: a forward pass with the run's threads and with one, in turns.
+    as long when one of them has no core. The thread that trains is then without a core for much of
+    the time; on an idle machine it hardly ever is. So its CPU time is compared with the elapsed
+    time, in windows of at least :data:`WINDOW` seconds and steps. Where it is too small, a forward
+    pass is timed with the run's threads and with one, in turns.
 
     Arguments:
         clock, cpu_clock: seconds that passed, and seconds the calling thread had a core.
     """
 
     WINDOW: float = 3
-    """Steps, and seconds of steps, that are looked at together."""
+    """Steps, and seconds of steps, per window."""
     SHARE = 0.85
-    """Of the time: a thread that had a core for more is not disturbed."""
+    """Share of the time: a thread that had a core for more is not disturbed."""
     GAIN = 1.25
-    """What one thread must gain to be worth a line; another line needs this much more or less."""
+    """Smallest speedup by one thread that is worth a line; another line needs a speedup that
+    differs by this factor."""
     COST = 100
-    """Steps take this many times as long as a measurement before the next one."""
+    """Time between measurements, as a multiple of the last one's."""
 
     def __init__(
         self,
@@ -156,14 +156,15 @@ class CoreWatch:
         self._steps = -1  # the first step warms up, and may compile
 
     def begin(self) -> None:
-        """A step begins."""
+        """Note the beginning of a step."""
         self._mark = self._clock(), self._cpu_clock()
 
     def end(self, forward: Callable[[], object]) -> str:
-        """The step has ended: the line that says what would be faster and by how much; mostly "".
+        """Note the end of a step. Returns a line that says what would be faster and by how much, or
+        (mostly) "".
 
-        ``forward`` is a forward pass that leaves no trace; it is called a few times where the
-        question is up.
+        Arguments:
+            forward: a forward pass that leaves no trace; called a few times when it is to be timed.
         """
         wall, cpu = self._mark
         self._steps += 1
@@ -195,7 +196,8 @@ class CoreWatch:
 def _in_turns(
     work: Callable[[], object], threads: int, clock: Callable[[], float]
 ) -> tuple[float, float]:
-    """Median seconds of ``work`` with this many threads and with one; the number is kept."""
+    """Median seconds of ``work`` with ``threads`` threads and with one. The number of threads is
+    restored."""
     seconds: dict[int, list[float]] = {threads: [], 1: []}
     try:
         for _ in range(3):
@@ -215,7 +217,7 @@ def mfu(flops_per_token: float, tokens_per_second: float, peak: float) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors held on a GPU, or that the process held resident (CPU).
+    """Peak bytes: of tensors on a GPU, of the process's resident memory on a CPU.
 
     Linux counts ru_maxrss over an exec, so a child of a large process would report its parent's
     peak; VmHWM is the process's own.
@@ -231,8 +233,8 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Let :func:`peak_memory` count anew, from what is held now; False where the system cannot,
-    and the peak stays that of the whole process (a CPU without Linux's clear_refs)."""
+    """Restart :func:`peak_memory` from what is held now. Returns False where the system cannot (a
+    CPU without Linux's clear_refs): the peak stays that of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
