@@ -19,11 +19,12 @@ from bitnet.engine.request import SamplingFields, SamplingParams
 from bitnet.engine.sampling import next_token_probabilities
 from bitnet.engine.text import TextStream
 from bitnet.export.folder import save_model
-from bitnet.generate import encode_prompt, generate
+from bitnet.generate import encode_prompt, generate, size_for
 from bitnet.linear import pack
 from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError
 from bitnet_kernels.cpu.int_mm import int_mm_takes_any_int8
+from tests.helpers.layerwise import generate_and_compare, watched
 
 EOS = 1
 
@@ -74,26 +75,19 @@ PROMPTS = [[5], [7, 8, 9, 10, 11, 12, 13], [3, 60, 2], [20] * 12]
 # Against the model without a cache
 
 
-@torch.no_grad()
-def continue_by_hand(model: Transformer, prompt: list[int], n: int) -> list[int]:
-    """Greedy by running the whole sequence again for each token, without cache or padding."""
-    ids = list(prompt)
-    for _ in range(n):
-        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
 @pytest.mark.parametrize("linear", ["fp", "ternary"])
 @pytest.mark.parametrize("placement", ["sub_norm", "in_linear"])
 @pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[3:], PROMPTS], ids=["1", "12", "mixed"])
-def test_greedy_equals_running_the_whole_sequence(
+def test_greedy_texts_are_those_of_the_model(
     linear: Any, placement: Any, prompts: list[list[int]]
 ) -> None:
     model = small_model(linear=linear, norm_placement=placement).eval()
-    expected = [continue_by_hand(model, prompt, 20) for prompt in prompts]
-    assert len({tuple(row) for row in expected}) == len(prompts)
-    assert len(set(expected[0])) > 3  # not one token over and over
-    assert generate(model, prompts, 20) == expected
+    engine = Engine(model, **size_for(model, prompts, 20))
+    with watched(engine.decoder) as seen:
+        texts = generate_and_compare(engine, model, seen, prompts, 20)
+    assert len({tuple(text) for text in texts}) == len(prompts)
+    assert len(set(texts[0])) > 3  # not one token over and over
+    assert generate(model, prompts, 20) == texts
 
 
 def test_packed_weights_give_the_same_tokens() -> None:
@@ -198,10 +192,13 @@ def test_the_context_limit_ends_a_row_and_says_so() -> None:
 
 def test_a_real_model_fills_its_context() -> None:
     model = small_model()
-    new, _, stops = run(model, [[5] * 39, [5]], 100)
+    prompts = [[5] * 39, [5]]
+    new, _, stops = run(model, prompts, 100)
     assert [len(ids) for ids in new] == [1, 39]
     assert stops == {0: "context", 1: "context"}
-    assert new[1][:30] == continue_by_hand(model.eval(), [5], 30)
+    engine = Engine(model.eval(), **size_for(model, prompts, 100))
+    with watched(engine.decoder) as seen:
+        assert generate_and_compare(engine, model, seen, prompts, 100) == new
 
 
 def test_an_empty_prompt_is_the_start_of_a_document() -> None:

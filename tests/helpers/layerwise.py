@@ -23,11 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from bitnet.engine.cpu import CpuRunner
 from bitnet.engine.decoder import Decoder
+from bitnet.engine.engine import Engine
 from bitnet.linear import BitLinear, TernaryLinear
 from bitnet.model import MLP, Attention, Transformer, rotary, rotate
 from bitnet.quant import dequantize
@@ -49,7 +51,8 @@ class Seen(NamedTuple):
 
 @contextmanager
 def watched(decoder: Decoder) -> Iterator[dict[str, dict[Place, Seen]]]:
-    """Record what every matrix of a decoder reads and gives, by its name and the token's place.
+    """Record what every matrix of a decoder reads and gives, by its name and the token's place; for
+    a token that is copied to another row, there too.
 
     The decoder must not have run a step yet, as it records its calls once.
     """
@@ -82,18 +85,72 @@ def watched(decoder: Decoder) -> Iterator[dict[str, dict[Place, Seen]]]:
 
         def record() -> None:
             for place, x, result in zip(where(), read, out, strict=True):
-                assert place not in seen[name], "a token computed twice"
                 seen[name][place] = Seen(x.clone(), result.clone())
 
         calls.add(read.copy_, y)
         product(calls, matrix, y, out)
         calls.add(record)
 
-    runner._step, runner._chunk, runner._product = watched_step, watched_chunk, watched_product
-    try:
+    set_length, copy_prefix = decoder.set_length, decoder.copy_prefix
+
+    def forgetting(row: int, n: int) -> None:
+        set_length(row, n)
+        for places in seen.values():
+            for place in [place for place in places if place[0] == row and place[1] >= n]:
+                del places[place]
+
+    def copying(source: int, target: int, n: int) -> None:
+        forgetting(target, 0)
+        copy_prefix(source, target, n)
+        for places in seen.values():
+            for at in range(n):
+                if (source, at) in places:  # the head's, only of the last of a chunk
+                    places[target, at] = places[source, at]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_step", watched_step)
+        patch.setattr(runner, "_chunk", watched_chunk)
+        patch.setattr(runner, "_product", watched_product)
+        patch.setattr(decoder, "set_length", forgetting)
+        patch.setattr(decoder, "copy_prefix", copying)
         yield seen
-    finally:
-        runner._step, runner._chunk, runner._product = step, chunk, product
+
+
+def generate_and_compare(
+    engine: Engine,
+    model: Transformer,
+    seen: dict[str, dict[Place, Seen]],
+    prompts: list[list[int]],
+    n: int,
+) -> list[list[int]]:
+    """Greedy texts of an engine whose decoder is :func:`watched`, each compared with the model when
+    it ends: layer by layer, and its tokens with the largest logits."""
+    texts: list[list[int]] = [[] for _ in prompts]
+    compared = set()
+
+    def check(index: int, reason: str) -> None:
+        compare_text(engine, model, seen, prompts[index], texts[index])
+        compared.add(index)
+
+    found = engine.generate(prompts, n, on_token=lambda i, t: texts[i].append(t), on_stop=check)
+    assert found == texts
+    assert len(compared) == len(prompts)
+    return texts
+
+
+def compare_text(
+    engine: Engine,
+    model: Transformer,
+    seen: dict[str, dict[Place, Seen]],
+    prompt: list[int],
+    tokens: list[int],
+) -> None:
+    """Compare the row that holds a greedy text, and the text with the row's largest logits."""
+    ids = prompt + tokens[:-1]  # the last is not fed
+    row = engine._held.index(ids)
+    compare(model, seen, row, torch.tensor(ids))
+    for at, token in enumerate(tokens, len(prompt) - 1):
+        assert int(seen["lm_head"][row, at].gave.argmax()) == token
 
 
 def compare(model: Transformer, seen: dict[str, dict[Place, Seen]], row: int, ids: Tensor) -> None:
