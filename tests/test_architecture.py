@@ -27,6 +27,9 @@ from tests.helpers.source_trees import (
 
 ABOVE = ("bitnet", "bitnet.__main__", "bitnet.cli", "train")
 """What no module of the library may import: `bitnet` itself gathers the public names."""
+SHARED_BY_COMMANDS = {f"bitnet.cli.{name}" for name in ("shell", "lazy", "common", "bench_common")}
+"""What commands and train.py may import of the command line: no command imports another, so that
+each loads only what it needs (bitnet/cli/lazy.py)."""
 ARROWS = {
     "bitnet.schema": set[str](),
     "bitnet.quant": {"bitnet_kernels"},
@@ -88,6 +91,10 @@ def test_arrows_of_all(module: str) -> None:
         assert "bitnet.model" not in names
     if module.startswith("bitnet.cli"):
         assert "train" not in names
+        commands = {name for name in names if name.startswith("bitnet.cli.")} - SHARED_BY_COMMANDS
+        assert not commands, f"{module} imports {commands}"
+    if module == "train":
+        assert not {name for name in names if name.startswith("bitnet.cli.")} - SHARED_BY_COMMANDS
     elif module not in ("train", "bitnet.__main__"):
         above = {name for name in names if name in ABOVE or name.startswith("bitnet.cli.")}
         assert not above, f"{module} imports {above}"
