@@ -1,11 +1,11 @@
-"""What a generated token costs: operations by dtype, bytes moved, and energy from published tables.
+"""Cost of a generated token: operations by dtype, bytes moved, and energy by published tables.
 
     fp16 = token_cost(model, context=1024, ternary=False)
     w158 = token_cost(model, context=1024, ternary=True)
     arithmetic(fp16, NODES["7 nm"]) / arithmetic(w158, NODES["7 nm"])
 
 One token is decoded alone (batch 1) with ``context`` positions in view, its own included. The
-ternary model differs from the 16-bit one in its layers' matrices only. A weight of theirs costs
+ternary model differs from the 16-bit one only in its layers' matrices. Each of their weights costs
 
     FP16      one fp16 multiplication and one addition
     W1.58A8   one int8 addition where the code is +1 or -1, nothing where it is 0
@@ -14,17 +14,17 @@ plus, for W1.58A8, finding the activations' scale and applying both scales. All 
 the cache, head, norms, softmax, rotary positions, residual stream) is the same in both. A
 comparison counts as an addition; roots, exponentials and divisions are left out.
 
-How an adder is priced decides much of the result, so both ways are here. *narrow*: by its inputs
+The result depends on how an addition is priced, so both ways are here. *narrow*: by its inputs
 (an int8 add costs 0.007 pJ at 7 nm), as BitNet b1.58 (arXiv 2402.17764) counts; a lower bound. Its
-"71.4 times less" for the layers' matrices is, to the digit, this quotient of three constants:
+"71.4 times less" for the layers' matrices is exactly this ratio of three constants:
 (fp16 mul 0.34 + fp16 add 0.16) / int8 add 0.007. No zero is skipped in it, nothing is accumulated
 in more than 8 bits, no scale is applied, and nothing is read from memory. *wide*: by the
 accumulator that kernels have (fp16 products into fp32, int8 values into int32); an upper bound for
 the ternary sum, whose adders may grow with their depth.
 
-The memory costs more than any arithmetic: at batch 1 each weight is fetched for one use, and
+Memory costs more than any arithmetic: at batch 1 each weight is fetched for one use, and
 fetching 16 bits from DRAM costs hundreds of times what one multiply-add with them does. The saving
-at batch 1 is therefore about the quotient of the bytes. Batching divides the fetches of weights by
+at batch 1 is therefore about the ratio of the bytes. Batching divides the fetches of weights by
 the batch, in both models; nothing here models that, nor SRAM, wires, instructions, leakage or idle
 hardware, which on real machines outweigh the arithmetic.
 
@@ -70,9 +70,9 @@ NODES: dict[str, dict[Operation, float]] = {
         "fp32_mul": 1.31,
     },
 }
-"""pJ an operation."""
+"""pJ per operation."""
 DRAM = 1300 / 8
-"""pJ a byte."""
+"""pJ per byte."""
 EXPECTED_ZEROS = 0.315
 """Share of zeros under absmean: 31% of Gaussian weights, 31 to 34% of trained ones."""
 _WIDE: dict[Operation, Operation] = {"int8_add": "int32_add", "fp16_add": "fp32_add"}
@@ -85,7 +85,7 @@ class Part:
     name: str
     operations: Mapping[Operation, int]
     skipped: int = 0
-    """Additions that a code of 0 spares."""
+    """Additions that codes of 0 save."""
 
     def count(self, kind: Literal["mul", "add"]) -> int:
         """Multiplications or additions, of any dtype."""
@@ -94,11 +94,11 @@ class Part:
 
 @dataclass(frozen=True)
 class TokenCost:
-    """What one generated token costs."""
+    """Cost of one generated token."""
 
     parts: tuple[Part, ...]
     traffic: Mapping[str, int]
-    """Bytes to and from memory, by what they are; activations stay on the chip."""
+    """Bytes to and from memory, by kind; activations stay on the chip."""
 
     def part(self, name: str) -> Part:
         """The part of that name."""
@@ -172,7 +172,7 @@ def _scales(model: ModelConfig) -> dict[Operation, int]:
 
 def _rest(model: ModelConfig, scores: int) -> dict[Operation, int]:
     heads = model.n_heads + model.n_kv_heads
-    normed = model.num_parameters()["norms"]  # a weight an element, but in qk_norm, one for all
+    normed = model.num_parameters()["norms"]  # a weight per element; qk_norm has one for all heads
     if model.qk_norm:
         normed += model.n_layers * (heads - 2) * model.head_dim
     rotated = model.n_layers * heads * model.head_dim
@@ -186,7 +186,7 @@ def _rest(model: ModelConfig, scores: int) -> dict[Operation, int]:
 
 
 def packed_matrix_bytes(model: ModelConfig) -> int:
-    """Bytes of the layers' matrices at 2 bits a weight, with their fp32 scales, in memory."""
+    """Bytes of the layers' matrices at 2 bits per weight, with their fp32 scales, in memory."""
     codes = scales = 0
     for n, k in model.matrices().values():
         codes += n * packed_columns(k)
@@ -217,8 +217,8 @@ def memory(cost: TokenCost) -> float:
 
 
 def zero_share(model: nn.Module) -> float | None:
-    """Share of zero codes over a model's ternary linear layers, trained or packed; None: it has
-    none."""
+    """Share of zero codes in a model's ternary linear layers, trained or packed; None if it has no
+    such layer."""
     zeros = weights = 0
     for module in model.modules():
         if (codes := _ternary_codes(module)) is not None:

@@ -1,8 +1,8 @@
-"""Progress of what may take minutes, on stderr: bars on a terminal, elsewhere a line now and then.
+"""Progress of long work, on stderr: bars on a terminal, lines from time to time elsewhere.
 
-A log or a pipe gets one line per task every :data:`EVERY` seconds, counted from the task's begin or
-its last reset. A background thread writes the lines, so the loops that work contain no timing. A
-task that ends sooner writes nothing.
+A log or a pipe gets one line per task every :data:`EVERY` seconds, counted from the task's start or
+last reset. A background thread writes the lines, so the loops that work contain no timing. A task
+that ends sooner writes nothing.
 """
 
 import sys
@@ -28,7 +28,7 @@ EVERY = 15.0
 
 
 def plain_console(**options: Any) -> Console:
-    """A console that prints names as they are: brackets are no markup, ``:smile:`` is no emoji.
+    """A console that prints names as they are, without markup and emoji codes.
 
     Arguments:
         options: as rich's.
@@ -37,7 +37,7 @@ def plain_console(**options: Any) -> Console:
 
 
 class Reports(Progress):
-    """rich's ``Progress`` that is not mute where there is no terminal.
+    """rich's ``Progress``, which also reports where there is no terminal.
 
     Arguments:
         columns, options: as rich's. console: default stderr, and the bars go in the end.
@@ -55,12 +55,12 @@ class Reports(Progress):
 
     @classmethod
     def get_default_columns(cls) -> tuple[ProgressColumn, ...]:
-        """rich's, but that a description, which may hold a folder's name, is no markup."""
+        """rich's columns; a description may hold a folder's name, so it is not markup."""
         text = TextColumn("{task.description}", markup=False)
         return (text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
 
     def start(self) -> None:
-        """Begin to show; called by ``with``."""
+        """Start the display; called by ``with``."""
         super().start()
         if not self.console.is_terminal and self._reporter is None:
             self._ended.clear()
@@ -68,7 +68,7 @@ class Reports(Progress):
             self._reporter.start()
 
     def stop(self) -> None:
-        """End it; called by ``with``."""
+        """Stop the display; called by ``with``."""
         self._ended.set()
         if self._reporter is not None:
             self._reporter.join()
@@ -87,7 +87,7 @@ class Reports(Progress):
 
 @contextmanager
 def reporting(what: str) -> Iterator[None]:
-    """Report one task of unknown length while the block runs."""
+    """Report one task of unknown length while a block runs."""
     with Reports() as bars:
         bars.add_task(what, total=None)
         yield

@@ -31,7 +31,7 @@ _TAKEN = {"vocab_size": "tokenizer", "max_seq_len": "data.seq_len"}
 
 def model_bytes(model: ModelConfig) -> dict[str, int]:
     """Bytes of a model's weights in memory: ``fp32``, ``bf16``, and for a ternary model ``packed``:
-    2 bits a weight of the layers' matrices and their fp32 scales, fp32 for all else."""
+    2 bits per weight of the layers' matrices, their fp32 scales, and fp32 for all else."""
     count = model.num_parameters()
     sizes = {"fp32": 4 * count["total"], "bf16": 2 * count["total"]}
     if model.linear == "ternary":
@@ -41,7 +41,7 @@ def model_bytes(model: ModelConfig) -> dict[str, int]:
 
 
 def human(number: float, unit: str = "") -> str:
-    """A number a person reads: 15_700_000 -> "15.7M"; with unit "B", "15.7 MB" (powers of 1000)."""
+    """A number in short form: 15_700_000 -> "15.7M"; with unit "B", "15.7 MB" (powers of 1000)."""
     large = (("E", 1e18), ("P", 1e15), ("T", 1e12))
     for prefix, size in (*large, ("G" if unit else "B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= size:
@@ -50,7 +50,7 @@ def human(number: float, unit: str = "") -> str:
 
 
 def one_line(config: Config) -> str:
-    """A resolved config in a line, for the head of a run."""
+    """A resolved config in one line, for the head of a run."""
     model, train = config.model, config.train
     total = model.num_parameters()["total"]
     arithmetic = str(config.quant) if config.quant.enabled else model.linear
@@ -63,7 +63,7 @@ def one_line(config: Config) -> str:
 
 
 def quantization_lines(config: Config) -> list[str]:
-    """What a run (of a resolved config) does beside training: [qat], [adapter], [distill]."""
+    """What a run does besides training, from its resolved config: [qat], [adapter], [distill]."""
     quant, qat, lines = config.quant, config.qat, list[str]()
     if quant.enabled:
         ramps = [f"{name} over {share:.0%}" for name, share in _warmups(config) if share]
@@ -87,7 +87,7 @@ def _warmups(config: Config) -> tuple[tuple[str, float], tuple[str, float]]:
 
 
 def tables(asked: Config) -> list[Table]:
-    """What ``bitnet inspect`` prints for a config as it was asked for (not resolved)."""
+    """The tables of ``bitnet inspect`` for a config as it was given (not resolved)."""
     config = asked.resolve()
     found = [_settings(asked, config), _shapes(config), _costs(config)]
     if config.quant.enabled and not config.quant.quantizer.ternary:
@@ -135,24 +135,24 @@ def _costs(config: Config) -> Table:
     table = Table("what", "value", title="Costs")
     for kind, n in count.items():
         table.add_row(f"parameters: {kind}", f"{n:,}")
-    table.add_row(f"training FLOPs a token, context {seq_len}", human(flops, "FLOP"))
+    table.add_row(f"training FLOPs per token, context {seq_len}", human(flops, "FLOP"))
     table.add_row("training FLOPs, whole run", human(flops * config.train.tokens, "FLOP"))
-    table.add_row("inference FLOPs a token", human(flops / 3, "FLOP"))
+    table.add_row("inference FLOPs per token", human(flops / 3, "FLOP"))
     for kind, n_bytes in model_bytes(model).items():
         table.add_row(f"weights in {kind}", human(n_bytes, "B"))
     # fp32 weights and gradients, and two fp32 moments of AdamW (one of Muon's) for each
     table.add_row("weights, gradients, AdamW state", human(16 * count["total"], "B"))
     cache = 2 * 2 * model.n_layers * model.n_kv_heads * model.head_dim
-    table.add_row("KV cache a token in bf16", human(cache, "B"))
+    table.add_row("KV cache per token in bf16", human(cache, "B"))
     return table
 
 
 def energy_tables(model: ModelConfig, context: int, zeros: float | None = None) -> list[Table]:
-    """What a generated token costs, the 16-bit model beside W1.58A8 (bitnet/energy.py).
+    """The cost of a generated token: the 16-bit model beside W1.58A8 (bitnet/energy.py).
 
     Arguments:
         model: resolved. context: positions in view. zeros: share of zero codes, as counted; None:
-            the share to expect.
+            the expected share.
     """
     return [_operations(model, context, zeros), _energy(model, context, zeros)]
 
@@ -165,9 +165,9 @@ def _operations(model: ModelConfig, context: int, zeros: float | None) -> Table:
     source = "expected" if zeros is None else "counted from the codes"
     table = Table(
         *("part", "FP16: multiply", "add", "W1.58A8: multiply", "add", "skipped"),
-        title=f"Operations a generated token, batch 1, context {context:,}",
-        caption=f"skipped: additions that a code of 0 spares; {_share(zeros):.1%} of the codes "
-        f"({source}). Attention, head and what follows are the same in both.",
+        title=f"Operations per generated token, batch 1, context {context:,}",
+        caption=f"skipped: additions that codes of 0 save; {_share(zeros):.1%} of the codes "
+        f"({source}). Attention, head and the parts below are the same in both.",
     )
     fp16 = token_cost(model, context, ternary=False)
     ternary = token_cost(model, context, ternary=True, zeros=_share(zeros))
@@ -189,15 +189,15 @@ def _counts(part: Part) -> tuple[str, str]:
 
 def _energy(model: ModelConfig, context: int, zeros: float | None) -> Table:
     table = Table(
-        *("energy a generated token", "FP16", "W1.58A8", "ratio"),
+        *("energy per generated token", "FP16", "W1.58A8", "ratio"),
         title=f"Energy by published constants, batch 1, context {context:,}",
-        caption="Estimates from prices of single operators, no measurement: 45 nm from Horowitz "
-        "(ISSCC 2014), 7 nm from arXiv 2112.00133; adders as wide as the accumulator (fp32, "
-        "int32); DRAM 1.3 nJ per 64 bits at both, several times that of HBM; SRAM, wires and idle "
-        "hardware left out. 'as published' counts the layers' matrices alone, one INT8 addition a "
-        "weight, no zero skipped, no accumulator, no scale and no memory traffic: the 71.4 times "
-        "of arXiv 2402.17764 is its ratio at 7 nm and no saving of a machine. At batch 1 the "
-        "saving is about the quotient of the bytes.",
+        caption="Estimates from the energy of single operators, not measurements: 45 nm by "
+        "Horowitz (ISSCC 2014), 7 nm from arXiv 2112.00133; adders as wide as the accumulator "
+        "(fp32, int32); DRAM 1.3 nJ per 64 bits at both, several times that of HBM; SRAM, wires "
+        "and idle hardware left out. 'as published' counts the layers' matrices alone, one INT8 "
+        "addition per weight, no zero skipped, no accumulator, no scale and no memory traffic: "
+        "the 71.4 times of arXiv 2402.17764 is its ratio at 7 nm, not the saving of a machine. At "
+        "batch 1 the saving is about the ratio of the bytes.",
     )
     fp16 = token_cost(model, context, ternary=False)
     ternary = token_cost(model, context, ternary=True, zeros=_share(zeros))

@@ -1,18 +1,18 @@
-"""How fast a packed model generates: against its full-precision twin, and transformers.
+"""Speed of generation: packed models against their full-precision baseline and transformers.
 
     bitnet bench decode --size 110m --batch 1
 
-Every contender (bitnet/bench/decode_worker.py) lives in a process of its own
-(bitnet/bench/worker.py). All of one model are alive together and generate in turn from the same
-random prompts, in one order and then in the other: a machine that slows down slows neighbours
-alike, so the ratios *within* a round hold where times alone would not.
+Every contender (bitnet/bench/decode_worker.py) runs in its own process (bitnet/bench/worker.py).
+All contenders of a model are alive together and take turns generating from the same random prompts,
+in one order and then in the other: a machine that slows down slows neighbours alike, so the ratios
+*within* a round are reliable where times alone are not.
 
-A turn is a whole generation, timed where the tokens arrive, as a user would. Time to first token is
-the prompt's; decoding is all that comes after it, the cost of its attention growing on the way.
-Greedy, no end token, so that every turn does the same work.
+A turn is a whole generation, timed as a user would, when the tokens arrive. The time to the first
+token is spent on the prompt; decoding is everything after it, while attention grows with the
+context. It is greedy and has no end token, so that every turn does the same work.
 
-A file has one row a contender and case, written when the case is done. Rows that the same sources
-and versions have measured are not measured again, so an interrupted run goes on where it was.
+A file has one row per contender and case, written when the case is done. Rows of the same sources
+and versions are not measured again, so an interrupted run continues where it stopped.
 """
 
 import json
@@ -73,15 +73,15 @@ SIZES: dict[str, dict[str, Any]] = {
 """Shapes: those of configs/, of BERT-base, of BitNet 2B4T (arXiv 2504.12285) and of Llama 3 8B
 (arXiv 2407.21783); all with BitNet's norms and activation."""
 ENERGY_SECONDS = 2.0
-"""Of decoding, over which the joules of a token are counted."""
+"""Seconds of decoding over which the joules per token are measured."""
 _PROCESS = {"cpu": 2**29, "cuda": 3 * 2**29}
-"""Bytes that a process takes beside its model: libraries, workspaces, a GPU's context. transformers
-and its compiler take as much again on a CPU."""
+"""Bytes of a process besides its model: libraries, workspaces, a GPU's context. On a CPU
+transformers and its compiler take twice as much."""
 
 
 def usual(device: torch.device) -> tuple[str, ...]:
-    """Contenders that take part unless others are named, those that cannot included. fp32 is no
-    contender on a GPU; transformers' static cache is for what it compiles there."""
+    """The default contenders, including those that cannot run here. On a GPU there is none in fp32;
+    on a CPU none with transformers' static cache, which serves compiled code on a GPU."""
     out = "fp32" if device.type == "cuda" else STATIC
     return tuple(name for name in CONTENDERS if not name.endswith(out))
 
@@ -107,7 +107,7 @@ def refusals(names: Sequence[str], device: torch.device, config: ModelConfig) ->
 
 
 def held_bytes(job: Job, config: ModelConfig, cases: Sequence[Case]) -> int:
-    """About what a contender holds at its largest case, in bytes."""
+    """Estimate the bytes that a contender holds in its largest case."""
     sizes, width = config.num_parameters(), job.dtype.itemsize
     each: float = width
     if job.family == "ours":
@@ -125,7 +125,7 @@ def held_bytes(job: Job, config: ModelConfig, cases: Sequence[Case]) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Of the device now; None where the system does not say."""
+    """Free bytes of the device now; None if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -137,8 +137,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def fitting(jobs: Sequence[Job], sizes: Sequence[int], free: int | None) -> list[Job]:
-    """Those, by importance, that fit into memory together; making a model takes it twice, one at a
-    time."""
+    """The jobs that fit into memory together, the most important first. While a model is made it
+    takes its size twice; they are made one at a time."""
     kept: list[Job] = []
     total = largest = 0
     for job, size in sorted(
@@ -151,7 +151,7 @@ def fitting(jobs: Sequence[Job], sizes: Sequence[int], free: int | None) -> list
 
 
 class Race:
-    """The processes of one model, alive until the end of the ``with`` block."""
+    """The processes of one model's contenders, alive until the end of the ``with`` block."""
 
     def __init__(self, jobs: Sequence[Job], tick: Callable[[str], None]) -> None:
         self._jobs, self._tick = jobs, tick
@@ -175,10 +175,10 @@ class Race:
         self._stack.close()
 
     def run(self, case: Case, rounds: int) -> dict[str, Outcome]:
-        """A case: every contender made ready, then ``rounds`` rounds.
+        """Measure a case: prepare every contender, then run ``rounds`` rounds.
 
         Raises:
-            WorkerDied: names the contender.
+            WorkerDied: a contender ended; the message names it.
             Inexact: two kernels of ours chose different tokens.
         """
         memory = {}
@@ -202,7 +202,7 @@ class Race:
 
 
 class Inexact(RuntimeError):
-    """Kernels that compute the same integers gave different tokens."""
+    """Raised when kernels that compute the same integers gave different tokens."""
 
 
 def _check_tokens(turns: Mapping[str, Turn]) -> None:

@@ -1,18 +1,18 @@
-"""``bitnet bench decode --profile``: where one decoding step of one contender spends its time.
+"""``bitnet bench decode --profile``: where the time of a decoding step goes.
 
-torch's profiler records the operations of a few steps (on a CPU) or the kernels (on a GPU, where a
-step of ours is a CUDA graph). Each gets its *own* time, without that of what it calls. Where the
-shapes tell how many bytes an operation reads and writes, the least time that the memory allows
-stands beside it: its roofline. What is not in any operation is Python, dispatch and launches.
+torch's profiler records the operations of a few steps (on a CPU) or the kernels (on a GPU, where
+our step is a CUDA graph). Each has its *own* time, without that of what it calls. Where the shapes
+tell how many bytes an operation reads and writes, the table shows its roofline: the least time that
+the memory allows. Time outside all operations is Python, dispatch and launches.
 
-Bytes are those of an operation's tensor arguments, the output where it is one (``out=``); memory
-that is merely looked at anew (views) moves nothing, and what only indexes into a tensor is left
-out, as is what the trace does not say (lists of tensors, kernels in a graph). On a CPU a model that
-fits into the cache may be read faster than memory allows, and the memory of a busy machine looks
-slower than it is: shares above 100% are marked with ~.
+Bytes are those of an operation's tensor arguments, with the output if it is one (``out=``). Views
+move nothing. Operations that only index into a tensor are left out, and so are those of which the
+trace does not tell the bytes (lists of tensors, kernels in a graph). On a CPU a model that fits
+into the cache may be read faster than memory allows, and on a busy machine memory looks slower than
+it is: shares above 100% are marked with ~.
 
-The profiler itself costs time, most of all where operations are short: the step's time is therefore
-also measured without it, and that is the one to compare. A line warns where the two are far apart.
+The profiler itself takes time, most of all where operations are short. The step is therefore also
+timed without it; compare by that time. A line warns if the two differ much.
 """
 
 import json
@@ -49,7 +49,7 @@ from bitnet_kernels.bench.machine import Machine
 WARMUP, TIMED, PROFILED = 3, 20, 8
 """Steps."""
 DISTORTED = 1.5
-"""A profiled step that takes so many times as long as a real one says little of it."""
+"""Ratio of a profiled step's time to a real one's above which the profile is misleading."""
 REST = "(between operations)"
 _VIEWS = {
     *("view", "as_strided", "t", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze"),
@@ -58,7 +58,7 @@ _VIEWS = {
     *("lift_fresh", "view_as", "expand_as", "numpy_T", "item", "_local_scalar_dense", "set_"),
 }
 _INDEXING = {"embedding", "index", "index_select", "gather", "index_put_", "_index_put_impl_"}
-"""They touch a part of their arguments."""
+"""Operations that touch only a part of their arguments."""
 _PRODUCTS = {"mm": (0, 1), "_int_mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
 """Matrix products, and which arguments are the factors."""
 _BYTES = {"double": 8, "long": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2}
@@ -71,7 +71,7 @@ class Operation:
 
     name: str
     count: float
-    """Calls a step."""
+    """Calls per step."""
     us: float
     share: float
     """Of the profiled step."""
@@ -86,7 +86,7 @@ class Operation:
 
 
 def own_work(event: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Bytes and FLOPs of an event of the trace by its arguments; None where they do not say."""
+    """Bytes and FLOPs of an event, from its arguments; None if they do not tell."""
     name = str(event["name"]).removeprefix("aten::")
     arguments = event.get("args", {})
     shapes = arguments.get("Input Dims", [])
@@ -107,12 +107,12 @@ def own_work(event: Mapping[str, Any]) -> tuple[int | None, int | None]:
 def operations(
     events: Iterable[Mapping[str, Any]], steps: int, span_us: float, bandwidth: float, cuda: bool
 ) -> list[Operation]:
-    """What a trace comes to, the longest first.
+    """The operations of a trace, the longest first.
 
     Arguments:
         events: ``traceEvents`` of torch's Chrome trace (ts and dur in microseconds).
         steps, span_us: how many steps it covers, and how long all of them took.
-        bandwidth: bytes a second. cuda: count kernels instead of operations.
+        bandwidth: bytes per second. cuda: count kernels instead of operations.
     """
     kinds = ("kernel", "gpu_memcpy", "gpu_memset") if cuda else ("cpu_op",)
     mine = [event for event in events if event.get("ph") == "X" and event.get("cat") in kinds]
@@ -196,7 +196,7 @@ class Profile:
     profiled_us: float
     """With it, mean."""
     step_bytes: int
-    """Matrices, head, and the keys and values of what came before: what a step has to read."""
+    """Bytes that a step must read: matrices, head, and the cached keys and values."""
     bandwidth: float
     bandwidth_source: str
 
@@ -234,7 +234,7 @@ class Profile:
         )
 
     def warning(self) -> str:
-        """That the table is not the step's, where the profiler took much of the time; else ""."""
+        """A warning if the profiler took much of the time, so that the table misleads; else ""."""
         times = self.profiled_us / self.step_us
         if times <= DISTORTED:
             return ""
@@ -245,7 +245,7 @@ class Profile:
 
 
 def memory_bandwidth(here: Machine) -> tuple[float, str]:
-    """Bytes a second and where the number comes from: a GPU's bus and clock, or *measured*, the
+    """Bytes per second and where the number comes from: a GPU's bus and clock, or *measured*, the
     fastest of five sums over 256 MiB."""
     if here.bandwidth is not None:
         return here.bandwidth, "its bus at its highest clock"
@@ -259,7 +259,7 @@ def memory_bandwidth(here: Machine) -> tuple[float, str]:
 
 
 def make_step(job: Job, case: Case) -> tuple[Callable[[], object], Mapping[str, int]]:
-    """A contender after its prompt: a function that decodes one more token a row, and the bytes of
+    """A contender after its prompt: a function that decodes one token per row, and the bytes of
     its ``weights``, ``head`` and ``embedding``.
 
     Raises:
@@ -293,7 +293,7 @@ def make_step(job: Job, case: Case) -> tuple[Callable[[], object], Mapping[str, 
 
 
 def step_bytes(memory: Mapping[str, int], config: ModelConfig, job: Job, case: Case) -> int:
-    """Bytes that a step at the prompt's end has to read; a tied head is the embedding."""
+    """Bytes that the first step after the prompt must read; a tied head is the embedding."""
     cached = 2 * config.n_layers * config.n_kv_heads * config.head_dim * job.dtype.itemsize
     head = memory["head"] or memory["embedding"]
     return memory["weights"] + head + case.batch * case.prompt * cached
@@ -343,7 +343,7 @@ def measure(job: Job, case: Case, here: Machine) -> Profile:
 
 COMMON = ("device", "threads", "torch", "triton", "transformers", "commit", "date", "command")
 SUBJECT = ("device", "threads", "model", "contender", "batch", "prompt")
-"""What a profile is about; a file has one profile for each."""
+"""What a profile describes; a file has one profile for each."""
 COLUMNS = (
     *("device", "threads", "model", "contender", "batch", "prompt", "step_us", "step_bytes"),
     *("bandwidth", "bandwidth_source"),
@@ -360,8 +360,8 @@ def write_profile(
     profile: Profile,
     common: Mapping[str, Any],
 ) -> None:
-    """Put a profile into a CSV file, an operation a row, in place of an earlier one of the same
-    contender and case. UserError where the file is something else."""
+    """Write a profile into a CSV file, one row per operation, replacing an earlier one of the same
+    contender and case. Raises UserError if the file is something else."""
     head = {column: common[column] for column in COMMON} | {
         "model": subject.name,
         "contender": job.contender,

@@ -1,4 +1,4 @@
-"""One contender of ``bitnet bench decode``: a model, and a process that generates when told to.
+"""One contender of ``bitnet bench decode``: a model, and a process that generates on request.
 
     ours-auto, ours-dot, ours-addsub     packed ternary layers in bitnet's Engine, by kernel
     ours-bf16-head                       the same on a CPU, with the head in bf16
@@ -51,12 +51,12 @@ CONTENDERS = (
     "twin-fp32",
     "transformers-fp32",
 )
-"""By importance: where memory is short, the last are left out."""
+"""The most important first: where memory is short, the last are left out."""
 STATIC = "-static"
 
 
 class Case(NamedTuple):
-    """What is generated: ``batch`` prompts of ``prompt`` random tokens, each continued greedily by
+    """Work to time: ``batch`` prompts of ``prompt`` random tokens, each continued greedily by
     ``new`` tokens, two or more."""
 
     batch: int
@@ -66,13 +66,13 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What a process is: a contender over a model."""
+    """A contender with a model: what a process runs."""
 
     contender: str
     config: dict[str, Any]
-    """Of the ternary model, resolved: :class:`bitnet.model.ModelConfig`'s fields."""
+    """Fields of the ternary model's resolved :class:`bitnet.model.ModelConfig`."""
     folder: str
-    """The model's, or "" for random weights of this config."""
+    """Of the trained model; "": random weights."""
     seed: int
     device: str
     threads: int
@@ -85,24 +85,24 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of embedding, head, norms and activations (and of all that is not ternary)."""
+        """Dtype of embedding, head, norms and activations (and of all that is not ternary)."""
         if self.family == "ours":
             return torch.bfloat16 if self.device.startswith("cuda") else torch.float32
         return torch.bfloat16 if "-bf16" in self.contender else torch.float32
 
     @property
     def kernel(self) -> Kernel:
-        """Of packed layers; an int8 product on a CPU, whatever its name."""
+        """Kernel of packed layers; on a CPU every name means the int8 product."""
         kernels: dict[str, Kernel] = {"ours-dot": "dot", "ours-addsub": "addsub"}
         return kernels.get(self.contender, "auto")
 
     @property
     def head(self) -> HeadDtype:
-        """Of our engine: a CPU keeps the model's dtype unless it is told otherwise."""
+        """The head's dtype in our engine; on a CPU "auto" keeps the model's."""
         return "bf16" if self.contender == BF16_HEAD else "auto"
 
     def model(self, max_seq_len: int) -> Transformer:
-        """The model that is generated from; transformers' is made from it."""
+        """Build the model to generate from; that of transformers is made from it."""
         config = dataclasses.replace(ModelConfig(**self.config), max_seq_len=max_seq_len)
         if self.family == "twin":
             config = dataclasses.replace(config, linear="fp")
@@ -113,7 +113,7 @@ class Job:
 
 
 def packed_model(folder: str, device: torch.device, kernel: Kernel) -> Transformer:
-    """Load a folder's ternary model and pack it. Raises UserError where a layer is not ternary."""
+    """Load a folder's ternary model and pack it. Raises UserError if a layer is not ternary."""
     model = load_model(folder, device, kernel)
     names = model.config.matrices()
     for name, module in model.layers.named_modules():
@@ -125,10 +125,10 @@ def packed_model(folder: str, device: torch.device, kernel: Kernel) -> Transform
 def random_model(
     config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype, kernel: Kernel
 ) -> Transformer:
-    """A model of random weights in the form that generation reads; of a config with separate norms.
+    """A packed model with random weights; of a config with separate norms.
 
-    Ternary codes are -1, 0 and +1 alike often, with a scale that keeps the variance of what goes
-    in; other matrices are normal with the initial deviation of training, norms are 1.
+    Ternary codes are -1, 0 and +1 with equal probability, with a scale that keeps the variance of
+    the inputs; other matrices are normal with the initial deviation of training, norms are 1.
     """
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -162,7 +162,7 @@ def random_model(
 
 
 def unfit_for_transformers(config: ModelConfig) -> str:
-    """Why transformers' BitNet class cannot hold such a model; "" where it can."""
+    """Why transformers' BitNet class cannot hold such a model; "" if it can."""
     wanted = {"norm_placement": "sub_norm", "granularity": "tensor", "qk_norm": False}
     for key, value in wanted.items():
         if (found := getattr(config, key)) != value:
@@ -223,24 +223,24 @@ class Turn(NamedTuple):
     rest_s: float
     """Seconds from there to the last token: batch * (new - 1) tokens."""
     rest_joules: float | None
-    """Of the whole board, over the same time; None where nothing measures it."""
+    """Energy of the whole board over the same time; None if it cannot be measured."""
     tokens: list[list[int]]
 
 
 class Clock:
-    """Reads time and the board's energy counter as tokens come."""
+    """Reads time and the board's energy counter when tokens arrive."""
 
     def __init__(self, meter: Meter | None) -> None:
         self._meter, self.start = meter, time.perf_counter()
         self.first = self.last = (0.0, 0.0)
 
     def read(self) -> tuple[float, float]:
-        """Seconds, joules."""
+        """Seconds and joules now."""
         joules = self._meter.millijoules() / 1e3 if self._meter else 0.0
         return time.perf_counter(), joules
 
     def turn(self, tokens: list[list[int]]) -> Turn:
-        """What it comes to."""
+        """The measured turn."""
         joules = self.last[1] - self.first[1] if self._meter else None
         return Turn(self.first[0] - self.start, self.last[0] - self.first[0], joules, tokens)
 
@@ -253,13 +253,12 @@ class Runner(Protocol):
         ...
 
     def memory(self) -> dict[str, int]:
-        """Bytes held in ``weights``, ``head``, ``embedding``, ``cache``; 0 where there are none
-        between two generations."""
+        """Bytes held between generations in ``weights``, ``head``, ``embedding``, ``cache``."""
         ...
 
 
 class EngineRunner:
-    """Our engine; its cache is sized to the case."""
+    """Our engine, with a cache as large as the case needs."""
 
     def __init__(self, job: Job, case: Case, meter: Meter | None) -> None:
         model = job.model(case.prompt + case.new)
@@ -273,7 +272,7 @@ class EngineRunner:
         self._meter = meter
 
     def generate(self, prompts: list[list[int]], new: int) -> Turn:
-        """Through ``Engine.generate``; a row's tokens are stamped as the engine hands them out."""
+        """As the protocol; tokens are timed when the engine passes them to ``on_token``."""
         clock, count = Clock(self._meter), 0
 
         def on_token(row: int, token: int) -> None:
@@ -287,13 +286,13 @@ class EngineRunner:
         return clock.turn(self.engine.generate(prompts, new, on_token=on_token))
 
     def memory(self) -> dict[str, int]:
-        """As the decoder counts it."""
+        """As the protocol; counted by the decoder."""
         return self.engine.decoder.memory()
 
 
 class TransformersRunner:
-    """transformers' ``generate``: greedy, no end token; a cache that grows unless asked for the
-    static one, SDPA attention. What it compiles by itself is compiled before anything is timed."""
+    """transformers' ``generate``: greedy, no end token, SDPA attention, with a growing or a static
+    cache. It compiles what it wants to before anything is timed."""
 
     def __init__(self, job: Job, case: Case, meter: Meter | None) -> None:
         from transformers import GenerationConfig
@@ -308,7 +307,7 @@ class TransformersRunner:
         self._meter = meter
 
     def generate(self, prompts: list[list[int]], new: int) -> Turn:
-        """A streamer stamps the tokens."""
+        """As the protocol; tokens are timed by a streamer."""
         clock, steps = Clock(self._meter), 0
 
         class Stamps:

@@ -1,11 +1,11 @@
-"""Every operator checked in several processes at once: the first minutes on a new device.
+"""Check every operator, in several processes at once: the first minutes on a new device.
 
     bitnet bench exact
 
-Most of the time of a check goes into compiling its kernel, on one core. So several workers
-(bitnet/bench/worker.py) each take the next case when they are done with one. A case that ends its
-process, leaves its GPU unusable, or takes longer than its limit is a row like any other; a fresh
-worker goes on. The cases are those of :mod:`bitnet_kernels.bench.exact`.
+Most of the time of a check is spent compiling its kernel, on one core. So several workers
+(bitnet/bench/worker.py) each take the next case when they have finished one. A case that ends its
+process, leaves the GPU unusable, or takes longer than its limit is a row like any other; a fresh
+worker continues. The cases are those of :mod:`bitnet_kernels.bench.exact`.
 """
 
 import sys
@@ -29,10 +29,10 @@ COLUMNS = (
     *("operator", "kernel", "m", "n", "k", "dtype"),
     *("exact", "why", "seconds", "device", "torch", "triton", "driver", "commit", "code", "date"),
 )
-"""``exact``: "yes", or the relative error where one is allowed; "no", and ``why``; "" where the
-kernel is not for the device, and ``why``. ``seconds``: with the compilation."""
+"""``exact``: "yes", or the relative error where one is allowed; "no"; "" if the kernel is not for
+the device. ``why``: the reason of a "no" or "". ``seconds``: including the compilation."""
 LONGEST = 300
-"""Characters of ``why`` that are kept."""
+"""Longest ``why``, in characters."""
 
 STARTING = 120.0
 """Seconds that a worker may take to import torch and to find its GPU, sixteen at a time."""
@@ -117,24 +117,24 @@ def _ended_after(seconds: float, worker: Worker) -> Iterator[None]:
 
 
 def _start(name: str, device: str, folder: Path) -> Worker:
-    """What is expected is small: one thread computes it while others compile."""
+    """A worker with one thread: the expected values are small, and other workers compile."""
     return Worker(name, "bitnet.bench.exact", [device], folder, "--jobs", {"OMP_NUM_THREADS": "1"})
 
 
 def verdict(case: Case, device: torch.device) -> tuple[str, str]:
-    """What a row says in ``exact`` and ``why``."""
+    """Check a case; returns the columns ``exact`` and ``why`` of its row."""
     try:
         return check(case, device), ""
     except Inexact as error:
         return "no", str(error)
     except Exception as error:
-        # Without a GPU a kernel says by a ValueError that it is for one; all else is a defect.
+        # Without a GPU, a kernel for GPUs raises a ValueError; anything else is a defect.
         is_defect = device.type == "cuda" or not isinstance(error, ValueError)
         return "no" if is_defect else "", " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def main(device: str) -> None:
-    """A worker: it checks a case whenever it is asked."""
+    """Run a worker, which checks a case per request."""
 
     def make() -> Mapping[str, Callable[..., Any]]:
         target = torch.device(device)
@@ -149,7 +149,7 @@ def main(device: str) -> None:
 
 
 def _is_usable(device: torch.device) -> bool:
-    """Whether this process can go on: an illegal access spoils all that CUDA does after it."""
+    """Whether this process can go on: after an illegal access every CUDA call fails."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize()

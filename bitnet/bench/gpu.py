@@ -64,17 +64,17 @@ Rows = list[dict[str, str]]
 
 
 class Part(NamedTuple):
-    """A command, and how much of the time it may have."""
+    """A command, and its limits of time."""
 
     name: str
     words: tuple[str, ...]
-    """Behind the Python."""
+    """Arguments of Python."""
     share: float = 1.0
-    """Of the whole time, at most."""
+    """Largest share of the whole time."""
     least: float = 1.0
-    """Seconds; with less it is not begun."""
+    """Seconds it needs: it is not started with less."""
     needs: tuple[str, ...] = ()
-    """Packages without which it is left."""
+    """Packages that it needs; it is left out without them."""
 
 
 class Ending(NamedTuple):
@@ -85,7 +85,7 @@ class Ending(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of a part."""
+    """The result of a part."""
 
     name: str
     state: str
@@ -105,17 +105,17 @@ Run = Callable[[Part, Sequence[str], float | None], Ending]
 
 
 def bench(*words: str) -> tuple[str, ...]:
-    """``bitnet bench`` ... behind a Python that may have no ``bitnet`` command."""
+    """``bitnet bench`` ... as arguments of Python, which may have no ``bitnet`` command."""
     return ("-m", "bitnet", "bench", *words)
 
 
 def option(name: str, values: Iterable[str]) -> list[str]:
-    """An option that is given once a value."""
+    """An option, repeated for each value."""
     return [word for value in values for word in (name, value)]
 
 
 def parts(out: Path, slug: str) -> list[Part]:
-    """Everything, the most telling first; the rows go to ``out``, in files named for the device."""
+    """All parts, the most telling first; rows go to ``out``, in files named after the device."""
     exact, kernels, decode, train = (
         ("--out", str(out / f"{kind}_{slug}.csv"))
         for kind in ("exact", "kernels", "decode", "train")
@@ -207,13 +207,13 @@ def carry_out(
     each: Callable[[Result], None],
     now: Callable[[], float] = time.monotonic,
 ) -> None:
-    """Run the parts in their order, as the time allows.
+    """Run the parts in order, as the time allows.
 
     Arguments:
         seconds: for all of them; None for no limit.
         run: runs a part's command for so many seconds at most.
         absent: packages that are not here.
-        exact: the rows of the check of operators, as far as there are any.
+        exact: returns the rows of the check of operators so far.
         each: called with the result of each part.
     """
     begun, missing = now(), set(absent)
@@ -246,8 +246,8 @@ def carry_out(
 
 
 def _expanded(word: str, exact: Callable[[], Rows]) -> list[str]:
-    """A word of a command. A kernel that is wrong anywhere is not timed: it could end the process
-    of all others."""
+    """A word of a command, or the words it stands for. A kernel that is wrong in any case is not
+    timed: it could end the process that times the others."""
     if word != _KERNELS:
         return [word]
     rows = exact()
@@ -258,12 +258,12 @@ def _expanded(word: str, exact: Callable[[], Rows]) -> list[str]:
 
 
 def wrong_kernels(rows: Rows) -> list[str]:
-    """The kernels that gave something else than they should, by the check of operators."""
+    """The kernels that are wrong in a case of the check of operators."""
     return list(dict.fromkeys(r["kernel"] for r in rows if r["exact"] == "no" and r["kernel"]))
 
 
 class Processes:
-    """Runs parts, and writes what they say to a log and to the terminal."""
+    """Runs parts, and writes their output to logs and to the terminal."""
 
     def __init__(
         self, environment: Mapping[str, str], folder: Path, say: Callable[[str], None]
@@ -271,7 +271,8 @@ class Processes:
         self._environment, self._folder, self._say = environment, folder, say
 
     def run(self, part: Part, words: Sequence[str], limit: float | None) -> Ending:
-        """One part, to its end, to its limit in seconds, or to a signal to this process."""
+        """Run one part until it ends, reaches its limit in seconds, or this process gets a
+        signal."""
         asked = "" if limit is None else f", {limit:.0f} s at most"
         self._say(f"== {part.name}{asked}")
         begun = time.monotonic()
@@ -326,7 +327,8 @@ class Processes:
 
 
 def end(process: "subprocess.Popen[str]") -> None:
-    """End a process and all that it started: first asked, so that it can tidy up, then not."""
+    """End a process and all that it started: first by SIGTERM, so that it can tidy up, then by
+    SIGKILL."""
     family = descendants(process.pid)
     if process.poll() is None:
         process.terminate()
@@ -341,8 +343,8 @@ def end(process: "subprocess.Popen[str]") -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process started, and those that they did: workers lead groups of their
-    own. None where the system does not say."""
+    """The processes that a process started, directly or not; workers lead their own groups. Empty
+    if the system does not tell."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):  # it has ended
@@ -357,7 +359,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def read(path: Path) -> Rows:
-    """The rows of a CSV file; none where there is no such file, or it is damaged."""
+    """The rows of a CSV file; none if it is missing or damaged."""
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [row for row in csv.DictReader(file) if None not in row.values()]
@@ -366,7 +368,7 @@ def read(path: Path) -> Rows:
 
 
 class Report:
-    """What ran, what is exact, how fast it is and what was left, from the files' new rows."""
+    """Summary of the run from the files' new rows: what is exact, how fast, what was left."""
 
     def __init__(self, out: Path, slug: str, machine: str) -> None:
         self.machine, self.out = machine, out
@@ -377,7 +379,7 @@ class Report:
         self._before = {kind: read(path) for kind, path in self._paths.items()}
 
     def rows(self, kind: str) -> Rows:
-        """Those that were not in the file before."""
+        """The rows that were not in the file before."""
         return [row for row in read(self._paths[kind]) if row not in self._before[kind]]
 
     @property
@@ -389,7 +391,7 @@ class Report:
         return checked and not failed and not wrong
 
     def text(self, end: str) -> str:
-        """One screen; ``end`` says how it came to its end."""
+        """One screen of text; ``end``: how the run ended."""
         lines = [self.machine, end, *self._exact(), *self._kernels()]
         ours = [row for row in self.rows("decode") if row["contender"].startswith("ours")]
         lines += [_of("decode", row) for row in ours if row["over_twin"]][:4]
@@ -415,7 +417,7 @@ class Report:
         return lines
 
     def _kernels(self) -> list[str]:
-        """The best of each family by shape and M."""
+        """The best of each family, by shape and M."""
         best: dict[tuple[str, str, str], float] = {}
         for row in self.rows("kernels"):
             cell = (f"{row['n']}x{row['k']}", row["m"], row["family"])
@@ -448,17 +450,17 @@ def _of(kind: str, row: dict[str, str]) -> str:
         what = f"{row['model']}, batch {row['batch']}, {row['contender']}"
         return (
             f"decode:  {what}: {float(row['tokens_s']):,.1f} tokens/s, "
-            f"{float(row['over_twin']):.2f} times its twin"
+            f"{float(row['over_twin']):.2f} times its baseline"
         )
     return (
-        f"train:   {row['model']}, {row['variant']}: {float(row['step_ms']):,.1f} ms a step, "
+        f"train:   {row['model']}, {row['variant']}: {float(row['step_ms']):,.1f} ms per step, "
         f"{float(row['speedup']):.2f} times as fast as {row['base']}"
     )
 
 
 def requirements() -> dict[str, str]:
-    """Package -> what pyproject.toml asks of it, such as ``"pydantic>=2.10"``: what the parts
-    import, and what the tests need."""
+    """Package -> its requirement in pyproject.toml, such as ``"pydantic>=2.10"``: the packages that
+    the parts import, and those of the tests."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -471,7 +473,7 @@ def requirements() -> dict[str, str]:
 
 
 def missing(wanted: Mapping[str, str], path: Sequence[str]) -> list[str]:
-    """The packages that are not on ``path``, or older than is asked for."""
+    """The packages that are missing from ``path``, or too old."""
 
     def numbers(text: str) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", text)[:3]]
@@ -486,8 +488,8 @@ def missing(wanted: Mapping[str, str], path: Sequence[str]) -> list[str]:
 
 
 def install(names: Sequence[str], wheels: Path, site: Path) -> str:
-    """Install packages and what they need from a folder of wheels into the folder ``site``; the
-    reason if that fails, else ""."""
+    """Install packages and their dependencies from a folder of wheels into the folder ``site``.
+    Returns the reason if that fails, else ""."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"),
@@ -506,7 +508,7 @@ def install(names: Sequence[str], wheels: Path, site: Path) -> str:
 
 
 def environment(site: Path, rehearse: bool) -> dict[str, str]:
-    """Of the parts: this checkout before what is installed, nothing asked of a network."""
+    """Environment of the parts: this checkout comes before installed packages; no network."""
     path = [str(ROOT), str(ROOT / "kernels"), str(site), os.environ.get("PYTHONPATH", "")]
     own = {
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
@@ -550,7 +552,7 @@ def _fail(message: str) -> Never:
 
 
 def prepare(wheels: Path | None, site: Path) -> list[str]:
-    """See to the packages; those that only the tests need may be missing, and are returned."""
+    """Install missing packages. Returns those still missing, which only the tests need."""
     wanted = requirements()
     core = {name: text for name, text in wanted.items() if name not in FOR_TESTS}
     path, why = [str(site), *sys.path], ""
@@ -566,7 +568,7 @@ def prepare(wheels: Path | None, site: Path) -> list[str]:
 
 
 def _probe(variables: Mapping[str, str], rehearse: bool) -> tuple[str, str]:
-    """The device's name as part of file names, and a line on it."""
+    """The device's name for file names, and a line about it."""
     code = _PROBE.format(cpu=rehearse)
     try:
         done = subprocess.run(
@@ -592,8 +594,8 @@ def _probe(variables: Mapping[str, str], rehearse: bool) -> tuple[str, str]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code: 0 if everything was checked and is exact, and no part
-    failed, else 1; 2 where it cannot begin."""
+    """Run the command. Returns its exit code: 0 if everything was checked and is exact, and no part
+    failed, else 1; 2 if it cannot begin."""
     begun = time.monotonic()
     asked = _arguments(words)
     out = asked.out.resolve()

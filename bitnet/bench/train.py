@@ -66,7 +66,7 @@ and layers as wide as those of a 1.5B model (2,048; 8 of its 32 layers, so that 
 all variants fit on one GPU)."""
 
 MIN_SECONDS_FOR_ENERGY = 0.2
-"""The board's energy counter moves in steps of some tens of milliseconds."""
+"""Shortest step whose energy is measured: the board's counter advances every few tens of ms."""
 
 
 def family_of(variant: str) -> str:
@@ -78,7 +78,7 @@ def choose_variants(names: Sequence[str]) -> tuple[list[str], list[str]]:
     """The variants of ``names`` that can be measured here, and a line for each that cannot.
 
     Raises:
-        UserError: none of them can be measured.
+        UserError: none can be measured.
     """
     chosen, absent = list(names), list[str]()
     if find_spec("torchao") is None:
@@ -110,7 +110,7 @@ def variant_config(paths: Sequence[Path], overrides: Sequence[str], variant: str
     }
     for key, used in extra.items():
         if used:
-            raise UserError(f"{key} is set: a step from scratch is timed, without [quant] and such")
+            raise UserError(f"{key} is set: only training from scratch without it is timed")
     model = config.model
     plain = (model.granularity, model.grad_mask) == ("tensor", "none")
     if family in ("naive", "torchao") and (not plain or model.norm_placement == "in_linear"):
@@ -136,7 +136,7 @@ class NaiveBitLinear(nn.Linear):
 
 
 def build(config: Config, variant: str) -> Transformer:
-    """The variant's model; initial weights are those of the config's seed, whatever the variant."""
+    """Build the variant's model; the config's seed decides the initial weights of all variants."""
     torch.manual_seed(config.run.seed)
     family = family_of(variant)
     if family not in ("naive", "torchao"):
@@ -175,11 +175,11 @@ class Reply(NamedTuple):
     """Peak resident memory of the process in the step; None on a GPU, and where the system does not
     tell (:func:`reset_peak_memory`)."""
     joules: float | None
-    """Of the whole board, for the step."""
+    """Energy of the whole board for the step."""
 
 
 class Stepper:
-    """Runs one optimizer step of train.py after another, on the same random tokens."""
+    """Runs optimizer steps of train.py, all on the same random tokens."""
 
     def __init__(self, config: Config, variant: str) -> None:
         self.config, train = config, config.train
@@ -203,7 +203,7 @@ class Stepper:
         self.peak = 0
 
     def turn(self) -> Reply:
-        """One step, timed."""
+        """Run and time one step."""
         begun = time.perf_counter()
         if self.device.type == "cuda":
             self._add_gradients(1)
@@ -237,11 +237,12 @@ class Stepper:
         return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
     def _two_micro_batches(self) -> None:
-        """The moment of a step that needs most: the gradients of one exist when the next comes."""
+        """The part of a step that needs most memory: the second micro-batch, beside gradients of
+        the first."""
         self._add_gradients(2)
 
     def step(self) -> float:
-        """The loss before the update."""
+        """Run one step; returns the loss before the update."""
         config = self.config
         result = train_step(
             self.model,
@@ -305,7 +306,7 @@ def _start(variant: str, config: Config, folder: Path) -> Worker:
 def race(
     configs: Mapping[str, Config], rounds: int, warmup: int, tick: Callable[[str], None]
 ) -> dict[str, list[Reply]]:
-    """All variants' turns, ``warmup`` and then ``rounds`` of each.
+    """Run ``warmup`` and then ``rounds`` turns of each variant.
 
     Arguments:
         configs: variant -> its resolved config.

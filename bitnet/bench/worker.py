@@ -1,13 +1,13 @@
-"""A process that is measured, both of its ends: the benchmark asks, and the worker answers.
+"""A process that is measured: the benchmark's end, which asks, and the worker's, which answers.
 
-One that is measured has a process of its own, since peak memory is a process's and a compiler
-leaves much behind. The two ends talk in lines of JSON over pipes: a request is ``[method,
-*values]``, and so is what the worker's method of that name is called with. One that is not asked
-waits for a line, and so takes no time from the others.
+Each contender has its own process, since peak memory belongs to a process and a compiler leaves
+much behind. The two ends exchange lines of JSON over pipes: a request ``[method, *values]`` calls
+the worker's method with the values, and the reply is the result. A worker that is not asked waits
+for a line, and takes no time from the others.
 
-A worker leads a process group of its own: Ctrl-C reaches the parent alone, and closing a worker
-ends what it started too, such as a compiler's helpers. A parent that is killed outright leaves
-workers that end with their turn, when there is nothing left to read.
+A worker leads its own process group: Ctrl-C reaches the parent alone, and closing a worker also
+ends what it started, such as a compiler's helpers. If the parent is killed, its workers end after
+their turn, when there is nothing left to read.
 """
 
 import json
@@ -22,18 +22,18 @@ from typing import IO, Any
 
 
 class WorkerDied(RuntimeError):
-    """A worker ended by itself; the message names it and gives its last words."""
+    """Raised when a worker ended; the message names it and ends with its last lines."""
 
 
 class Worker:
-    """The parent's end of a worker. :meth:`close` ends it, whatever it is doing.
+    """The parent's end of a worker. :meth:`close` ends the process, whatever it is doing.
 
     Arguments:
-        name: what messages call it, unique in the folder.
-        module, arguments: what is run, ``python -m module *arguments``; it calls :func:`serve`.
+        name: its name in messages, unique in the folder.
+        module, arguments: the program, ``python -m module *arguments``; it calls :func:`serve`.
         folder: for its error output.
-        fewer: the options that make less of what is alive together, for whom memory was short.
-        environment: variables beside those of this process.
+        fewer: option that reduces the number of workers, for the hint when memory ran out.
+        environment: variables to add to those of this process.
     """
 
     def __init__(
@@ -58,7 +58,8 @@ class Worker:
             )
 
     def ask(self, method: str, *values: float | str) -> Any:
-        """What the worker's method returns, as JSON has it. WorkerDied if it ends instead."""
+        """Call a method of the worker; returns its result as JSON gives it back. Raises WorkerDied
+        if the worker ends instead."""
         requests, replies = self._pipes()
         with suppress(BrokenPipeError):
             requests.write(json.dumps([method, *values]) + "\n")
@@ -69,13 +70,13 @@ class Worker:
         return json.loads(line)
 
     def kill(self) -> None:
-        """End it and what it started; from another thread than the one that asks, which then gets
-        WorkerDied."""
+        """End the worker and what it started, from a thread other than the one that asks, whose
+        call then raises WorkerDied."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End it and what it started."""
+        """End the worker and what it started."""
         self.kill()
         self.process.wait()
         for pipe in self._pipes():
@@ -99,10 +100,11 @@ class Worker:
 
 
 def serve(make: Callable[[], Mapping[str, Callable[..., Any]]]) -> None:
-    """The worker's end: answers until its standard input is closed, as the parent's end does.
+    """The worker's end: answers requests until its standard input is closed.
 
     Arguments:
-        make: gives the methods by name; called when what a library prints no longer is a reply.
+        make: returns the methods by name. It is called after standard output has been redirected,
+            so that what a library prints is no reply.
     """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

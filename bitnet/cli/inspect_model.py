@@ -1,4 +1,4 @@
-"""``bitnet inspect model FOLDER``: what a generated token of a trained or packed model costs."""
+"""``bitnet inspect model FOLDER``: cost per generated token of a trained or packed model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,11 +18,11 @@ def inspect_model(
         int, typer.Option(help="Positions in view. 0: the model's longest.", min=0, max=1 << 40)
     ] = 0,
 ) -> None:
-    """Print operations, bytes and energy of a generated token, with the zeros of the real codes.
+    """Print operations, bytes and energy per generated token, with the zeros of the real codes.
 
-    The 16-bit model stands beside the ternary one of the same shape, whichever of them the folder
-    holds; of a full-precision model the share of zeros is the one to expect. Models of other bit
-    widths are refused: their products are multiplications.
+    The tables compare the 16-bit model and the ternary one of the same shape, whichever of them the
+    folder holds. For a full-precision model they assume the expected share of zeros. Models of
+    other bit widths are refused: their products are multiplications.
 
     Try: bitnet inspect model runs/quickstart/model-packed
     """

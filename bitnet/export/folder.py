@@ -6,11 +6,11 @@
         tokenizer.model     the sentencepiece model (or tokenizer.json, of that kind)
 
 Weights come in three forms. *latent*: the fp32 weights of training, from which training can go on.
-*packed*: each ternary matrix as ``<name>.codes``, five base-3 digits a byte (uint8
-``[N, ceil(K/5)]``, 1.6 bits a weight), and ``<name>.scale`` in fp32. In memory a TernaryLinear
-holds 2 bits a weight in the order kernels want; both forms hold the same integers, so converting
-is exact, and the scale is stored, never estimated again: absmean of a dequantized matrix keeps the
-codes and shrinks the scale by the share of nonzeros.
+*packed*: each ternary matrix as ``<name>.codes``, five base-3 digits per byte (uint8
+``[N, ceil(K/5)]``, 1.6 bits per weight), and ``<name>.scale`` in fp32. In memory a TernaryLinear
+holds 2 bits per weight in the order that kernels need. Both forms hold the same integers, so
+converting is exact. The scale is stored and never estimated again: absmean of a dequantized matrix
+keeps the codes and shrinks the scale by the share of nonzeros.
 *integer*: the model was quantized by a recipe (bitnet/qat/recipe.py), which stands in config.json
 as ``quant``: codes of so many bits, scales and zero points as bitnet/qat/integer.py holds them, and
 a ternary matrix as in *packed*. A latent model may have a recipe too: it is prepared for
@@ -66,7 +66,7 @@ CONFIG, TENSORS = "config.json", "model.safetensors"
 FORMAT, VERSION = "bitnet-train", 1
 MAX_CONFIG_BYTES = 2**20
 _MAX_FILE_BYTES = 2**28
-"""Of a file that is no model.safetensors: a tokenizer's."""
+"""Largest size in bytes of a file other than model.safetensors, such as a tokenizer."""
 FULL_PRECISION = Recipe()
 Weights = Literal["latent", "packed", "integer"]
 _QUANTIZED = (BitLinear, TernaryLinear, QATLayer, IntLayer)
@@ -74,18 +74,18 @@ _QUANTIZED = (BitLinear, TernaryLinear, QATLayer, IntLayer)
 
 @dataclass(frozen=True, config=STRICT)
 class FolderConfig:
-    """What config.json says."""
+    """The content of config.json."""
 
     format: Literal["bitnet-train"]
     version: Literal[1]
     weights: Weights
     model: ModelConfig
     sha256: dict[str, str]
-    """Of the other files, by name."""
+    """sha256 of the other files, by name."""
     config_sha256: str
     """Of all the others, as :func:`_config_sha256` spells it."""
     quant: Recipe = FULL_PRECISION
-    """By which the model is quantized; left out of the file where it is not."""
+    """The recipe that quantizes the model; absent from the file if there is none."""
 
 
 _CONFIG = TypeAdapter(FolderConfig)
@@ -97,7 +97,7 @@ def save_model(
     tokenizer: Tokenizer | None,
     quant: Recipe = FULL_PRECISION,
 ) -> Path:
-    """Write a model folder; a model folder that is there already is replaced.
+    """Write a model folder, replacing one that exists.
 
     Arguments:
         model: with fp32 weights, or packed (every BitLinear a TernaryLinear), or prepared or
@@ -177,7 +177,7 @@ def load(
 def load_model(
     folder: Path | str, device: torch.device | str = "cpu", kernel: Kernel = "auto"
 ) -> Transformer:
-    """:func:`load` without the tokenizer, which the folder need not have. Draws no random number.
+    """As :func:`load`, without the tokenizer, which may be missing. Draws no random number.
 
     A latent model can be trained on (one with a recipe is prepared by it, its observers where they
     were). A packed or integer one gets the stored codes and scales as they are.
@@ -242,13 +242,13 @@ class Sizes:
     """Bytes by kind: ``embedding`` (with an untied head), ``matrices``, ``norms``, ``total``."""
 
     fp32: dict[str, int]
-    """Were every parameter an fp32."""
+    """If every parameter were fp32."""
     stored: dict[str, int]
-    """In model.safetensors; the total is the file's, with its header."""
+    """In model.safetensors; the total includes the file's header."""
 
 
 def sizes(folder: Path | str) -> Sizes:
-    """What a model folder's weights take on the disk; raises as :func:`load_model`."""
+    """Sizes of a model folder's weights on the disk. Raises as :func:`load_model`."""
     folder = Path(folder)
     config = read_config(folder)
     _verify(folder, config)
@@ -301,8 +301,8 @@ def _coded(model: Transformer, weights: Weights) -> dict[str, BitLinear | Ternar
 def _misfit(
     modules: Mapping[str, nn.Module], structure: Transformer, weights: Weights
 ) -> str | None:
-    """The first layer that loading would replace by one that computes something else, though
-    the tensors may be the same; None if there is none."""
+    """The first layer for which loading would build one that computes something else, even if the
+    tensors are the same; None if there is none."""
     expected = dict(structure.named_modules())
     for name, module in modules.items():
         if (other := expected.get(name)) is None:
@@ -320,7 +320,7 @@ def _misfit(
 
 
 def _options(module: nn.Module) -> dict[str, Any]:
-    """What a quantized layer computes by, beside its tensors."""
+    """The settings by which a quantized layer computes, besides its tensors."""
     if isinstance(module, QATLayer | IntLayer):
         return {f"quant.{key}": v for key, v in dataclasses.asdict(module.recipe).items()}
     names = ("granularity", "group_size", "grad_mask", "grad_mask_c")
@@ -330,7 +330,7 @@ def _options(module: nn.Module) -> dict[str, Any]:
 def _difference(
     tensors: Mapping[str, Tensor], structure: Transformer, weights: Weights
 ) -> str | None:
-    """How the tensors differ from those that such a model has; None if they do not."""
+    """How the tensors differ from those of such a model; None if they do not."""
     expected = {name: (t.dtype, t.shape) for name, t in structure.state_dict().items()}
     for name, linear in _coded(structure, weights).items():
         expected.pop(f"{name}.weight" if isinstance(linear, BitLinear) else f"{name}.packed")
@@ -354,7 +354,7 @@ def _difference(
 
 
 def _bad_value(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first number that no packed model has; None if there is none."""
+    """The first value that no packed model can have; None if there is none."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             return f"tensor {name} holds NaN or infinity"
@@ -372,7 +372,8 @@ def _check_vocab(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
 
 
 def _refuse_to_replace(folder: Path) -> None:
-    """Replacing deletes, so only an empty folder or one that we wrote, and nothing else, goes."""
+    """Raise UserError unless the folder may be replaced, which deletes it: an empty folder, or one
+    that holds nothing but our files."""
     with user_input(str(folder)):  # no path, or a circle of links
         folder.resolve()
     if folder.is_dir():
@@ -393,19 +394,19 @@ def _refuse_to_replace(folder: Path) -> None:
 
 
 def is_ours(config: Path) -> bool:
-    """Whether a config.json looks like one of this program, whatever its state. Raises UserError
-    where it is no regular file, or larger than a config is."""
+    """Whether a config.json looks like one of ours, even a damaged one. Raises UserError if it is
+    not a regular file, or larger than a config can be."""
     return f'"{FORMAT}"'.encode() in read_file(config, _MAX_FILE_BYTES)
 
 
 def _config_sha256(config: Mapping[str, Any]) -> str:
-    """sha256 of config.json's content but this key: sorted, so that layout does not count."""
+    """sha256 of config.json's content without this key; sorted, so that layout does not matter."""
     rest = {key: value for key, value in config.items() if key != "config_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_config(folder: Path) -> FolderConfig:
-    """config.json, checked; raises UserError where there is none, or a damaged or foreign one."""
+    """Read and check config.json. Raises UserError if it is missing, damaged or foreign."""
     path = folder / CONFIG
     if not path.is_file():
         old = folder.parent / f".old-{folder.name}"
@@ -453,8 +454,8 @@ def _first_error(error: ValidationError) -> str:
 
 
 def _verify(folder: Path, config: FolderConfig) -> None:
-    """Check the files against their sha256, and before that, from a header, whether they can be
-    those of such a model: neither a hash of a huge file nor a million empty layers is computed."""
+    """Check the files against their sha256. Before that, check by the header that they can belong
+    to such a model: no huge file is hashed, and no million empty layers are built."""
     _check_layers(folder / TENSORS, config.model)
     for name, expected in config.sha256.items():
         path = folder / name
@@ -469,8 +470,8 @@ def _verify(folder: Path, config: FolderConfig) -> None:
 
 
 def _check_layers(path: Path, config: ModelConfig) -> None:
-    """Raise UserError where a file of tensors is larger than the config's model can be, or lacks
-    one of its layers."""
+    """Raise UserError if a file of tensors is larger than the config's model can be, or lacks one
+    of its layers."""
     if not path.is_file():
         raise UserError(f"{path}: missing")
     try:

@@ -48,7 +48,7 @@ _READ = {
     *("rope.freq_base", "rope.dimension_count", "attention.key_length", "attention.value_length"),
     *("tensor_data_layout", "attention.sliding_window"),
 }
-"""Keys of the architecture that are read, checked, or say nothing about the maths."""
+"""Keys of the architecture that are read, are checked, or do not affect the computation."""
 _NEUTRAL: dict[str, Any] = {
     "attention.causal": True,
     "attention.clamp_kqv": 0,
@@ -64,11 +64,11 @@ _NEUTRAL: dict[str, Any] = {
     "rope.scale_linear": 1,
     "use_parallel_residual": False,
 }
-"""Keys of other maths -> the value at which it is ours."""
+"""Keys of other architectures -> the value at which they compute what ours does."""
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-"""Kinds of tokens, of which only the first never comes from text."""
+"""Kinds of tokens. Text never becomes a token of the first kind."""
 _MAX_READS = 2**22
-"""Numbers and strings' bodies in the metadata; Llama 4's vocabulary and merges are 1.5 million."""
+"""Most numbers and strings in the metadata; Llama 4's vocabulary and merges are 1.5 million."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -96,9 +96,9 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
-"""``tokenizer.ggml.pre`` -> expressions; each cuts out its matches of what the one before left."""
+"""``tokenizer.ggml.pre`` -> expressions; each cuts its matches out of what the one before left."""
 _WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken"}
-"""Where a word that is a token is not merged from its parts."""
+"""Values of ``pre`` for which a word that is a token is not merged from its parts."""
 
 
 def load_gguf(source: Path) -> tuple[Transformer, JsonTokenizer]:
@@ -114,7 +114,7 @@ def load_gguf(source: Path) -> tuple[Transformer, JsonTokenizer]:
 
 
 def _reader(source: Path) -> Any:
-    """gguf's reader of the file, whose counts are checked as it reads: it believes them."""
+    """gguf's reader of the file. It trusts the file's counts, so they are checked as it reads."""
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -171,7 +171,7 @@ class _Keys:
         return value
 
     def need(self, key: str, kind: type) -> Any:
-        """As :meth:`get`, of a key that must be there."""
+        """As :meth:`get`. Raises UserError if the key is missing."""
         if key not in self._fields:
             raise UserError(f"{self.source}: has no {key}")
         return self.get(key, kind)
@@ -192,7 +192,7 @@ class _Keys:
 
 
 def _shape(keys: _Keys) -> Shape:
-    """The model's sizes; refuses what ours cannot have."""
+    """The model's sizes. Raises UserError for what our model cannot have."""
     source = keys.source
     kind = keys.get("general.type", str, "model")
     if kind != "model":
@@ -270,7 +270,7 @@ def _stored(source: Path, reader: Any, shape: Shape) -> dict[str, Stored]:
 
 
 def _is_number(text: str) -> bool:
-    """Whether a text is a layer's number as it is written: no sign, no leading zero."""
+    """Whether a text is a layer's number: no sign, no leading zero."""
     return text.isascii() and text.isdecimal() and (text == "0" or text[0] != "0")
 
 
@@ -302,7 +302,18 @@ def _tokenizer(keys: _Keys) -> JsonTokenizer:
         raise UserError(f"{source}: tokenizer.ggml.token_type: not as many as there are tokens")
     if len(set(tokens)) != len(tokens):
         raise UserError(f"{source}: tokenizer.ggml.tokens: has a token twice")
-    ends: dict[int, None] = {}
+    ends = _end_tokens(keys, tokens, kinds)
+    content = _tokenizer_json(pre, tokens, kinds, merges)
+    with user_input(f"{source}: tokenizer: cannot be read"):
+        model_bytes = json.dumps(content).encode()
+        if ends:
+            model_bytes = with_eos(model_bytes, ends[0], ends)
+    return JsonTokenizer(source, model_bytes)
+
+
+def _end_tokens(keys: _Keys, tokens: list[str], kinds: list[Any]) -> list[str]:
+    """The tokens that end a text, each once."""
+    ends: dict[str, None] = {}
     for name in ("eos", "eot", "eom"):
         key = f"tokenizer.ggml.{name}_token_id"
         end = keys.get(key, int)
@@ -310,19 +321,27 @@ def _tokenizer(keys: _Keys) -> JsonTokenizer:
             continue
         if not (0 <= end < len(tokens) and kinds[end] in (_CONTROL, _USER_DEFINED)):
             raise UserError(
-                f"{source}: {key} = {end} is none of its control tokens: they do not belong "
+                f"{keys.source}: {key} = {end} is none of its control tokens: they do not belong "
                 "together"
             )
-        ends[end] = None
+        ends[tokens[end]] = None
+    return list(ends)
+
+
+def _tokenizer_json(
+    pre: str, tokens: list[str], kinds: list[Any], merges: list[list[str]]
+) -> dict[str, Any]:
+    """The content of a tokenizer.json of byte-level BPE; ``pre``: how it splits text."""
     marks = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    content = {
+    numbered = list(enumerate(zip(tokens, kinds, strict=True)))
+    return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
             {"id": i, "content": token, "special": kind == _CONTROL, **added}
-            for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+            for i, (token, kind) in numbered
             if kind in (_CONTROL, _USER_DEFINED)
         ],
         "normalizer": None,
@@ -341,18 +360,10 @@ def _tokenizer(keys: _Keys) -> JsonTokenizer:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": pre in _WHOLE_WORDS,
-            "vocab": {
-                t: i for i, (t, k) in enumerate(zip(tokens, kinds, strict=True)) if k != _UNUSED
-            },
+            "vocab": {token: i for i, (token, kind) in numbered if kind != _UNUSED},
             "merges": merges,
         },
     }
-    with user_input(f"{source}: tokenizer: cannot be read"):
-        model_bytes = json.dumps(content).encode()
-        if ends:
-            names = [tokens[end] for end in ends]
-            model_bytes = with_eos(model_bytes, names[0], names)
-    return JsonTokenizer(source, model_bytes)
 
 
 def _split(regex: str) -> dict[str, Any]:

@@ -33,12 +33,12 @@ from bitnet.schema import UserError, check_file, nearest, read_file, user_input
 _ROPE_KEYS = {"rope_type", "rope_theta", "type"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_JSON_BYTES = 2**26
-"""Of config.json and its like; the index of a large model's shards has some megabytes."""
+"""Largest config.json or index in bytes; the index of a large model's shards has a few MB."""
 _WEIGHTS = "model.safetensors"
 
 
 def load_hf(source: Path | str) -> tuple[Transformer, JsonTokenizer]:
-    """Import a Llama-family checkpoint; draws no random number that ends up in the model.
+    """Import a Llama-family checkpoint. Nothing in the model is random.
 
     Arguments:
         source: a local Hugging Face folder (safetensors), or a .gguf file.
@@ -62,9 +62,9 @@ def load_hf(source: Path | str) -> tuple[Transformer, JsonTokenizer]:
 
 
 def add_sub_norms(model: Transformer) -> Transformer:
-    """The same model with BitNet's extra norms (``sub_norm``), of weight 1, before o_proj and
-    down_proj: what continues it as a ternary model (BitDistill, arXiv 2510.13998). Shares the
-    weights; computes something else until it is trained.
+    """Add BitNet's extra norms (``sub_norm``), of weight 1, before o_proj and down_proj, with which
+    a model can be trained on as a ternary one (BitDistill, arXiv 2510.13998). The result shares the
+    weights; it computes something else until it is trained.
 
     Raises:
         UserError: the model's norms are not placed as Llama's (``pre_norm``).
@@ -178,7 +178,7 @@ _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ),
     ),
 }
-"""What our model takes from a config.json, what it must be, and the check."""
+"""Keys of a config.json, what our model needs them to be, and the check."""
 
 
 def _check_keys(path: Path, content: dict[str, Any]) -> None:
@@ -190,7 +190,7 @@ def _check_keys(path: Path, content: dict[str, Any]) -> None:
 
 
 def _read_config(source: Path) -> Any:
-    """transformers' config of the folder, which has every default of its model type."""
+    """transformers' config of the folder, with all defaults of its model type."""
     path = source / "config.json"
     content = _json(path)
     check_type(source, str(content.get("model_type")))
@@ -215,7 +215,7 @@ def _read_config(source: Path) -> Any:
 
 
 def _shape(theirs: Any, source: Path) -> Shape:
-    """The model's sizes; refuses what ours cannot have."""
+    """The model's sizes. Raises UserError for what our model cannot have."""
     rope = dict(getattr(theirs, "rope_parameters", None) or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     heads = theirs.num_attention_heads
@@ -302,8 +302,8 @@ def _reader(path: Path, name: str) -> Callable[[int], Tensor]:
 
 
 def _shards(path: Path) -> dict[str, str]:
-    """Tensor -> file of an index of shards; refuses one that leads to a pickle or out of the
-    folder."""
+    """Tensor -> file, from an index of shards. Raises UserError for a file that is a pickle or
+    outside the folder."""
     shards = _json(path).get("weight_map")
     if not isinstance(shards, dict):
         raise UserError(f"{path}: damaged: has no weight_map")

@@ -1,4 +1,4 @@
-"""What a Llama-family checkpoint has to hold, whichever file it comes from: names, shapes, dtypes.
+"""What a Llama-family checkpoint must hold, in any format: names, shapes, dtypes.
 
 Their maths is our ``pre_norm`` model with SiLU and full-precision matrices, and their tensor names
 are ours, so importing is checking and renaming. All is checked from headers, in one pass over the
@@ -19,7 +19,7 @@ from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError, nearest, user_input
 
 MODEL_TYPES = ("llama", "mistral")
-"""Whose maths is ours, as config.json calls them."""
+"""Model types of config.json that compute what our model computes."""
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -28,10 +28,10 @@ class Stored:
     """A tensor in a file."""
 
     name: str
-    """The file's own, for messages."""
+    """Its name in the file, for messages."""
     shape: tuple[int, ...]
     read: Callable[[int], Tensor]
-    """Its first so many rows, in fp32 and in memory of their own."""
+    """Returns its first ``n`` rows in fp32, copied."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Shape:
     """Whether the head may be the embedding."""
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Our names of all tensors and their shapes, without end where there are so many layers."""
+        """Our names of all tensors, and their shapes: an iterator, since a damaged file may claim
+        any number of layers."""
         d, kv = self.d_model, self.d_model // self.n_heads * self.n_kv_heads
         yield _EMBEDDING, (self.vocab_size, d)
         yield "norm.weight", (d,)
@@ -74,7 +75,7 @@ class Shape:
 
 
 def check_type(source: Path, model_type: str) -> None:
-    """Raise UserError, naming the nearest, for a model type that cannot be imported."""
+    """Raise UserError, naming the nearest valid one, for a model type that cannot be imported."""
     if model_type not in MODEL_TYPES:
         raise UserError(
             f"{source}: model_type {model_type!r} cannot be imported; the nearest supported is "
@@ -110,7 +111,7 @@ def check_tensors(source: Path, shape: Shape, stored: Mapping[str, Stored]) -> N
 def build(
     source: Path, shape: Shape, stored: Mapping[str, Stored], tokenizer: JsonTokenizer
 ) -> Transformer:
-    """The model, once :func:`check_tensors` has passed.
+    """Build the model, after :func:`check_tensors` has passed.
 
     Rows of the embedding beyond the tokenizer's ids are padding that no text produces; they are
     not read, so that model and tokenizer agree on the vocabulary. Where the config ties the head to

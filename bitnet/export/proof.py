@@ -1,12 +1,12 @@
 """The proof that a packed model computes what the trained one computes, bit for bit.
 
-Packing keeps integers and one fp32 scale a tensor (or row, or group), so nothing may differ, at any
-depth: the codes, the int32 accumulators of each layer (on the activations that the layer really
-sees, and on random int8, which reach the extremes), the logits, and the tokens chosen greedily. The
-accumulators are also compared with a float64 product, exact below 2^53: the two integer paths
-could be wrong together. The integer form of a model quantized by a recipe (bitnet/qat) is held to
-the same: codes, scales and zero points of each layer, logits and tokens; and its accumulators, of
-random int8 activations, to the float64 product.
+Packing keeps integers and one fp32 scale per tensor (or row, or group), so nothing may differ: the
+codes, the int32 accumulators of each layer (on the activations that the layer really sees, and on
+random int8, which reach the extremes), the logits, and the greedy tokens. The accumulators are also
+compared with a float64 product, exact below 2^53: the two integer paths could be wrong together.
+The integer form of a model quantized by a recipe (bitnet/qat) must pass the same comparison: codes,
+scales and zero points of each layer, logits and tokens; and its accumulators, of random int8
+activations, must equal the float64 product.
 """
 
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ RANDOM_TOKENS = 16
 
 @dataclass
 class Proof:
-    """What was compared, and every difference found."""
+    """Counts of what was compared, and every difference found."""
 
     matrices: int = 0
     """Quantized matrices whose codes and scales were compared."""
@@ -48,7 +48,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Nothing differs."""
+        """Whether nothing differs."""
         return not self.differences
 
 
@@ -61,7 +61,7 @@ def prove(
         latent: with BitLinear or QAT layers. packed: the same with TernaryLinear or Int layers, on
             the same device; neither is changed.
         prompts: token ids, each at least one and short enough for ``new_tokens`` more.
-        new_tokens: greedy tokens a prompt.
+        new_tokens: greedy tokens per prompt.
     Raises:
         UserError: ``latent`` has no quantized layer. ValueError: no prompts, or an empty one.
     """

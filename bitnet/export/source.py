@@ -1,4 +1,4 @@
-"""Load a full-precision model to quantize, whatever format it is stored in."""
+"""Load a full-precision model to quantize, in any of the formats that can be read."""
 
 from pathlib import Path
 
