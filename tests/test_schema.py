@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bitnet.schema import UserError, check_file, debugging, read_file, user_input
+from bitnet.schema import UserError, check_file, debugging, nearest, read_file, user_input
 
 
 class Panic(BaseException):
@@ -79,3 +79,11 @@ def test_debugging(value: str | None, expected: bool, monkeypatch: pytest.Monkey
 )
 def test_a_message_is_one_line_whatever_a_name_in_it_holds(message: str, line: str) -> None:
     assert str(UserError(message)) == line
+
+
+def test_nearest() -> None:
+    valid = ("weights", "bits", "group_size")
+    assert nearest("weigths", valid) == "weights"
+    assert nearest("zzz", valid) == ""
+    assert nearest("b", valid, 0) == "bits"
+    assert nearest("weights", [], 0) == ""

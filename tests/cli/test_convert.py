@@ -11,7 +11,6 @@ import torch
 
 from bitnet.data.tokenizer import train_tokenizer
 from bitnet.data.tokenizer_json import JsonTokenizer
-from bitnet.data.windows import first_inputs
 from bitnet.evaluate import evaluate_text
 from bitnet.export.folder import load, read_config, save_model
 from bitnet.export.proof import prove
@@ -249,14 +248,6 @@ def test_load_source(root: Path) -> None:
     assert (model.config.linear, tokenizer.vocab_size) == ("fp", 320)
     with pytest.raises(UserError, match="full-precision"):
         load_source(root / "ternary")
-
-
-def test_first_inputs(root: Path) -> None:
-    _, tokenizer = load(root / "pre")
-    windows = first_inputs(tokenizer, TEXT, 64, 65_536)
-    ids = torch.cat(windows, 1)[0].tolist()
-    assert ids == [tokenizer.eos_id, *tokenizer.encode(TEXT)]
-    assert {tuple(window.shape) for window in windows[:-1]} == {(1, 64)}
 
 
 @torch.no_grad()

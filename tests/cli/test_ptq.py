@@ -5,7 +5,6 @@ import math
 import re
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,13 @@ from torch.nn import functional as F
 from bitnet.config import DataConfig
 from bitnet.data.loader import TokenDataset, sequential_windows
 from bitnet.data.prepare import prepare
-from bitnet.data.tokenizer import Tokenizer, train_tokenizer
+from bitnet.data.tokenizer import train_tokenizer
 from bitnet.data.windows import text_windows
 from bitnet.evaluate import evaluate_text, evaluate_windows
 from bitnet.export.folder import load, read_config, save_model
 from bitnet.model import ModelConfig, Transformer
-from bitnet.qat.comparison import (
-    CALIBRATED,
-    ENOUGH,
-    WORTH,
-    Row,
-    grown,
-    matrix_bytes,
-    recipe_of,
-    verdicts,
-)
+from bitnet.qat.comparison import CALIBRATED, ENOUGH, WORTH
 from bitnet.qat.gptq import gptq
-from bitnet.qat.ptq import round_to_nearest
 from bitnet.qat.recipe import Recipe
 
 Ptq = Callable[..., tuple[int, str, str]]
@@ -169,57 +158,6 @@ def test_progress_on_a_terminal(ptq: Ptq, root: Path, monkeypatch: pytest.Monkey
     for stage in ("full precision: evaluation", "rtn, 4 bits: evaluation"):
         assert stage in err
         assert stage not in out
-
-
-def test_sizes_are_what_the_layers_hold() -> None:
-    model = Transformer(ModelConfig(linear="fp", depth=1, vocab_size=32, max_seq_len=8))
-    config = model.config
-    weights = config.num_parameters()["matrices"]
-    rows = sum(n for n, _ in config.matrices().values())
-    assert matrix_bytes(model) == 4 * weights
-    for bits, exact in (("8", 8), ("6", 6), ("3", 3), ("1.58", 2)):
-        quantized = round_to_nearest(model, recipe_of(bits, 0, 8))
-        assert matrix_bytes(quantized) == weights * exact // 8 + 4 * rows
-
-
-def test_recipes_of_the_command_line() -> None:
-    assert recipe_of("1.58", 0, 8) == Recipe("absmean", granularity="row")
-    assert recipe_of("3", 64, 0) == Recipe(
-        "int", bits=3, granularity="group", group_size=64, activations="none"
-    )
-
-
-def row(method: str, bits: float, growth: float) -> Row:
-    return Row(method, bits, 0.0, 0.0, growth, 0.0, 0.0, 0.0, 1, "")
-
-
-def test_verdicts_go_by_the_best_method_and_the_stated_thresholds() -> None:
-    rows = [row("full precision", 32, 0)]
-    rows += [row("rtn", 8, 0.2), row("gptq", 8, 0.0099), row("awq", 8, math.nan)]
-    rows += [row("rtn", 4, 0.01), row("rtn", 3, 0.0999), row("rtn", 2, 0.1)]
-    rows += [row("rtn", 1.58, math.inf), row("rtn", 6, math.nan)]
-    assert list(verdicts(rows)) == [
-        "8 bits: PTQ is enough (gptq: perplexity +0.99%)",
-        "4 bits: QAT is likely worth it (rtn: perplexity +1.00%)",
-        "3 bits: QAT is likely worth it (rtn: perplexity +9.99%)",
-        "2 bits: QAT needed (rtn: perplexity +10.00%)",
-        "1.58 bits: QAT needed (rtn: perplexity xinf)",
-        "6 bits: QAT needed (rtn: perplexity xnan)",
-    ]
-    assert grown(-0.001) == "-0.10%"
-    assert grown(30.2) == "x31.2"
-
-
-def test_text_windows_predict_every_token_once(root: Path) -> None:
-    tokenizer = Tokenizer(root / "tokenizer.model")
-    ids = tokenizer.encode(TEXT)
-    windows = text_windows(tokenizer, TEXT, 7)
-    assert torch.cat([window[1:] for window in windows]).tolist() == ids
-    assert int(windows[0][0]) == tokenizer.eos_id
-    assert all(a[-1] == b[0] for a, b in pairwise(windows))
-    some = text_windows(tokenizer, TEXT, 7, 35)
-    assert len(some) == 5
-    assert all(any(torch.equal(one, window) for window in windows) for one in some)
 
 
 def test_rows_survive_a_failure(ptq: Ptq, root: Path, tmp_path: Path, monkeypatch: Any) -> None:
