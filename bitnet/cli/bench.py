@@ -11,5 +11,5 @@ bench_group = group(
         "tune": "bitnet.cli.bench_tune:tune_command",
         "report": "bitnet.cli.bench_report:report_command",
     },
-    "Measure speed, and draw the tables and plots of the documentation from the figures.",
+    "Measure speed; draw tables and plots from the figures.",
 )

@@ -51,7 +51,7 @@ def convert_command(
         str, typer.Option(help="Text file to print the loss on, before and after.")
     ] = "",
 ) -> None:
-    """Import a pretrained model, and add the quantizers that training is to adapt it to.
+    """Import a pretrained model, and add quantizers to train with.
 
     SOURCE is Llama-like: full precision of ours, Hugging Face safetensors with a tokenizer.json, or
     GGUF (dequantized). The written folder holds fp32 weights and the recipe; train.py starts from

@@ -26,7 +26,9 @@ def eval_command(
     device: Device = "auto",
     kernel: KernelOption = "auto",
 ) -> None:
-    """Measure a trained or packed model on a text: loss, perplexity, bits per byte.
+    """Measure loss, perplexity and bits per byte on a text.
+
+    The model is a trained or a packed one.
 
     Example: bitnet eval runs/quickstart/model-packed --data data/python-stdlib --baselines
     """

@@ -38,7 +38,7 @@ def generate_command(
     kv: Annotated[CacheDtype, typer.Option(help="Dtype of the cache of keys and values.")] = "auto",
     head: Annotated[HeadDtype, typer.Option(help="Dtype of the output head.")] = "auto",
 ) -> None:
-    """Continue a text, or several at once, with a trained or a packed model.
+    """Continue one text, or several, by a trained or packed model.
 
     Text goes to stdout, the speed to stderr. Ctrl-C ends the text where it is, with exit code 130.
 

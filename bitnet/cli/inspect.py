@@ -21,7 +21,7 @@ inspect_group = group(
         "model": "bitnet.cli.inspect_model:inspect_model",
         "kernels": "bitnet.cli.inspect_kernels:inspect_kernels",
     },
-    "Show the sizes and costs of a config or a model, or the GPU kernels' machine code.\n\n"
+    "Show sizes and costs of a config, a model or the GPU kernels.\n\n"
     "bitnet inspect CONFIG.toml... [SECTION.KEY=VALUE...]: shapes, parameters, FLOPs, memory, "
     "energy. Try: bitnet inspect configs/15m.toml model.depth=8\n\n"
     "bitnet inspect model FOLDER: cost per token of a trained or packed model.\n\n"

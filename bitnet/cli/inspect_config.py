@@ -15,9 +15,11 @@ from bitnet.summary import tables
 def inspect_config(
     args: Annotated[list[str], typer.Argument(metavar="CONFIG.toml... [SECTION.KEY=VALUE...]")],
 ) -> None:
-    """Print a config's shapes, parameters, FLOPs, memory and energy, and what model.depth chose.
+    """Print a config's shapes, parameters, FLOPs, memory and energy.
 
-    Nothing is built or downloaded. Try: bitnet inspect configs/15m.toml model.depth=8
+    The tables also show which values model.depth chose. Nothing is built or downloaded.
+
+    Try: bitnet inspect configs/15m.toml model.depth=8
     """
     if folder := next((arg for arg in args if is_file(f"{arg}/{CONFIG}")), ""):
         raise UserError(f"{folder}: is a model folder: bitnet inspect model {folder}")

@@ -32,13 +32,13 @@ def inspect_kernels(
     sass: Annotated[str, typer.Option(help="Folder for listings, the main loop marked.")] = "",
     csv_file: Annotated[str, typer.Option("--csv", help="File for all figures.")] = "",
 ) -> None:
-    """Compile the GPU kernels, which needs no GPU, and show what their main loops cost.
+    """Compile the GPU kernels, and count what their main loops cost.
 
-    Instructions are those of a thread, counted in the machine code (SASS), per weight. The last
-    columns are the weights that an SM could process per clock, by published rates of its units,
-    and how that compares with what memory delivers ("93%: alu", limited by the integer units): a
-    bound, not a measurement. A kernel of the addsub family that multiplies data anywhere but by the
-    two scales of its epilogue is an error: exit code 1.
+    This needs no GPU. Instructions are those of a thread, counted in the machine code (SASS), per
+    weight. The last columns are the weights that an SM could process per clock, by published rates
+    of its units, and how that compares with what memory delivers ("93%: alu", limited by the
+    integer units): a bound, not a measurement. A kernel of the addsub family that multiplies data
+    anywhere but by the two scales of its epilogue is an error: exit code 1.
 
     Example: bitnet inspect kernels --arch sm_80 --arch sm_90 --kernel "M=1" --sass listings
     """

@@ -18,11 +18,12 @@ def inspect_model(
         int, typer.Option(help="Positions in view. 0: the model's longest.", min=0, max=1 << 40)
     ] = 0,
 ) -> None:
-    """Print operations, bytes and energy per generated token, with the zeros of the real codes.
+    """Print operations, bytes and energy per generated token.
 
-    The tables compare the 16-bit model and the ternary one of the same shape, whichever of them the
-    folder holds. For a full-precision model they assume the expected share of zeros. Models of
-    other bit widths are refused: their products are multiplications.
+    Zeros are counted in the real codes. The tables compare the 16-bit model and the ternary one of
+    the same shape, whichever of them the folder holds. For a full-precision model they assume the
+    expected share of zeros. Models of other bit widths are refused: their products are
+    multiplications.
 
     Try: bitnet inspect model runs/quickstart/model-packed
     """

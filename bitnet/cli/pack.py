@@ -31,11 +31,11 @@ def pack_command(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Greedy tokens per prompt in the proof.", min=0)] = 32,
 ) -> None:
-    """Pack a trained ternary model, or one with a [quant] recipe, and prove that it computes the
-    same.
+    """Pack a trained model, and prove that it computes the same.
 
-    The packed folder is read back from disk and compared with the trained model: codes, int32
-    accumulators, logits and greedy tokens must be equal to the last bit. Exit code 1 if not.
+    Ternary models and those with a [quant] recipe can be packed. The packed folder is read back
+    from disk and compared with the trained model: codes, int32 accumulators, logits and greedy
+    tokens must be equal to the last bit. Exit code 1 if not.
     """
     target = Path(out) if out else beside(folder, "-packed")
     model, tokenizer = load(folder)

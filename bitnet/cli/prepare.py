@@ -33,10 +33,11 @@ def prepare_command(
         str, typer.Option(help="Field of .jsonl and .parquet rows that holds the text.")
     ] = "",
 ) -> None:
-    """Turn text into token shards: train a tokenizer, tokenize, split off validation documents.
+    """Turn text into token shards to train on.
 
-    The result is checked as a whole: an interrupted run leaves nothing that loads. train.py does
-    the same when its config's data.path is missing.
+    A tokenizer is trained, unless one is named; documents are tokenized, and some are split off
+    for validation. The result is checked as a whole: an interrupted run leaves nothing that
+    loads. train.py does the same when its config's data.path is missing.
 
     Example: bitnet prepare my-texts/ --path data/my-texts --vocab-size 8192
     """

@@ -73,7 +73,7 @@ def ptq_command(
     ] = "",
     device: Device = "auto",
 ) -> None:
-    """Quantize a trained model without training, and say where that suffices.
+    """Quantize without training, and say where that suffices.
 
     rtn rounds to nearest, gptq compensates errors (arXiv 2210.17323), awq rescales channels by
     search (2306.00978), smoothquant by a formula (2211.10438). 1.58 bits are ternary with BitNet's

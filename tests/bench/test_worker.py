@@ -95,15 +95,6 @@ def test_sigterm_leaves_through_the_blocks_around_it() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_summaries_of_commands_are_not_cut() -> None:
-    """``bitnet bench --help`` in 80 columns: click's two for the margin, then the longest name and
-    six of space."""
-    for command in group.commands.values():
-        short = command.get_short_help_str(78 - 6 - len("kernels"))
-        assert short.endswith(".")
-        assert not short.endswith("...")
-
-
 def test_options_of_one_name_are_said_in_the_same_words() -> None:
     """Across bench train, decode and kernels; defaults and choices differ."""
     helps: dict[str, list[str]] = {}

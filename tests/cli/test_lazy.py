@@ -44,9 +44,22 @@ def test_help_of_every_command(words: tuple[str, ...], bitnet: Bitnet) -> None:
     code, out, err = bitnet(*words, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"Usage: bitnet {' '.join(words)} ")
-    code, listed, _ = bitnet(*words[:-1], "--help")
+
+
+@pytest.mark.parametrize("words", [(), ("inspect",), ("bench",)], ids=" ".join)
+def test_help_of_a_group_lists_its_commands_in_full_sentences(
+    words: tuple[str, ...], bitnet: Bitnet
+) -> None:
+    code, out, _ = bitnet(*words, "--help")
     assert code == 0
-    assert f"\n  {words[-1]} " in listed
+    group = program.commands[words[0]] if words else program
+    listed = out.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == list(group.commands)
+    longest = max(map(len, group.commands))
+    for command in group.commands.values():  # on a terminal of 80 columns, 6 of them for spaces
+        short = command.get_short_help_str(78 - 6 - longest)
+        assert short.endswith(".")
+        assert not short.endswith("...")
 
 
 @pytest.mark.parametrize(
