@@ -4,10 +4,17 @@ import doctest
 import re
 import runpy
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
+import torch
+from torch import nn
+
+from bitnet.cli.main import bitnet as bitnet_group
+from bitnet.config import Config
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -40,12 +47,14 @@ def test_every_document_that_code_cites_exists() -> None:
             assert (root / name).is_file(), f"{path}: {name}"
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "kernels/README.md", *DOCS.glob("*.md")]
+GUIDES = sorted(f"docs/{path.name}" for path in DOCS.glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "kernels/README.md", *GUIDES]
+CONFIGS = [f"configs/{name}" for name in ("qat.toml", "quickstart.toml", "15m.toml", "60m.toml")]
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=str)
-def test_every_link_leads_somewhere(page: str | Path) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_somewhere(page: str) -> None:
     path = DOCS.parent / page
     for file, anchor in LINK.findall(path.read_text(encoding="utf-8")):
         target = path.parent / file if file else path
@@ -58,6 +67,50 @@ def test_every_link_leads_somewhere(page: str | Path) -> None:
         named = r"`((?:bitnet|bitnet_kernels|tests|docs|configs)/[\w/-]+\.\w+)`"
         for file in re.findall(named, path.read_text(encoding="utf-8")):
             assert (DOCS.parent / file).is_file(), file
+
+
+def commands(text: str) -> list[str]:
+    """The code of a page that runs ``bitnet``, without comments; continued lines are joined."""
+    inline = re.findall(r"`(bitnet [a-z][^`]*)`", text)
+    blocks = re.findall(r"^```\n([^`]*)^```|((?:^    .*\n)+)", text, re.MULTILINE)
+    lines = "".join(map("".join, blocks)).replace("\\\n", " ").splitlines()
+    found = [*inline, *(line for line in lines if re.match(r" *bitnet [a-z]+( |$)", line))]
+    return [" ".join(line.partition(" #")[0].split()) for line in found]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_and_option_exists(page: str) -> None:
+    for line in commands((DOCS.parent / page).read_text(encoding="utf-8")):
+        words = line.split()[1:]
+        command: Any = bitnet_group
+        while words and words[0] in getattr(command, "commands", {}):
+            command = command.commands[words.pop(0)]
+        assert command is not bitnet_group, line
+        if words and hasattr(command, "commands"):  # `bitnet inspect CONFIG`
+            command = command.commands["config"]
+        options = [option.opts + option.secondary_opts for option in command.params]
+        known = {"--help"}.union(*options)
+        for word in words:
+            assert not word.startswith("--") or word.partition("=")[0] in known, f"{line}: {word}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CONFIGS])
+def test_every_key_of_a_config_exists(page: str) -> None:
+    sections = get_type_hints(Config)
+    text = (DOCS.parent / page).read_text(encoding="utf-8")
+    for section, key in re.findall(r"(?<![\w./])([a-z]+)\.(\w+) ?=(?!=)", text):
+        if section in sections:
+            assert key in get_type_hints(sections[section]), f"{section}.{key}"
+
+
+def test_the_five_lines_of_the_readme() -> None:
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    lines = text.partition("```python\n")[2].partition("```")[0]
+    model = nn.Sequential(OrderedDict(body=nn.Linear(8, 8), lm_head=nn.Linear(8, 4)))
+    names: dict[str, Any] = {"model": model, "train": lambda model: model(torch.ones(1, 8))}
+    exec(lines, names)
+    kinds = [type(module).__name__ for module in names["model"]]
+    assert kinds == ["TernaryLinear", "Linear"]
 
 
 @pytest.mark.parametrize("study", ["digits", "boundary", "smollm2"])
