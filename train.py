@@ -41,9 +41,8 @@ from bitnet.model import Transformer
 from bitnet.progress import reporting
 from bitnet.qat.adapters import merge_adapters
 from bitnet.qat.schedule import set_step
-from bitnet.run import Run, allowed_changes, announce, checkpoints_of, locked, stop_signals
+from bitnet.run import Run, announce, find_saved, locked, stop_signals
 from bitnet.schema import UserError
-from bitnet.training import checkpoint
 from bitnet.training.distill import Distiller, load_teacher
 from bitnet.training.distributed import World
 from bitnet.training.metrics import RunLog
@@ -71,10 +70,7 @@ def train(config: Config, command: str) -> None:
     data = open_data(config)
     loader = Loader(data.train, config.data.seq_len, config.batch_sequences, config.run.seed)
 
-    saved = checkpoint.resume(checkpoints_of(config))
-    changes: list[str] = []
-    if saved is not None:
-        changes = allowed_changes(saved.state["config"], to_dict(config), config.run_dir)
+    saved, warnings = find_saved(config)
     torch.manual_seed(config.run.seed)
     model = build_model(config, data.tokenizer.hash, fresh=saved is None).to(device)
     optimizers, telemetry = build_optimizer(model, config.optim), Telemetry(model)
@@ -95,9 +91,7 @@ def train(config: Config, command: str) -> None:
     meter = Meter(device, bf16, flops_per_token)
 
     with log, stop_signals() as stop:
-        for message in saved.damaged if saved is not None else []:
-            log.warn(message)
-        announce(log, run, changes, meter, data.train.n_tokens, data.val.n_tokens)
+        announce(log, run, warnings, meter, data.train.n_tokens, data.val.n_tokens)
         log.track(config.run.name, to_dict(config))
 
         # -- The loop ---------------------------------------------------------------------------

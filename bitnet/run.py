@@ -80,7 +80,7 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
-        return checkpoints_of(self.config)
+        return _checkpoints(self.config)
 
     def restore(self, saved: Checkpoint) -> None:
         """Continue from a checkpoint: the next step is that of an uninterrupted run.
@@ -175,18 +175,31 @@ class Run:
             self.save(log, val_loss)
 
 
-def checkpoints_of(config: Config) -> Path:
-    """The folder of a run's checkpoints."""
+def _checkpoints(config: Config) -> Path:
     return config.run_dir / "checkpoints"
 
 
+def find_saved(config: Config) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint of a run, None if the run begins, and lines to warn with.
+
+    Raises:
+        UserError: no checkpoint is whole, or the config has a change that a run cannot take.
+    """
+    saved = checkpoint.resume(_checkpoints(config))
+    if saved is None:
+        return None, []
+    changes = allowed_changes(saved.state["config"], to_dict(config), config.run_dir)
+    changed = f"changed since this run was last started: {'; '.join(changes)}"
+    return saved, [*saved.damaged, *([changed] if changes else [])]
+
+
 def announce(
-    log: RunLog, run: Run, changes: list[str], meter: Meter, train_tokens: int, val_tokens: int
+    log: RunLog, run: Run, warnings: list[str], meter: Meter, train_tokens: int, val_tokens: int
 ) -> None:
     """Print the head of a run, with what is worth a warning.
 
     Arguments:
-        changes: by :func:`allowed_changes`.
+        warnings: of :func:`find_saved`.
         train_tokens, val_tokens: sizes of the data.
     """
     config, total_steps = run.config, run.config.train.steps
@@ -200,8 +213,8 @@ def announce(
     if run.step:
         nothing = "" if run.step < total_steps else f" of {total_steps}: nothing is left to train"
         log.print(f"resumed at step {run.step}{nothing}")
-    if changes:
-        log.warn(f"changed since this run was last started: {'; '.join(changes)}")
+    for warning in warnings:
+        log.warn(warning)
     for line in quantization_lines(config):
         log.print(line)
     if config.train.compile:

@@ -231,34 +231,6 @@ def test_a_begun_run_refuses_other_sections(run: Run, pretrained: Path, tmp_path
         run(*begun, "train.steps=8")
 
 
-@pytest.mark.parametrize(
-    ("options", "fixed"),
-    [
-        (("qat.start=0.5",), True),
-        (("qat.weight_warmup=0.5",), True),
-        (("qat.activation_warmup=0.5",), True),
-        (("qat.freeze_observers=0.5", "quant.activations=static"), True),
-        ((), False),
-    ],
-)
-def test_a_schedule_in_shares_of_the_run_fixes_its_length(
-    options: tuple[str, ...], fixed: bool, tmp_path: Path
-) -> None:
-    """More steps would move the switch, and turn quantized steps into full precision again."""
-    base = ("model.depth=2", "model.linear=fp", "quant.weights=int", *options)
-    old, more, fewer = (
-        train.to_dict(load_config([], [*base, f"train.steps={steps}"]).resolve())
-        for steps in (100, 200, 50)
-    )
-    assert train.allowed_changes(old, old, tmp_path) == []
-    for new in (more, fewer):
-        if fixed:
-            with pytest.raises(UserError, match=r"^train.steps = \d+: .*qat.start"):
-                train.allowed_changes(old, new, tmp_path)
-        else:
-            assert "train.steps: 100" in "; ".join(train.allowed_changes(old, new, tmp_path))
-
-
 def test_learned_scales_come_only_with_their_recipe(pretrained: Path, tmp_path: Path) -> None:
     """Steps of 4 bits say nothing about 3 bits, though names and shapes are the same."""
     model, tokenizer = load(pretrained)
@@ -296,14 +268,6 @@ def test_a_quantized_head_is_saved_as_it_trained(tied: bool, tmp_path: Path) -> 
     tokens = torch.randint(300, (2, 9))
     assert torch.equal(again(tokens), model(tokens))
     assert isinstance(again.lm_head, QATLinear)
-
-
-def test_runs_from_before_these_sections_existed_go_on(run: Run, tmp_path: Path) -> None:
-    config = load_config([], ["model.depth=2"]).resolve()
-    new = train.to_dict(config)
-    old = {section: keys for section, keys in new.items() if section not in ("quant", "qat")}
-    old["train"] = {key: value for key, value in new["train"].items() if key != "init_from"}
-    assert train.allowed_changes(old, new, tmp_path) == []
 
 
 def test_runs_from_before_keys_were_renamed_go_on(
