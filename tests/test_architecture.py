@@ -31,6 +31,10 @@ SHARED_BY_COMMANDS = {f"bitnet.cli.{name}" for name in ("shell", "lazy", "common
 """What commands and train.py may import of the command line: no command imports another, so that
 each loads only what it needs (bitnet/cli/lazy.py)."""
 ARROWS = {
+    "bitnet_kernels.packing": {"bitnet_kernels.checks"},
+    "bitnet_kernels.reference": {"bitnet_kernels.packing"},
+    "bitnet_kernels.cpu.int_mm": {"bitnet_kernels.reference"},
+    "bitnet_kernels.ops.register": {"bitnet_kernels.available", "bitnet_kernels.checks"},
     "bitnet.schema": set[str](),
     "bitnet.quant": {"bitnet_kernels"},
     "bitnet.elementwise": set[str](),

@@ -58,6 +58,10 @@ class TileConfig(NamedTuple):
     num_warps: int = 1
     num_stages: int = 1
 
+    def blocks(self) -> dict[str, int]:
+        """The constexprs of a kernel."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+
 
 class Entry(NamedTuple):
     """A row of a table: the time of a formulation for a shape, in microseconds."""

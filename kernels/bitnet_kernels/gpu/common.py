@@ -23,6 +23,7 @@ event, and so another stream, sees completion only. A CUDA graph keeps all this:
 option into a special kind of edge (CUDA 12.3).
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,26 @@ class Spec(NamedTuple):
     tokens: int = 0
     weights: int = 0
     aligned: tuple[str, ...] = ()
+
+
+def spec_of(
+    name: str,
+    family: str,
+    kernel: Any,
+    types: Mapping[str, str | None],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int = 1,
+    sizes: tuple[str, ...] = (),
+) -> Spec:
+    """The :class:`Spec` of a kernel without packed weights. A pointer of type None is None; the
+    other pointers and the ``sizes`` are divisible by 16."""
+    given = {pointer: kind for pointer, kind in types.items() if kind is not None}
+    missing = dict.fromkeys(types.keys() - given.keys())
+    aligned = (*given, *sizes)
+    return Spec(
+        name, family, kernel, given, constants | missing, num_warps, num_stages, aligned=aligned
+    )
 
 
 def launch_options(device: torch.device) -> dict[str, bool]:
@@ -270,9 +291,7 @@ def launch(
                 arrived,
                 *sizes,
                 SCALE_PER_ROW=scale is not None and scale.dim() == 1,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                BLOCK_K=config.block_k,
+                **config.blocks(),
                 SPLIT_K=config.split_k,
                 **constants,
                 num_warps=config.num_warps,
@@ -297,7 +316,7 @@ def describe(
     no bias, or int32 accumulators (``outputs`` ``"*i32"``)."""
     types = {"x_ptr": x_type, "w_ptr": w_type, "y_ptr": outputs}
     values: dict[str, Any] = {"bias_ptr": None, "SCALE_PER_ROW": False, "SPLIT_K": config.split_k}
-    values |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    values |= config.blocks()
     for name_of_pointer, kind, present in (
         ("row_sum_ptr", "*i32", row_sum),
         ("s_x_ptr", "*fp32", outputs != "*i32"),

@@ -22,7 +22,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_kernels.gpu.common import INTERPRETED, Spec, await_inputs, launch_options
+from bitnet_kernels.gpu.common import (
+    INTERPRETED,
+    Spec,
+    await_inputs,
+    launch_options,
+    spec_of,
+)
 from bitnet_kernels.gpu.exact import narrow, widen
 
 MAX_SPLITS = 64
@@ -315,41 +321,31 @@ def _spec(dtype: str, cache: str, e: int, t: int) -> Spec:
     by_name = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     qk, pv = dot_dtypes(by_name[dtype], torch.int8 if cache == "i8" else by_name[cache])
     tile = tile_of(4 * t, 8, e, 4096, torch.float32 in (qk, pv), n_sm=132, chunk=t > 1)
-    types = {"q_ptr": f"*{dtype}", "k_ptr": f"*{cache}", "v_ptr": f"*{cache}"}
-    types |= {"lengths_ptr": "*i32", "y_ptr": "*fp32" if tile.splits > 1 else f"*{dtype}"}
+    scale, partial = "*fp32" if cache == "i8" else None, "*fp32" if tile.splits > 1 else None
+    types = {
+        "q_ptr": f"*{dtype}",
+        "k_ptr": f"*{cache}",
+        "v_ptr": f"*{cache}",
+        "k_scale_ptr": scale,
+        "v_scale_ptr": scale,
+        "lengths_ptr": "*i32",
+        "y_ptr": partial or f"*{dtype}",
+        "max_ptr": partial,
+        "sum_ptr": partial,
+    }
     constants = {"SCALE": LOG2_E * e**-0.5, "E": e, "REPEATS": 4, "CHUNK": t > 1}
     constants |= {"SPLITS": tile.splits, "QK": _TRITON[qk], "PV": _TRITON[pv]}
     constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     constants |= {"BLOCK_E": triton.next_power_of_2(e)}
-    for names, used in (
-        (("k_scale_ptr", "v_scale_ptr"), cache == "i8"),
-        (("max_ptr", "sum_ptr"), tile.splits > 1),
-    ):
-        if used:
-            types |= dict.fromkeys(names, "*fp32")
-        else:
-            constants |= dict.fromkeys(names)
-    return Spec(
-        name=f"decode_attention {dtype} E={e} T={t}, {cache} cache",
-        family="attention",
-        kernel=attention_kernel,
-        types=types,
-        constants=constants,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        aligned=(*types, "L"),
+    name = f"decode_attention {dtype} E={e} T={t}, {cache} cache"
+    warps, stages = tile.num_warps, tile.num_stages
+    return spec_of(
+        name, "attention", attention_kernel, types, constants, warps, stages, sizes=("L",)
     )
 
 
 def _combine_spec(dtype: str, e: int) -> Spec:
     types = dict.fromkeys(("part_ptr", "max_ptr", "sum_ptr"), "*fp32") | {"y_ptr": f"*{dtype}"}
     constants = {"E": e, "SPLITS": MAX_SPLITS, "BLOCK_S": MAX_SPLITS, "BLOCK_E": e}
-    return Spec(
-        name=f"decode_attention {dtype} E={e}, second pass",
-        family="attention",
-        kernel=combine_kernel,
-        types=types,
-        constants=constants,
-        num_warps=4,
-        aligned=tuple(types),
-    )
+    name = f"decode_attention {dtype} E={e}, second pass"
+    return spec_of(name, "attention", combine_kernel, types, constants, num_warps=4)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_kernels.gpu.common import Spec, await_inputs, launch_options
+from bitnet_kernels.gpu.common import Spec, await_inputs, launch_options, spec_of
 from bitnet_kernels.gpu.exact import magnitude, narrow, widen
 from bitnet_kernels.gpu.quant import codes_of, scale_of
 from bitnet_kernels.reference import EPS
@@ -145,22 +145,16 @@ def specs() -> list[Spec]:
 
 
 def _spec(dtype: str, e: int, int8: bool) -> Spec:
-    cache = "i8" if int8 else dtype
+    cache, scale = "i8" if int8 else dtype, "*fp32" if int8 else None
     types = {"qkv_ptr": f"*{dtype}", "q_ptr": f"*{dtype}", "cos_ptr": "*fp32", "sin_ptr": "*fp32"}
     types |= {"k_ptr": f"*{cache}", "v_ptr": f"*{cache}"}
     types |= {"lengths_ptr": "*i32", "n_valid_ptr": "*i32"}
     constants = {"E": e, "EPS": EPS, "BLOCK": triton.next_power_of_2(e // 2)}
-    scales = ("k_scale_ptr", "v_scale_ptr")
-    if int8:
-        types |= dict.fromkeys(scales, "*fp32")
-    else:
-        constants |= dict.fromkeys(scales)
-    return Spec(
-        name=f"rope_append {dtype} E={e}{', int8 cache' if int8 else ''}",
-        family="attention",
-        kernel=rope_append_kernel,
-        types=types,
-        constants=constants,
+    return spec_of(
+        f"rope_append {dtype} E={e}{', int8 cache' if int8 else ''}",
+        "attention",
+        rope_append_kernel,
+        types | {"k_scale_ptr": scale, "v_scale_ptr": scale},
+        constants,
         num_warps=1,
-        aligned=tuple(types),
     )

@@ -8,7 +8,6 @@ the outputs.
 """
 
 from functools import lru_cache
-from typing import Any
 
 import torch
 import triton
@@ -24,6 +23,7 @@ from bitnet_kernels.gpu.common import (
     await_inputs,
     launch_options,
     program,
+    spec_of,
 )
 from bitnet_kernels.gpu.exact import narrow, widen
 
@@ -127,9 +127,7 @@ def int8_gemm(config: TileConfig, x: Tensor, w: Tensor, rescale: Rescale | None 
                 k,
                 SCALE_PER_ROW=scale is not None and scale.dim() == 1,
                 EVEN_K=k % config.block_k == 0,
-                BLOCK_M=config.block_m,
-                BLOCK_N=config.block_n,
-                BLOCK_K=config.block_k,
+                **config.blocks(),
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
                 **launch_options(x.device),
@@ -160,25 +158,20 @@ def best_tile(m: int, n: int, capability: int, n_sms: int) -> TileConfig:
 
 def spec(config: TileConfig, outputs: str = "*bf16") -> Spec:
     """A configuration compiled ahead of time, for K a multiple of its step: outputs with one scale
-    a tensor and no bias, or int32 sums (``outputs`` ``"*i32"``)."""
-    types = {"x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": outputs}
-    constants: dict[str, Any] = {"bias_ptr": None, "SCALE_PER_ROW": False, "EVEN_K": True}
-    scales = ("s_x_ptr", "scale_ptr")
-    if outputs == "*i32":
-        constants |= dict.fromkeys(scales)
-    else:
-        types |= dict.fromkeys(scales, "*fp32")
-    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k}
+    per tensor and no bias, or int32 sums (``outputs`` ``"*i32"``)."""
+    scale = None if outputs == "*i32" else "*fp32"
+    operands = {"x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": outputs}
+    types = operands | {"s_x_ptr": scale, "scale_ptr": scale, "bias_ptr": None}
     kind = "matmul" if outputs == "*i32" else "linear"
-    return Spec(
-        name=f"int8_{kind} {config.block_m}x{config.block_n}",
-        family="dot",
-        kernel=int8_gemm_kernel,
-        types=types,
-        constants=constants,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        aligned=(*types, "N", "K"),
+    return spec_of(
+        f"int8_{kind} {config.block_m}x{config.block_n}",
+        "dot",
+        int8_gemm_kernel,
+        types,
+        {"SCALE_PER_ROW": False, "EVEN_K": True} | config.blocks(),
+        config.num_warps,
+        config.num_stages,
+        sizes=("N", "K"),
     )
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_kernels.gpu.common import Spec, await_inputs, launch_options
+from bitnet_kernels.gpu.common import Spec, await_inputs, launch_options, spec_of
 from bitnet_kernels.gpu.exact import RowTile, grid_of, magnitude, narrow, on_grid, row_tile, widen
 from bitnet_kernels.gpu.quant import codes_of, scale_of, store_tokens
 from bitnet_kernels.reference import EPS
@@ -170,23 +170,23 @@ def specs() -> list[Spec]:
 
 def _spec(input: str, dtype: str, k: int) -> Spec:
     names = {"x": "rmsnorm_quant", "x + residual": "add_rmsnorm_quant"}
-    types = {"weight_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "codes_ptr": "*i8"}
-    types |= {"scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
-    missing: dict[str, None] = {}
-    for name, used in (("other_ptr", input != "x"), ("h_ptr", input == "x + residual")):
-        if used:
-            types[name] = f"*{dtype}"
-        else:
-            missing[name] = None
+    types = {
+        "x_ptr": f"*{dtype}",
+        "other_ptr": None if input == "x" else f"*{dtype}",
+        "weight_ptr": f"*{dtype}",
+        "h_ptr": f"*{dtype}" if input == "x + residual" else None,
+        "codes_ptr": "*i8",
+        "scale_ptr": "*fp32",
+        "row_sum_ptr": "*i32",
+    }
     tile = row_tile(64, k, interpreted=False)
     constants = {"NORM_EPS": 1e-5, "EPS": EPS, "INPUT": input, "TERMS": triton.next_power_of_2(k)}
-    constants |= tile.constants()
-    return Spec(
-        name=f"{names.get(input, 'relu2_mul_rmsnorm_quant')} {dtype} K={k}",
-        family="quantization",
-        kernel=norm_quant_kernel,
-        types=types,
-        constants=constants | missing,
-        num_warps=tile.num_warps,
-        aligned=(*types, "K"),
+    return spec_of(
+        f"{names.get(input, 'relu2_mul_rmsnorm_quant')} {dtype} K={k}",
+        "quantization",
+        norm_quant_kernel,
+        types,
+        constants | tile.constants(),
+        tile.num_warps,
+        sizes=("K",),
     )

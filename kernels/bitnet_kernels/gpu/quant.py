@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitnet_kernels.gpu.common import Spec, await_inputs, launch_options
+from bitnet_kernels.gpu.common import Spec, await_inputs, launch_options, spec_of
 from bitnet_kernels.gpu.exact import RowTile, magnitude, row_tile, widen
 from bitnet_kernels.reference import EPS
 
@@ -137,12 +137,8 @@ def specs() -> list[Spec]:
 
 def _spec(dtype: str, k: int, tile: RowTile) -> Spec:
     types = {"x_ptr": f"*{dtype}", "codes_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
-    return Spec(
-        name=f"quant {dtype} K={k}",
-        family="quantization",
-        kernel=quant_kernel,
-        types=types,
-        constants={"EPS": EPS} | tile.constants(),
-        num_warps=tile.num_warps,
-        aligned=(*types, "K", "COLUMNS"),
+    constants = {"EPS": EPS} | tile.constants()
+    name, sizes = f"quant {dtype} K={k}", ("K", "COLUMNS")
+    return spec_of(
+        name, "quantization", quant_kernel, types, constants, tile.num_warps, sizes=sizes
     )

@@ -22,7 +22,6 @@ from bitnet_kernels.checks import (
     check_dtype,
     check_out_dtype,
     check_scale,
-    check_tensor,
     check_x,
     check_x_q,
 )
@@ -156,7 +155,6 @@ def _check_kernel(kernel: str, packed: Tensor, planes: Tensor | None) -> None:
         if kernel == "popcount":
             raise ValueError("planes: kernel 'popcount' needs them; see bit_planes(packed)")
         return
-    check_tensor("planes", planes)
     check_dtype("planes", planes, torch.int32)
     shape = [packed.shape[0], 2, plane_words(packed.shape[1])]
     if list(planes.shape) != shape:
@@ -164,7 +162,7 @@ def _check_kernel(kernel: str, packed: Tensor, planes: Tensor | None) -> None:
     check_device(packed, planes=planes)
 
 
-def _run_matmul(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
+def _matmul_by_kernel(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None) -> Tensor:
     if takes_triton(kernel, x_q.device):
         from bitnet_kernels.gpu.matmul import matmul, plan
 
@@ -175,14 +173,14 @@ def _run_matmul(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor | None)
     return int_mm.codes_matmul(x_q, codes_of(packed, x_q.shape[1]))
 
 
-def _fake_matmul(x_q: Tensor, packed: Tensor, *rest: object) -> Tensor:
+def _matmul_fake(x_q: Tensor, packed: Tensor, *rest: object) -> Tensor:
     return x_q.new_empty((x_q.shape[0], packed.shape[0]), dtype=torch.int32)
 
 
-_matmul = register("ternary_matmul", _run_matmul, fake=_fake_matmul)
+_matmul = register("ternary_matmul", _matmul_by_kernel, fake=_matmul_fake)
 
 
-def _run_quantized(
+def _quantized_by_kernel(
     x_q: Tensor,
     s_x: Tensor,
     row_sum: Tensor,
@@ -209,16 +207,16 @@ def _run_quantized(
     return reshaped(y, *x_q.shape[:-1], n)
 
 
-def _fake_quantized(
+def _quantized_fake(
     x_q: Tensor, s_x: Tensor, row_sum: Tensor, packed: Tensor, *rest: Any
 ) -> Tensor:
     return x_q.new_empty((*x_q.shape[:-1], packed.shape[0]), dtype=rest[-1])
 
 
-_quantized = register("quantized_linear", _run_quantized, fake=_fake_quantized)
+_quantized = register("quantized_linear", _quantized_by_kernel, fake=_quantized_fake)
 
 
-def _run_linear(
+def _linear_by_kernel(
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -248,8 +246,8 @@ def _run_linear(
     return reshaped(y, *x.shape[:-1], n)
 
 
-def _fake_linear(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
+def _linear_fake(x: Tensor, packed: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], packed.shape[0]), dtype=rest[-1])
 
 
-_linear = register("ternary_linear", _run_linear, fake=_fake_linear)
+_linear = register("ternary_linear", _linear_by_kernel, fake=_linear_fake)
