@@ -1,8 +1,8 @@
-"""The ternary layer as it is trained, and what a training step need not quantize again.
+"""The ternary layer for training, and how a training step quantizes each tensor only once.
 
-A BitLinear *is* an nn.Linear whose forward quantizes: its state dict has the same names, so a
-checkpoint moves between the two. Called on its own it quantizes its input and its weight in every
-forward. In a training step much of that finds the same again, and is done once, to the same bits:
+A BitLinear *is* an nn.Linear whose forward quantizes. Its state dict has the same names, so a
+checkpoint fits both. By itself it quantizes its input and its weight in every forward. In a
+training step much of that would give the same codes again; it is done once, with the same bits:
 
     with weights_quantized(model):            # each weight, for all micro-batches
         x = shared_input(x, q, k, v)         # an input, for all layers that take it
@@ -45,25 +45,26 @@ class BitLinear(CalledLayer, nn.Linear):
     Arguments:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``. Keep the latent weights
             fp32: at |w| ~ 0.02 bf16 loses updates below 6e-5. For bf16 use autocast.
-        granularity: one weight scale a ``"tensor"`` (b1.58), a ``"row"`` or a ``"group"``.
-        group_size: columns a group, for ``"group"``.
+        granularity: one weight scale per ``"tensor"`` (b1.58), ``"row"`` or ``"group"``.
+        group_size: columns per group, for ``"group"``.
         norm: normalize the input with a learned RMSNorm first (the placement of Microsoft's
             "Training Tips"); its weight is ``rms_norm.weight``.
-        norm_eps: of that norm.
-        grad_mask, grad_mask_c, int8_backward: latent weights that receive no gradient; gradients
-            in int8, which is an approximation. See :func:`bitnet.quant.ternary_linear_ste`.
+        norm_eps: epsilon of that norm.
+        grad_mask, grad_mask_c: which latent weights receive a gradient.
+        int8_backward: compute gradients in int8, an approximation. For these three see
+            :func:`bitnet.quant.ternary_linear_ste`.
     Shapes:
         input ``[..., in_features]`` -> ``[..., out_features]``; empty batches included.
     Raises:
-        TypeError, ValueError: an input that is not floating point or has another last dimension.
-        A NaN or infinity in a token makes that token's outputs NaN, no other's.
+        TypeError, ValueError: the input is not floating point or has another last dimension.
+        A NaN or infinity in a token makes only the outputs of that token NaN.
     """
 
     rms_norm: RMSNorm | None
     int8_backward: Int8Backward = "none"  # of layers pickled before there was a choice
     _cached_codes: "_CachedCodes | None" = None
     called = False
-    """Whether a forward has run that was not compiled: see :func:`bitnet.coverage`."""
+    """Whether an eager forward has run: see :func:`bitnet.coverage`."""
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class BitLinear(CalledLayer, nn.Linear):
     def forward(self, input: Tensor | QuantizedInput) -> Tensor:
         """float ``[..., in_features]`` -> ``[..., out_features]``, differentiable.
 
-        A layer without a norm inside takes :func:`bitnet.quant.quantize_input` of it as well.
+        A layer without a norm inside also takes the result of :func:`bitnet.quant.quantize_input`.
         """
         if not torch.compiler.is_compiling() and not self.called:
             self.called = True
@@ -118,8 +119,10 @@ class BitLinear(CalledLayer, nn.Linear):
         )
 
     def _valid_cached_codes(self) -> TernaryWeight | None:
-        """What :func:`weights_quantized` has found for the weight that this forward uses; None
-        where the forward outlives the scope, exported or traced."""
+        """Return the codes that :func:`weights_quantized` cached for the weight of this forward.
+
+        None for an exported or traced forward, which outlives the scope.
+        """
         held = self._cached_codes
         if held is None or torch.compiler.is_exporting():
             return None
@@ -132,27 +135,27 @@ class BitLinear(CalledLayer, nn.Linear):
         return held.quantized
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy made inside :func:`weights_quantized` leaves it on its own."""
+        """Drop the cached codes: a copy made inside :func:`weights_quantized` has none."""
         return self.__dict__ | {"_cached_codes": None}
 
     @torch.no_grad()
     def quantize(self) -> tuple[Tensor, Tensor]:
-        """The codes int8 ``[N, K]`` and the scale that the forward uses now."""
+        """Return the codes, int8 ``[N, K]``, and the scale that the forward uses now."""
         return absmean_ternary(self.weight, self.granularity, self.group_size)
 
     def extra_repr(self) -> str:
-        """As ``nn.Linear``'s, with the granularity."""
+        """Show what ``nn.Linear`` shows, and the granularity."""
         return f"{super().extra_repr()}, granularity={self.granularity}"
 
 
 class _CachedCodes(NamedTuple):
-    """Codes of a layer's weight, and how to tell that they are no longer those of its weight."""
+    """Codes of a layer's weight, and the state by which a later change of the weight is found."""
 
     quantized: TernaryWeight
     layer_name: str
     weight: Tensor
     memory: Tensor
-    """The weight's own, kept so that no other tensor can get its address meanwhile."""
+    """An alias of the weight, kept so that no other tensor can get its address meanwhile."""
     state: tuple[Any, ...]
 
     @classmethod
@@ -165,35 +168,38 @@ class _CachedCodes(NamedTuple):
     def check(self, weight: Tensor) -> None:
         if weight is not self.weight or _state(weight) != self.state:
             raise RuntimeError(
-                f"{self.layer_name or 'model'}.weight: changed inside weights_quantized(), whose "
-                "codes it no longer has; leave it before an optimizer's step"
+                f"{self.layer_name or 'model'}.weight: changed inside weights_quantized(), so its "
+                "cached codes are wrong; leave the block before an optimizer's step"
             )
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:
-    """What a change of the weight changes: the count of those in place (tensors of inference mode
-    have none), and what ``model.bfloat16()`` and ``weight.data = ...`` put in its place."""
+    """Return values that differ after a change of the weight: the version, which counts changes in
+    place (tensors of inference mode have none), and dtype, device and address, which
+    ``model.bfloat16()`` and ``weight.data = ...`` change."""
     version = 0 if weight.is_inference() else weight._version
     return version, weight.dtype, weight.device, weight.data_ptr()
 
 
 @contextmanager
 def weights_quantized(model: nn.Module) -> Iterator[None]:
-    """Quantize the weight of each BitLinear once, now, for all that is computed inside, forwards
-    and backwards, eager or compiled: the micro-batches of a step. The results are the same to the
-    last bit; the codes take a byte a weight.
+    """Quantize the weight of each BitLinear once, for all forwards and backwards inside the block.
+
+    It is meant for the micro-batches of a step, eager or compiled. The results are the same to the
+    last bit; the codes take one byte per weight.
 
         with weights_quantized(model):
             for inputs, targets in micro_batches:
                 loss(model(inputs), targets).backward()
         optimizer.step()
 
-    It may be nested. Layers whose weight is computed (by a parametrization) go on as without it.
+    Blocks can be nested. Layers whose weight is computed (by a parametrization) are left out.
 
     Raises:
-        RuntimeError: a weight (named) was changed meanwhile: in an eager forward after the change,
-            or at the end; or an optimizer that has it is about to step, which fused ones do unseen.
-            Changes in place past autograd, of ``weight.data``, are not seen.
+        RuntimeError: a weight (named) was changed inside the block; raised by the next eager
+            forward or at the end of the block. Or an optimizer of that weight is about to step:
+            fused optimizers change weights without a trace. Changes of ``weight.data`` in place,
+            which bypass autograd, are not seen.
     """
     entered: list[BitLinear] = []
 
@@ -203,7 +209,7 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
             if layer._cached_codes is not None and id(layer.weight) in stepped:
                 raise RuntimeError(
                     f"{layer._cached_codes.layer_name or 'model'}.weight: an optimizer's step "
-                    "inside weights_quantized() would make the cached codes wrong; step after it"
+                    "inside weights_quantized() makes the cached codes wrong; step after the block"
                 )
 
     hook = register_optimizer_step_pre_hook(refuse)
@@ -224,11 +230,11 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
 
 
 def shared_input(x: Tensor, *layers: nn.Module) -> Tensor | QuantizedInput:
-    """The input that all of ``layers`` are to be called with: quantized once where each is a
-    BitLinear without a norm inside, else x itself.
+    """Return the input to call all of ``layers`` with.
 
-    Layers that are not plain (:func:`is_plain`) get x too, so that a hook or a subclass sees what
-    it would see of an ``nn.Linear``.
+    It is quantized once if each layer is a BitLinear without a norm inside; otherwise it is x
+    itself. It is x also if a layer is not plain (:func:`is_plain`), so that a hook or a subclass
+    sees what it would see in an ``nn.Linear``.
     """
     shared = all(
         is_plain(layer, BitLinear) and isinstance(layer, BitLinear) and layer.rms_norm is None
@@ -240,7 +246,7 @@ def shared_input(x: Tensor, *layers: nn.Module) -> Tensor | QuantizedInput:
 def check_options(
     in_features: int, out_features: int, granularity: Granularity, group_size: int
 ) -> None:
-    """Raise ValueError for sizes or a granularity that no ternary layer has."""
+    """Raise ValueError for sizes or a granularity that no ternary layer can have."""
     if in_features < 1 or out_features < 1:
         raise ValueError(
             f"in_features, out_features: expected >= 1, got {in_features}, {out_features}"

@@ -1,4 +1,4 @@
-"""What share of a model became ternary, or integer, and why the rest did not.
+"""Count how much of a model is ternary or integer, and say why the rest is not.
 
 model = replace_linear(model)
 print(coverage(model))
@@ -20,35 +20,35 @@ class Kept(NamedTuple):
     """A module that holds weights in full precision."""
 
     kind: str
-    """its class"""
+    """the name of its class"""
     weights: int
     reason: str
 
 
 class Coverage(NamedTuple):
-    """The modules that hold a model's weights, by path; ``str()`` is a table.
+    """The modules that hold a model's weights, by path; ``str()`` gives a table.
 
     A weight is an element of a parameter with at least two dimensions; biases and norms do not
-    count. One that modules share counts in the first.
+    count. A weight that several modules share counts in the first.
     """
 
     replaced: dict[str, int]
-    """layers of ternary or integer weights, and how many weights each has"""
+    """number of weights of each layer with ternary or integer weights"""
     kept: dict[str, Kept]
-    """what stays in full precision"""
+    """modules that stay in full precision"""
     never_called: list[str]
-    """replaced layers that no forward has called since, though it called others. Where the model
-    uses their weight by itself, that is in full precision. Compiled forwards are not counted."""
+    """replaced layers that no forward has called since, while others were called. If the model
+    reads their weight directly, it does so in full precision. Compiled forwards do not count."""
 
     @property
     def share(self) -> float:
-        """Of the weights, in the replaced layers: 0 to 1."""
+        """Share of the weights that replaced layers hold, 0 to 1."""
         replaced = sum(self.replaced.values())
         total = replaced + sum(kept.weights for kept in self.kept.values())
         return replaced / total if total else 0.0
 
     def __str__(self) -> str:
-        """A line for the replaced layers, one for each reason why others are kept."""
+        """One line for the replaced layers, and one per class and reason of the kept ones."""
         replaced = sum(self.replaced.values())
         lines = [
             f"replaced: {len(self.replaced)} layers, {replaced:,} weights, {self.share:.1%} of all"
@@ -61,8 +61,8 @@ class Coverage(NamedTuple):
             lines.append(f"kept: {kind} {_some(names)}, {weights:,} weights: {reason}")
         if self.never_called:
             lines.append(
-                f"never called: {_some(self.never_called)}: if the model uses their weight itself, "
-                "that is in full precision; leave them in skip"
+                f"never called: {_some(self.never_called)}: if the model reads their weight "
+                "directly, it does so in full precision; name them in skip"
             )
         return "\n".join(lines)
 
@@ -73,8 +73,11 @@ def _some(names: list[str], most: int = 3) -> str:
 
 
 def coverage(model: nn.Module) -> Coverage:
-    """Count the weights of a model by what they are now: after ``replace_linear`` or ``prepare``,
-    in training or after it, after ``pack`` or ``convert``."""
+    """Count the weights of a model by their present form.
+
+    It can be called after ``replace_linear`` or ``prepare``, during and after training, and after
+    ``pack`` or ``convert``.
+    """
     replaced: dict[str, int] = {}
     kept: dict[str, Kept] = {}
     for name, module in model.named_modules():

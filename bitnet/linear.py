@@ -1,12 +1,12 @@
-"""TernaryLinear for inference, and what puts it and BitLinear into a model.
+"""TernaryLinear for inference, and the functions that put it and BitLinear into a model.
 
     layer = BitLinear(512, 2048)     # nn.Linear's arguments; latent fp32 weights, ternary maths
     model = replace_linear(model)    # every nn.Linear of any model -> BitLinear
     ...train...
-    model = pack(model)              # every BitLinear -> TernaryLinear, 2 bits a weight
+    model = pack(model)              # every BitLinear -> TernaryLinear, 2 bits per weight
 
-BitLinear stands in :mod:`bitnet.bitlinear`. A TernaryLinear has no latent weights; it holds packed
-codes and an fp32 scale and gives the same outputs to the last bit, since both add the same
+BitLinear is in :mod:`bitnet.bitlinear`. A TernaryLinear has no latent weights. It holds packed
+codes and an fp32 scale, and gives the same outputs to the last bit, since both layers add the same
 integers.
 """
 
@@ -65,20 +65,20 @@ DEFAULT_SKIP = ("lm_head",)
 
 
 class TernaryLinear(CalledLayer, nn.Module):
-    """A packed ternary linear layer, for inference: 2 bits a weight and an fp32 scale.
+    """A packed ternary linear layer for inference: 2 bits per weight and an fp32 scale.
 
     Arguments:
-        in_features, out_features, bias: as ``nn.Linear``.
-        granularity, group_size: of the scale.
+        in_features, out_features, bias: as for ``nn.Linear``.
+        granularity, group_size: one scale per tensor, row or group of columns.
         norm, norm_eps: an RMSNorm before the quantization, as in :class:`BitLinear`.
-        kernel: ``"auto"`` by device and shape, or one family by name (``bitnet_kernels``).
+        kernel: ``"auto"`` (by device and shape), or one family by name (``bitnet_kernels``).
     State:
         ``packed`` uint8 ``[N, ceil(K/64)*16]``, ``scale`` fp32 ``[]``, ``[N]`` or ``[N, G]``,
         ``bias``. The scale stays fp32 under ``.to(dtype)``: rounding it moves every logit.
-        ``"addsub"`` keeps the codes a second time, as bit planes, and so twice the memory; they
-        are made when weights are set or loaded, and never saved.
+        ``"addsub"`` keeps the codes a second time, as bit planes, which doubles the memory; the
+        planes are made when weights are set or loaded, and never saved.
     Attributes:
-        dtype: of the weight that it was made from; follows ``.to(dtype)``, as :attr:`weight` does.
+        dtype: dtype of :attr:`weight`: that of the latent weight, until ``.to(dtype)`` changes it.
     """
 
     dtype = torch.float32
@@ -145,8 +145,8 @@ class TernaryLinear(CalledLayer, nn.Module):
         group_size: int = 128,
         kernel: Kernel = "auto",
     ) -> "TernaryLinear":
-        """From int8 codes ``[N, K]`` and their fp32 scale, taken as they are: nothing is
-        estimated again. Raises ValueError where a scale or its shape does not fit."""
+        """Make a layer from int8 codes ``[N, K]`` and their fp32 scale, without estimating either
+        again. Raises ValueError if the dtype or shape of the scale does not fit."""
         layer = cls(
             codes.shape[1],
             codes.shape[0],
@@ -169,7 +169,7 @@ class TernaryLinear(CalledLayer, nn.Module):
 
     @classmethod
     def from_bitlinear(cls, linear: BitLinear, kernel: Kernel = "auto") -> "TernaryLinear":
-        """The packed form of a trained layer; raises ValueError if its weights are not finite."""
+        """Pack a trained layer. Raises ValueError if its weights are not finite."""
         codes, scale = linear.quantize()
         if not bool(scale.isfinite().all()):
             raise ValueError("weight: holds NaN or infinity; such a layer has no ternary form")
@@ -185,11 +185,11 @@ class TernaryLinear(CalledLayer, nn.Module):
         return layer.train(linear.training)
 
     def _lay_out(self, *_: Any) -> None:
-        """Make the second layout of the weights anew, where the kernel has one."""
+        """Update the second layout of the weights, if the kernel uses one."""
         self.planes = bit_planes(self.packed) if self.kernel == "addsub" else None
 
     def codes(self) -> Tensor:
-        """The unpacked codes, int8 ``[N, K]``."""
+        """Return the unpacked codes, int8 ``[N, K]``."""
         return unpack_ternary(self.packed, self.in_features)
 
     @property
@@ -235,7 +235,7 @@ class TernaryLinear(CalledLayer, nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Sizes, granularity, kernel, and the bytes that its layouts of the codes take."""
+        """Show sizes, granularity, kernel, and the bytes of all layouts of the codes."""
         planes = 0 if self.planes is None else self.planes.nbytes
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -245,7 +245,7 @@ class TernaryLinear(CalledLayer, nn.Module):
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:
-    """A parameter that takes no gradient: packed layers have no backward."""
+    """Return a parameter without gradient: packed layers have no backward."""
     return nn.Parameter(tensor, requires_grad=False)
 
 
@@ -258,26 +258,26 @@ def replace_linear(
 ) -> nn.Module:
     """Replace every ``nn.Linear`` by a :class:`BitLinear` with the same parameters, in place.
 
-    Only plain ``nn.Linear`` modules are replaced: a subclass may use its weight in its own way
-    (the output projection of ``nn.MultiheadAttention`` is never *called*, so a BitLinear there
-    would change nothing). The ``Conv1D`` of transformers (GPT-2) is replaced too, with a new weight
-    that is its transposed: checkpoints from before the replacement no longer fit.
-    :func:`bitnet.coverage` says what was replaced and what was not. Hooks on a replaced module are
-    not carried over.
+    Only plain ``nn.Linear`` modules are replaced, since a subclass may use its weight in its own
+    way (the output projection of ``nn.MultiheadAttention`` is never *called*, so a BitLinear there
+    would change nothing). The ``Conv1D`` of transformers (GPT-2) is replaced too, by a layer with
+    the transposed weight: checkpoints from before the replacement no longer fit.
+    :func:`bitnet.coverage` lists what was replaced and what was not. Hooks on a replaced module
+    are dropped.
 
     Arguments:
         model: any module; an ``nn.Linear`` itself is replaced by the returned BitLinear.
-        skip: names to leave in full precision: a module's own name, its path, or a pattern
-            (``"lm_head"``, ``"layers.0.mlp.*"``, ``"*.gate"``).
-        also: subclasses of ``nn.Linear`` to replace as well; their own forward is lost.
+        skip: modules to leave in full precision, by name, path or pattern (``"lm_head"``,
+            ``"layers.0.mlp.*"``, ``"*.gate"``).
+        also: subclasses of ``nn.Linear`` to replace as well; what their forward does is lost.
         options: BitLinear's keywords (``granularity``, ``norm``, ...).
     Raises:
-        TypeError: ``also`` holds something else than subclasses of ``nn.Linear``.
-        ValueError: nothing is replaced, and the model has no ternary layer already; a name in
-            ``skip`` that no module has; a layer that is empty or lazy, or whose weight or bias a
-            hook or a parametrization computes.
+        TypeError: ``also`` holds anything but subclasses of ``nn.Linear``.
+        ValueError: nothing is replaced and the model has no ternary layer yet; a name in ``skip``
+            matches no module; a layer is empty or lazy; a hook or a parametrization computes its
+            weight or bias.
     Warns:
-        UserWarning: more than half of the weights that might be ternary are not.
+        UserWarning: more than half of the weights that could be ternary are not.
     """
     check_whole(model, REPLACE_FIRST)
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
@@ -331,8 +331,8 @@ def replace_linear(
 
 
 def _check_replaced(model: nn.Module, skipped: set[int]) -> None:
-    """Raise ValueError where no layer is ternary; warn where most weights are not, of those that
-    are neither in ``skip`` nor in embeddings or convolutions."""
+    """Raise ValueError if no layer is ternary. Warn if most weights are not, without counting those
+    in ``skip``, embeddings and convolutions."""
     ternary = full = 0
     for _, module, weights in holders(model):
         if isinstance(module, BitLinear):
@@ -362,7 +362,7 @@ def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
             are not finite, or belongs to a subclass that overrides ``forward`` (named); FSDP or
             tensor parallelism has sharded the model.
     Warns:
-        UserWarning: a layer that no forward has called, though it called others (named).
+        UserWarning: no forward has called a layer (named), while others were called.
     """
     check_whole(model, GATHER)
     if not any(isinstance(module, BitLinear | TernaryLinear) for module in model.modules()):

@@ -1,7 +1,7 @@
 """Find, check and replace the layers of any model, and say why one stays in full precision.
 
-A weight here is an element of a parameter with at least two dimensions: a matrix, a kernel, a
-table. Biases and the weights of norms are none.
+A weight here is an element of a parameter with at least two dimensions: a matrix, a convolution
+kernel, a table. Biases and norms have none.
 """
 
 import warnings
@@ -21,18 +21,22 @@ from bitnet.schema import nearest
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is transformers' ``Conv1D``, a linear layer of transposed weight, known by
-    its name since transformers need not be installed."""
+    """Whether a module is transformers' ``Conv1D``, a linear layer with a transposed weight.
+
+    It is recognized by its name: transformers need not be installed.
+    """
     kind = type_before_parametrizations(module)
     return kind.__name__ == "Conv1D" and kind.__module__.partition(".")[0] == "transformers"
 
 
 def plain_linear(module: nn.Module, transposed: dict[int, nn.Parameter]) -> nn.Linear:
-    """A linear layer as an ``nn.Linear`` that computes the same: itself, or of a ``Conv1D`` one
-    with the same bias and a new, transposed weight.
+    """Return a linear layer as an ``nn.Linear`` that computes the same.
+
+    An ``nn.Linear`` is returned itself. For a ``Conv1D`` a new one is made, with the same bias and
+    a new, transposed weight.
 
     Arguments:
-        transposed: new weights by the id of the old, so that a shared weight stays shared.
+        transposed: new weights by the id of the old one, so that a shared weight stays shared.
     """
     if not is_conv1d(module):
         assert isinstance(module, nn.Linear)
@@ -47,7 +51,7 @@ def plain_linear(module: nn.Module, transposed: dict[int, nn.Parameter]) -> nn.L
 
 
 def check_whole(model: nn.Module, remedy: str) -> None:
-    """Raise ValueError, naming the first, where parameters are sharded over ranks."""
+    """Raise ValueError if a parameter is sharded over ranks; the error names the first one."""
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(f"{name or 'model'}: is sharded (FSDP); {remedy}")
@@ -57,10 +61,10 @@ def check_whole(model: nn.Module, remedy: str) -> None:
 
 
 def check_forward(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Raise ValueError for a subclass of ``kind`` whose own forward a conversion would lose."""
+    """Raise ValueError if a subclass of ``kind`` overrides forward, which conversion would lose."""
     if type(module).forward is not kind.forward:
         raise ValueError(
-            f"forward: {type(module).__name__} has one of its own, which would be lost; call the "
+            f"forward: {type(module).__name__} overrides it, and that code would be lost; call the "
             f"{kind.__name__} from a module instead"
         )
 
@@ -73,8 +77,11 @@ REPLACE_FIRST = "replace its layers first, then shard"
 
 
 def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
-    """``(path, module, weights)`` of each module that holds weights itself. A weight that several
-    share counts in the first. Of a lazy module, which has none yet, 0."""
+    """Yield ``(path, module, weights)`` for each module that holds weights itself.
+
+    A weight that several modules share counts in the first. A lazy module, which has no weights
+    yet, counts 0.
+    """
     seen: set[int] = set()
     for name, module in model.named_modules():
         own = [p for p in module._parameters.values() if p is not None and id(p) not in seen]
@@ -86,7 +93,7 @@ def holders(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
 
 
 def why_full_precision(module: nn.Module) -> str:
-    """Why a module that holds weights has none of few bits."""
+    """Say why a module that holds weights is neither ternary nor integer."""
     kind = type_before_parametrizations(module)
     if isinstance(module, LazyModuleMixin):
         return "has no weights yet: run the model once first"
@@ -100,13 +107,14 @@ def why_full_precision(module: nn.Module) -> str:
             f"nn.Linear, name it: also=({kind.__name__},)"
         )
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "a table, which multiplies nothing"
+        return "a lookup table, which multiplies nothing"
     names = ", ".join(n for n, p in module._parameters.items() if p is not None and p.dim() >= 2)
-    return f"no nn.Linear: it holds and uses {names} itself"
+    return f"not an nn.Linear: it holds and uses {names} itself"
 
 
 def kept_weights(model: nn.Module) -> str:
-    """One line of the modules that hold weights, by class, the largest first, with the reason."""
+    """List the modules that hold weights in one line: by class, the largest first, with the reason
+    why each stays in full precision."""
     kinds: dict[str, tuple[int, int, str]] = {}
     for _, module, weights in holders(model):
         kind = type_before_parametrizations(module).__name__
@@ -118,15 +126,18 @@ def kept_weights(model: nn.Module) -> str:
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module runs the forward of ``kind`` and nothing else: no subclass (which a
-    parametrized module is), not :func:`hooked`, no hooks in the backward."""
+    """Whether calling a module runs the forward of ``kind`` and nothing else.
+
+    Not so for a subclass (a parametrized module is one), a :func:`hooked` module, and one with
+    hooks in its backward.
+    """
     backward = module._backward_pre_hooks or module._backward_hooks
     return type(module) is kind and not hooked(module) and not backward
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling a module runs more than the forward of its class, or another: hooks of its
-    forward, any hooks of all modules, a forward of its own."""
+    """Whether calling a module runs more than the forward of its class, or something else: forward
+    hooks of the module, global hooks, or a forward assigned to the instance."""
     # by name, since torch.compile asks such hooks neither for their truth nor for their length
     pre_hooks: Mapping[Any, Any] = module._forward_pre_hooks
     added = [name for name in pre_hooks if name != IDLE_HOOK]
@@ -135,21 +146,25 @@ def hooked(module: nn.Module) -> bool:
 
 
 def computed_parameter(module: nn.Module) -> str:
-    """Which of ``weight`` and ``bias`` is no parameter of a layer but computed from others in each
-    forward, by a hook or a parametrization (weight_norm, pruning, ...); "" where neither is."""
+    """Return which of ``weight`` and ``bias`` is computed in each forward, or "".
+
+    A hook or a parametrization (weight_norm, pruning, ...) computes it from other parameters.
+    """
     for name in ("weight", "bias"):
         if is_parametrized(module, name):
             return name
         if isinstance(getattr(type(module), name, None), property):
-            continue  # a packed layer's own, which its forward does not use
+            continue  # a packed layer's, which its forward does not use
         if not isinstance(getattr(module, name, None), nn.Parameter | None):
             return name
     return ""
 
 
 def never_called(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[str]:
-    """Paths of the layers of ``kinds`` that no forward has called, though it called others. A
-    compiled forward leaves no trace, so that of a compiled model nothing is said."""
+    """Return the paths of layers of ``kinds`` that no forward has called, if others were called.
+
+    A compiled forward leaves no trace: the list is empty for a compiled model.
+    """
     modules = dict(model.named_modules())
     if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules.values()):
         return []
@@ -159,12 +174,12 @@ def never_called(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[s
 
 
 def warn_never_called(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Warn of layers whose weight the model may use past their forward, as :func:`never_called`
-    finds them: it trained in full precision and will not do so any more."""
+    """Warn about layers of :func:`never_called`: the model may read their weight directly, so it
+    trained that weight in full precision and will now read the quantized one."""
     if idle := never_called(model, (kind,)):
         warnings.warn(
-            f"{', '.join(idle[:3])}: never called, though other layers were ({len(idle)} such): "
-            "if the model uses their weight itself, it trained in full precision; leave them in "
+            f"{', '.join(idle[:3])}: never called, while other layers were ({len(idle)} such): "
+            "if the model reads their weight directly, it trained in full precision; name them in "
             "skip",
             stacklevel=3,
         )
@@ -173,8 +188,10 @@ def warn_never_called(model: nn.Module, kind: type[nn.Module]) -> None:
 def replace_modules(
     model: nn.Module, convert: Callable[[str, nn.Module], nn.Module | None]
 ) -> nn.Module:
-    """Swap modules for what ``convert(name, module)`` returns (None: keep it), in place; a module
-    used twice stays one module. Returns the model, or what it was itself replaced by."""
+    """Replace modules in place by the results of ``convert(name, module)`` (None: keep it).
+
+    A module that is used twice stays one module. Returns the model, or its replacement.
+    """
     replaced: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules()):
         if (new := convert(name, module)) is not None:
@@ -189,22 +206,21 @@ def replace_modules(
 
 
 def disable_nested_tensors(model: nn.Module) -> None:
-    """Keep ``nn.TransformerEncoder`` from making a nested tensor of a padded batch, which replaced
-    layers would take part by part."""
+    """Keep ``nn.TransformerEncoder`` from making a nested tensor of a padded batch: replaced layers
+    would compute it part by part."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a module's path, or its own name, is one of ``patterns``."""
+    """Whether a module's path, or its last part, matches one of ``patterns``."""
     own_name = name.rpartition(".")[2]
     return any(fnmatch(name, pattern) or own_name == pattern for pattern in patterns)
 
 
 def check_patterns(model: nn.Module, patterns: Sequence[str], key: str) -> None:
-    """Raise ValueError, naming ``key`` and the nearest name, for a pattern that no module has."""
-
+    """Raise ValueError if a pattern matches no module; it names ``key`` and the nearest name."""
     paths = [name for name, _ in model.named_modules(remove_duplicate=False)]
     known = {*paths, *(path.rpartition(".")[2] for path in paths)}
     for pattern in patterns:

@@ -100,7 +100,7 @@ def test_nothing_replaced_is_an_error_that_says_why() -> None:
         (nn.ModuleDict({"lm_head": nn.Linear(3, 4)}), r"1 Linear of 12 weights \(in skip"),
         (nn.LSTM(3, 4), "1 LSTM of 112 weights"),
         (nn.MultiheadAttention(4, 2), "MultiheadAttention of 48 weights.*in_proj_weight"),
-        (nn.Embedding(3, 2), "a table"),
+        (nn.Embedding(3, 2), "a lookup table"),
     ],
 )
 def test_why_nothing_was_replaced(model: nn.Module, words: str) -> None:

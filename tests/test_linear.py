@@ -385,7 +385,7 @@ def test_packing_does_not_lose_a_forward() -> None:
         def forward(self, input: Any) -> Tensor:
             return super().forward(input) + 1
 
-    with pytest.raises(ValueError, match=r"^1\.forward: Shifted has one of its own"):
+    with pytest.raises(ValueError, match=r"^1\.forward: Shifted overrides it"):
         pack(nn.Sequential(BitLinear(4, 4), Shifted(4, 4)))
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(BitLinear(4, 4)))
     x = torch.randn(3, 4)

@@ -75,8 +75,9 @@ def test_an_encoder_layer_calls_one_that_was_pickled_without_the_mark() -> None:
     layer = encoder_layer().eval()
     linear = BitLinear(16, 32)
     state = linear.__getstate__() | {"_forward_pre_hooks": OrderedDict()}
-    layer.linear1 = BitLinear.__new__(BitLinear)
-    layer.linear1.__setstate__(state)
+    pickled = BitLinear.__new__(BitLinear)
+    pickled.__setstate__(state)
+    layer._modules["linear1"] = pickled  # so that only the mark protects it
     x = torch.randn(2, 5, 16)
     with torch.no_grad():
         assert torch.equal(layer(x), by_hand(layer, x))
@@ -113,6 +114,11 @@ def test_the_mark_is_no_hook(kind: str) -> None:
     """A layer counts as hooked, and pays for hooks, only where somebody else has added one."""
     layer = KINDS[kind](nn.Linear(8, 8))
     assert not hooked(layer)
+    ran: list[nn.Module] = []
+    layer._forward_pre_hooks[placement.IDLE_HOOK] = lambda module, _: ran.append(module)
+    layer(torch.randn(2, 8))
+    assert not ran
+    layer._forward_pre_hooks[placement.IDLE_HOOK] = placement._does_nothing
     seen: list[nn.Module] = []
     handle = copy.deepcopy(layer).register_forward_pre_hook(lambda module, _: seen.append(module))
     assert not hooked(layer)

@@ -184,5 +184,5 @@ def test_conversion_does_not_lose_a_forward() -> None:
             return super().forward(input) + 1
 
     layer = Shifted.from_float(nn.Linear(4, 4), Recipe(weights="int"))
-    with pytest.raises(ValueError, match=r"^0\.forward: Shifted has one of its own"):
+    with pytest.raises(ValueError, match=r"^0\.forward: Shifted overrides it"):
         convert(nn.Sequential(layer))
