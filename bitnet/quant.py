@@ -146,7 +146,7 @@ def _clamped_mean(magnitude: Tensor) -> Tensor:
     largest term. The int64 sum of n <= 2^L terms stays below 2^62 and is exact in any order. Terms
     lose their fraction of a unit, which is at most 2^(2L - 61) of the mean.
     """
-    n = magnitude.shape[-1]
+    n = int(magnitude.shape[-1])  # torch.jit.trace has tensors there
     bits = 61 - (n - 1).bit_length()
     largest = magnitude.amax(-1, keepdim=True).float()
     # fp32's biased exponent; products with powers of two that are made from it are exact
