@@ -1,14 +1,15 @@
-"""A Llama-family model in one GGUF file, its weights dequantized to fp32.
+"""Import a Llama-family model from one GGUF file, with its weights dequantized to fp32.
 
-The `gguf` package reads and dequantizes. What is ours: names, the order of rows of q_proj and
-k_proj (llama.cpp turns neighbouring channels by one angle, Llama and we channel i and i + E/2; its
-converter interleaves the rows), the tokenizer, and what is refused. Every key of the architecture
-and every tensor must be one that our model has, so that nothing is left out in silence.
+The `gguf` package reads and dequantizes. This module maps the names, reorders the rows of q_proj
+and k_proj (llama.cpp rotates neighbouring channels by one angle, Llama and our model channels i and
+i + E/2; its converter interleaves the rows), builds the tokenizer, and refuses other models. Every
+key of the architecture and every tensor must be one that our model has, so that nothing is left out
+silently.
 
-The tokenizer of a GGUF is its vocabulary, its merges and a name for how text is split before
-merging (``tokenizer.ggml.pre``), which llama.cpp has a regular expression for. _SPLITS lists those
-that are known here; a file of another name is refused. A file without the key was made before
-April 2024, when llama.cpp split every such text as GPT-2.
+The tokenizer of a GGUF is its vocabulary, its merges and the name of how text is split before
+merging (``tokenizer.ggml.pre``), for which llama.cpp has a regular expression. _SPLITS lists the
+names that are known here; a file with another name is refused. A file without the key was made
+before April 2024, when llama.cpp split all such texts as GPT-2 does.
 Source of names and expressions: llama.cpp, src/llama-vocab.cpp, and the models' tokenizer.json.
 """
 
@@ -230,7 +231,7 @@ def _shape(keys: _Keys) -> Shape:
         refused[f"{key} = {shown}{scaled}"] = not neutral
     for what, present in refused.items():
         if present:
-            raise UserError(f"{source}: the model has {what}, which our model has not")
+            raise UserError(f"{source}: the model has {what}, which our model does not have")
     vocab = len(keys.need("tokenizer.ggml.tokens", list))
     return Shape(
         n_layers=keys.size("llama.block_count"),
@@ -252,7 +253,7 @@ def _stored(source: Path, reader: Any, shape: Shape) -> dict[str, Stored]:
     for tensor in reader.tensors:
         name, kind = str(tensor.name), tensor.tensor_type.name
         if name.endswith(".bias"):
-            raise UserError(f"{source}: has biases ({name}), which our model has not")
+            raise UserError(f"{source}: has biases ({name}), which our model does not have")
         if name.startswith("rope_freqs") or ".rope_freqs" in name:
             raise UserError(f"{source}: has {name}: scaled rotary positions are not supported")
         if kind in ("I8", "I16", "I32", "I64"):

@@ -1,16 +1,16 @@
-"""A pretrained Llama-family model as a Transformer of ours, to quantize or to train on.
+"""Import a pretrained Llama-family model as our Transformer, to quantize it or to train it further.
 
     model, tokenizer = load_hf("SmolLM2-135M/")           # config.json, weights, tokenizer.json
     model, tokenizer = load_hf("SmolLM2-135M-Q4_1.gguf")  # one file, its weights made fp32
 
-What our maths does not have (biases, stretched rotary positions, sliding windows, other head sizes)
-is refused by name: such a model would load and be quietly wrong. So are adapters (LoRA): alone they
-are no model, and beside one nobody can tell whether they are merged into it.
+What our model does not have (biases, scaled rotary positions, sliding windows, other head sizes) is
+refused by name: such a model would load and silently compute something else. Adapters (LoRA) are
+refused too: alone they are no model, and next to one it is unknown whether they are merged in.
 
-This module reads folders, bitnet/export/gguf.py the files; bitnet/export/llama.py says what they
-must hold. transformers (extra `hf`) gives a config.json its defaults: offline, without remote code.
-Weights come from safetensors only, never from a pickle nor from a file outside the folder,
-whatever an index of shards says.
+This module reads folders, bitnet/export/gguf.py reads GGUF files; bitnet/export/llama.py lists what
+they must hold. transformers (extra `hf`) supplies a config.json's defaults: offline, without remote
+code. Weights come from safetensors only, never from a pickle or from a file outside the folder,
+even if an index of shards names one.
 """
 
 import dataclasses
@@ -241,7 +241,7 @@ def _shape(theirs: Any, source: Path) -> Shape:
     }
     for what, present in refused.items():
         if present:
-            raise UserError(f"{source}: the model has {what}, which our model has not")
+            raise UserError(f"{source}: the model has {what}, which our model does not have")
     return Shape(
         n_layers=theirs.num_hidden_layers,
         d_model=theirs.hidden_size,
@@ -309,7 +309,7 @@ def _shards(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: damaged: has no weight_map")
     for tensor, shard in shards.items():
         if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
-            raise UserError(f"{path}: {tensor} is in {shard!r}, which is no file of the folder")
+            raise UserError(f"{path}: {tensor} is in {shard!r}, which is not a file of the folder")
         if not shard.endswith(".safetensors"):
             raise UserError(
                 f"{path}: {tensor} is in {shard}; only .safetensors is read, since reading a "

@@ -1,8 +1,9 @@
 """What a Llama-family checkpoint must hold, in any format: names, shapes, dtypes.
 
-Their maths is our ``pre_norm`` model with SiLU and full-precision matrices, and their tensor names
-are ours, so importing is checking and renaming. All is checked from headers, in one pass over the
-names, before a tensor is read or a layer is made: a config may promise 10^9 layers.
+Such models compute what our ``pre_norm`` model with SiLU and full-precision matrices computes, and
+their tensor names are ours, so importing means checking and renaming. Everything is checked from
+headers, in one pass over the names, before a tensor is read or a layer is made: a config may claim
+10^9 layers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
