@@ -21,7 +21,6 @@ from tests.helpers.decoding import (
     VARIANTS,
     VOCAB,
     greedy,
-    greedy_by_hand,
     make_prompts,
     packed_model,
     prefill,
@@ -135,13 +134,13 @@ def test_models_of_16_bits(linear: Any, dtype: torch.dtype) -> None:
 def test_the_model_may_be_dropped() -> None:
     model = packed_model()
     (prompt,) = make_prompts([9])
-    expected, _ = greedy_by_hand(model, prompt, 10)
+    expected, _ = greedy(Decoder(packed_model(), 1, CONTEXT), [prompt], 10)
     decoder = Decoder(model, 1, CONTEXT)
     for module in model.layers.modules():
         for buffer in module.buffers(recurse=False):
             buffer.zero_()
     del model, module, buffer
-    assert greedy(decoder, [prompt], 10)[0] == [expected]
+    assert greedy(decoder, [prompt], 10)[0] == expected
 
 
 @pytest.mark.parametrize("variant", ["in_linear", "group"])
@@ -198,25 +197,27 @@ def test_one_token_a_row_is_a_step() -> None:
 
 
 def test_a_prefill_reads_its_matrices_once_for_several_rows() -> None:
-    """As long as its tokens fit the chunk; a row with none of them parts two runs."""
-    decoder = Decoder(packed_model(), 6, CONTEXT, chunk=16)
+    """As long as their tokens fit the chunk; a row without tokens separates two runs."""
+    model = packed_model()
+    decoder = Decoder(model, 6, CONTEXT, chunk=16)
     runs: list[list[int]] = []
-    runner: Any = decoder._runner
-    chunk = runner._chunk
-
-    def recorded(tokens: Tensor, pieces: Any) -> Any:
-        runs.append([piece.row for piece in pieces])
-        return chunk(tokens, pieces)
-
-    runner._chunk = recorded
     tokens = torch.randint(VOCAB, (6, 8), generator=torch.Generator().manual_seed(0))
     counts = [8, 3, 5, 2, 0, 8]
-    decoder.prefill(tokens, counts)
+    with watched(decoder) as seen:
+        runner: Any = decoder._runner
+        chunk = runner._chunk
+
+        def recorded(tokens: Tensor, pieces: Any) -> Any:
+            runs.append([piece.row for piece in pieces])
+            return chunk(tokens, pieces)
+
+        runner._chunk = recorded
+        decoder.prefill(tokens, counts)
     assert runs == [[0, 1, 2], [3], [5]]
     for row, n in enumerate(counts):
         if n:
-            expected = greedy_by_hand(packed_model(), tokens[row, :n].tolist(), 1)[1][0]
-            torch.testing.assert_close(decoder.logits[row], expected, rtol=0, atol=1e-4)
+            compare(model, seen, row, tokens[row, :n])
+            assert torch.equal(decoder.logits[row], seen["lm_head"][row, n - 1].gave)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-9])
@@ -364,10 +365,10 @@ def test_a_matrix_of_one_column(packed: bool) -> None:
     """torch's int8 product on a CPU is wrong there."""
     model = packed_model(d_ff=1) if packed else small_model(d_ff=1)
     (prompt,) = make_prompts([5])
-    expected, logits = greedy_by_hand(model, prompt, 4)
-    ours, found = greedy(Decoder(model, 1, CONTEXT), [prompt], 4)
-    assert ours == [expected]
-    torch.testing.assert_close(found[0], logits, rtol=0, atol=1e-4)
+    decoder = Decoder(model, 1, CONTEXT)
+    with watched(decoder) as seen:
+        (tokens,), _ = greedy(decoder, [prompt], 4)
+    compare(model, seen, 0, torch.tensor(prompt + tokens[:-1]))
 
 
 def test_a_module_that_counts_its_calls_is_no_changed_model() -> None:

@@ -11,44 +11,45 @@ from tests.helpers.decoding import (
     CONTEXT,
     VOCAB,
     greedy,
-    greedy_by_hand,
     make_prompts,
     packed_model,
     prefill,
 )
+from tests.helpers.layerwise import compare, watched
 
 
 def test_rows_do_not_see_each_other() -> None:
-    """A ternary head too, so that nothing hangs on how a float product is cut for its batch."""
+    """Each computes what the model does for its tokens alone; with a ternary head here."""
     model = packed_model()
     head = BitLinear(32, VOCAB, bias=False)
     head.weight = model.lm_head.weight
     model.lm_head = head
     prompts = make_prompts([9, 30, 70, 3])
-    together = greedy(Decoder(model, 4, CONTEXT, chunk=11), prompts, 20)[1]
-    for row, prompt in enumerate(prompts):
-        alone = greedy(Decoder(model, 1, CONTEXT, chunk=11), [prompt], 20)[1][0]
-        torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-5)
-        assert torch.equal(together[row].argmax(-1), alone.argmax(-1))
+    decoder = Decoder(model, 4, CONTEXT, chunk=11)
+    with watched(decoder) as seen:
+        texts, _ = greedy(decoder, prompts, 20)
+    for row, (prompt, tokens) in enumerate(zip(prompts, texts, strict=True)):
+        compare(model, seen, row, torch.tensor(prompt + tokens[:-1]))
 
 
 def test_a_row_that_ended_keeps_what_it_holds() -> None:
     model, prompts = packed_model(), make_prompts([5, 12])
     decoder = Decoder(model, 2, CONTEXT)
-    prefill(decoder, prompts, 16)
-    decoder.active[0] = 0
-    before, logits = decoder._state.kv[:, :, 0, :, :5].clone(), decoder.logits[0].clone()
-    token = decoder.tokens[0].clone()
-    for _ in range(70):
-        decoder.step(2)
-    assert decoder.lengths.tolist() == [5, 82]
-    assert torch.equal(decoder._state.kv[:, :, 0, :, :5], before)
-    decoder.active[0] = 1
-    decoder.tokens[0] = token
-    decoder.step(1)
-    expected = greedy_by_hand(model, [*prompts[0], int(token)], 1)[1][0]
+    with watched(decoder) as seen:
+        prefill(decoder, prompts, 16)
+        decoder.active[0] = 0
+        before, logits = decoder._state.kv[:, :, 0, :, :5].clone(), decoder.logits[0].clone()
+        token = decoder.tokens[0].clone()
+        for _ in range(70):
+            decoder.step(2)
+        assert decoder.lengths.tolist() == [5, 82]
+        assert torch.equal(decoder._state.kv[:, :, 0, :, :5], before)
+        decoder.active[0] = 1
+        decoder.tokens[0] = token
+        decoder.step(1)
     assert int(logits.argmax()) == int(token)
-    torch.testing.assert_close(decoder.logits[0], expected, rtol=0, atol=1e-4)
+    compare(model, seen, 0, torch.tensor([*prompts[0], int(token)]))
+    assert torch.equal(decoder.logits[0], seen["lm_head"][0, 5].gave)
 
 
 @pytest.mark.parametrize("max_len", [63, 64, 70])
@@ -74,16 +75,16 @@ def test_shared_prefixes_and_truncation() -> None:
     model = packed_model()
     (prompt,) = make_prompts([40])
     decoder = Decoder(model, 3, CONTEXT)
-    decoder.prefill(torch.tensor([prompt]), [40])
-    decoder.copy_prefix(0, 2, 25)
-    assert decoder.lengths.tolist() == [40, 0, 25]
-    other = [[*prompt[:25], 1, 2, 3], [*prompt[:10], 4, 5]]
-    decoder.set_length(0, 10)
-    decoder.prefill(torch.tensor([[4, 5, 0], [0, 0, 0], [1, 2, 3]]), [2, 0, 3])
-    for row, ids in ((2, other[0]), (0, other[1])):
-        expected, logits = greedy_by_hand(model, ids, 1)
-        assert decoder.chosen[row] == expected[0]
-        torch.testing.assert_close(decoder.logits[row], logits[0], rtol=0, atol=1e-4)
+    with watched(decoder) as seen:
+        decoder.prefill(torch.tensor([prompt]), [40])
+        decoder.copy_prefix(0, 2, 25)
+        assert decoder.lengths.tolist() == [40, 0, 25]
+        decoder.set_length(0, 10)
+        decoder.prefill(torch.tensor([[4, 5, 0], [0, 0, 0], [1, 2, 3]]), [2, 0, 3])
+    for row, ids in ((2, [*prompt[:25], 1, 2, 3]), (0, [*prompt[:10], 4, 5])):
+        compare(model, seen, row, torch.tensor(ids))
+        assert torch.equal(decoder.logits[row], seen["lm_head"][row, len(ids) - 1].gave)
+        assert int(decoder.chosen[row]) == int(decoder.logits[row].argmax())
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp32", "bf16", "int8"])
