@@ -1,9 +1,9 @@
-"""Ternary (BitNet b1.58) language models: layers, models, and what turns one into the other.
+"""Ternary (BitNet b1.58) language models: layers, models, conversion and generation.
 
 from bitnet import BitLinear, replace_linear, coverage, pack, load, Engine
 
-The names are imported when they are first used: torch takes seconds, and a command has to hear
-Ctrl-C before (bitnet/cli/shell.py).
+Names are imported when they are first used: importing torch takes seconds, and a command must
+handle Ctrl-C before (bitnet/cli/shell.py).
 """
 
 from importlib import import_module
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitnet.engine.engine import Engine
+    from bitnet.engine.request import SamplingParams
     from bitnet.export.folder import load
     from bitnet.inventory import Coverage, coverage
     from bitnet.linear import BitLinear, TernaryLinear, pack, replace_linear, weights_quantized
@@ -21,6 +22,7 @@ __all__ = [
     "BitLinear",
     "Coverage",
     "Engine",
+    "SamplingParams",
     "TernaryLinear",
     "Transformer",
     "coverage",
@@ -30,14 +32,22 @@ __all__ = [
     "weights_quantized",
 ]
 
-if not TYPE_CHECKING:  # a checker reads the imports above
+_HOMES = {
+    "Coverage": "inventory",
+    "Engine": "engine.engine",
+    "SamplingParams": "engine.request",
+    "Transformer": "model",
+    "coverage": "inventory",
+    "load": "export.folder",
+}
+"""The module of a public name; the others are in bitnet.linear."""
+
+if not TYPE_CHECKING:  # a type checker reads the imports above
 
     def __getattr__(name: str) -> Any:
         """A public name from its module, or a module of the package."""
         if name in __all__:
-            homes = {"load": "export.folder", "Transformer": "model", "Engine": "engine.engine"}
-            homes |= {"Coverage": "inventory", "coverage": "inventory"}
-            value = getattr(import_module(f"bitnet.{homes.get(name, 'linear')}"), name)
+            value = getattr(import_module(f"bitnet.{_HOMES.get(name, 'linear')}"), name)
             globals()[name] = value  # looked up once
             return value
         if not name.startswith("_") and find_spec(f"bitnet.{name}") is not None:

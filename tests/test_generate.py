@@ -500,6 +500,15 @@ def test_the_commands_dtypes_reach_the_engine(bitnet: Bitnet, folder: Path) -> N
     assert "int8" in err
 
 
+def test_the_guides_code_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guide = (Path(__file__).parents[1] / "docs/generation.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"```python\n(.*?)```", guide, re.S))
+    exec(code.replace("runs/quickstart/model-packed", str(folder)), {})
+    out = capsys.readouterr().out
+    assert out.startswith("def main")
+    assert re.search(r"\d tokens/s; \d+ reused$", out)
+
+
 @pytest.mark.parametrize("prompts", [["def"], ["def", "the"]])
 def test_ctrl_c_keeps_the_text_so_far(
     bitnet: Bitnet, folder: Path, prompts: list[str], monkeypatch: pytest.MonkeyPatch

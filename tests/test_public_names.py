@@ -11,6 +11,7 @@ HOMES = {
     "BitLinear": "bitnet.bitlinear",
     "Coverage": "bitnet.inventory",
     "Engine": "bitnet.engine.engine",
+    "SamplingParams": "bitnet.engine.request",
     "TernaryLinear": "bitnet.linear",
     "Transformer": "bitnet.model",
     "coverage": "bitnet.inventory",
