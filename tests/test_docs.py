@@ -69,6 +69,11 @@ def test_every_link_leads_somewhere(page: str) -> None:
             assert (DOCS.parent / file).is_file(), file
 
 
+def test_the_readme_links_every_guide() -> None:
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    assert [guide for guide in GUIDES if f"]({guide}" not in readme] == []
+
+
 def commands(text: str) -> list[str]:
     """The code of a page that runs ``bitnet``, without comments; continued lines are joined."""
     inline = re.findall(r"`(bitnet [a-z][^`]*)`", text)
