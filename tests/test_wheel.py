@@ -1,4 +1,4 @@
-"""The wheel as a stranger gets it: built from the sdist, in an environment of its own, no Triton.
+"""The wheel as a stranger gets it: built from the sdist, in a separate environment without Triton.
 
 There is no network in a test, so the new environment borrows the third-party packages of this one
 by links, each but Triton; the project itself is there only as what pip unpacked from the wheel.
@@ -14,9 +14,12 @@ import sysconfig
 import tarfile
 import venv
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.shared import Shared
 
 ROOT = Path(__file__).parents[1]
 NOT_BORROWED = ("triton", "bitnet", "__editable__", "__pycache__", "pip", "setuptools")
@@ -71,23 +74,30 @@ def run(*command: str | Path, cwd: Path) -> str:
     return child.stdout
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def built(shared: Shared) -> Path:
     """A folder with the sdist of the working tree and the wheel made from that sdist."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    return shared("dist", build)
+
+
+def build(out: Path) -> None:
+    source = out / "source"
+    source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("bitnet", "kernels"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=out)
-    return out
 
 
-@pytest.fixture(scope="module")
-def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def environment(built: Path, shared: Shared) -> Path:
     """A fresh environment with the wheel installed."""
-    folder = tmp_path_factory.mktemp("environment")
+    return shared("environment", partial(install_into, built))
+
+
+def install_into(built: Path, folder: Path) -> None:
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     (wheel,) = built.glob("*.whl")
@@ -111,7 +121,6 @@ def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for entry in Path(borrowed).iterdir():
             if not entry.name.startswith(NOT_BORROWED) and entry.suffix != ".pth":
                 (site_packages / entry.name).symlink_to(entry)
-    return folder
 
 
 def test_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:

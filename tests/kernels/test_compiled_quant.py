@@ -2,27 +2,18 @@
 spills. ``compiled_quant.py`` compiles them in a process of its own."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow  # it compiles for half a minute
+from tests.helpers.scripts import CompiledBy
 
-SCRIPT = Path(__file__).parents[1] / "helpers" / "compiled_quant.py"
+pytestmark = pytest.mark.slow  # it compiles for half a minute
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    command = [sys.executable, "-W", "error", str(SCRIPT)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+def compiled(compiled_by: CompiledBy) -> dict[str, dict[str, Any]]:
+    return json.loads((compiled_by("compiled_quant.py") / "found.json").read_text())
 
 
 def regular(compiled: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -4,30 +4,21 @@ its own), and which of them are launched so."""
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.helpers.scripts import CompiledBy
+
 ROOT = Path(__file__).parents[2]
-SCRIPT = Path(__file__).parents[1] / "helpers" / "compiled_dependent.py"
 CONTROL = ["griddepcontrol.wait", "griddepcontrol.launch_dependents"]
 
 
 @pytest.fixture(scope="module")
-def compiled(pytestconfig: pytest.Config) -> dict[str, Any]:
-    """What Triton compiled stays in pytest's cache, shared with ``test_sass_kernels.py``."""
-    assert pytestconfig.cache is not None
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(pytestconfig.cache.mkdir("triton"))
-    command = [sys.executable, "-W", "error", str(SCRIPT)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+def compiled(compiled_by: CompiledBy) -> dict[str, Any]:
+    return json.loads((compiled_by("compiled_dependent.py") / "found.json").read_text())
 
 
 def test_every_kernel_waits_before_it_touches_memory(compiled: dict[str, Any]) -> None:

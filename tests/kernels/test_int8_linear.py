@@ -2,10 +2,6 @@
 Triton kernel in the interpreter, and its machine code for GPUs that are not here."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,20 +10,9 @@ import torch
 from torch import Tensor
 
 from bitnet_kernels import int8_linear, int8_matmul, pack_ternary, quantized_linear, reference
+from tests.helpers.scripts import CompiledBy, Interpreted, run_script
 
-HERE = Path(__file__).parents[1] / "helpers"
 SHAPES = [(1, 1, 1), (5, 3, 1), (3, 5, 2), (1, 7, 63), (17, 1, 64), (16, 9, 65), (33, 40, 300)]
-
-
-def worker(script: str, cache: Path | None = None, **env: str) -> Any:
-    """What a script of this folder, or Python code, printed as JSON."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    inherited |= {} if cache is None else {"TRITON_CACHE_DIR": str(cache)}
-    source = [str(HERE / script)] if script.endswith(".py") else ["-c", script]
-    command = [sys.executable, "-W", "error", *source]
-    run = subprocess.run(command, env=inherited | env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
 
 
 def any_int8(rows: int, columns: int) -> Tensor:
@@ -157,7 +142,7 @@ print(json.dumps([right, wrong or not torch.cpu._is_avx2_supported()]))
 def test_matmul_is_exact_on_older_processors() -> None:
     """Without VNNI, oneDNN adds pairs of products in int16, where these saturate."""
     env = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "OMP_NUM_THREADS": "1"}
-    assert worker(OLDER_CPU, **env) == [5 * [True], True]
+    assert json.loads(run_script(OLDER_CPU, **env)) == [5 * [True], True]
 
 
 def test_operators_pass_opcheck() -> None:
@@ -267,9 +252,9 @@ def test_hostile_matrices(a: Any, b: Any, error: type[Exception], message: str) 
 
 
 @pytest.fixture(scope="module")
-def findings() -> list[dict[str, Any]]:
+def findings(interpreted: Interpreted) -> list[dict[str, Any]]:
     pytest.importorskip("triton")
-    return worker("interpreted_int8.py", TRITON_INTERPRET="1")
+    return interpreted("interpreted_int8.py")
 
 
 @pytest.mark.parametrize(
@@ -283,9 +268,9 @@ def test_interpreted(findings: list[dict[str, Any]], check: str, at_least: int) 
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def compiled(compiled_by: CompiledBy) -> dict[str, dict[str, Any]]:
     pytest.importorskip("triton")
-    return worker("compiled_int8.py", tmp_path_factory.mktemp("triton"))
+    return json.loads((compiled_by("compiled_int8.py") / "found.json").read_text())
 
 
 @pytest.mark.slow

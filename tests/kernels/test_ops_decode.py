@@ -3,11 +3,7 @@ interpreter and compiled for GPUs that are not here, each in a process of its ow
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,16 +17,9 @@ from bitnet_kernels import decode_attention, rope_append
 from bitnet_kernels.gpu import decode_attention as gpu_attention
 from bitnet_kernels.gpu import decode_rope as gpu_rope
 from bitnet_kernels.ops.decode import ACTIVATIONS
+from tests.helpers.scripts import CompiledBy, Interpreted, run_script
 
 B, T, H, G, E, L, S = 2, 3, 6, 2, 16, 20, 3
-
-
-def run(*arguments: str, **env: str) -> str:
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", *arguments]
-    done = subprocess.run(command, env=inherited | env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def cache_of(dtype: torch.dtype, rows: int = S) -> tuple[Any, ...]:
@@ -48,10 +37,8 @@ def counts(*values: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def findings() -> list[dict[str, Any]]:
-    """What ``interpreted_decode.py`` found."""
-    script = str(Path(__file__).parents[1] / "helpers" / "interpreted_decode.py")
-    return json.loads(run(script, TRITON_INTERPRET="1"))
+def findings(interpreted: Interpreted) -> list[dict[str, Any]]:
+    return interpreted("interpreted_decode.py")
 
 
 @pytest.mark.parametrize(
@@ -75,9 +62,8 @@ def test_interpreted_kernels(findings: list[dict[str, Any]], check: str, at_leas
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    script = str(Path(__file__).parents[1] / "helpers" / "compiled_decode.py")
-    return json.loads(run(script, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton"))))
+def compiled(compiled_by: CompiledBy) -> dict[str, dict[str, Any]]:
+    return json.loads((compiled_by("compiled_decode.py") / "found.json").read_text())
 
 
 @pytest.mark.slow
@@ -174,7 +160,7 @@ from bitnet_kernels.gpu.decode_attention import attention_kernel, combine_kernel
 for kernel in attention_kernel, combine_kernel:
     print(*(parameter.name for parameter in kernel.params if parameter.do_not_specialize))
 """
-    assert run("-c", script).splitlines() == ["T QUERIES", "HEADS"]
+    assert run_script(script).splitlines() == ["T QUERIES", "HEADS"]
 
 
 # --- the definitions ------------------------------------------------------------------------------

@@ -1,13 +1,8 @@
 """The quantization operators and their references; their Triton kernels in the interpreter."""
 
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +21,7 @@ from bitnet_kernels.ops.quantize import (
     relu2_mul_rmsnorm_quant,
     rmsnorm_quant,
 )
+from tests.helpers.scripts import Interpreted
 
 K, EPS = 70, 1e-5
 Op = Callable[..., tuple[Tensor, ...]]
@@ -45,14 +41,6 @@ def rest_of(name: str) -> tuple[Any, ...]:
     return torch.rand(K, generator=torch.Generator().manual_seed(7)), EPS
 
 
-def run(*arguments: str, **env: str) -> str:
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "error", *arguments]
-    done = subprocess.run(command, env=inherited | env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 # --- the kernels, interpreted ---------------------------------------------------------------------
 
 
@@ -63,12 +51,8 @@ def shapes(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
-def findings(shapes: int) -> list[dict[str, Any]]:
-    """What ``interpreted_quant.py`` found in a process of its own."""
-    # glibc gives large arrays back to the system one by one otherwise, which takes its time.
-    malloc = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "1000000000")
-    script = str(Path(__file__).parents[1] / "helpers" / "interpreted_quant.py")
-    return json.loads(run(script, str(shapes), TRITON_INTERPRET="1", **malloc))
+def findings(shapes: int, interpreted: Interpreted) -> list[dict[str, Any]]:
+    return interpreted("interpreted_quant.py", str(shapes))
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,8 @@
 import importlib.util
 import json
 import operator
-import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+from tests.helpers.scripts import run_script
 
 HELPERS = Path(__file__).parents[1] / "helpers"
 SPEC = importlib.util.spec_from_file_location("ptx_emulator", HELPERS / "ptx_emulator.py")
@@ -355,22 +354,9 @@ MIXED = (  # $5 holds four bytes, $6 to $9 a word each; the comment shows their 
 
 
 def run_kernels(argument: object, cache: Path, **env: str) -> dict[str, Any]:
-    """What ``ptx_kernels.py`` finds; TRITON_INTERPRET is off unless given."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    child = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            str(Path(__file__).parents[1] / "helpers" / "ptx_kernels.py"),
-        ],
-        input=json.dumps(argument),
-        env=inherited | {"TRITON_CACHE_DIR": str(cache)} | env,
-        capture_output=True,
-        text=True,
-    )
-    assert child.returncode == 0, child.stderr
-    return json.loads(child.stdout)
+    """What ``ptx_kernels.py`` prints; TRITON_INTERPRET is unset unless given."""
+    stdin = json.dumps(argument)
+    return json.loads(run_script("ptx_kernels.py", stdin=stdin, TRITON_CACHE_DIR=str(cache), **env))
 
 
 def test_interpreted_kernels(tmp_path: Path) -> None:

@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +5,7 @@ from torch import Tensor
 
 from bitnet_kernels import pack_ternary, reference
 from bitnet_kernels.cpu import int_mm
+from tests.helpers.scripts import run_script
 
 SHAPES = [(1, 1, 1), (5, 3, 1), (3, 5, 2), (1, 7, 63), (17, 1, 64), (16, 9, 65), (33, 40, 300)]
 
@@ -76,9 +73,7 @@ for m, n, k in ((1, 1, 1), (3, 5, 2), (16, 16, 64), (64, 48, 256), (31, 65, 300)
 @pytest.mark.parametrize("isa", ["AVX2", "SSE41"])
 def test_products_are_exact_on_older_processors(isa: str) -> None:
     """Without VNNI, oneDNN adds pairs of products in int16, where full-range operands saturate."""
-    env = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", ISA_CHECK], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    run_script(ISA_CHECK, ONEDNN_MAX_CPU_ISA=isa, OMP_NUM_THREADS="1")
 
 
 def test_absmax_by_hand() -> None:

@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from bitnet_kernels.sass import (
     parse,
     sixteen_bit_us,
 )
+from tests.helpers.scripts import CompiledBy
 
 
 def listing(text: str) -> str:
@@ -231,19 +231,10 @@ BUDGETS = {"sad M=1": 1.6, "popcount M=1": 0.9, "dp4a M=1": 0.62}
 
 
 @pytest.fixture(scope="module")
-def worked(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What ``compiled_sass.py`` found; "folder" has its files. What Triton compiled stays in
-    pytest's cache, so only the first run takes a minute."""
-    assert pytestconfig.cache is not None
-    folder = tmp_path_factory.mktemp("sass")
-    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(pytestconfig.cache.mkdir("triton"))
-    environment["COLUMNS"] = "200"
-    script = str(Path(__file__).parents[1] / "helpers" / "compiled_sass.py")
-    command = [sys.executable, "-W", "error", script, str(folder)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout) | {"folder": folder}
+def worked(compiled_by: CompiledBy) -> dict[str, Any]:
+    """What ``compiled_sass.py`` printed; "folder" has its files."""
+    folder = compiled_by("compiled_sass.py")
+    return json.loads((folder / "found.json").read_text()) | {"folder": folder}
 
 
 def report(worked: dict[str, Any], name: str, sm: int) -> dict[str, Any]:

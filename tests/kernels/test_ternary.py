@@ -1,9 +1,7 @@
 """The matmul operators, and the Triton kernels behind them in Triton's interpreter."""
 
-import json
-import os
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ from bitnet_kernels import (
 )
 from bitnet_kernels.dispatch import FORMULATIONS, TileConfig
 from bitnet_kernels.gpu import common
+from tests.helpers.scripts import Interpreted, run_script
 
-HELPERS = Path(__file__).parents[1] / "helpers"
 N, K = 5, 70
 
 
@@ -37,21 +35,7 @@ def operands(m: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, codes, torch.rand(N, generator=generator), torch.randn(N, generator=generator)
 
 
-def run_script(script: str, **env: str) -> str:
-    """The output of a script of this folder, or of Python code. TRITON_INTERPRET is off unless
-    given, whatever it is here."""
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    source = (
-        [str(Path(__file__).parents[1] / "helpers" / script)]
-        if script.endswith(".py")
-        else ["-c", script]
-    )
-    command = [sys.executable, "-W", "error", *source]
-    run = subprocess.run(command, env=inherited | env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
+SCRIPT = "interpreted_kernels.py"
 SHAPES = [36, pytest.param(208, marks=pytest.mark.slow)]
 """How many shapes the interpreter runs; it needs 10 ms per token and kernel."""
 
@@ -62,30 +46,12 @@ def shapes(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
-def findings(shapes: int) -> list[dict[str, Any]]:
-    """What ``interpreted_kernels.py`` found in processes of its own, two at a time."""
-    # glibc gives large arrays back to the system one by one otherwise: half of the time it takes.
-    malloc = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "1000000000")
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        str(Path(__file__).parents[1] / "helpers" / "interpreted_kernels.py"),
-        str(shapes),
-    ]
-    runs = [
-        subprocess.Popen(
-            [*command, *kernels],
-            env=os.environ | malloc | {"TRITON_INTERPRET": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for kernels in (("sad", "dp4a"), ("popcount", "gemm", "unpacked", "reference"))
-    ]
-    outputs = [run.communicate() for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], "".join(errors for _, errors in outputs)
-    return [finding for output, _ in outputs for finding in json.loads(output)]
+def findings(shapes: int, interpreted: Interpreted) -> list[dict[str, Any]]:
+    """Of two processes at a time."""
+    halves = ("sad", "dp4a"), ("popcount", "gemm", "unpacked", "reference")
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda half: interpreted(SCRIPT, str(shapes), *half), halves)
+        return list(chain.from_iterable(found))
 
 
 @pytest.mark.parametrize("kernel", [*FORMULATIONS, "reference"])

@@ -22,6 +22,7 @@ from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import optimal_share
 from bitnet.schema import UserError
 from bitnet.training.optim import OptimConfig, param_groups
+from tests.helpers.shared import Shared
 from tests.helpers.training_script import Run, exact, kill_at, read_metrics, spawn, train
 
 FP = ("model.linear=fp", "log.telemetry_every=0")
@@ -30,14 +31,16 @@ RAMPS = ("qat.weight_warmup=0.2", "qat.activation_warmup=0.1", "qat.freeze_obser
 BITNET = (*FP, "quant.weights=absmean", "quant.granularity=tensor")
 
 
-@pytest.fixture(scope="module")
-def pretrained(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def pretrained(config_file: Path, shared: Shared) -> Path:
     """A full-precision model folder."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    config = load_config([config_file], [f"run.dir={folder}", "run.name=fp", *FP]).resolve()
-    with train.locked(config.run_dir):
-        train.train(config, "the command")
-    return folder / "fp" / "model"
+
+    def make(folder: Path) -> None:
+        config = load_config([config_file], [f"run.dir={folder}", "run.name=fp", *FP]).resolve()
+        with train.locked(config.run_dir):
+            train.train(config, "the command")
+
+    return shared("pretrained", make) / "fp" / "model"
 
 
 def losses(rows: list[dict[str, Any]]) -> list[float]:
