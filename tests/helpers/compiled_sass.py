@@ -1,6 +1,7 @@
 """Compiles kernels for GPUs that are not here, inspects them, and prints what it finds as JSON.
 
-Not a test module: ``test_sass.py`` starts it in a process of its own without TRITON_INTERPRET.
+Not a test module: ``test_sass_kernels.py`` runs it without TRITON_INTERPRET, with "few" or "every"
+and a folder as its arguments. Few are one of the catalog's matmuls per kind and two forms.
 Keys: "reports" of the kernels below and of the catalog's matmuls as dictionaries, "listings" of two
 loops of the real thing, "cli" with exit code, stdout and stderr of command lines.
 """
@@ -178,7 +179,7 @@ def whole_kernel(spec: Spec, sm: int) -> list[str]:
     return sorted({one.opcode for one in found})
 
 
-def forms() -> list[dict[str, Any]]:
+def forms(n_kinds: int) -> list[dict[str, Any]]:
     """Every matmul with K split, and each kind of epilogue: raw sums, a scale a row with a bias,
     other outputs. What they compile to outside the main loop."""
     split = (
@@ -190,7 +191,7 @@ def forms() -> list[dict[str, Any]]:
     )
     scales = ("s_x_ptr", "scale_ptr")
     found = []
-    for spec in split:
+    for spec in split[:n_kinds]:
         types = {name: kind for name, kind in spec.types.items() if name not in scales}
         raw = spec._replace(
             types=types | {"y_ptr": "*i32"}, constants=spec.constants | dict.fromkeys(scales)
@@ -220,8 +221,11 @@ def forms() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    every, folder = sys.argv[1] == "every", Path(sys.argv[2])
     matmuls = [spec for spec in gpu_catalog.catalog() if spec.weights]
+    if not every:
+        first = {spec.name.partition(" ")[0]: spec for spec in reversed(matmuls)}
+        matmuls = list(first.values())
     reports: list[Report] = [inspect(s, sm) for s in own_specs() + matmuls for sm in CAPABILITIES]
     real = {spec.name: spec for spec in matmuls}
     for spec in matmuls:
@@ -233,7 +237,7 @@ if __name__ == "__main__":
         "listings": {f"sm_{sm}": compile_spec(real["sad M=1"], sm).sass for sm in CAPABILITIES},
         "marked": listing(real["dp4a M=1"], 90),
         "estimate": estimate_us("sad", TileConfig(1, 8, 2048), 90, 1, 4096, 4096),
-        "forms": forms(),
+        "forms": forms(5 if every else 1),
         "cli": {
             "two": run(
                 *inspected, "--kernel", "SAD m=1", "--sass", str(folder / "a" / "b"),

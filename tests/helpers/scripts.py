@@ -13,7 +13,7 @@ from typing import Any
 
 Interpreted = Callable[..., Any]
 """The fixture ``interpreted`` of tests/kernels/conftest.py."""
-CompiledBy = Callable[[str], Path]
+CompiledBy = Callable[..., Path]
 """The fixture ``compiled_by`` of tests/kernels/conftest.py."""
 HELPERS = Path(__file__).parent
 # By default glibc returns each large array to the system, which doubles the interpreter's time.

@@ -27,16 +27,18 @@ def interpreted(shared: Shared) -> Interpreted:
 
 @pytest.fixture(scope="session")
 def compiled_by(shared: Shared, pytestconfig: pytest.Config) -> CompiledBy:
-    """Returns a folder with what a script printed as JSON, found.json, and what it wrote; the
-    folder is its argument. Compiled kernels stay in pytest's cache."""
+    """Runs a script once per run of the tests and returns a folder with what it printed as JSON,
+    found.json, and what it wrote; the folder is its last argument. Compiled kernels stay in
+    pytest's cache."""
     assert pytestconfig.cache is not None
     cache = str(pytestconfig.cache.mkdir("triton"))
 
-    def folder(script: str) -> Path:
+    def folder(script: str, *arguments: str) -> Path:
         def make(folder: Path) -> None:
-            output = run_script(script, str(folder), TRITON_CACHE_DIR=cache, COLUMNS="200")
+            env = {"TRITON_CACHE_DIR": cache, "COLUMNS": "200"}
+            output = run_script(script, *arguments, str(folder), **env)
             (folder / "found.json").write_text(output)
 
-        return shared(script, make)
+        return shared("-".join([script, *arguments]), make)
 
     return folder
