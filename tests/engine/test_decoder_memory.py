@@ -92,25 +92,24 @@ def test_memory_of_an_int8_head(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_is_all_that_a_decoder_keeps(variant: str, options: Any) -> None:
     """Against the tensors that the garbage collector finds; the model's own are counted too."""
     model = small_model(**VARIANTS[variant])
-
-    def tensors() -> list[Tensor]:
+    gc.freeze()  # what thousands of tests before this one left takes a second to look through
+    try:
+        decoder = Decoder(model, 3, CONTEXT, **options)
+        prefill(decoder, make_prompts([62, 5, 9]), 70)
+        for batch in (1, 3, 3, 3):
+            decoder.step(batch)
         gc.collect()
         found = [one for one in gc.get_objects() if type(one) is Tensor]
-        return [t for t in found if t.layout == torch.strided and t.device.type == "cpu"]
-
-    def storages(found: list[Tensor]) -> dict[int, int]:
-        parts = [tensor.untyped_storage() for tensor in found]
-        return {part.data_ptr(): part.nbytes() for part in parts if part.nbytes()}
-
-    others = tensors()  # kept alive, so that no address is used again
-    before = storages(others)
-    decoder = Decoder(model, 3, CONTEXT, **options)
-    prefill(decoder, make_prompts([62, 5, 9]), 70)
-    for batch in (1, 3, 3, 3):
-        decoder.step(batch)
+    finally:
+        gc.unfreeze()
+    new = [
+        tensor.untyped_storage()
+        for tensor in found
+        if tensor.layout == torch.strided and tensor.device.type == "cpu"
+    ]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in new if storage.nbytes()}
     shared = {tensor.untyped_storage().data_ptr() for tensor in model.parameters()}
-    new = storages(tensors())
-    kept = sum(n for pointer, n in new.items() if pointer not in shared | before.keys())
+    kept = sum(n for pointer, n in sizes.items() if pointer not in shared)
     aliased = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
         for t in decoder._weights.tensors()
