@@ -21,6 +21,11 @@ pytest.importorskip("gguf")
 EPS = torch.finfo(torch.float32).eps
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(llama(), tmp_path / "llama")
+
+
 @pytest.mark.parametrize(
     "changes",
     [

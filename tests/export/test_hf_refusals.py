@@ -20,6 +20,11 @@ from bitnet.schema import UserError
 from tests.helpers.hf_folder import edit, llama, write
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(llama(), tmp_path / "llama")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
