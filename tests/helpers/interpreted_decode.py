@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from findings import findings, oracle_quant, report, same
+from interpreter import patch_once
 from torch import Tensor
 
 from bitnet_kernels import available, reference
@@ -324,6 +325,7 @@ def check_cuda_implementations() -> None:
 
 if __name__ == "__main__":
     assert INTERPRETED, "TRITON_INTERPRET=1 is not set"
+    patch_once()
     torch.manual_seed(0)
     np.seterr(all="ignore")  # the interpreter computes in numpy; infinities are meant
     for index in range(N_CASES):

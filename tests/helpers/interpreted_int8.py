@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import torch
 from findings import findings, report, same
+from interpreter import patch_once
 from torch import Tensor
 
 from bitnet_kernels import available, int8_linear, int8_matmul
@@ -108,6 +109,7 @@ def check_operators() -> None:
 
 if __name__ == "__main__":
     assert INTERPRETED, "TRITON_INTERPRET=1 is not set"
+    patch_once()
     np.seterr(all="ignore")  # infinities are meant
     torch.manual_seed(0)
     for index, shape in enumerate(SHAPES):

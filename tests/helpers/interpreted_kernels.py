@@ -13,15 +13,13 @@ import json
 import math
 import random
 import sys
-from typing import Any
 
 import numpy as np
 import ptx_emulator
 import torch
-import triton.language as tl
 from findings import findings, hostile_rows, oracle_quant, report, same
+from interpreter import patch_once
 from torch import Tensor
-from triton.runtime import interpreter
 
 from bitnet.linear import BitLinear, TernaryLinear
 from bitnet_kernels import (
@@ -40,7 +38,6 @@ from bitnet_kernels.gpu import matmul
 from bitnet_kernels.gpu.common import INTERPRETED, Rescale
 from bitnet_kernels.gpu.popcount import activation_planes
 
-N_PLAIN = 14
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N_SHAPES, CHOSEN = int(sys.argv[1]), sys.argv[2:]
 """How many shapes, and the kernels that this process checks."""
@@ -48,6 +45,7 @@ N_ACCUMULATORS = N_SHAPES // 3
 """Of those shapes, how many are also checked without the rescale."""
 THOROUGH = N_SHAPES >= 200
 """Whether to take the time for long rows and more configurations."""
+N_PLAIN = {False: 8, True: 14}
 
 
 def oracle_matmul(x_q: Tensor, codes: Tensor) -> Tensor:
@@ -262,21 +260,6 @@ def check_cuda_implementations() -> None:
     report("CUDA implementations", "ternary_linear, group-wise scales", same(got, want))
 
 
-def patch_once() -> None:
-    """Triton patches its language anew for every call of a function inside a kernel, a millisecond
-    each: half of the time. Here it stays patched."""
-    original, patched = interpreter._patch_lang, set[object]()
-
-    def patch(fn: Any) -> Any:
-        languages = frozenset(id(value) for value in fn.__globals__.values() if value is tl)
-        if languages not in patched:
-            patched.add(languages)
-            original(fn)
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = patch
-
-
 if __name__ == "__main__":
     assert INTERPRETED, "TRITON_INTERPRET=1 is not set"
     patch_once()
@@ -287,7 +270,7 @@ if __name__ == "__main__":
         matmul.ASSEMBLY = branch == "assembly"
         shapes = random_shapes()
         if not matmul.ASSEMBLY:  # the slow branch
-            shapes = [shape for shape in shapes if THOROUGH or shape[0] <= 8][:N_PLAIN]
+            shapes = [shape for shape in shapes if THOROUGH or shape[0] <= 8][: N_PLAIN[THOROUGH]]
         for index, shape in enumerate(shapes):
             check_shape(index, branch, *shape)
     check_configurations()

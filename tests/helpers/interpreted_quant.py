@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from findings import findings, hostile_rows, oracle_quant, report, same
+from interpreter import patch_once
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -244,6 +245,7 @@ def check_cuda_implementations() -> None:
 
 if __name__ == "__main__":
     assert INTERPRETED, "TRITON_INTERPRET=1 is not set"
+    patch_once()
     torch.manual_seed(0)
     np.seterr(all="ignore")  # the interpreter computes in numpy; infinities are meant
     for index, shape in enumerate(random_shapes(64, 700, seed=20240217)):
