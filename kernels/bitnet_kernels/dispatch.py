@@ -110,7 +110,7 @@ def _check(entry: Entry) -> None:
     if not whole or any(n & (n - 1) for n in config._replace(split_k=1, num_stages=1)):
         possible = False
     elif (columns := LANE_COLUMNS.get(name)) is not None:
-        # A warp holds 16 bytes a lane of at least one row, and four words of each.
+        # A warp holds 16 bytes per lane of at least one row, and four words of each.
         possible = columns // 32 <= config.block_k <= columns <= config.block_n * config.block_k
         possible = possible and config.num_warps == 1 and config.block_m <= 16
     else:

@@ -127,7 +127,7 @@ def bit_planes(packed: Tensor) -> Tensor:
 
 
 def pack_base3(codes: Tensor) -> Tensor:
-    """Pack codes five to a byte, least significant first: int8 ``[N, K]`` -> uint8
+    """Pack five codes per byte, least significant first: int8 ``[N, K]`` -> uint8
     ``[N, ceil(K/5)]``. Raises as :func:`pack_ternary`."""
     _check_codes(codes)
     columns = -(-codes.shape[1] // 5)

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import statistics
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -355,3 +356,10 @@ def test_energy_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count()
     joules = machine.joules_a_run(NoCounter(), lambda: None, lambda: None)  # type: ignore[arg-type]
     assert joules == pytest.approx(400 * 0.1, rel=0.3)  # a run a tenth of a second at 400 W
+
+
+def test_figures_name_the_commit() -> None:
+    """That of the checkout; "" where there is none."""
+    command = ["git", "rev-parse", "--short=7", "HEAD"]
+    head = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert machine.commit().removesuffix("-dirty") == head.stdout.strip()

@@ -57,7 +57,7 @@ def describe(device: torch.device) -> Machine:
         )
     gpu = torch.cuda.get_device_properties(device)
     per_clock = _OPS_PER_CLOCK.get((gpu.major, gpu.minor))
-    # clocks in kHz, two transfers a clock, bus width in bits
+    # clocks in kHz, two transfers per clock, bus width in bits
     clocks = gpu.multi_processor_count * gpu.clock_rate * 1e3
     bandwidth = 2 * gpu.memory_clock_rate * 1e3 * gpu.memory_bus_width / 8
     return Machine(
@@ -134,7 +134,7 @@ def commit() -> str:
             return ""
         return done.stdout.strip()
 
-    if not git("ls-files", "--error-unmatch", "ops.py"):  # some other project's checkout, or none
+    if not git("ls-files", "--error-unmatch", "packing.py"):  # another project's checkout, or none
         return ""
     return git("describe", "--always", "--dirty", "--abbrev=7", "--exclude", "*")
 

@@ -261,7 +261,7 @@ def machine_code(path: Path) -> str:
         ) from error
     names = dict.fromkeys(row["name"] for row in found)
     lines = [
-        "Instructions a weight; registers; share of memory's speed that instruction rates allow",
+        "Instructions per weight; registers; share of memory's speed that instruction rates allow",
         "(estimate); what multiplies data.",
         "",
         "| | " + " | ".join(f"{gpu} (sm_{sm})" for sm, gpu in archs.items()) + " |",

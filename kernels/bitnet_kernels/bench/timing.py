@@ -134,7 +134,7 @@ def interleave(
     rounds: int,
     cache: str,
 ) -> dict[str, list[float]]:
-    """Seconds a call, ``rounds`` times each, contenders taking turns.
+    """Seconds per call, ``rounds`` times each, contenders taking turns.
 
     Each round begins with the next contender, so that none always follows the same one. A hot
     replay is preceded by one that is not timed: others have had the cache in between.

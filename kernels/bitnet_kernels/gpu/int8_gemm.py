@@ -144,7 +144,7 @@ def tile_for(m: int, n: int, device: torch.device) -> TileConfig:
 @lru_cache(maxsize=65536)
 def best_tile(m: int, n: int, capability: int, n_sms: int) -> TileConfig:
     """The configuration that takes the fewest clocks by a static model: programs run in waves of
-    one an SM, and a program takes as long as its multiply-accumulates or its loads from L2,
+    one per SM, and a program takes as long as its multiply-accumulates or its loads from L2,
     whichever is longer. Large tiles load less, small ones leave fewer SMs idle."""
     fitting = next(one for one in CONFIGS if shared_limit(one) <= shared_limit(capability))
 

@@ -22,7 +22,7 @@ from bitnet_kernels.ops.register import register
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes of activations, and of the caches that are not int8."""
 MAX_HEAD_DIM = 256
-"""Most channels a head: what a block of the kernels holds."""
+"""Most channels per head: a block of the kernels holds that many."""
 
 
 def rope_append(

@@ -28,7 +28,7 @@ def estimate_us(formulation: str, config: TileConfig, sm: int, m: int, n: int, k
 
     The longest of moving the bytes once (weights, int8 activations, 16-bit outputs), of the main
     loop's instructions on the SMs that have work, padded columns included, and of waiting for
-    memory once a block of K; and the launches. Infinite where the kernel spills registers.
+    memory once per block of K; and the launches. Infinite where the kernel spills registers.
 
     Raises:
         ValueError: see :func:`bitnet_kernels.sass.compile.compile_spec`.
@@ -52,7 +52,7 @@ def estimate_us(formulation: str, config: TileConfig, sm: int, m: int, n: int, k
     if report.shared_bytes:
         resident = min(resident, max(1, shared_limit(sm) // report.shared_bytes))
     steps = math.ceil(math.ceil(k / config.block_k) / config.split_k)
-    done = config.block_n * config.block_k * steps  # weights a program, padding included
+    done = config.block_n * config.block_k * steps  # weights per program, padding included
     arithmetic = per_sm * done / (report.weights_per_clock * arch.clock_ghz * 1e3)
     bytes_per_weight = 1.0 if formulation == "unpacked" else 0.25
     traffic = n * k * bytes_per_weight + m * k + 2 * m * n

@@ -67,7 +67,7 @@ _PIPES = (
     ("imad", r"IMAD|IMUL\w*|XMAD|IDP\w*"),
     ("fma", r"[FH](ADD|MUL|FMA)\w*"),
     (
-        "other",  # issued, but to units that no loop here can fill: one lane a warp, or control
+        "other",  # issued, but to units that no loop here can fill: one lane per warp, or control
         r"U[A-Z]\w*|R2UR|S2U?R|CS2R|LDCU?|VOTE|REDUX|ELECT|BRA|JMP|CALL|RET|EXIT|BAR|BSSY|BSYNC"
         r"|BREAK|WARPSYNC|WARPGROUP|\w*DEPBAR|MEMBAR|FENCE|CCTL|NANOSLEEP|SYNCS|NOP|YIELD",
     ),
