@@ -103,7 +103,8 @@ def test_an_open_batch_size_bounds_the_logits(monkeypatch: pytest.MonkeyPatch) -
     assert [len(batch) for batch in model.inputs[5:]] == [1, 1]
 
 
-def test_one_long_window_keeps_the_bound_too() -> None:
+@pytest.mark.parametrize("kind", ["plain", "bias", "hooked model"])
+def test_one_long_window_keeps_the_bound_too(kind: str) -> None:
     """A window whose own logits exceed the bound is scored in parts: none is larger, and the sum
     is that of all logits at once. A context of 131,072 and the default bound, 2^23."""
     torch.manual_seed(0)
@@ -112,6 +113,10 @@ def test_one_long_window_keeps_the_bound_too() -> None:
     model = Transformer(config)
     torch.nn.init.normal_(model.embed_tokens.weight, std=2.0)  # far from uniform
     model.layers = torch.nn.ModuleList()  # attention over so many tokens takes minutes
+    if kind == "bias":
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(vocab))
+    if kind == "hooked model":
+        model.register_forward_hook(lambda *_: None)
     window = torch.randint(vocab, (span + 1,))
     sizes: list[int] = []
 

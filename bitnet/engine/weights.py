@@ -18,7 +18,7 @@ N out_features, K in_features.
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar, cast
+from typing import Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +71,12 @@ class Int8(NamedTuple):
 
 Matrix = Ternary | Dense | Int8 | Modules
 _M = TypeVar("_M", bound=nn.Module)
+
+
+class _Fuse(Protocol):
+    """Fuses the children of a module, whose name is a prefix of theirs."""
+
+    def __call__(self, name: str, parent: nn.Module, *children: str) -> Matrix: ...
 
 
 @dataclass(frozen=True)
@@ -128,38 +134,15 @@ class ModelWeights:
                     )
             return _fuse(modules, packed, planes)
 
-        layers = []
-        for i, block in enumerate(model.layers):
-            name = f"layers.{i}"
-            block = _require(name, block, Block)
-            attention = _require(f"{name}.self_attn", block.self_attn, Attention)
-            mlp = _require(f"{name}.mlp", block.mlp, MLP)
-            if mlp.activation != model.config.activation:
-                raise ValueError(
-                    f"{name}.mlp.activation: expected {model.config.activation!r}, the model's, "
-                    f"got {mlp.activation!r}"
-                )
-            layers.append(
-                LayerWeights(
-                    input_norm=_norm(f"{name}.input_layernorm", block.input_layernorm),
-                    qkv=fuse(f"{name}.self_attn.", attention, "q_proj", "k_proj", "v_proj"),
-                    q_norm=_norm(f"{name}.self_attn.q_norm", attention.q_norm),
-                    k_norm=_norm(f"{name}.self_attn.k_norm", attention.k_norm),
-                    attn_norm=_norm(f"{name}.self_attn.attn_sub_norm", attention.attn_sub_norm),
-                    o=fuse(f"{name}.self_attn.", attention, "o_proj"),
-                    mlp_norm=_norm(
-                        f"{name}.post_attention_layernorm", block.post_attention_layernorm
-                    ),
-                    gate_up=fuse(f"{name}.mlp.", mlp, "gate_proj", "up_proj"),
-                    ffn_norm=_norm(f"{name}.mlp.ffn_sub_norm", mlp.ffn_sub_norm),
-                    down=fuse(f"{name}.mlp.", mlp, "down_proj"),
-                )
-            )
+        layers = tuple(
+            _layer(f"layers.{i}", block, model.config.activation, fuse)
+            for i, block in enumerate(model.layers)
+        )
         norm = _norm("norm", model.norm)
         if norm is None:
             raise ValueError("norm: expected an RMSNorm, got Identity")
         head = fuse("", model, "lm_head")
-        return ModelWeights(embedding, tuple(layers), norm, head)
+        return ModelWeights(embedding, layers, norm, head)
 
     def modules(self) -> tuple[nn.Module, ...]:
         """The layers called as modules."""
@@ -259,6 +242,28 @@ def _require(name: str, module: nn.Module, kind: type[_M]) -> _M:
             f"got {type(module).__name__}"
         )
     return module
+
+
+def _layer(name: str, block: nn.Module, activation: str, fuse: _Fuse) -> LayerWeights:
+    block = _require(name, block, Block)
+    attention = _require(f"{name}.self_attn", block.self_attn, Attention)
+    mlp = _require(f"{name}.mlp", block.mlp, MLP)
+    if mlp.activation != activation:
+        raise ValueError(
+            f"{name}.mlp.activation: expected {activation!r}, the model's, got {mlp.activation!r}"
+        )
+    return LayerWeights(
+        input_norm=_norm(f"{name}.input_layernorm", block.input_layernorm),
+        qkv=fuse(f"{name}.self_attn.", attention, "q_proj", "k_proj", "v_proj"),
+        q_norm=_norm(f"{name}.self_attn.q_norm", attention.q_norm),
+        k_norm=_norm(f"{name}.self_attn.k_norm", attention.k_norm),
+        attn_norm=_norm(f"{name}.self_attn.attn_sub_norm", attention.attn_sub_norm),
+        o=fuse(f"{name}.self_attn.", attention, "o_proj"),
+        mlp_norm=_norm(f"{name}.post_attention_layernorm", block.post_attention_layernorm),
+        gate_up=fuse(f"{name}.mlp.", mlp, "gate_proj", "up_proj"),
+        ffn_norm=_norm(f"{name}.mlp.ffn_sub_norm", mlp.ffn_sub_norm),
+        down=fuse(f"{name}.mlp.", mlp, "down_proj"),
+    )
 
 
 def _norm(name: str, module: nn.Module | None) -> Norm | None:
