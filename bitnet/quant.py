@@ -150,9 +150,10 @@ def _clamped_mean(magnitude: Tensor) -> Tensor:
     bits = 61 - (n - 1).bit_length()
     largest = magnitude.amax(-1, keepdim=True).float()
     # fp32's biased exponent; products with powers of two that are made from it are exact
-    exponent = largest.clamp(min=2.0**-60).view(torch.int32) >> 23
-    units_per_one = ((254 + bits - exponent) << 23).view(torch.float32)
-    unit = ((exponent - bits) << 23).view(torch.float32).squeeze(-1)
+    # (view_copy and not view, which torch.jit.trace cannot record with a dtype)
+    exponent = torch.view_copy(largest.clamp(min=2.0**-60), dtype=torch.int32) >> 23
+    units_per_one = torch.view_copy((254 + bits - exponent) << 23, dtype=torch.float32)
+    unit = torch.view_copy((exponent - bits) << 23, dtype=torch.float32).squeeze(-1)
     total = (magnitude * units_per_one).to(torch.int64).sum(-1).double()
     # by a tensor: CUDA would multiply by the rounded reciprocal of a number
     mean = (total * unit / total.new_full((), n)).float()
@@ -166,7 +167,7 @@ def spread_groups(gamma: Tensor, group_size: int, in_features: int) -> Tensor:
     The last group, where it is shorter, is added by itself. A slice of the repeated scales reads
     wrong elements when torch (2.13) compiles it for a CPU.
     """
-    full, rest = divmod(in_features, group_size)
+    full, rest = divmod(int(in_features), group_size)  # torch.jit.trace has tensors there
     columns = repeat(gamma[:, :full], "n g -> n (g columns)", columns=group_size)
     return torch.cat((columns, gamma[:, full:].expand(-1, rest)), 1) if rest else columns
 
