@@ -7,8 +7,8 @@ several layers share, no logits. Calls are counted.
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-import bitnet.loss
 import bitnet.model
 import bitnet.quant
 from bitnet.model import ModelConfig, Transformer
@@ -27,6 +26,7 @@ from bitnet.training.distributed import World
 from bitnet.training.optim import OptimConfig, build_optimizer
 from bitnet.training.step import StepResult, split, train_step
 from tests.helpers.double import rotary64
+from tests.helpers.fast_paths import counting
 
 CPU = torch.device("cpu")
 LAYERS, MICRO_BATCHES, STEPS, RANKS = 2, 2, 3, 2
@@ -55,29 +55,6 @@ def train(model: nn.Module, world: World) -> list[StepResult]:
         here = nullcontext(), world
         results.append(train_step(model, optimizers, micro_batches, step, STEPS, config, *here))
     return results
-
-
-@contextmanager
-def counting() -> Iterator[Counter[str]]:
-    """Counts the calls of what may run once, and of what may not run."""
-    calls: Counter[str] = Counter()
-
-    def counted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            calls[what] += 1
-            return function(*args, **kwargs)
-
-        return call
-
-    with pytest.MonkeyPatch.context() as patch:
-        for what, owner, name in (
-            ("weights quantized", bitnet.quant, "absmean_ternary"),
-            ("inputs quantized", bitnet.quant, "absmax_int8"),
-            ("losses without logits", bitnet.loss, "linear_cross_entropy"),
-            ("losses of logits", torch.nn.functional, "cross_entropy"),
-        ):
-            patch.setattr(owner, name, counted(what, getattr(owner, name)))
-        yield calls
 
 
 class Wrapper(nn.Module):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from bitnet.build import build_model
 from bitnet.config import load_config
 from bitnet.export.folder import load
 from bitnet.schema import UserError
+from bitnet.training.step import StepResult
 from tests.helpers.double import rotary64
+from tests.helpers.fast_paths import counting
 from tests.helpers.training_script import Run, exact, train
 
 
@@ -40,6 +43,22 @@ def test_measuring_a_busy_machine_changes_no_loss(
         torch.set_num_threads(threads)
     assert any("train.threads=1 would be" in hint for hint in measured)
     assert exact(watched) == exact(plain)
+
+
+def test_every_step_takes_the_fast_paths(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 layers of 7 matrices with 4 inputs, 2 micro-batches; telemetry and evaluations between."""
+    plain, counts = train.train_step, []
+
+    def step(*arguments: Any) -> StepResult:
+        with counting() as calls:
+            result: StepResult = plain(*arguments)
+        counts.append(dict(calls))
+        return result
+
+    monkeypatch.setattr(train, "train_step", step)
+    run("train.steps=4", "eval.every=2", "log.telemetry_every=1")
+    once = {"weights quantized": 14, "inputs quantized": 16, "losses without logits": 2}
+    assert counts == [once] * 4
 
 
 def test_a_run_learns_and_leaves_what_it_should(run: Run, tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""Counts what the fast paths of a training step do once, or not at all. Not a test module."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+import bitnet.loss
+import bitnet.quant
+
+
+@contextmanager
+def counting() -> Iterator[Counter[str]]:
+    """Counts the calls of what may run once, and of what may not run."""
+    calls: Counter[str] = Counter()
+
+    def counted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[what] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for what, owner, name in (
+            ("weights quantized", bitnet.quant, "absmean_ternary"),
+            ("inputs quantized", bitnet.quant, "absmax_int8"),
+            ("losses without logits", bitnet.loss, "linear_cross_entropy"),
+            ("losses of logits", torch.nn.functional, "cross_entropy"),
+        ):
+            patch.setattr(owner, name, counted(what, getattr(owner, name)))
+        yield calls
