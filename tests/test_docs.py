@@ -118,6 +118,13 @@ def test_the_five_lines_of_the_readme() -> None:
     assert kinds == ["TernaryLinear", "Linear"]
 
 
+def test_the_stable_names_can_be_imported() -> None:
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    imports = re.findall(r"^from bitnet.* import .+$", text, re.MULTILINE)
+    assert len(imports) == 3
+    exec("\n".join(imports), {})
+
+
 @pytest.mark.parametrize("study", ["digits", "boundary", "smollm2"])
 def test_the_guide_shows_the_tables_of_the_csvs(study: str) -> None:
     table = runpy.run_path(str(DOCS / "results" / f"{study}.py"), run_name=study)["table"]()
