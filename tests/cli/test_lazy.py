@@ -44,6 +44,7 @@ def test_help_of_every_command(words: tuple[str, ...], bitnet: Bitnet) -> None:
     code, out, err = bitnet(*words, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"Usage: bitnet {' '.join(words)} ")
+    assert len(out.splitlines()) > 8
 
 
 @pytest.mark.parametrize("words", [(), ("inspect",), ("bench",)], ids=" ".join)
