@@ -49,61 +49,83 @@ def check_all(
     Raises:
         OSError: a process could not be started. Whatever is raised, no process is left behind.
     """
-    todo, done = iter(cases), SimpleQueue[Figures | BaseException | None]()
-    workers: dict[int, Worker] = {}
-    stopped = threading.Event()
-
-    def work(place: int, folder: Path) -> None:
-        try:
-            for count, case in enumerate(todo):
-                if stopped.is_set():
-                    return
-                begun = time.monotonic()
-                is_fresh = place not in workers
-                if is_fresh:
-                    workers[place] = _start(f"worker {place}.{count}", device, folder)
-                try:
-                    if is_fresh:
-                        with _ended_after(STARTING, workers[place]):
-                            workers[place].ask("ready")
-                    begun = time.monotonic()
-                    with _ended_after(limit, workers[place]):
-                        exact, why, is_usable = workers[place].ask("check", *case)
-                except WorkerDied as error:
-                    is_late = time.monotonic() - begun >= limit
-                    said = f"not done after {limit:.0f} s" if is_late else str(error)
-                    exact, why, is_usable = "no", " ".join(said.split()), False
-                if not is_usable:
-                    workers.pop(place).close()
-                figures = [*map(str, case), exact, why[:LONGEST], f"{time.monotonic() - begun:.2f}"]
-                done.put(dict(zip(COLUMNS, figures, strict=False)))
-        except BaseException as error:
-            done.put(error)
-        finally:
-            done.put(None)
-
     with TemporaryDirectory(prefix="bench-exact-") as name:
-        threads = [threading.Thread(target=work, args=(i, Path(name))) for i in range(jobs)]
+        pool = _Pool(cases, device, limit, Path(name))
+        threads = [threading.Thread(target=pool.work, args=(place,)) for place in range(jobs)]
         for thread in threads:
             thread.start()
         try:
-            running = jobs
-            while running:
-                row = done.get()
-                if isinstance(row, BaseException):
-                    raise row
-                if row is None:
-                    running -= 1
-                else:
-                    yield row
+            yield from pool.rows(jobs)
         finally:
-            stopped.set()
-            while any(thread.is_alive() for thread in threads):
-                for worker in list(workers.values()):
-                    worker.kill()
-                time.sleep(0.01)
-            for worker in workers.values():
-                worker.close()
+            pool.stop(threads)
+
+
+class _Pool:
+    """Workers and their cases. Each thread has a place, with one worker at a time, and takes the
+    next case when it has finished one."""
+
+    def __init__(self, cases: Sequence[Case], device: str, limit: float, folder: Path) -> None:
+        self._todo = iter(cases)
+        self._device, self._limit, self._folder = device, limit, folder
+        self._done = SimpleQueue[Figures | BaseException | None]()
+        self._workers: dict[int, Worker] = {}
+        self._stopped = threading.Event()
+
+    def rows(self, jobs: int) -> Iterator[Figures]:
+        """Rows as they come, until ``jobs`` threads have ended; raises what a thread raised."""
+        while jobs:
+            row = self._done.get()
+            if isinstance(row, BaseException):
+                raise row
+            if row is None:
+                jobs -= 1
+            else:
+                yield row
+
+    def work(self, place: int) -> None:
+        """A thread: check cases until there are no more."""
+        try:
+            for count, case in enumerate(self._todo):
+                if self._stopped.is_set():
+                    return
+                self._done.put(self._check(place, case, f"worker {place}.{count}"))
+        except BaseException as error:
+            self._done.put(error)
+        finally:
+            self._done.put(None)
+
+    def stop(self, threads: Sequence[threading.Thread]) -> None:
+        """End the workers, and with them the threads."""
+        self._stopped.set()
+        while any(thread.is_alive() for thread in threads):
+            for worker in list(self._workers.values()):
+                worker.kill()
+            time.sleep(0.01)
+        for worker in self._workers.values():
+            worker.close()
+
+    def _check(self, place: int, case: Case, name: str) -> Figures:
+        """The row of a case; ``name``: of the worker, if a fresh one is needed."""
+        begun = time.monotonic()
+        is_fresh = place not in self._workers
+        if is_fresh:
+            self._workers[place] = _start(name, self._device, self._folder)
+        worker = self._workers[place]
+        try:
+            if is_fresh:
+                with _ended_after(STARTING, worker):
+                    worker.ask("ready")
+            begun = time.monotonic()
+            with _ended_after(self._limit, worker):
+                exact, why, is_usable = worker.ask("check", *case)
+        except WorkerDied as error:
+            is_late = time.monotonic() - begun >= self._limit
+            said = f"not done after {self._limit:.0f} s" if is_late else str(error)
+            exact, why, is_usable = "no", " ".join(said.split()), False
+        if not is_usable:
+            self._workers.pop(place).close()
+        figures = [*map(str, case), exact, why[:LONGEST], f"{time.monotonic() - begun:.2f}"]
+        return dict(zip(COLUMNS, figures, strict=False))
 
 
 @contextmanager
