@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bitnet.bench import decode_table, train_rows
+from bitnet.bench.rows import RESULTS
 from bitnet.durable import write_atomic
 from bitnet_kernels.bench import report
 from bitnet_kernels.bench.rows import Row
-
-RESULTS = Path("docs/results")
-"""Of a checkout: the CSV files."""
 
 
 class Region(NamedTuple):

@@ -15,6 +15,8 @@ from bitnet.durable import write_atomic
 from bitnet.schema import UserError, read_file
 from bitnet_kernels.bench import machine
 
+RESULTS = Path("docs/results")
+"""Folder of the published CSV files in a checkout."""
 Figures = dict[str, str]
 """A row: column -> text."""
 

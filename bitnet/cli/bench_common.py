@@ -18,13 +18,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from bitnet.bench.rows import RESULTS
 from bitnet.cli.common import pick_device, valid_names
 from bitnet.durable import check_output
 from bitnet.progress import Reports
 from bitnet.schema import UserError
 from bitnet_kernels.bench.shapes import MODELS, parse_shape, shapes_of
 
-RESULTS = Path("docs/results")
 MAX_TOKENS = 1 << 20
 NOT_WRITTEN = "nothing is written; --out FILE keeps the figures"
 

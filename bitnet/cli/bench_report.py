@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from bitnet.bench import pages, plots
-from bitnet.cli.bench_common import RESULTS, say
+from bitnet.bench.rows import RESULTS
+from bitnet.cli.bench_common import say
 from bitnet.progress import plain_console
 from bitnet.schema import UserError
 from bitnet_kernels.bench import report

@@ -1,4 +1,4 @@
-"""How a program of ours starts and ends, as a shell and its user expect.
+"""How our programs start and end.
 
 A mistake of the user ends in one line on stderr and exit code 2. Ctrl-C ends in code 130, SIGTERM
 in 143 and a closed terminal (SIGHUP) in 129, each after half-written files were removed. A reader
@@ -29,13 +29,13 @@ SPINS = "10000"
 its core. libgomp's own 300,000 are several ms: beside busy programs threads then mostly wait for
 each other. docs/training.md has the cost on an idle machine and the gain on a busy one."""
 LONGEST_LINE = 2_000
-"""Characters of an error line; of a longer one the middle is left out."""
+"""Longest error line in characters; the middle of a longer one is left out."""
 _WIDTHS = range(20, 10_001)
-"""Columns and lines of a terminal that COLUMNS and LINES may claim."""
+"""Plausible values of COLUMNS and LINES."""
 
 
 def start() -> None:
-    """For the first line of a program, before the imports that take seconds.
+    """Call this first in a program, before the imports that take seconds.
 
     Until :func:`run`, Ctrl-C ends the process at once with exit code 130. Where the locale knows
     nothing but ASCII (``LC_ALL=C`` with Python's own remedies switched off), the process starts
@@ -57,7 +57,7 @@ def _leave_at_once(number: int, frame: FrameType | None) -> Never:
 
 
 def run(app: Callable[..., Any]) -> Never:
-    """Run a Typer app on ``sys.argv`` and exit; ``--debug`` among the arguments is taken out."""
+    """Run a Typer app or a click command on ``sys.argv``, without ``--debug``, and exit."""
     import typer
 
     usage_error: Any = typer.BadParameter.__base__
@@ -77,7 +77,7 @@ def run(app: Callable[..., Any]) -> Never:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process as the head of this module says."""
+    """End the process as the docstring of this module describes."""
     _mend_environment()
     try:
         try:
@@ -115,7 +115,7 @@ def exhausted(error: Exception) -> str:
 
 
 def _mend_environment() -> None:
-    """Ctrl-C as Python has it, sizes of the terminal that can be true, and an output that takes
+    """Restore Python's handler of Ctrl-C, drop impossible terminal sizes, and let the output take
     any character."""
     if signal.getsignal(signal.SIGINT) is _leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
