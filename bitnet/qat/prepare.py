@@ -36,7 +36,8 @@ from bitnet.qat.adapters import LoRALinear
 from bitnet.qat.integer import IntLayer, integer_layer
 from bitnet.qat.layers import QATConv1d, QATConv2d, QATEmbedding, QATLayer, QATLinear
 from bitnet.qat.observers import Observer
-from bitnet.qat.recipe import Recipe, select
+from bitnet.qat.recipe import Recipe
+from bitnet.qat.select import select
 
 QUANTIZED = (QATLayer, IntLayer, TernaryLinear)
 """Layers that prepare() does not take."""

@@ -5,8 +5,8 @@
     Recipe(weights="int", bits=8, activations="static")             for a microcontroller
 
 Fake quantization (layers.py), the PTQ baselines (ptq.py) and the integer form (integer.py) all read
-the same recipe, so their results differ in the method alone. :func:`select` finds the layers of a
-model that a recipe quantizes.
+the same recipe, so their results differ in the method alone. select.py finds the layers of a model
+that a recipe quantizes.
 """
 
 from dataclasses import fields
@@ -16,11 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 from pydantic.dataclasses import dataclass
-from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils.parametrize import type_before_parametrizations
 
-from bitnet.modules import check_patterns, is_conv1d, kept_weights, matches, why_full_precision
 from bitnet.qat.quantizers import WEIGHT_QUANTIZERS, Absmean, WeightQuantizer
 from bitnet.quant import GradMask, Granularity
 from bitnet.schema import STRICT, ListOf, Positive
@@ -30,13 +26,6 @@ NONE = "none"
 ActivationQuantizer = Literal["none", "absmax", "static"]
 ObserverKind = Literal["minmax", "moving_average", "percentile", "mse"]
 ModuleKind = Literal["linear", "conv1d", "conv2d", "embedding"]
-_KINDS: dict[ModuleKind, type[nn.Module]] = {
-    "linear": nn.Linear,
-    "conv1d": nn.Conv1d,
-    "conv2d": nn.Conv2d,
-    "embedding": nn.Embedding,
-}
-_LAYERS = tuple(_KINDS.values())
 
 
 def _matrices() -> list[ModuleKind]:
@@ -147,59 +136,3 @@ class Recipe:
         grain = f"group {self.group_size}" if self.granularity == "group" else self.granularity
         static = ", static activations" if self.static else ""
         return f"W{bits}{activations} {self.weights} {grain}{static}"
-
-
-def select(model: nn.Module, recipe: Recipe) -> set[int]:
-    """The ids of the modules to replace, as :func:`bitnet.qat.prepare.prepare` describes them.
-
-    A layer whose weight is parametrized counts as the plain layer that it was before; prepare
-    refuses it.
-
-    Raises:
-        ValueError: nothing is selected; a pattern that no module's name matches, or one of
-            ``include`` that selects nothing (says why).
-    """
-    check_patterns(model, recipe.include, "include")
-    check_patterns(model, recipe.skip, "skip")
-    named = list(model.named_modules(remove_duplicate=False))  # under any of their names
-    layers = [module for _, module in named if isinstance(module, _LAYERS) or is_conv1d(module)]
-    ends = {id(m) for m in (layers[:1] + layers[-1:] if recipe.keep_first_last else [])}
-    skipped = {id(module) for name, module in named if matches(name, recipe.skip)}
-    kinds = {_KINDS[kind] for kind in recipe.modules}
-
-    for name, module in named:
-        lazy = isinstance(module, LazyModuleMixin) and isinstance(module, _LAYERS)
-        if lazy and id(module) not in skipped:
-            kind = type(module).__name__
-            raise ValueError(f"{name or 'model'}: a {kind} {why_full_precision(module)}")
-
-    def obstacle(module: nn.Module) -> str:
-        """Why a module is not selected whatever ``include`` says; "" where it can be."""
-        plain = nn.Linear if is_conv1d(module) else type_before_parametrizations(module)
-        if plain not in kinds:
-            return f"is a {type(module).__name__}, which modules = {recipe.modules} does not cover"
-        if id(module) in skipped:
-            return "is in skip"
-        if id(module) in ends:
-            return "is the first or last layer; keep_first_last = false quantizes it too"
-        return ""
-
-    for pattern in recipe.include:
-        found = [(name, module) for name, module in named if matches(name, [pattern])]
-        if all(obstacle(module) for _, module in found):
-            name, module = max(found, key=lambda pair: isinstance(pair[1], _LAYERS))
-            raise ValueError(f"include: {pattern!r} selects nothing: {name} {obstacle(module)}")
-    selected = {
-        id(module)
-        for name, module in named
-        if not obstacle(module) and (not recipe.include or matches(name, recipe.include))
-    }
-    if not layers:
-        raise ValueError(f"model: no layer can be quantized; it has {kept_weights(model)}")
-    if not selected:
-        first_last = ", keep_first_last" if recipe.keep_first_last else ""
-        raise ValueError(
-            f"recipe: selects none of the model's {len({id(layer) for layer in layers})} linear, "
-            f"convolution and embedding layers (modules, skip{first_last})"
-        )
-    return selected
