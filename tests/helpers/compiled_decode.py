@@ -30,7 +30,7 @@ def summary(spec: Spec, sm: int) -> dict[str, Any]:
 
 
 def odd_form(spec: Spec) -> Spec:
-    """What a launch specializes to where sizes divide by nothing and lengths are int64."""
+    """The specialization of a launch whose sizes 16 does not divide and whose lengths are int64."""
     pointers = tuple(name for name in spec.aligned if name.endswith("_ptr"))
     types = spec.types | {"lengths_ptr": "*i64"}
     constants = spec.constants | {"E": 50, "BLOCK_E": 64, "REPEATS": 3}

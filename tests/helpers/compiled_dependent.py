@@ -56,7 +56,7 @@ def spec(kernel: Any, name: str, types: dict[str, str], constants: dict[str, Any
 
 
 def kernels() -> set[str]:
-    """Names of the package's kernels; what else is jitted is a function of one."""
+    """Names of the package's kernels; other jitted functions are parts of kernels."""
     names = [f"{gpu.__name__}.{file.name}" for file in pkgutil.iter_modules(gpu.__path__)]
     return {
         name

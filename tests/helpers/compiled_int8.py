@@ -1,4 +1,4 @@
-"""Compiles the int8 matmul of training for GPUs that are not here and prints what came out as JSON.
+"""Compiles the int8 matmul of training for GPUs that are not present; prints findings as JSON.
 
 Not a test module: ``test_int8_linear.py`` starts it in a process of its own without
 TRITON_INTERPRET. Keys: "128x256 bf16 sm_90".
@@ -37,7 +37,7 @@ def summary(spec: Spec, sm: int) -> dict[str, Any]:
 
 
 def biased(spec: Spec, **constants: Any) -> Spec:
-    """With one scale a row and a bias."""
+    """With one scale per row and a bias."""
     rest = {name: value for name, value in spec.constants.items() if name != "bias_ptr"}
     types = spec.types | {"bias_ptr": "*fp32"}
     aligned = (*spec.aligned, "bias_ptr")

@@ -1,4 +1,4 @@
-"""Compiles the quantization kernels for GPUs that are not here and prints what came out as JSON.
+"""Compiles the quantization kernels for GPUs that are not present and prints the findings as JSON.
 
 Not a test module: ``test_compiled_quant.py`` starts it in a process of its own without
 TRITON_INTERPRET. Keys: "quant bf16 K=4096 sm_90".
@@ -35,7 +35,7 @@ def summary(spec: Spec, sm: int) -> dict[str, Any]:
 
 
 def odd_forms() -> list[Spec]:
-    """What a launch specializes to where a size is 1 or divides by nothing, and other dtypes."""
+    """Specializations of a launch with a size of 1 or one that 16 does not divide; other dtypes."""
     found = []
     for spec in (quant.specs()[1], norm_quant.specs()[0]):
         names = spec.kernel.arg_names

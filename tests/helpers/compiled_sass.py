@@ -1,4 +1,4 @@
-"""Compiles kernels for GPUs that are not here, inspects them, and prints what it finds as JSON.
+"""Compiles kernels for GPUs that are not present, inspects them, and prints the findings as JSON.
 
 Not a test module: ``test_sass_kernels.py`` runs it without TRITON_INTERPRET, with "few" or "every"
 and a folder as its arguments. Few are one of the catalog's matmuls per kind and two forms.
@@ -160,7 +160,7 @@ def own_specs() -> list[Spec]:
 
 
 def run(*args: str) -> tuple[int, str, str]:
-    """A command line, in this process: what is compiled already is not compiled again."""
+    """Run a command line in this process, which keeps the compiled kernels."""
     sys.argv = ["bitnet", *args]
     out, err = io.StringIO(), io.StringIO()
     code = 0
@@ -173,15 +173,15 @@ def run(*args: str) -> tuple[int, str, str]:
 
 
 def whole_kernel(spec: Spec, sm: int) -> list[str]:
-    """What multiplies data anywhere in a kernel."""
+    """The opcodes that multiply data anywhere in a kernel."""
     code = parse(compile_spec(spec, sm).sass)
     found = multipliers(code, Loop(frozenset(range(len(code))))).on_data
     return sorted({one.opcode for one in found})
 
 
 def forms(n_kinds: int) -> list[dict[str, Any]]:
-    """Every matmul with K split, and each kind of epilogue: raw sums, a scale a row with a bias,
-    other outputs. What they compile to outside the main loop."""
+    """Every matmul with K split, and each kind of epilogue (raw sums, a scale per row with a bias,
+    other outputs): the findings outside the main loop."""
     split = (
         gemv.spec("sad", TileConfig(1, 8, 2048, 4)),
         gemv.spec("dp4a", TileConfig(2, 8, 1024, 2)),

@@ -29,7 +29,7 @@ CACHES = (*DTYPES, torch.int8)
 HEAD_DIMS = (16, 18, 32, 50, 64, 96, 128, 2, 80)
 N_CASES = 24
 MOST_HEADS = 60
-"""Of all tokens of a case together: what the interpreter's time goes by."""
+"""Most heads over all tokens of a case; the interpreter's time grows with them."""
 
 
 class Case(NamedTuple):
@@ -75,7 +75,7 @@ def random_case(index: int) -> Case:
 
 
 def bad_cache(case: Case) -> Cache:
-    """A cache that holds what shows wherever it is used: NaN, or codes 99 with scale NaN."""
+    """A cache of NaN, or of codes 99 with scale NaN, which show wherever they are used."""
     shape = (case.s, case.g, case.n_columns, case.e)
     if case.cache == torch.int8:
         codes = torch.full(shape, 99, dtype=torch.int8)

@@ -1,4 +1,4 @@
-"""Runs the matmul kernels in Triton's interpreter and prints what it found as JSON.
+"""Runs the matmul kernels in Triton's interpreter and prints the findings as JSON.
 
 Not a test module: ``test_ternary.py`` starts it in a process of its own with TRITON_INTERPRET=1,
 because that variable is read when Triton is imported and would change every other test that
@@ -82,7 +82,7 @@ def any_int8(m: int, k: int) -> Tensor:
 def random_shapes() -> list[tuple[int, int, int]]:
     """M in 1..64, N and K in 1..700: corners, then log-uniform shapes, because small sizes are
     where masks and padding go wrong; every eighth is uniform in N and K, every 16th has an M above
-    8. The interpreter takes its time: 10 ms a token and kernel."""
+    8. The interpreter takes 10 ms per token and kernel."""
     shapes = [(1, 1, 1), (64, 70, 300), (1, 700, 700), (1, 700, 1), (64, 1, 64), (2, 3, 65)]
     rng = random.Random(20240217)
 
@@ -235,7 +235,7 @@ def check_ops() -> None:
 
 
 def check_cuda_implementations() -> None:
-    """What ``"auto"`` runs on a GPU, and the quantizer's CUDA implementation."""
+    """The kernels of ``"auto"`` on a GPU, and the quantizer's CUDA implementation."""
     n, k = 37, 70
     codes, scale, bias = random_codes(n, k), torch.rand(n), torch.randn(n)
     packed = pack_ternary(codes)

@@ -1,4 +1,4 @@
-"""Runs the quantization kernels in Triton's interpreter and prints what it found as JSON.
+"""Runs the quantization kernels in Triton's interpreter and prints the findings as JSON.
 
 Not a test module: ``test_ops_quant.py`` starts it in a process of its own with TRITON_INTERPRET=1.
 
@@ -149,7 +149,7 @@ def check_blocks() -> None:
 
 
 def check_long_rows() -> None:
-    """More than one block a row; many rows of one column."""
+    """More than one block per row; many rows of one column."""
     for k, dtype in ((8193, torch.float32), (17_000, torch.bfloat16)):
         x, other = hostile_rows(k, dtype), torch.randn(9, k).to(dtype)
         weight = torch.rand(k)
