@@ -121,7 +121,7 @@ def _is_called(hook: bool, flag: bool) -> bool:
         if flag:
             layer.activation_relu_or_gelu = 0
         layer._modules["linear1"] = probe  # not through _placed
-        layer(torch.zeros(1, 1, 2, **options))
+        layer(torch.zeros(1, 1, 2, device="cpu", dtype=torch.float32))
     return probe.ran
 
 

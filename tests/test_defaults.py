@@ -180,7 +180,8 @@ def distillation() -> object:
     logits = student(TOKENS[:, :-1])
     targets = TOKENS[:, 1:].flatten()
     cross_entropy = nn.functional.cross_entropy(logits.flatten(0, 1), targets)
-    loss = distiller.loss(TOKENS[:, :-1], logits, cross_entropy, 0, True)
+    distiller.begin(0)
+    loss = distiller.lesson(TOKENS[:, :-1], logits, cross_entropy)
     loss.backward()
     return loss, [parameter.grad for parameter in student.parameters()]
 

@@ -64,7 +64,10 @@ def work(rank: int, folder: Path, wrapped: bool) -> None:
 )
 def test_ranges_are_those_of_all_ranks(tmp_path: Path, wrapped: bool) -> None:
     fork = multiprocessing.get_context("fork")  # torch is imported already
-    processes = [fork.Process(target=work, args=(rank, tmp_path, wrapped)) for rank in range(RANKS)]
+    processes = [  # daemons: a rank that waits for the other for ever ends with the tests
+        fork.Process(target=work, args=(rank, tmp_path, wrapped), daemon=True)
+        for rank in range(RANKS)
+    ]
     for process in processes:
         process.start()
     for process in processes:
