@@ -105,8 +105,8 @@ def test_an_open_batch_size_bounds_the_logits(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("kind", ["plain", "bias", "hooked model"])
 def test_one_long_window_keeps_the_bound_too(kind: str) -> None:
-    """A window whose own logits exceed the bound is scored in parts: none is larger, and the sum
-    is that of all logits at once. A context of 131,072 and the default bound, 2^23."""
+    """A window with more logits than the bound is scored in parts within the bound, with the same
+    sum as all logits at once. A context of 131,072 and the default bound, 2^23."""
     torch.manual_seed(0)
     span, vocab = 131_072, 97
     config = ModelConfig(d_model=8, n_layers=1, vocab_size=vocab, max_seq_len=span)
@@ -151,7 +151,7 @@ def test_a_real_model_does_not_depend_on_the_batch_size(linear: Any) -> None:
 
 
 def test_long_sums_lose_nothing() -> None:
-    """Ten million predictions of one token in fp32 sums would drift by whole percents."""
+    """The sum of ten million predictions of one token would be off by percents in fp32."""
     model = Markov(torch.zeros(2, 2), max_seq_len=1000)
     window = torch.zeros(1001, dtype=torch.int64)
     got = evaluate_windows(model, (window for _ in range(10_000)), lambda _: 1000, 100)

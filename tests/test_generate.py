@@ -33,7 +33,7 @@ def markov(table: Tensor, max_seq_len: int = 16) -> Transformer:
     """A model whose next-token logits are a table's row for the last token, to fp32's precision:
     its layers add nothing, the embedding is one-hot, and the head holds the table.
 
-    NaN in a row of the table makes all its logits NaN; an infinite row is one of overflows.
+    NaN in a row of the table makes all its logits NaN; an infinite row makes them overflow.
     """
     n = len(table)
     width = n + n % 2
@@ -353,7 +353,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def plain_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """One that puts no space before a text, unlike ours."""
+    """A tokenizer that puts no space before a text, unlike ours."""
     path = tmp_path_factory.mktemp("tok") / "plain"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["the end of the thing is the end"] * 50),

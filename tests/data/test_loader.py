@@ -18,7 +18,7 @@ from bitnet.schema import UserError
 def write_set(
     folder: Path, n_tokens: int, shard_tokens: int = 10**9, dtype: str = "uint16"
 ) -> Path:
-    """A prepared set by hand: token number i of train is i, val is 0..9."""
+    """Write a prepared set: token number i of train is i, val is 0..9."""
     folder.mkdir()
     splits: dict[str, Any] = {}
     for split, count in {"train": n_tokens, "val": 10}.items():
@@ -57,7 +57,7 @@ def change_index(folder: Path, **changes: Any) -> None:
 
 
 def windows_of(inputs: Tensor) -> list[int]:
-    """Which windows a batch holds; tokens number themselves."""
+    """The windows of a batch: each token is its own position."""
     return [int(first) // inputs.shape[1] for first in inputs[:, 0]]
 
 
@@ -275,7 +275,7 @@ def test_permute_of_more_than_memory_holds() -> None:
 
 
 def test_the_order_never_changes() -> None:
-    """A run resumed by a later version must see the same data: these are the first version's."""
+    """A run resumed by a later version must see the same data; these windows are the first's."""
     assert permute(np.arange(10, dtype=np.uint64), 10, b"0/0").tolist() == [
         5,
         2,

@@ -1,4 +1,4 @@
-"""The set that is prepared holds exactly the text, split as documented, whole or not at all."""
+"""A prepared set holds exactly the text, split as documented, whole or not at all."""
 
 import hashlib
 import json
@@ -45,7 +45,7 @@ def make(path: Path, *sources: str, **options: Any) -> Path:
 
 
 def texts_of(path: Path, split: str) -> list[str]:
-    """The documents, read without the code under test but for the tokenizer's decode."""
+    """The documents; of the code under test, only the tokenizer's decode reads them."""
     index = json.loads((path / "index.json").read_text())
     tokenizer = Tokenizer(path / "tokenizer.model")
     shards = [path / shard["file"] for shard in index["splits"][split]["shards"]]
@@ -144,7 +144,7 @@ def test_the_order_of_sources_does_not_change_the_tokenizer(
 
 
 def test_the_tokenizer_never_sees_validation_text(tmp_path: Path) -> None:
-    """Each document has its own letter; those of validation are no tokens."""
+    """Each document has its own letter; the letters of validation documents are no tokens."""
     texts = [f"{chr(0x4E00 + number)} " * 400 for number in range(60)]
     path = make(tmp_path / "set", write_documents(tmp_path, texts), val_fraction=0.2)
     tokenizer = Tokenizer(path / "tokenizer.model")

@@ -1,4 +1,4 @@
-"""Every kind of source gives its texts back exactly; what cannot be read is named."""
+"""Every kind of source gives its texts exactly; errors name the file that cannot be read."""
 
 import gzip
 import json
@@ -87,7 +87,7 @@ def test_damaged_archives_are_named(tmp_path: Path, ending: str, kind: str) -> N
 
 @pytest.mark.parametrize("ending", [".gz", ".xz", ".zst"])
 def test_archives_hold_nothing_but_whole_members(tmp_path: Path, ending: str) -> None:
-    """Each of these is taken for a whole archive by one of the libraries' own readers."""
+    """One of the libraries' own readers accepts each of these as a whole archive."""
     one = COMPRESS[ending](b"one" * 50)
     path = tmp_path / f"a.txt{ending}"
     for content in (
@@ -115,7 +115,7 @@ def test_an_archive_of_zeros_does_not_fill_the_memory(tmp_path: Path, ending: st
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.xz", "a.jsonl.zst"])
 def test_gigabytes_of_zeros_are_not_read(tmp_path: Path, name: str) -> None:
-    """As a download leaves them that has its size from the beginning."""
+    """A download that allocates its size at the beginning leaves them."""
     path = tmp_path / name
     pack = COMPRESS.get(path.suffix)
     path.write_bytes(pack(b'{"text": "one"}') if pack else b"")

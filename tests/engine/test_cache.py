@@ -1,5 +1,5 @@
-"""The engine's bookkeeping of its cache: nothing stale is used, nothing that is there computed
-again. Against a cache that holds the tokens themselves."""
+"""The engine's bookkeeping of its cache: it uses nothing stale and computes nothing twice. Tested
+with a cache that holds the tokens themselves."""
 
 import random
 from contextlib import suppress
@@ -87,8 +87,8 @@ def test_the_same_prompt_many_times_is_computed_once(columns: type[Columns]) -> 
 def test_conversations_that_take_turns_are_remembered(
     columns: type[Columns], stop_after: int
 ) -> None:
-    """Each turn of three conversations, one prompt a call, computes only what is new in it; also
-    where the caller goes on from fewer tokens than were generated."""
+    """Each turn of three conversations, one prompt per call, computes only its new tokens; also if
+    the caller continues from fewer tokens than were generated."""
     engine = Engine(config_only(), max_batch=8)
     talks = [[n] * 6 for n in range(3)]
     for turn in range(4):

@@ -1,4 +1,4 @@
-"""The decoder against the plain model, run on the whole sequence for each token, with no cache."""
+"""The decoder against the plain model, without a cache; and the models that it refuses."""
 
 import copy
 import pickle
@@ -36,9 +36,9 @@ LENGTHS = [1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 21, 4, 6, 1, 30, 11, 12, 31, 33, 10]
     [(variant, False) for variant in VARIANTS] + [(variant, True) for variant in PACKABLE],
 )
 def test_each_layer_computes_what_the_models_does(variant: str, packed: bool) -> None:
-    """20 prompts (or 8), one by one and 8 at a time, prefilled 16 tokens a piece, then 23 steps:
-    they lead a row past the 64th position, where other recorded calls take over. Layer by layer,
-    the logits among them, to the bounds of tests/helpers/layerwise.py."""
+    """20 prompts (or 8), one by one and 8 at a time: prefilled in chunks of 16 tokens, then 23
+    steps. One row passes the 64th position, where the calls are recorded anew. Compared layer by
+    layer, head included, within the bounds of tests/helpers/layerwise.py."""
     model = small_model(**VARIANTS[variant])
     if packed:
         pack(model)
@@ -65,7 +65,7 @@ def test_each_layer_computes_what_the_models_does(variant: str, packed: bool) ->
 def test_a_layer_that_computes_otherwise_is_found(
     part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An eps half as large again, a head's queries 2^-12 too long, one code of a step."""
+    """An eps 1.5 times as large; the queries of a head longer by 2^-12; one code off by one."""
     rms, rotated, quantized = CpuRunner._rms, CpuRunner._rotated, CpuRunner._quantized
 
     def other_rms(self: Any, calls: Any, x: Tensor, norm: Any, out: Tensor) -> None:
@@ -95,7 +95,7 @@ def test_a_layer_that_computes_otherwise_is_found(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_of_one_token_are_equal_to_the_last_bit(variant: str, dtype: torch.dtype) -> None:
-    """Attention over one column hands its value through; all else is the same arithmetic."""
+    """Attention over one column returns its value; the rest is the same arithmetic."""
     model = small_model(dtype, **VARIANTS[variant])
     decoder = Decoder(model, 2, 8)
     for token in range(0, VOCAB, 7):
@@ -113,9 +113,9 @@ def test_logits_of_one_token_are_equal_to_the_last_bit(variant: str, dtype: torc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("linear", ["ternary", "fp"])
 def test_models_of_16_bits(linear: Any, dtype: torch.dtype) -> None:
-    """Given the same tokens, the logits stay near those of the model, whose attention rounds
-    probabilities to the dtype: a few units in the last place (2^-8 for bf16) of logits of 3, times
-    the int8 codes that this moves."""
+    """For the same tokens, the logits stay near those of the model, whose attention rounds
+    probabilities to the dtype: by a few units in the last place (2^-8 for bf16) of logits of 3,
+    and by the int8 codes that flip."""
     model = small_model(dtype, linear=linear)
     (prompt,) = make_prompts([40])
     decoder = Decoder(model, 1, CONTEXT)
@@ -145,7 +145,8 @@ def test_the_model_may_be_dropped() -> None:
 
 @pytest.mark.parametrize("variant", ["in_linear", "group"])
 def test_modules_hold_their_own_codes(variant: str) -> None:
-    """Whatever codes weights_quantized() holds for a while: a captured step may not read them."""
+    """Not the codes that weights_quantized() holds for a while, which a captured step must not
+    read."""
     model = small_model(**VARIANTS[variant])
     decoder = Decoder(model, 1, 8)
     assert len(decoder.modules) == 2 * 7
@@ -180,7 +181,7 @@ def test_a_model_that_changed_is_told(linear: str, name: str) -> None:
 
 
 def test_one_token_a_row_is_a_step() -> None:
-    """To the last bit, and whatever rows are active."""
+    """Equal to the last bit, whichever rows are active."""
     prompts = make_prompts([3, 9, 5])
     stepped, filled = (Decoder(packed_model(), 3, CONTEXT) for _ in range(2))
     for decoder in (stepped, filled):
@@ -222,7 +223,7 @@ def test_a_prefill_reads_its_matrices_once_for_several_rows() -> None:
 
 @pytest.mark.parametrize("size", [0.0, 1e-9])
 def test_a_token_next_to_nothing(size: float) -> None:
-    """Its scale is the least there is, not that of its largest value: coarse codes, or zeros."""
+    """Its scale is the least possible one, not that of its largest value: codes are coarse or 0."""
     model = packed_model(norm_placement="pre_norm")
     with torch.no_grad():
         model.embed_tokens.weight[3] *= size

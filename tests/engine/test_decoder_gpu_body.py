@@ -1,4 +1,4 @@
-"""The body of a GPU's step, run here: uncaptured, through the operators' CPU implementations."""
+"""The body of a GPU's step on a CPU: not captured, with the operators' CPU implementations."""
 
 from dataclasses import replace
 from typing import Any
@@ -41,14 +41,14 @@ def test_the_gpu_body_gives_the_same(variant: str, cache: torch.dtype) -> None:
             runner.step_body(4)
     assert state.lengths.tolist() == [9, 32, 21, 0]
     assert state.logits[3].count_nonzero() == 0
-    # The norms round in another order, which now and then moves an int8 code by one: 1 / 127 of one
-    # of 32 inputs.
+    # The norms round in another order, which sometimes flips an int8 code: 1 / 127 of one of 32
+    # inputs.
     assert max(errors) < 2e-2
     assert sorted(errors)[len(errors) // 2] < 1e-2
 
 
 def runner_of(model: Transformer, max_len: int, head: str = "float") -> tuple[CudaRunner, State]:
-    """Uncaptured, of two rows."""
+    """A runner of two rows, and its state."""
     weights = ModelWeights.of(model, packed=True)
     if head == "int8":
         weights = replace(weights, head=quantized_head(weights.head, "int8"))
@@ -75,7 +75,7 @@ def test_the_gpu_body_tells_a_damaged_row_and_stops_a_full_one() -> None:
 
 @torch.inference_mode()
 def test_the_gpu_body_with_a_head_of_int8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Codes of 8 bits change the logits by less than a hundredth of their norm or so."""
+    """An 8-bit head changes the logits by about a hundredth of their norm."""
     monkeypatch.setattr("bitnet.engine.weights.int_mm_takes_any_int8", lambda: True)
     model, logits = packed_model(), {}
     for head in ("float", "int8"):

@@ -1,4 +1,4 @@
-"""What a decoder keeps and a step allocates; caches and heads of fewer bits."""
+"""The memory of a decoder and the allocations of a step; caches and heads of fewer bits."""
 
 import gc
 from typing import Any
@@ -75,7 +75,7 @@ def test_memory_by_kind() -> None:
 
 
 def test_memory_of_an_int8_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted on any CPU, and refused where the CPU has no exact product of int8."""
+    """Counted where the CPU has an exact int8 product, and refused where it has none."""
     model = packed_model()
     for exact in (True, False):
         monkeypatch.setattr("bitnet.engine.weights.int_mm_takes_any_int8", lambda e=exact: e)
@@ -90,9 +90,9 @@ def test_memory_of_an_int8_head(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("options", [{}, {"cache_dtype": "int8"}, {"head": "bf16"}], ids=str)
 @pytest.mark.parametrize("variant", ["ternary", "dense", "row"])
 def test_memory_is_all_that_a_decoder_keeps(variant: str, options: Any) -> None:
-    """Against the tensors that the garbage collector finds; the model's own are counted too."""
+    """Compared with the tensors that the garbage collector finds, the model's own included."""
     model = small_model(**VARIANTS[variant])
-    gc.freeze()  # what thousands of tests before this one left takes a second to look through
+    gc.freeze()  # the objects of thousands of earlier tests take a second to look through
     try:
         decoder = Decoder(model, 3, CONTEXT, **options)
         prefill(decoder, make_prompts([62, 5, 9]), 70)
@@ -121,7 +121,7 @@ def test_memory_is_all_that_a_decoder_keeps(variant: str, options: Any) -> None:
 @pytest.mark.parametrize(("cache_dtype", "bound"), [("bf16", 2**-8), ("int8", 0.5 / 127)])
 def test_cache_in_fewer_bits(cache_dtype: Any, bound: float) -> None:
     """The first layer's keys and values are those of an fp32 cache, rounded once: by half a unit in
-    the last place of bf16, or half a step of the head's largest; and the logits stay near."""
+    the last place of bf16, or half an int8 step of the head's largest. The logits stay near."""
     model, prompts = packed_model(), make_prompts([20, 33])
     exact, low = Decoder(model, 2, CONTEXT), Decoder(model, 2, CONTEXT, cache_dtype=cache_dtype)
     for decoder in (exact, low):

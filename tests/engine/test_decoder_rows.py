@@ -1,4 +1,4 @@
-"""The rows of a decoder: none sees another, an ended or damaged one harms none."""
+"""The rows of a decoder are independent; an ended or damaged row harms no other."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from tests.helpers.layerwise import compare, watched
 
 
 def test_rows_do_not_see_each_other() -> None:
-    """Each computes what the model does for its tokens alone; with a ternary head here."""
+    """Each row computes what the model computes for its tokens alone; here with a ternary head."""
     model = packed_model()
     head = BitLinear(32, VOCAB, bias=False)
     head.weight = model.lm_head.weight
@@ -89,7 +89,7 @@ def test_shared_prefixes_and_truncation() -> None:
 
 @pytest.mark.parametrize("cache_dtype", ["fp32", "bf16", "int8"])
 def test_what_an_ended_row_wrote_is_forgotten_too(cache_dtype: Any) -> None:
-    """An inactive row writes a column beyond its length, of NaN here."""
+    """An inactive row writes a column beyond its length; here it writes NaN."""
     model = packed_model()
     with torch.no_grad():
         model.embed_tokens.weight[7] = torch.nan
@@ -151,7 +151,7 @@ def test_a_damaged_row_is_told_and_harms_no_other_nor_the_next(cache_dtype: Any)
         sound.step(3)
         assert decoder.chosen[[0, 2]].tolist() == [-1, -1]
         assert torch.equal(decoder.logits[1], sound.logits[1])
-    for one in (decoder, sound):  # each row beside its like: a row's sums may depend on its place
+    for one in (decoder, sound):  # both at the same place: a row's sums may depend on it
         for row in (0, 2):
             one.set_length(row, 0)
             one.prefill(torch.tensor([[1], [1], [1]][: row + 1]), [0] * row + [1])

@@ -1,4 +1,4 @@
-"""The engine against the model run by hand."""
+"""The engine against its model: layer by layer, or run without a cache."""
 
 import copy
 import gc
@@ -89,9 +89,7 @@ def test_texts_after_reused_prefixes_are_those_of_the_model(kind: str) -> None:
     first = [[*system, 3], [*system, 5, 8], [7, 9], [*system[:11], 2, 2]]
     with watched(engine.decoder) as seen:
         answers = generate_and_compare(engine, model, seen, first, 8)
-        assert (
-            engine.stats.reused_tokens == 20 + 11
-        )  # the second and the fourth prompt, in the call
+        assert engine.stats.reused_tokens == 20 + 11  # by the second and the fourth prompt
         second = continued(first, answers)
         generate_and_compare(engine, model, seen, second, 8)
         assert engine.stats.reused_tokens == (21 + 7) + 15 + 23
@@ -124,7 +122,7 @@ def test_reused_prefixes_change_no_token(kind: str) -> None:
 
 
 def expected_of(model: Transformer) -> list[list[int]]:
-    """By hand; of ternary layers, whose codes may flip, by a new model in eval mode."""
+    """By hand; for ternary layers, whose codes may flip, by a copy of the model in eval mode."""
     if any(isinstance(module, BitLinear) for module in model.modules()):
         return generate(copy.deepcopy(model).eval(), PROMPTS[:3], 4)
     return [by_hand(model, prompt, 4) for prompt in PROMPTS[:3]]
@@ -194,7 +192,7 @@ def test_an_interrupted_stream_leaves_the_engine_usable(options: dict[str, Any])
 
 
 def test_broken_logits_do_not_poison_the_rows() -> None:
-    """NaN keys and values of a token whose embedding is damaged stay behind no later prompt."""
+    """NaN keys and values of a token with a damaged embedding do not reach a later prompt."""
     model = model_of("fp")
     with torch.no_grad():
         model.embed_tokens.weight[60] = math.nan
@@ -264,7 +262,7 @@ def test_an_engine_refuses_a_model_that_changed() -> None:
 
 
 def test_an_engine_refuses_a_model_that_a_fused_optimizer_changed() -> None:
-    """Such a step does not raise torch's count of changes (torch 2.13)."""
+    """A fused step does not increase torch's count of changes (torch 2.13)."""
     model = model_of("fp")
     engine = Engine(model)
     tokens = torch.tensor([[1, 2, 3]])

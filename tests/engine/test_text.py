@@ -1,4 +1,4 @@
-"""Text of tokens as they come, and where a stop string ends it: against all tokens decoded anew."""
+"""The text of tokens as they come, ended at stop strings, against decoding all tokens anew."""
 
 import random
 from collections.abc import Callable
@@ -183,7 +183,7 @@ def test_a_prompt_that_ends_inside_a_character(tokenizer: Tokenizer) -> None:
 def saying(
     columns: type[Columns], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[list[int]], Engine]:
-    """An engine that says these tokens, over and over."""
+    """An engine that generates these tokens, over and over."""
     model = Transformer(ModelConfig(d_model=2, n_layers=1, vocab_size=300, max_seq_len=64))
 
     def make(ids: list[int]) -> Engine:

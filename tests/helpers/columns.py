@@ -1,5 +1,5 @@
-"""A decoder whose cache holds the tokens themselves and whose next token is a hash of all that
-a row holds: a column that is stale, missing or another row's changes every token after it.
+"""A decoder whose cache holds the tokens themselves, and whose next token is a hash of all tokens
+of the row: a stale or missing column, or one of another row, changes every token after it.
 
 Not a test module: the fixture puts it in the place of an engine's decoder.
 """
@@ -19,7 +19,7 @@ VOCAB = 61
 
 
 class Columns:
-    """As strict as the decoder's interface: columns past a row's length are worth nothing, and each
+    """As strict as the decoder's interface: columns past a row's length have no meaning, and each
     step writes one there, into every row of its bucket."""
 
     following: ClassVar[Callable[[tuple[int, ...]], int]]

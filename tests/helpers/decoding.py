@@ -1,4 +1,4 @@
-"""Small models, prompts, and what they decode to: by hand, which is the oracle, and by a decoder.
+"""Small models, prompts, and their greedy tokens: by hand, which is the oracle, and by a decoder.
 
 Not a test module.
 """
@@ -26,7 +26,7 @@ PACKABLE = [name for name, fields in VARIANTS.items() if fields.get("linear") !=
 
 
 def small_model(dtype: torch.dtype = torch.float32, **fields: Any) -> Transformer:
-    """Far from ties: what is likely depends on all the tokens, and the margins are wide."""
+    """A model far from ties: its choices depend on all tokens, and their margins are wide."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"d_model": 32, "n_heads": 4, "n_kv_heads": 2, "n_layers": 2}
     shape |= {"d_ff": 44, "vocab_size": VOCAB, "max_seq_len": CONTEXT, "tie_embeddings": False}
@@ -44,15 +44,15 @@ def packed_model(dtype: torch.dtype = torch.float32, **fields: Any) -> Transform
 
 
 def make_prompts(lengths: list[int]) -> list[list[int]]:
-    """One of each length; they depend on the lengths before it too."""
+    """One prompt per length; its tokens depend on the lengths before it too."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
 @torch.no_grad()
 def greedy_by_hand(model: Transformer, prompt: list[int], n: int) -> tuple[list[int], Tensor]:
-    """n greedy tokens, each by running the whole sequence again: no cache, no batch. And the fp32
-    logits ``[n, V]`` they were taken from."""
+    """n greedy tokens, each by running the whole sequence again, without cache and batch; and their
+    fp32 logits ``[n, V]``."""
     ids, logits = list(prompt), []
     for _ in range(n):
         logits.append(model(torch.tensor([ids]))[0, -1].float())
@@ -61,7 +61,7 @@ def greedy_by_hand(model: Transformer, prompt: list[int], n: int) -> tuple[list[
 
 
 def prefill(decoder: Any, prompts: list[list[int]], chunk: int) -> None:
-    """In pieces; a row that has no tokens left is handed 0 of them."""
+    """Prefill in chunks; a row without tokens left gets 0 of them."""
     for start in range(0, max(map(len, prompts)), chunk):
         pieces = [prompt[start : start + chunk] for prompt in prompts]
         longest = max(map(len, pieces))
