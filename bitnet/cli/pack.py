@@ -9,13 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bitnet.cli.common import Folder
-from bitnet.export.folder import CONFIG, load, read_config, save_model, sizes
+from bitnet.export.folder import CONFIG, FolderConfig, load, read_config, save_model, sizes
 from bitnet.export.proof import Proof, prove
 from bitnet.generate import encode_prompt
 from bitnet.linear import BitLinear, pack
 from bitnet.model import Transformer, as_transformer
 from bitnet.progress import plain_console, reporting
 from bitnet.qat.prepare import convert
+from bitnet.qat.recipe import Recipe
 from bitnet.schema import UserError
 from bitnet.summary import human
 
@@ -39,13 +40,14 @@ def pack_command(
     """
     target = Path(out) if out else beside(folder, "-packed")
     model, tokenizer = load(folder)
-    check_packable(folder, model, target)
+    config = read_config(folder)
+    check_packable(folder, config, model, target)
     longest = model.config.max_seq_len
     prompts = [encode_prompt(tokenizer, text)[:longest] for text in prompt or PROMPTS]
     room = longest - max(len(row) for row in prompts)
-    packed = packed_copy(folder, model)
+    packed = packed_copy(folder, config.quant, model)
     with reporting("packing and proving"):
-        save_model(target, packed, tokenizer, read_config(folder).quant)
+        save_model(target, packed, tokenizer, config.quant)
         packed, _ = load(target)
         proof = prove(model, packed, prompts, min(tokens, room))
     console = plain_console()
@@ -62,11 +64,10 @@ def beside(folder: Path, suffix: str) -> Path:
     return folder.with_name(folder.name + suffix)
 
 
-def check_packable(folder: Path, model: Transformer, target: Path) -> None:
+def check_packable(folder: Path, config: FolderConfig, model: Transformer, target: Path) -> None:
     """Raise UserError if the model has nothing to pack, or ``target`` holds a trained model."""
     if (target / CONFIG).exists() and read_config(target).weights == "latent":
         raise UserError(f"{target}: holds a trained model, which packing would overwrite")
-    config = read_config(folder)
     if config.weights != "latent":
         raise UserError(f"{folder}: is {config.weights} already; there is nothing to pack")
     if not (has_ternary_layers(model) or config.quant.enabled):
@@ -78,7 +79,7 @@ def has_ternary_layers(model: Transformer) -> bool:
     return any(isinstance(module, BitLinear) for module in model.modules())
 
 
-def packed_copy(folder: Path, model: Transformer) -> Transformer:
+def packed_copy(folder: Path, recipe: Recipe, model: Transformer) -> Transformer:
     """A copy of the model with packed ternary layers, or the integer layers of its recipe.
 
     Raises:
@@ -87,7 +88,7 @@ def packed_copy(folder: Path, model: Transformer) -> Transformer:
     packed = copy.deepcopy(model)
     if has_ternary_layers(packed):
         packed = as_transformer(pack(packed))
-    if not read_config(folder).quant.enabled:
+    if not recipe.enabled:
         return packed
     try:
         return as_transformer(convert(packed))
