@@ -107,7 +107,7 @@ def test_new_folder_whose_last_rename_fails(
     assert names(tmp_path) == {"folder"}
 
 
-def test_recover(tmp_path: Path) -> None:
+def test_recover_keeps_whole_folders_and_drops_halves(tmp_path: Path) -> None:
     for name in (".old-lost", ".old-kept", "kept", ".tmp-half", "untouched"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "was").write_text(name)
@@ -119,7 +119,7 @@ def test_recover(tmp_path: Path) -> None:
     recover(tmp_path / "nowhere")
 
 
-def test_remove_folder(tmp_path: Path) -> None:
+def test_remove_folder_leaves_nothing_behind(tmp_path: Path) -> None:
     for name in ("folder", ".tmp-folder"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a").write_text("a")
@@ -165,7 +165,7 @@ def test_tied_tensors_are_stored_once(tmp_path: Path) -> None:
     assert (tmp_path / "a.safetensors").stat().st_size < 2.1 * weight.nbytes
 
 
-def test_no_tensors(tmp_path: Path) -> None:
+def test_a_file_of_no_tensors_loads(tmp_path: Path) -> None:
     assert save_tensors(tmp_path / "a.safetensors", {}) == {}
     assert load_tensors(tmp_path / "a.safetensors") == {}
 

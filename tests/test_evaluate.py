@@ -248,7 +248,7 @@ def test_text_mistakes_are_named(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("loss", "expected"), [(0.0, 1.0), (math.log(20), 20.0), (1e4, math.inf), (math.inf, math.inf)]
 )
-def test_perplexity(loss: float, expected: float) -> None:
+def test_perplexity_is_the_exponential_of_the_loss(loss: float, expected: float) -> None:
     assert EvalResult(loss, 1.0, 1, 1).perplexity == pytest.approx(expected)
 
 
@@ -282,6 +282,6 @@ def test_compressing_nothing_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("fields", [{"every": 0}, {"max_tokens": -1}, {"sample_prompt": 3}])
-def test_config_refuses(fields: dict[str, Any]) -> None:
+def test_config_values_out_of_range_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         EvalConfig(**fields)

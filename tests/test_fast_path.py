@@ -94,7 +94,7 @@ def test_tokens_give_what_the_tensor_gives() -> None:
 
 
 @pytest.mark.parametrize("leading", [(), (0,), (2, 0, 5), (3,)])
-def test_shape_of_tokens(leading: tuple[int, ...]) -> None:
+def test_quantized_inputs_keep_their_shape(leading: tuple[int, ...]) -> None:
     tokens = quantize_input(torch.randn(*leading, 7))
     assert tokens.codes.shape == (*leading, 7)
     assert tokens.scale.shape == leading
@@ -102,7 +102,7 @@ def test_shape_of_tokens(leading: tuple[int, ...]) -> None:
     assert BitLinear(7, 5)(tokens).shape == (*leading, 5)
 
 
-def test_errors_of_tokens() -> None:
+def test_wrong_inputs_are_named() -> None:
     with pytest.raises(TypeError, match="input: expected a floating-point tensor"):
         quantize_input(torch.ones(2, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"input: expected shape \[..., 8\]"):

@@ -91,7 +91,7 @@ def an_input(shape: tuple[int, ...]) -> Tensor:
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
 @pytest.mark.parametrize("norm", [False, True])
-def test_bitlinear(granularity: Granularity, norm: bool) -> None:
+def test_outputs_of_bitlinear_may_be_changed_in_place(granularity: Granularity, norm: bool) -> None:
     for bias in (True, False):
         layer = BitLinear(8, 5, bias, granularity=granularity, group_size=3, norm=norm)
         for shape in SHAPES:
@@ -100,7 +100,9 @@ def test_bitlinear(granularity: Granularity, norm: bool) -> None:
 
 @pytest.mark.parametrize("int8_backward", ["none", "input", "both"])
 @pytest.mark.parametrize("granularity", ["tensor", "row"])
-def test_bitlinear_options(int8_backward: Int8Backward, granularity: Granularity) -> None:
+def test_every_option_of_bitlinear_allows_changes_in_place(
+    int8_backward: Int8Backward, granularity: Granularity
+) -> None:
     layer = BitLinear(8, 5, granularity=granularity, int8_backward=int8_backward, grad_mask="trust")
     with weights_quantized(layer):
         check(layer, an_input((3, 8)))
@@ -185,7 +187,9 @@ def test_qat_embedding(weights: str) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
 @pytest.mark.parametrize("base", ["nf4", "ternary"])
-def test_adapters(kind: Literal["lora", "qlora"], base: Literal["nf4", "ternary"]) -> None:
+def test_outputs_of_adapters_may_be_changed_in_place(
+    kind: Literal["lora", "qlora"], base: Literal["nf4", "ternary"]
+) -> None:
     config = AdapterConfig(kind=kind, base=base, rank=2, targets=["0"])
     for bias in (True, False):
         model = add_adapters(nn.Sequential(nn.Linear(8, 5, bias)), config)
@@ -255,7 +259,7 @@ def test_loss() -> None:
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
-def test_layers_for_inference(requires_grad: bool) -> None:
+def test_layers_for_inference_allow_changes_in_place(requires_grad: bool) -> None:
     layers: list[nn.Module] = [pack(BitLinear(8, 5, granularity=g)) for g in ("tensor", "row")]
     for activations in ("none", "absmax"):
         recipe = Recipe(weights="int", activations=activations, keep_first_last=False)
@@ -271,7 +275,7 @@ def test_layers_for_inference(requires_grad: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("kind", ["bitlinear", "qat"])
-def test_compiled(kind: str) -> None:
+def test_compiled_layers_allow_changes_in_place(kind: str) -> None:
     layer: nn.Module = BitLinear(8, 5)
     if kind == "qat":
         layer = prepare(nn.Linear(8, 5), Recipe(weights="int", keep_first_last=False))

@@ -80,7 +80,7 @@ def test_bytes_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("contender", ["ours-auto", "twin-fp32"])
-def test_a_profile(bench: Bitnet, tmp_path: Path, contender: str) -> None:
+def test_a_profile_is_kept_and_adds_up(bench: Bitnet, tmp_path: Path, contender: str) -> None:
     asked = ("--profile", "--size", "tiny", "--contender", contender, "--prompt", "6")
     code, said, err = bench(*asked, "--batch", "2")
     assert code == 0, err

@@ -401,7 +401,7 @@ def test_minutes_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
-def test_rehearsal(tmp_path: Path) -> None:
+def test_the_whole_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
     """The whole, on a CPU and in the interpreter; minutes."""
     script = str(ROOT / "bitnet" / "bench" / "gpu.py")
     done = subprocess.run([sys.executable, script, "--rehearse", "--out", tmp_path], check=False)

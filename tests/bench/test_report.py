@@ -232,7 +232,7 @@ def test_noisy_figures_are_marked() -> None:
     assert "~: the 90th percentile is more than twice the 10th." in noisy
 
 
-def test_machine_code(tmp_path: Path) -> None:
+def test_the_table_of_machine_code_has_a_row_per_kernel(tmp_path: Path) -> None:
     """A row a kernel that has weights, a column a GPU; what is missing or damaged is said."""
     path = tmp_path / "machine_code.csv"
     assert report.machine_code(path) == report.NOTHING

@@ -28,7 +28,9 @@ print("heard the last of it", file=sys.stderr)
 """
 
 
-def test_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_answers_and_ends_with_its_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prints are no replies; the worker ends when nothing is left to read, as when its parent is
     killed."""
     (tmp_path / "talker.py").write_text(TALKER)

@@ -168,7 +168,7 @@ def test_a_hugging_face_folder(bitnet: Bitnet, tmp_path: Path) -> None:
     assert bitnet("generate", tmp_path / "ours-packed", "--max-new-tokens", "5")[0] == 0
 
 
-def test_mistakes(bitnet: Bitnet, root: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(bitnet: Bitnet, root: Path, tmp_path: Path) -> None:
     pre, out, text = root / "pre", ("--out", tmp_path / "out"), root / "text.txt"
     shutil.copytree(pre, tmp_path / "latent")
     recipe = Recipe(weights="int")
@@ -243,7 +243,7 @@ def as_model(module: torch.nn.Module) -> Transformer:
     return module
 
 
-def test_load_source(root: Path) -> None:
+def test_load_source_takes_full_precision_only(root: Path) -> None:
     model, tokenizer = load_source(root / "pre")
     assert (model.config.linear, tokenizer.vocab_size) == ("fp", 320)
     with pytest.raises(UserError, match="full-precision"):

@@ -54,7 +54,7 @@ def test_long_work_is_reported_where_there_is_no_terminal(
     assert "compressing by gzip and xz after" in bitnet("eval", folders / "model", *text)[2]
 
 
-def test_inspect(bitnet: Bitnet) -> None:
+def test_inspect_shows_a_configs_sizes(bitnet: Bitnet) -> None:
     configs = Path(__file__).parents[2] / "configs"
     code, out, _ = bitnet("inspect", configs / "15m.toml")
     assert code == 0

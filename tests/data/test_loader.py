@@ -87,7 +87,7 @@ def test_ids_are_little_endian_and_unsigned(tmp_path: Path) -> None:
     assert TokenDataset(folder, "train").tokens(69_999, 70_000).tolist() == [69_999]
 
 
-def test_attributes(tmp_path: Path) -> None:
+def test_a_dataset_knows_its_counts_and_split(tmp_path: Path) -> None:
     dataset = TokenDataset(write_set(tmp_path / "set", 50), "val")
     assert (dataset.n_tokens, dataset.n_bytes, dataset.n_documents) == (10, 7, 1)
     assert (dataset.vocab_size, dataset.eos_id, dataset.held_out) == (300, 2, "documents")
@@ -153,7 +153,7 @@ def test_every_truncation_of_the_index_is_detected(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_damaged_indexes(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_damaged_indexes_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     folder = write_set(tmp_path / "set", 50)
     change_index(folder, **changes)
     with pytest.raises(UserError, match=rf"index\.json: {message}"):
@@ -168,7 +168,7 @@ def test_an_index_that_is_no_utf8_or_no_object(tmp_path: Path) -> None:
             TokenDataset(folder, "train")
 
 
-def test_inputs_and_targets(tmp_path: Path) -> None:
+def test_targets_are_the_inputs_one_token_later(tmp_path: Path) -> None:
     loader = Loader(TokenDataset(write_set(tmp_path / "set", 1000, 64), "train"), 16, 5, seed=1)
     assert loader.n_windows == 62
     for step in range(40):
@@ -238,7 +238,7 @@ def test_batches_that_cannot_be(tmp_path: Path) -> None:
             Loader(dataset, seq_len, batch, seed=0)
 
 
-def test_too_few_tokens(tmp_path: Path) -> None:
+def test_fewer_tokens_than_a_window_are_refused(tmp_path: Path) -> None:
     dataset = TokenDataset(write_set(tmp_path / "set", 100), "train")
     assert Loader(dataset, 99, 4, seed=0).n_windows == 1
     with pytest.raises(UserError, match=r"has 100 tokens, .* data\.seq_len = 100 needs 101"):
@@ -315,7 +315,7 @@ def test_fewer_windows_are_spread_over_the_split(tmp_path: Path) -> None:
     assert len(list(sequential_windows(dataset, 10, max_tokens=1000))) == 10
 
 
-def test_config_constraints() -> None:
+def test_config_values_out_of_range_are_refused() -> None:
     assert DataConfig().sources == ["python-stdlib"]
     for values in [
         {"vocab_size": 259},

@@ -211,7 +211,9 @@ def test_two_passages_are_enough(tmp_path: Path, seed: int, val_fraction: float)
         ("x" * 4096 * 9, "too little for a training and a validation split"),  # all passages equal
     ],
 )
-def test_too_little_text(tmp_path: Path, text: str, message: str) -> None:
+def test_too_little_text_is_refused_and_leaves_nothing(
+    tmp_path: Path, text: str, message: str
+) -> None:
     (tmp_path / "a.txt").write_text(text)
     with pytest.raises(UserError, match=message):
         make(tmp_path / "set", str(tmp_path / "a.txt"))
@@ -291,7 +293,9 @@ def test_folders_of_others_are_left_alone(tmp_path: Path, many: list[str]) -> No
         make(path, source, val_fraction=0.1)
 
 
-def test_a_given_tokenizer(prepared: Path, many: list[str], tmp_path: Path) -> None:
+def test_a_given_tokenizer_is_copied_and_used(
+    prepared: Path, many: list[str], tmp_path: Path
+) -> None:
     source = write_documents(tmp_path, many)
     given = str(prepared / "tokenizer.model")
     path = make(tmp_path / "set", source, tokenizer=given, val_fraction=0.1, vocab_size=8192)
@@ -442,7 +446,7 @@ def test_two_processes_prepare_once(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"docs.jsonl", ".set.lock", "set"}
 
 
-def test_the_standard_library(tmp_path: Path) -> None:
+def test_the_standard_library_is_prepared_whole(tmp_path: Path) -> None:
     path = make(tmp_path / "set", "python-stdlib", vocab_size=4096, val_fraction=0.03)
     train, val = TokenDataset(path, "train"), TokenDataset(path, "val")
     assert 5e6 < train.n_bytes < 50e6

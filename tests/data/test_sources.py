@@ -39,7 +39,7 @@ def jsonl(*rows: Any) -> bytes:
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
-def test_text_files(tmp_path: Path, ending: str) -> None:
+def test_a_text_file_is_one_document(tmp_path: Path, ending: str) -> None:
     for kind in (".txt", ".md", ".py"):
         for number, text in enumerate(TEXTS[:3]):
             path = tmp_path / f"{number}{kind}{ending}"
@@ -49,7 +49,7 @@ def test_text_files(tmp_path: Path, ending: str) -> None:
 
 
 @pytest.mark.parametrize("ending", COMPRESS)
-def test_jsonl(tmp_path: Path, ending: str) -> None:
+def test_jsonl_gives_the_texts_of_a_field(tmp_path: Path, ending: str) -> None:
     rows = [{"n": 1, "text": text} for text in TEXTS] + [{"text": None}, {"text": " \n"}]
     path = tmp_path / f"a.jsonl{ending}"
     path.write_bytes(COMPRESS[ending](b"\xef\xbb\xbf" + jsonl(*rows) + b"\n\n"))
@@ -58,7 +58,7 @@ def test_jsonl(tmp_path: Path, ending: str) -> None:
     assert read(path, field="content") == ["x"]
 
 
-def test_parquet(tmp_path: Path) -> None:
+def test_parquet_gives_the_texts_of_a_column(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"n": range(6), "text": [*TEXTS, None]}), path, row_group_size=2)
     assert read(path) == TEXTS
@@ -169,7 +169,7 @@ def test_parquet_columns_are_named(tmp_path: Path) -> None:
         read(path, field="n")
 
 
-def test_encodings(tmp_path: Path) -> None:
+def test_utf8_and_declared_encodings_are_read_others_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfwith a mark")
     (tmp_path / "b.py").write_bytes(b"# coding: latin-1\nname = '\xe9'\r\n")
     assert read(tmp_path) == ["with a mark", "# coding: latin-1\nname = 'é'\r\n"]
@@ -223,7 +223,7 @@ def test_long_documents_are_cut_and_none_is_lost(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "x", "word " * 999, "line\n" * 999, "x" * 5000, "\n\n" * 999])
-def test_cut(text: str) -> None:
+def test_cut_loses_nothing_and_keeps_its_bounds(text: str) -> None:
     parts = list(cut(text, 100))
     assert "".join(parts) == text
     assert all(100 <= len(part) <= 200 for part in parts[:-1])
@@ -255,7 +255,7 @@ def test_folders_are_walked_in_order(tree: Path) -> None:
     assert read(tree) == ["B.txt", "a.md", "b.txt", "sub/[x].txt", "sub/d.jsonl", "sub/deep/c.py"]
 
 
-def test_globs(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_globs_match_as_a_shell_does(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(f"{tree}/*.txt") == ["B.txt", "b.txt"]
     assert read(f"{tree}/**/c.py") == ["sub/deep/c.py"]
     assert read(f"{tree}/sub/[x].txt") == ["sub/[x].txt"]  # it exists as written
@@ -319,14 +319,14 @@ def test_a_folder_that_cannot_be_listed_is_an_error(
 
 
 @pytest.mark.parametrize("name", ["A.TXT", "b.Md", "C.PY", "d.JsonL", "e.TXT.GZ", "f.jsonl.ZST"])
-def test_upper_case_endings(tmp_path: Path, name: str) -> None:
+def test_upper_case_endings_count(tmp_path: Path, name: str) -> None:
     data = jsonl({"text": "x"}) if "jsonl" in name.lower() else b"x"
     path = tmp_path / name
     path.write_bytes(COMPRESS[path.suffix.lower() if name.count(".") > 1 else ""](data))
     assert read(path) == read(tmp_path) == ["x"]
 
 
-def test_upper_case_parquet(tmp_path: Path) -> None:
+def test_an_upper_case_parquet_ending_counts(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"text": ["x"]}), tmp_path / "A.PARQUET")
     assert read(tmp_path) == ["x"]
 
@@ -394,7 +394,9 @@ def test_files_of_unknown_kind(tree: Path) -> None:
         read(tree / "sub" / "deep")
 
 
-def test_the_standard_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_standard_library_is_found_without_its_tests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = local_files(["python-stdlib"])
     assert len(real) > 300
     assert {"argparse.py", "textwrap.py"} <= {path.name for path in real}

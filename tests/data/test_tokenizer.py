@@ -132,7 +132,7 @@ def test_bytes_of_a_stream_of_documents(tokenizer: Tokenizer) -> None:
     assert tokenizer.count_bytes(np.array([eos, eos, eos])) == 0
 
 
-def test_ids(tokenizer: Tokenizer) -> None:
+def test_ids_are_control_bytes_then_pieces(tokenizer: Tokenizer) -> None:
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (350, 2)
     assert tokenizer.token_bytes.dtype == np.int64
     assert tokenizer.token_bytes.shape == (350,)
@@ -274,7 +274,7 @@ def test_missing_files_are_named_with_the_nearest(tokenizer: Tokenizer, tmp_path
         {"treat_whitespace_as_suffix": True},
     ],
 )
-def test_given_tokenizers(tmp_path: Path, options: dict[str, object]) -> None:
+def test_a_given_tokenizer_is_exact_or_refused(tmp_path: Path, options: dict[str, object]) -> None:
     """A model made elsewhere is refused when lossy, and exact in text and bytes when not."""
     model = BytesIO()
     base = {

@@ -116,7 +116,7 @@ def test_streaming_holds_back_unfinished_characters(path: Path) -> None:
     assert "\ufffd" not in "".join(pieces)
 
 
-def test_eos(path: Path) -> None:
+def test_the_end_token_is_the_post_processors_or_a_usual_name(path: Path) -> None:
     """What the post-processor appends comes first, then the first usual name that is special."""
     assert load_tokenizer(path).eos_id == 0
     for number, name in enumerate(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]):
@@ -211,7 +211,7 @@ def test_lossy_tokenizers_are_refused(path: Path, entries: dict[str, Any], messa
     assert "\n" not in str(caught.value)
 
 
-def test_other_harmless_parts(path: Path) -> None:
+def test_parts_that_lose_nothing_are_accepted(path: Path) -> None:
     """Splitters that keep what they split at (Llama 3 has one), an empty list of normalizers, no
     dropout: all of the text comes back, from encodings that stay the same."""
     for entries in (
@@ -373,13 +373,15 @@ def test_kinds_are_told_apart_by_content(tmp_path: Path) -> None:
     assert tokenizer_path(tmp_path).name == "tokenizer.json"
 
 
-def test_without_the_extra(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_message_says_how_to_install_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(UserError, match=r'pip install "bitnet-train\[hf\]"'):
         load_tokenizer(path)
 
 
-def test_prepared_data(path: Path, tmp_path: Path) -> None:
+def test_a_data_folder_keeps_the_tokenizer_and_its_bytes(path: Path, tmp_path: Path) -> None:
     """A data folder made with it: the file lies there, the ids are its own, the bytes add up."""
     text = "".join(f"{TEXT}{i} ☃ <|endoftext|>\n" for i in range(400))
     (tmp_path / "text.txt").write_text(text, encoding="utf-8")

@@ -110,7 +110,7 @@ def test_a_full_cache_forgets_the_least_recently_used(columns: type[Columns]) ->
         assert engine.stats.reused_tokens == reused
 
 
-def test_keep() -> None:
+def test_keep_copies_over_the_least_useful_row() -> None:
     held = [[1, 2, 3], [4, 5], [1, 2], [], [6]]
     assert keep(held, [5, 5, 4, 0, 3], [1], [2, 3, 4]) == [(1, 3, 2)]
     # over its own beginning, or over nothing, else over the oldest

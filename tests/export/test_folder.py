@@ -101,13 +101,13 @@ def test_kernel_is_passed_on(folder: Path) -> None:
     assert {layer.kernel for layer in layers.values()} == {"reference"}
 
 
-def test_loaded_model_trains(tmp_path: Path) -> None:
+def test_a_loaded_model_has_gradients(tmp_path: Path) -> None:
     model = load_model(save_model(tmp_path / "model", make(), None))
     model(tokens()).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_sizes(tmp_path: Path) -> None:
+def test_sizes_by_hand(tmp_path: Path) -> None:
     model = make(tie_embeddings=False)
     matrices = 2 * (2 * 24 * 24 + 2 * 12 * 24 + 3 * 24 * 37)
     norms, embedding = 2 * (3 * 24 + 37) + 24, 2 * VOCAB * 24

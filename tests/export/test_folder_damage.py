@@ -35,7 +35,7 @@ def test_what_is_missing_is_named(folder: Path, tmp_path: Path) -> None:
     fails(folder, r"a crash while it was replaced left its previous version in .*\.old-model")
 
 
-def test_without_tokenizer(tmp_path: Path) -> None:
+def test_a_folder_saved_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     fails(save_model(tmp_path / "model", make(), None), r"saved without a tokenizer")
 
 

@@ -179,7 +179,7 @@ def test_the_key_for_splitting(tmp_path: Path) -> None:
         assert known.decode(known.encode(TEXT)) == TEXT
 
 
-def test_several_ends(tmp_path: Path) -> None:
+def test_several_end_tokens_are_kept_and_unknown_ones_refused(tmp_path: Path) -> None:
     ends = {"tokenizer.ggml.eot_token_id": VOCAB - 1, "tokenizer.ggml.eom_token_id": VOCAB - 3}
     _, tokenizer = load_hf(write(tmp_path / "model.gguf", lambda keys: keys.update(ends)))
     assert tokenizer.eos_id == VOCAB - 2

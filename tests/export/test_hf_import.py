@@ -220,7 +220,7 @@ def test_padding_rows_of_the_vocabulary_are_dropped(tmp_path: Path) -> None:
         load_hf(write(llama(vocab_size=290), tmp_path / "few"))
 
 
-def test_shards(tmp_path: Path, folder: Path) -> None:
+def test_shards_load_as_one_file_does(tmp_path: Path, folder: Path) -> None:
     llama().save_pretrained(tmp_path / "shards", max_shard_size="100KB")
     (tmp_path / "shards" / "tokenizer.json").write_bytes(tokenizer_json())
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
@@ -243,7 +243,7 @@ def test_our_folder_of_it(folder: Path, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_sub_norms(folder: Path) -> None:
+def test_sub_norms_are_added_to_a_pre_norm_model_only(folder: Path) -> None:
     model, _ = load_hf(folder)
     before = model(torch.arange(20).unsqueeze(0))
     wider = add_sub_norms(model)

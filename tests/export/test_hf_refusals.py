@@ -54,7 +54,9 @@ def folder(tmp_path: Path) -> Path:
         (lambda c: c.update(auto_map={"AutoConfig": "evil.Config"}, model_type="evil"), "'evil'"),
     ],
 )
-def test_refusals(folder: Path, change: Callable[[dict[str, Any]], None], message: str) -> None:
+def test_maths_that_our_model_has_not_is_refused(
+    folder: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
     (folder / "evil.py").write_text("raise SystemExit('remote code ran')")
     edit(folder, change)
     with pytest.raises(UserError, match=message) as caught:
@@ -185,7 +187,7 @@ def test_adapters_are_refused(
         load_source(ours)
 
 
-def test_stray_tensors(folder: Path) -> None:
+def test_tensors_that_belong_nowhere_are_named(folder: Path) -> None:
     """A name twice, with and without the leading "model."; a constant of old checkpoints."""
     stored = load_file(folder / "model.safetensors")
     inv_freq = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(6)}
@@ -197,7 +199,7 @@ def test_stray_tensors(folder: Path) -> None:
         load_hf(folder)
 
 
-def test_damage(folder: Path, tmp_path: Path) -> None:
+def test_damaged_folders_are_named(folder: Path, tmp_path: Path) -> None:
     def fails(message: str, path: Path = folder) -> None:
         with pytest.raises(UserError, match=message) as caught:
             load_hf(path)
@@ -290,7 +292,9 @@ def test_a_config_that_names_other_weights(folder: Path) -> None:
         load_hf(folder)
 
 
-def test_without_the_extra(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_extra_the_message_says_how_to_install_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(UserError, match=r'pip install "bitnet-train\[hf\]"'):
         load_hf(folder)

@@ -37,11 +37,11 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 @pytest.mark.parametrize(
     ("m", "expected"), [(0, 1), (1, 1), (2, 2), (3, 4), (8, 8), (9, 16), (4096, 4096), (9999, 4096)]
 )
-def test_bucket(m: int, expected: int) -> None:
+def test_m_falls_into_its_bucket(m: int, expected: int) -> None:
     assert bucket(m) == expected
 
 
-def test_allowed() -> None:
+def test_a_family_allows_its_formulations() -> None:
     assert allowed("addsub", False) == ("sad",)
     assert set(allowed("addsub", True)) == {"sad", "popcount"}
     assert set(allowed("dot", True)) == {"dp4a", "gemm", "unpacked"}
@@ -51,7 +51,7 @@ def test_allowed() -> None:
 
 
 @pytest.mark.parametrize("sm", ARCHITECTURES)
-def test_shipped_tables(sm: int) -> None:
+def test_shipped_tables_can_be_launched(sm: int) -> None:
     """Every formulation has configurations that its kernel can be launched with, and nothing that
     was not measured says that it was."""
     table = shipped(sm)
@@ -162,7 +162,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_damaged_tables(text: str) -> None:
+def test_damaged_tables_are_named_or_ignored(text: str) -> None:
     """Said where a table is read; a user's damaged cache is as good as none."""
     with pytest.raises(ValueError, match=r"not a (table of )?kernel configuration"):
         table_from_json(text)
@@ -201,7 +201,9 @@ def test_tables_round_trip() -> None:
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
 @pytest.mark.parametrize(("n", "k"), [(64, 64), (2560, 6912)])
-def test_candidates(formulation: str, n: int, k: int) -> None:
+def test_candidates_are_distinct_valid_and_fit_shared_memory(
+    formulation: str, n: int, k: int
+) -> None:
     for m in (1, 3, 16, 64, 512, 4096):
         found = tune.candidates(formulation, m, n, k, 101_376)
         assert len(found) == len(set(found))

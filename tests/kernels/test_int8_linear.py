@@ -171,7 +171,7 @@ def test_compiles_without_a_graph_break(dynamic: bool) -> None:
             assert torch.equal(got, want)
 
 
-def test_meta_tensors() -> None:
+def test_meta_tensors_give_shapes() -> None:
     x_q, s_x, codes, scale, bias = (one.to("meta") for one in operands(6, 5, 70))
     y = int8_linear(x_q.view(2, 3, 70), s_x.view(2, 3), codes, scale, bias, torch.float16)
     assert (y.shape, y.dtype, y.device.type) == ((2, 3, 5), torch.float16, "meta")
@@ -222,7 +222,9 @@ LINEAR = {"x_q": X_Q, "s_x": S_X, "codes": CODES, "scale": SCALE, "bias": BIAS}
         ({"out_dtype": "bfloat16"}, TypeError, "out_dtype: expected a float dtype, got str"),
     ],
 )
-def test_hostile_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_wrong_arguments_of_the_linear_are_named(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         int8_linear(**(LINEAR | changes))
 
@@ -246,7 +248,7 @@ def test_hostile_arguments(changes: dict[str, Any], error: type[Exception], mess
         ),
     ],
 )
-def test_hostile_matrices(a: Any, b: Any, error: type[Exception], message: str) -> None:
+def test_wrong_matrices_are_named(a: Any, b: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         int8_matmul(a, b)
 
@@ -261,7 +263,9 @@ def findings(interpreted: Interpreted) -> list[dict[str, Any]]:
     ("check", "at_least"),
     [("sums", 29), ("outputs", 60), ("extreme outputs", 12), ("operators", 8)],
 )
-def test_interpreted(findings: list[dict[str, Any]], check: str, at_least: int) -> None:
+def test_the_interpreted_kernel_is_exact(
+    findings: list[dict[str, Any]], check: str, at_least: int
+) -> None:
     cases = [one for one in findings if one["check"] == check]
     assert len({one["case"] for one in cases}) >= at_least
     assert [one["case"] for one in cases if not one["ok"]] == []
@@ -274,7 +278,7 @@ def compiled(compiled_by: CompiledBy) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_machine_code(compiled: dict[str, dict[str, Any]]) -> None:
+def test_machine_code_is_wide_exact_and_spills_nothing(compiled: dict[str, dict[str, Any]]) -> None:
     """int8 tensor cores, 16 bytes a load and store, nothing spilled, no fused multiply-add."""
     assert {"128x256 bf16 sm_90", "128x128 bf16 sm_80", "128x128 bf16 sm_89"} <= compiled.keys()
     for name, form in compiled.items():
@@ -305,7 +309,9 @@ def test_machine_code(compiled: dict[str, dict[str, Any]]) -> None:
         (0, 4096, 90, 132, (128, 256)),
     ],
 )
-def test_tiles(m: int, n: int, capability: int, n_sms: int, tile: tuple[int, int]) -> None:
+def test_the_tile_follows_sizes_and_gpu(
+    m: int, n: int, capability: int, n_sms: int, tile: tuple[int, int]
+) -> None:
     pytest.importorskip("triton")
     from bitnet_kernels.gpu.int8_gemm import CONFIGS, best_tile
 

@@ -126,7 +126,7 @@ def test_launches_hang_on_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("head_dim", [2, 16, 50, 64, 80, 128, 256])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("chunk", [False, True])
-def test_tiles(head_dim: int, wide: bool, chunk: bool) -> None:
+def test_tiles_are_within_bounds_and_fill_the_gpu(head_dim: int, wide: bool, chunk: bool) -> None:
     for queries in (1, 4, 16, 17, 64, 1024):
         for programs in (1, 8, 40, 1000):
             for n_columns in (1, 64, 2048, 131072):
@@ -225,7 +225,7 @@ def test_chunks_and_steps_are_attention_over_the_whole_sequence(dtype: torch.dty
         assert (torch.cat(got).double() - want).abs().max() < limit
 
 
-def test_by_hand() -> None:
+def test_attention_over_two_columns_by_hand() -> None:
     """Two columns with scores 0 and ln 3 / sqrt(2) * sqrt(2): weights 1/4 and 3/4."""
     k, v = torch.zeros(1, 1, 4, 2), torch.full((1, 1, 4, 2), math.nan)
     k[0, 0, 1, 0] = math.log(3.0) * math.sqrt(2.0)
@@ -362,7 +362,7 @@ def test_wrong_arguments(
         call(op, arguments(dtype, **changes))
 
 
-def test_no_backward() -> None:
+def test_backward_is_refused() -> None:
     q = torch.randn(B, T, H, E, requires_grad=True)
     with pytest.raises(RuntimeError, match="have no backward"):
         call(decode_attention, arguments(q=q)).sum().backward()

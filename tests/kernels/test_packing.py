@@ -104,7 +104,7 @@ def test_invalid_packed() -> None:
         unpack_base3(pack_base3(random_codes(3, 100)), 101)
 
 
-def test_damaged_bytes() -> None:
+def test_bytes_that_no_code_makes_are_refused() -> None:
     packed = pack_base3(random_codes(3, 7))
     packed[1, 1] = 243
     with pytest.raises(ValueError, match="a byte above 242"):
@@ -117,7 +117,7 @@ def test_damaged_bytes() -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 64), (5, 65), (2, 128), (7, 300), (1100, 70)])
-def test_bit_planes(n: int, k: int) -> None:
+def test_bit_planes_hold_every_column(n: int, k: int) -> None:
     """The two planes of every column, read bit by bit; columns past K have weight 0."""
     codes = random_codes(n, k)
     planes = bit_planes(pack_ternary(codes))
@@ -144,7 +144,7 @@ def test_bit_planes_of_nothing_and_of_something_else() -> None:
 
 
 @pytest.mark.parametrize("function", [bit_planes, pack_ternary, pack_base3])
-def test_no_tensor(function: Callable[[object], Tensor]) -> None:
+def test_what_is_no_tensor_is_refused(function: Callable[[object], Tensor]) -> None:
     for value in (None, 3, "x", np.ones((2, 2))):
         with pytest.raises(TypeError, match=r"(packed|codes): expected a tensor, got"):
             function(value)

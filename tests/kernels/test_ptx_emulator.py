@@ -157,7 +157,7 @@ def tuples(n: int, count: int = 300) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", sorted(set(INSTRUCTIONS) - {"lop3.b32"}))
-def test_instruction(name: str) -> None:
+def test_an_instruction_equals_scalar_python(name: str) -> None:
     n = INSTRUCTIONS[name][0]
     cases = tuples(n)
     inputs = [f"${i + 1}" for i in range(n)]
@@ -253,7 +253,7 @@ def test_masks_of_simd_destinations(name: str) -> None:
         assert got.tolist() == [simd_of(name, lanes, *case) % (1 << 32) for case in cases]
 
 
-def test_grammar() -> None:
+def test_comments_scopes_and_constants_are_parsed() -> None:
     asm = """
         // a comment; with a semicolon { and a brace
         { .reg .b32 a, b<3>;

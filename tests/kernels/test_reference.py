@@ -38,7 +38,7 @@ def test_products_are_exact(m: int, n: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("value", [-128, 127])
-def test_products_beyond_fp32(value: int) -> None:
+def test_products_beyond_fp32_stay_exact(value: int) -> None:
     """140001 * 127 > 2^24: fp32 accumulation would lose the odd units."""
     x_q = torch.full((2, 140_001), value, dtype=torch.int8)
     codes = torch.ones(3, 140_001, dtype=torch.int8)
@@ -48,7 +48,7 @@ def test_products_beyond_fp32(value: int) -> None:
     assert torch.equal(reference.int8_matmul(x_q, codes), want)
 
 
-def test_empty_products() -> None:
+def test_empty_products_are_empty_int32() -> None:
     x_q, codes = random_operands(4, 3, 9)
     for matmul in (reference.int8_matmul, int_mm.codes_matmul, int_mm.int8_matmul):
         assert matmul(x_q[:0], codes).shape == (0, 3)
@@ -132,7 +132,7 @@ def test_absmax_of_extreme_rows() -> None:
     assert torch.equal(row_sum, codes.sum(-1, dtype=torch.int32))
 
 
-def test_rescale_order() -> None:
+def test_the_rescale_rounds_in_its_stated_order() -> None:
     """((acc * s_x) * scale) + bias, each rounded to fp32, on numbers where the order shows."""
     acc = torch.randint(-(2**25), 2**25, (64, 64), generator=torch.Generator().manual_seed(2))
     acc = acc.to(torch.int32)

@@ -35,7 +35,7 @@ def sorted_out(text: str) -> tuple[list[str], list[str], list[str]]:
     return on_data, moving, addresses
 
 
-def test_parse() -> None:
+def test_a_listing_is_parsed() -> None:
     code = code_of("""
         LDC R1, c[0x0][0x28]
         @!P0 BRA `(.L_x_1)
@@ -71,7 +71,7 @@ def test_parse() -> None:
         ("LDSM.16.M88", 32),
     ],
 )
-def test_access_bits(opcode: str, bits: int) -> None:
+def test_an_opcode_tells_its_access_width(opcode: str, bits: int) -> None:
     assert Instruction(0, "", opcode, (), None).access_bits == bits
 
 
@@ -86,7 +86,7 @@ def test_access_bits(opcode: str, bits: int) -> None:
         ("IMAD", False),
     ],
 )
-def test_tensor_core(opcode: str, is_one: bool) -> None:
+def test_an_opcode_tells_whether_it_is_a_tensor_cores(opcode: str, is_one: bool) -> None:
     assert Instruction(0, "", opcode, (), None).is_tensor_core is is_one
 
 

@@ -112,7 +112,7 @@ def test_a_loop_counted_by_hand(inspect_text: Any) -> None:
     assert report.bound == "memory"
 
 
-def test_what_limits(inspect_text: Any) -> None:
+def test_the_slowest_pipe_is_the_bound(inspect_text: Any) -> None:
     slow = GEMV.replace("POPC R21, R20", "POPC R21, R20\n" * 100)
     report = inspect_text(slow)
     assert report.weights_per_clock == pytest.approx(128 * 16 / 100)
@@ -178,7 +178,7 @@ def test_a_kernel_without_weights(inspect_text: Any) -> None:
     assert (report.by_pipe, report.weight_load_bits, report.bound) == ({}, [], "")
 
 
-def test_needed_weights() -> None:
+def test_weights_that_memory_delivers_by_hand() -> None:
     """3.35e12 bytes/s of 4 weights each, over 132 SMs at 1.98e9 clocks/s."""
     assert ARCHS["sm_90"].needed_weights_per_clock == pytest.approx(51.27, abs=0.01)
     assert ARCHS["sm_89"].needed_weights_per_clock == pytest.approx(12.5)
@@ -187,7 +187,7 @@ def test_needed_weights() -> None:
     }  # fmt: skip
 
 
-def test_estimates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_estimates_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand, for kernels of 100 weights per clock on an A100: 108 SMs, 1.41 GHz, 2.039 TB/s."""
     made = Compiled(listing(GEMV), "", registers=64, spill_bytes=0, shared_bytes=0)
     monkeypatch.setattr(model, "compile_spec", lambda spec, sm: made)
@@ -302,7 +302,7 @@ def test_one_multiplication_in_the_real_loop(worked: dict[str, Any], sm: int) ->
 
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.parametrize("name", BUDGETS)
-def test_budgets(worked: dict[str, Any], name: str, sm: int) -> None:
+def test_instructions_per_weight_stay_in_budget(worked: dict[str, Any], name: str, sm: int) -> None:
     assert report(worked, name, sm)["instructions_per_weight"] <= BUDGETS[name]
 
 
@@ -361,7 +361,7 @@ def test_estimate_of_a_real_kernel(worked: dict[str, Any]) -> None:
     assert 3 < worked["estimate"] < 4
 
 
-def test_inspect_kernels(worked: dict[str, Any]) -> None:
+def test_inspect_kernels_shows_and_writes_the_figures(worked: dict[str, Any]) -> None:
     code, out, err = worked["cli"]["two"]
     assert (code, err) == (0, "")
     assert "sm_80 (A100 80GB): memory delivers 53.6 weights per clock" in out

@@ -169,7 +169,7 @@ def test_non_contiguous_inputs() -> None:
     assert torch.equal(got, ternary_matmul(x_q, packed))
 
 
-def test_empty_batches() -> None:
+def test_empty_batches_give_empty_outputs() -> None:
     x, codes, scale, bias = operands()
     packed = pack_ternary(codes)
     assert ternary_linear(x[:0], packed, scale, bias).shape == (0, N)
@@ -179,7 +179,7 @@ def test_empty_batches() -> None:
     assert ternary_matmul(quant(x[:0])[0], packed).shape == (0, N)
 
 
-def test_group_scales() -> None:
+def test_group_scales_against_numpy() -> None:
     x, codes, _, bias = operands()
     packed = pack_ternary(codes)
     groups = torch.rand(N, 3, generator=torch.Generator().manual_seed(1))

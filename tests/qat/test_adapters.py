@@ -90,7 +90,7 @@ def test_forward_and_gradients_are_the_formulas(n: int, k: int, rank: int) -> No
     torch.testing.assert_close(y.double(), y2, rtol=1e-4, atol=1e-4)
 
 
-def test_initial_adapter() -> None:
+def test_an_initial_adapter_changes_nothing() -> None:
     """A uniform in +-1/sqrt(K) (Kaiming with a = sqrt(5)), B zero: the layer is its base."""
     base = nn.Linear(400, 30)
     layer = LoRALinear(base, 50, 32.0)
@@ -132,7 +132,7 @@ def target(kind: str) -> AdapterConfig:
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
-def test_frozen_ternary_linear(granularity: Any) -> None:
+def test_a_frozen_ternary_linear_holds_absmean_codes(granularity: Any) -> None:
     recipe = Recipe(weights="absmean", granularity=granularity, group_size=24)
     linear = nn.Linear(70, 9)
     layer = FrozenTernaryLinear(linear, recipe)
@@ -186,7 +186,7 @@ def test_train_base_leaves_everything_trainable() -> None:
     assert frozen == ["norm.weight"]
 
 
-def test_no_adapters() -> None:
+def test_a_config_without_adapters_changes_nothing() -> None:
     model = transformer()
     before = str(model)
     assert str(add_adapters(model, AdapterConfig())) == before
@@ -202,7 +202,7 @@ def test_a_module_used_twice_gets_one_adapter() -> None:
     assert model[0] is model[2] is linear
 
 
-def test_patterns() -> None:
+def test_patterns_choose_the_layers() -> None:
     model = add_adapters(transformer(), lora(targets=["layers.0.mlp.*", "q_proj"]))
     names = {name.rpartition(".")[0] for name in adapters_of(model)}
     assert names == {
@@ -273,7 +273,7 @@ def test_config_is_strict(key: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_meta_device(kind: str) -> None:
+def test_structure_on_the_meta_device_takes_values(kind: str) -> None:
     """The structure without values, then the values of another: the same model."""
     with torch.device("meta"):
         empty = add_adapters(transformer(), KINDS[kind])
@@ -372,7 +372,7 @@ def test_merging_into_a_bitlinear() -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "ternary"])
-def test_merging_a_qlora(kind: str) -> None:
+def test_merging_a_qlora_gives_a_full_precision_layer(kind: str) -> None:
     """Full precision again: W_hat + s B A, in the dtype the layer came with."""
     model = stack(nn.Linear(70, 9), nn.Linear(9, 5, bias=False, dtype=torch.bfloat16))
     first = model[0]

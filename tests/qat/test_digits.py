@@ -40,7 +40,7 @@ def test_the_split_is_fixed_and_whole(data: Any) -> None:
     assert torch.equal(STUDY["digits"]().test[0], data.test[0])
 
 
-def test_full_precision(data: Any, pretrained: nn.Module) -> None:
+def test_full_precision_is_accurate(data: Any, pretrained: nn.Module) -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in pretrained.modules())
     assert STUDY["accuracy"](STUDY["outputs"](pretrained, data), data) > 0.96
 
@@ -66,7 +66,7 @@ def test_integers_give_the_outputs_of_fake_quantization(data: Any, forms: Any) -
         assert not any("QAT" in name for name in names)
 
 
-def test_accuracy(data: Any, forms: Any) -> None:
+def test_every_integer_form_stays_accurate(data: Any, forms: Any) -> None:
     accuracies = {
         run: STUDY["accuracy"](STUDY["outputs"](integer, data), data)
         for run, (_, integer) in forms.items()
@@ -77,7 +77,7 @@ def test_accuracy(data: Any, forms: Any) -> None:
     assert accuracies["ternary", 3] > accuracies["ternary", 0]
 
 
-def test_sizes(forms: Any) -> None:
+def test_sizes_by_hand(forms: Any) -> None:
     """By hand: conv 1x16 and the head 64x10 stay fp32; 32x144, 64x288 and 64x256 are quantized."""
     kept = 4 * (16 * 9 + 16 + 640 + 10)
     codes = 32 * 144 + 64 * 288 + 64 * 256

@@ -61,7 +61,7 @@ def test_packing_by_hand() -> None:
     assert pack_bits(codes, 3, 4).tolist() == [[0b00010101, 0b00001111, 0b00000011]]
 
 
-def test_packing_refuses() -> None:
+def test_wrong_codes_are_not_packed() -> None:
     codes = torch.tensor([[2, -3]], dtype=torch.int8)
     with pytest.raises(ValueError, match=r"values in -2 .. 1 \(2 bits\), got -3 .. 2"):
         pack_bits(codes, 2, 2)
@@ -161,7 +161,7 @@ def test_random_shapes_and_extreme_inputs() -> None:
 
 
 @pytest.mark.parametrize("activations", ["none", "absmax", "static"])
-def test_low_precision_models(activations: Any) -> None:
+def test_bf16_models_keep_fp32_scales(activations: Any) -> None:
     """bf16 weights and inputs; the scale of the integer layer stays fp32."""
     recipe = Recipe(weights="int", bits=4, activations=activations)
     for module, qat, x in modules():
@@ -211,7 +211,7 @@ def test_ternary_linear_layers_get_kernels() -> None:
     ("weights", "bits", "expected"),
     [("int", 3, 3), ("lsq", 5, 5), ("absmean", 4, 2), ("seq", 4, 2), ("sign", 4, 1)],
 )
-def test_bytes(weights: Any, bits: int, expected: int) -> None:
+def test_stored_bytes_by_hand(weights: Any, bits: int, expected: int) -> None:
     recipe = Recipe(weights=weights, bits=bits, activations="none", granularity="group")
     layer = QATLinear.from_float(nn.Linear(300, 5), recipe)
     integer = integer_linear(layer)

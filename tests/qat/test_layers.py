@@ -296,7 +296,7 @@ def test_an_observer_that_saw_nothing_has_no_range() -> None:
 
 
 @pytest.mark.parametrize("activations", ["none", "absmax", "static"])
-def test_convolutions_of_nothing(activations: Activations) -> None:
+def test_convolutions_take_empty_batches_but_no_empty_samples(activations: Activations) -> None:
     """No samples are an empty batch; samples without a position are an error, as in torch."""
     recipe = Recipe(weights="int", activations=activations)
     convs = [
@@ -348,7 +348,9 @@ def test_weights_only_is_the_float_operation_on_w_hat() -> None:
 
 @pytest.mark.parametrize("activations", ["none", "absmax", "static"])
 @pytest.mark.parametrize("lambda_", [1.0, 0.5])
-def test_autocast(activations: Activations, lambda_: float) -> None:
+def test_under_autocast_outputs_are_bf16_and_gradients_fp32(
+    activations: Activations, lambda_: float
+) -> None:
     recipe = Recipe(weights="int", bits=8, activations=activations)
     for module, qat, x in layers()[:4]:
         layer = qat.from_float(module, recipe)
@@ -426,7 +428,9 @@ def test_a_bad_token_spoils_only_itself() -> None:
 
 @pytest.mark.parametrize("leading", [(), (0,), (3,), (2, 0, 5), (2, 3, 5)])
 @pytest.mark.parametrize("activations", ["none", "absmax"])
-def test_leading_dimensions(leading: tuple[int, ...], activations: Activations) -> None:
+def test_any_leading_dimensions_are_kept(
+    leading: tuple[int, ...], activations: Activations
+) -> None:
     layer = QATLinear.from_float(nn.Linear(7, 5), Recipe(weights="int", activations=activations))
     x = torch.randn(*leading, 7, requires_grad=True)
     y = layer(x)

@@ -108,7 +108,7 @@ def test_quantizing_again_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, -1e-45, 3e38])
-def test_constant_blocks(value: float) -> None:
+def test_constant_blocks_stay_as_they_are(value: float) -> None:
     """All zeros have a scale of 0 and stay zeros; subnormals and the largest floats stay, too."""
     weight = torch.full((3, 43), value)
     packed, absmax, shape = quantize(weight)
@@ -182,7 +182,7 @@ def test_layer_keeps_no_floats_for_the_backward() -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(128, 256), (7, 130)])
-def test_layer_bytes(n: int, k: int) -> None:
+def test_stored_bytes_of_a_layer_by_hand(n: int, k: int) -> None:
     layer = NF4Linear(nn.Linear(k, n))
     assert layer.weight_bytes == math.ceil(n * k / 2) + 4 * math.ceil(n * k / 64)
     if (n, k) == (128, 256):
@@ -191,7 +191,7 @@ def test_layer_bytes(n: int, k: int) -> None:
     assert f"weight_bytes={layer.weight_bytes}" in repr(layer)
 
 
-def test_layer_dtypes() -> None:
+def test_the_product_follows_the_input_or_autocast() -> None:
     """The scales are never rounded; the product is in the dtype of the input or of autocast."""
     layer = NF4Linear(nn.Linear(66, 5))
     weight, absmax = layer.dequantize(), layer.absmax.clone()

@@ -48,7 +48,7 @@ def averaged(ranges: list[tuple[float, float]], momentum: float) -> tuple[float,
     return low, high
 
 
-def test_min_max() -> None:
+def test_minmax_is_the_range_of_all_values() -> None:
     xs = batches()
     everything = np.concatenate([x.numpy().ravel() for x in xs])
     assert ends(shown(observer_of("minmax"), *xs)) == (everything.min(), everything.max())
@@ -57,7 +57,7 @@ def test_min_max() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_moving_average(momentum: float) -> None:
+def test_moving_average_is_the_recurrence(momentum: float) -> None:
     xs = batches()
     ranges = [(x.double().min().item(), x.double().max().item()) for x in xs]
     observer = shown(observer_of("moving_average", observer_momentum=momentum), *xs)
@@ -65,7 +65,7 @@ def test_moving_average(momentum: float) -> None:
 
 
 @pytest.mark.parametrize("percentile", [60.0, 99.0, 99.99, 100.0])
-def test_percentile(percentile: float) -> None:
+def test_percentile_is_numpys_quantile(percentile: float) -> None:
     xs = [*batches(3), torch.tensor([7.0]), torch.arange(201.0)]
     tail = (100 - percentile) / 200
     ranges = []
@@ -178,7 +178,7 @@ def test_mse_candidates_move_up_with_the_error_of_rounding() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_seen(kind: str) -> None:
+def test_empty_batches_are_not_seen(kind: str) -> None:
     observer = shown(observer_of(kind), torch.zeros(0, 4))
     assert ends(observer) == (0, 0)
     assert (observer.n_seen.item(), observer.bad.item()) == (0, 0)
@@ -242,7 +242,7 @@ def test_state_is_not_rounded_by_a_cast(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_constant_batches(kind: str) -> None:
+def test_constant_batches_are_represented(kind: str) -> None:
     for value in (0.0, 2.5, -2.5, 1e30, 1e-30):
         observer = shown(observer_of(kind), torch.full((4, 5), value), torch.full((3,), value))
         scale, _ = static_range(*observer.range(), 8, True)

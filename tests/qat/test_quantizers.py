@@ -198,7 +198,7 @@ def test_borders_of_the_other_quantizers() -> None:
         ("seq", [-3, -1, 1, 3], 2, 2),
     ],
 )
-def test_levels_and_bits(
+def test_levels_and_bits_by_hand(
     kind: str, levels: list[int], storage_bits: int, weight_bits: float
 ) -> None:
     quantizer = recipe_of(kind, bits=8).quantizer
@@ -218,7 +218,7 @@ def test_bits_of_integers(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_ranges(bits: int) -> None:
+def test_ranges_of_codes_by_hand(bits: int) -> None:
     half = 2 ** (bits - 1)
     assert ends(recipe_of("int", bits=bits)) == (1 - half, half - 1)
     assert ends(recipe_of("int", bits=bits, symmetric=False)) == (-half, half - 1)
@@ -228,7 +228,7 @@ def test_ranges(bits: int) -> None:
         assert ends(recipe_of(kind, bits=bits)) == (-1, 1)
 
 
-def test_initial_steps() -> None:
+def test_initial_steps_by_hand() -> None:
     w = torch.tensor([[1.0, -2, 3], [4, 5, -6]])
     lsq = recipe_of("lsq", bits=4).quantizer.initial_step(w)
     assert lsq.tolist() == pytest.approx([2 * 2 / math.sqrt(7), 2 * 5 / math.sqrt(7)])
@@ -240,7 +240,7 @@ def test_initial_steps() -> None:
 
 @pytest.mark.parametrize("kind", [*KINDS, "affine"])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_zeros_and_constants(kind: str, granularity: str) -> None:
+def test_zeros_and_constants_are_finite(kind: str, granularity: str) -> None:
     recipe = recipe_of("int" if kind == "affine" else kind, granularity, symmetric=kind != "affine")
     for value in (0.0, 3.0, -3.0, 1e-30):
         w = torch.full((3, 20), value)
@@ -272,7 +272,7 @@ def test_weights_that_are_not_finite_give_nan(kind: str, bad: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_dtypes(kind: str, dtype: torch.dtype) -> None:
+def test_codes_do_not_depend_on_the_dtype(kind: str, dtype: torch.dtype) -> None:
     """Statistics and codes are those of the fp32 values; the value is rounded once.
 
     absmean averages fp64 weights in fp64: a mean in fp32 has up to GROUP roundings more.

@@ -55,7 +55,7 @@ def config_file(shared: Shared) -> Path:
         (folder / "tiny.toml").write_text(CONFIG.format(texts=folder))
         prepare(load_config([folder / "tiny.toml"]).data, progress=False)
 
-    return shared("small run", make) / "tiny.toml"
+    return shared("small-run", make) / "tiny.toml"
 
 
 @pytest.fixture(scope="session")
