@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -91,7 +92,7 @@ def test_a_signal_saves_and_says_how_to_resume(
     assert "Traceback" not in err
     assert not (tmp_path / "tiny" / "model").exists()  # what make quickstart would pack
     step = int(re.search(r"stopped at step (\d+) and saved; resume with", out)[1])  # type: ignore[index]
-    assert f"{TRAIN} {config_file}" in out
+    assert shlex.join([str(TRAIN), str(config_file)]) in out
     saved = checkpoint.load_newest(tmp_path / "tiny" / "checkpoints")
     assert saved is not None
     assert saved.step == step == read_metrics(tmp_path / "tiny")[-1]["step"]
