@@ -1,5 +1,6 @@
 """What replace_linear and prepare replace in other people's models, and what they say of others."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from bitnet import BitLinear, TernaryLinear, coverage, pack, replace_linear
 from bitnet.qat import Recipe, convert, prepare
+from bitnet.qat.adapters import AdapterConfig, add_adapters
 from bitnet.qat.layers import QATLinear
 from bitnet.quant import ternary_linear_ste
 
@@ -202,6 +204,25 @@ def test_coverage_of_every_form() -> None:
         }
         assert found.share == 32 / (32 + 18 + 21)
     assert coverage(nn.ReLU()).share == 0
+
+
+def test_coverage_of_integer_and_adapted_layers() -> None:
+    """30 + 42 weights, and 12 + 14 of a LoRA adapter of rank 2 on the second layer."""
+    layers = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 7))
+    recipe = Recipe(weights="int", bits=4, keep_first_last=False)
+    assert coverage(convert(prepare(copy.deepcopy(layers), recipe))).replaced == {"0": 30, "1": 42}
+    for base in ("nf4", "ternary"):
+        config = AdapterConfig(kind="qlora", base=base, rank=2, targets=["1"])  # type: ignore[arg-type]
+        found = coverage(add_adapters(copy.deepcopy(layers), config))
+        assert found.replaced == {"1.base": 42}
+        assert {name: kept.weights for name, kept in found.kept.items()} == {"0": 30, "1": 26}
+        assert found.share == 42 / 98
+
+
+def test_reasons_begin_with_the_largest() -> None:
+    model = nn.Sequential(nn.Embedding(2, 3), nn.Conv2d(1, 2, 3), nn.Embedding(1, 3))
+    with pytest.raises(ValueError, match=r"it has 1 Conv2d of 18 .*; 2 Embedding of 9 weights"):
+        replace_linear(model)
 
 
 def test_replacing_again_is_no_error() -> None:
