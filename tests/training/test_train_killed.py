@@ -44,18 +44,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_killed_again_and_again_is_bit_identical(
     run: Run, config_file: Path, tmp_path: Path, kills: int
 ) -> None:
-    args = [str(config_file), "model.n_layers=6", "optim.optimizer=muon", "train.steps=45"]
+    n_steps = 8 * kills + 5
+    args = [str(config_file), "model.n_layers=6", "optim.optimizer=muon", f"train.steps={n_steps}"]
     expected = run(*args[1:], f"run.dir={tmp_path / 'whole'}")
 
     args.append(f"run.dir={tmp_path / 'killed'}")
     metrics = tmp_path / "killed" / "tiny" / "metrics.jsonl"
     generator = random.Random(1)
-    moments = sorted(generator.sample(range(2, 40), kills))
+    moments = sorted(generator.sample(range(2, n_steps - 5), kills))
     for i, step in enumerate(moments):
         kill_at(spawn(args), metrics, step, generator.random() * 0.05)
-        if (
-            i == kills // 2
-        ):  # one kill more: among the files of a checkpoint, before it has its name
+        if i == kills // 2:  # one more, among the files of a checkpoint, before it has its name
             inside = spawn(args, KILLED_INSIDE_A_SAVE, FSYNCS="3")
             inside.communicate(timeout=120)
             assert inside.returncode == -signal.SIGKILL
@@ -66,7 +65,7 @@ def test_killed_again_and_again_is_bit_identical(
     final.communicate()
     found = read_metrics(tmp_path / "killed" / "tiny")
     steps = [row["step"] for row in found if "loss" in row]
-    assert steps == list(range(1, 46))
+    assert steps == list(range(1, n_steps + 1))
     assert exact(found) == exact(expected)
     whole, _ = load(tmp_path / "whole/tiny/model")
     killed, _ = load(tmp_path / "killed/tiny/model")
