@@ -75,6 +75,7 @@ def test_debugging(value: str | None, expected: bool, monkeypatch: pytest.Monkey
         ("a\nb.toml: no\r\n  such file\n", "a b.toml: no such file"),
         ("\x1b[31m\0\x7f.toml: \x85 \u2028x", "\\x1b[31m\\x00\\x7f.toml:  x"),
         ("two  spaces, é😀", "two  spaces, é😀"),
+        (os.fsdecode(b"\xff.toml: no"), "\\udcff.toml: no"),
     ],
 )
 def test_a_message_is_one_line_whatever_a_name_in_it_holds(message: str, line: str) -> None:
