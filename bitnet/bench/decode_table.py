@@ -2,7 +2,7 @@
 
 Ratios are computed here, round by round (bitnet/bench/decode.py says why), to the *fastest* dtype
 of the baseline and the fastest setting of transformers: the strongest opponents that were measured.
-The baseline is the same shape with full-precision layers; its contenders are named ``twin-*``.
+The baseline is the same shape with full-precision layers; its contenders are named ``baseline-*``.
 """
 
 import hashlib
@@ -61,16 +61,16 @@ class Row:
     """Decoded tokens per second of all rows together, without the first ones, median."""
     tokens_s_p25: float
     tokens_s_p75: float
-    over_twin: float | None
+    over_baseline: float | None
     """Median of the ratios, round by round, of ``tokens_s`` to that of the baseline (of the dtype
     with the higher median); and their quartiles."""
-    over_twin_p25: float | None
-    over_twin_p75: float | None
+    over_baseline_p25: float | None
+    over_baseline_p75: float | None
     over_transformers: float | None
     """The same to the fastest contender of transformers."""
     over_transformers_p25: float | None
     over_transformers_p75: float | None
-    first_over_twin: float | None
+    first_over_baseline: float | None
     """The same for the time to the first token: above 1 is faster."""
     first_over_transformers: float | None
     agreement: float | None
@@ -158,7 +158,7 @@ def figures(
     speed = {name: [count / turn.rest_s for turn in one.turns] for name, one in outcomes.items()}
     medians = {name: statistics.median(values) for name, values in speed.items()}
     bases = {}
-    for family in ("twin", "transformers"):
+    for family in ("baseline", "transformers"):
         members = [name for name in medians if name.startswith(family)]
         bases[family] = max(members, key=medians.__getitem__, default="")
     rows = []
@@ -195,7 +195,7 @@ def figures(
 
 
 def _subject_columns(subject: Subject, case: Case, job: Job) -> dict[str, Any]:
-    trained = bool(subject.folder) and job.family != "twin"
+    trained = bool(subject.folder) and job.family != "baseline"
     return {
         "model": subject.name,
         "weights": "trained" if trained else "random",
@@ -223,7 +223,7 @@ def stored(
 
 
 def _agreement(outcomes: Mapping[str, Outcome], name: str) -> float | None:
-    if "ours-auto" not in outcomes or name.startswith("twin"):
+    if "ours-auto" not in outcomes or name.startswith("baseline"):
         return None
     shares = []
     for mine, ours in zip(outcomes[name].turns, outcomes["ours-auto"].turns, strict=True):
@@ -282,7 +282,7 @@ def _cells(row: Figures) -> list[str]:
         row["contender"],
         f"{float(row['first_ms']):,.0f}",
         f"{speed:,.1f} ({low:,.1f} to {high:,.1f})",
-        ratio("twin"),
+        ratio("baseline"),
         ratio("transformers"),
         f"{float(row['agreement']):.0%}" if row["agreement"] else "",
         f"{float(row['joules_token']):.3g}" if row["joules_token"] else "",

@@ -2,7 +2,7 @@
 
     ours-auto, ours-dot, ours-addsub     packed ternary layers in bitnet's Engine, by kernel
     ours-bf16-head                       the same on a CPU, with the head in bf16
-    twin-fp32, twin-bf16                 nn.Linear layers of the same shape in the same Engine
+    baseline-fp32, baseline-bf16         nn.Linear layers of the same shape in the same Engine
     transformers-fp32, -bf16             generate() of BitNetForCausalLM on the ternary weights
     transformers-bf16-static             the same with its static cache
 
@@ -45,10 +45,10 @@ CONTENDERS = (
     "ours-dot",
     "ours-addsub",
     BF16_HEAD,
-    "twin-bf16",
+    "baseline-bf16",
     "transformers-bf16",
     "transformers-bf16-static",
-    "twin-fp32",
+    "baseline-fp32",
     "transformers-fp32",
 )
 """The most important first: where memory is short, the last are left out."""
@@ -80,7 +80,7 @@ class Job:
 
     @property
     def family(self) -> str:
-        """ "ours", "twin" or "transformers"."""
+        """ "ours", "baseline" or "transformers"."""
         return self.contender.partition("-")[0]
 
     @property
@@ -104,10 +104,10 @@ class Job:
     def model(self, max_seq_len: int) -> Transformer:
         """Build the model to generate from; that of transformers is made from it."""
         config = dataclasses.replace(ModelConfig(**self.config), max_seq_len=max_seq_len)
-        if self.family == "twin":
+        if self.family == "baseline":
             config = dataclasses.replace(config, linear="fp")
         device = torch.device(self.device)
-        if self.folder and self.family != "twin":
+        if self.folder and self.family != "baseline":
             return packed_model(self.folder, device, self.kernel).to(self.dtype)
         return random_model(config, self.seed, device, self.dtype, self.kernel)
 

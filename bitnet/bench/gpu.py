@@ -124,7 +124,7 @@ def parts(out: Path, slug: str) -> list[Part]:
     few = ("--dtype", "bf16", "--cache", "cold", "--no-energy", "--no-estimate")
     tests = sorted(str(path) for path in (ROOT / "tests").glob("test_on_device_*.py"))
     workers = str(min(os.cpu_count() or 1, 16))
-    pairs = ("--contender", "ours-auto", "--contender", "twin-bf16")
+    pairs = ("--contender", "ours-auto", "--contender", "baseline-bf16")
     eager = option("--variant", ("fp", "ours"))
     compiled = option("--variant", ("fp-compiled", "ours-compiled"))
     short = ("--steps", "5", "--warmup", "2")
@@ -394,7 +394,7 @@ class Report:
         """One screen of text; ``end``: how the run ended."""
         lines = [self.machine, end, *self._exact(), *self._kernels()]
         ours = [row for row in self.rows("decode") if row["contender"].startswith("ours")]
-        lines += [_of("decode", row) for row in ours if row["over_twin"]][:4]
+        lines += [_of("decode", row) for row in ours if row["over_baseline"]][:4]
         others = [row for row in self.rows("train") if row["variant"] != row["base"]]
         lines += [_of("train", row) for row in others][:4]
         done = [f"{one.name} ({one.seconds:.0f} s)" for one in self.results if one.state == "done"]
@@ -450,7 +450,7 @@ def _of(kind: str, row: dict[str, str]) -> str:
         what = f"{row['model']}, batch {row['batch']}, {row['contender']}"
         return (
             f"decode:  {what}: {float(row['tokens_s']):,.1f} tokens/s, "
-            f"{float(row['over_twin']):.2f} times its baseline"
+            f"{float(row['over_baseline']):.2f} times its baseline"
         )
     return (
         f"train:   {row['model']}, {row['variant']}: {float(row['step_ms']):,.1f} ms per step, "

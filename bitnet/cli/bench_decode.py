@@ -159,9 +159,9 @@ def decode_command(
     again.
 
     ours-auto is what `bitnet generate` does; -dot and -addsub force a kernel on a GPU, -bf16-head
-    is --head bf16 on a CPU. twin, the full-precision baseline, has the same shape with nn.Linear
-    layers in the same engine. transformers is generate() of its BitNet class (autobitlinear) on the
-    same ternary weights, greedy.
+    is --head bf16 on a CPU. baseline is the same shape with nn.Linear layers in the same engine.
+    transformers is generate() of its BitNet class (autobitlinear) on the same ternary weights,
+    greedy.
 
     On a GPU: bitnet bench decode --size 700m --size 2b --size 8b
     """
@@ -205,7 +205,7 @@ def _contenders(
         return list(usual(device)), []
     dtype = "bf16" if device.type == "cuda" else "fp32"
     line = f"--quick leaves transformers out; --contender transformers-{dtype} times it"
-    return ["ours-auto", f"twin-{dtype}"], [line]
+    return ["ours-auto", f"baseline-{dtype}"], [line]
 
 
 def _subjects(folder: str, sizes: Sequence[str], cases: Sequence[Case]) -> list[Subject]:
@@ -340,7 +340,7 @@ def _line(rows: Sequence[Figures]) -> str:
     parts = []
     for row in rows:
         notes = []
-        for family in ("twin", "transformers"):
+        for family in ("baseline", "transformers"):
             base = max(
                 (one for one in rows if one["contender"].startswith(family)),
                 key=lambda one: float(one["tokens_s"]),

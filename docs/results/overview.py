@@ -100,7 +100,7 @@ def decoding() -> Panel:
     name = f"decode_{CPU}.csv"
     contenders = (
         ("transformers, bf16", "transformers-bf16", OTHER),
-        ("full precision, bf16", "twin-bf16", OTHER),
+        ("full precision, bf16", "baseline-bf16", OTHER),
         ("ternary", "ours-auto", OURS),
         ("ternary, head in bf16", "ours-bf16-head", OURS),
     )

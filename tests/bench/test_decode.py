@@ -31,7 +31,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 CPU = torch.device("cpu")
 
 
-def test_ternary_contenders_have_the_same_weights_and_a_twin_its_own_dtype() -> None:
+def test_ternary_contenders_have_the_same_weights_and_a_baseline_its_own_dtype() -> None:
     models = {
         name: job(name).model(32) for name in ("ours-auto", "ours-addsub", "transformers-bf16")
     }
@@ -48,11 +48,11 @@ def test_ternary_contenders_have_the_same_weights_and_a_twin_its_own_dtype() -> 
         models["transformers-bf16"].embed_tokens.weight, embedding.to(torch.bfloat16)
     )
     assert not torch.equal(job("ours-auto", seed=1).model(32).embed_tokens.weight, embedding)
-    for name, dtype in (("twin-fp32", torch.float32), ("twin-bf16", torch.bfloat16)):
-        twin = job(name).model(32)
-        assert {p.dtype for p in twin.parameters()} == {dtype}
-        assert not any(isinstance(m, TernaryLinear) for m in twin.modules())
-        assert twin.lm_head.weight is twin.embed_tokens.weight
+    for name, dtype in (("baseline-fp32", torch.float32), ("baseline-bf16", torch.bfloat16)):
+        baseline = job(name).model(32)
+        assert {p.dtype for p in baseline.parameters()} == {dtype}
+        assert not any(isinstance(m, TernaryLinear) for m in baseline.modules())
+        assert baseline.lm_head.weight is baseline.embed_tokens.weight
 
 
 def test_ternary_matrices_are_never_made_in_floats() -> None:
@@ -108,7 +108,7 @@ def test_who_cannot_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     no = refusals(names, torch.device("cuda"), tiny())
     assert "Triton is not installed" in no["ours-addsub"]
     assert "transformers is not installed" in no["transformers-fp32"]
-    assert not set(no) & {"ours-auto", "twin-fp32", "twin-bf16"}
+    assert not set(no) & {"ours-auto", "baseline-fp32", "baseline-bf16"}
     assert "in bf16" in no["ours-bf16-head"]
 
 
@@ -123,14 +123,14 @@ def test_a_head_of_fewer_bits_is_another_contender() -> None:
 
 
 def test_what_does_not_fit_is_left_out_by_importance() -> None:
-    jobs = [job(name) for name in ("twin-fp32", "ours-auto", "twin-bf16")]
+    jobs = [job(name) for name in ("baseline-fp32", "ours-auto", "baseline-bf16")]
     kept = fitting(jobs, [40, 10, 20], 100)  # ours: 10 + 10; bf16: 30 + 20; fp32: 70 + 40 > 95
-    assert [one.contender for one in kept] == ["ours-auto", "twin-bf16"]
+    assert [one.contender for one in kept] == ["ours-auto", "baseline-bf16"]
     assert len(fitting(jobs, [40, 10, 20], 116)) == 3
     assert len(fitting(jobs, [40, 10, 20], None)) == 3
     big = ModelConfig(**bench_decode.SIZES["8b"], max_seq_len=1).resolve()
     cases = [Case(1, 128, 128), Case(32, 2048, 128)]
-    bf16 = held_bytes(job("twin-bf16", big, device="cuda"), big, cases)
+    bf16 = held_bytes(job("baseline-bf16", big, device="cuda"), big, cases)
     # 8.03e9 weights, and 32 * 2176 tokens of 32 layers * 2 * 8 heads * 128, 2 bytes each
     assert bf16 == pytest.approx(2 * 8.03e9 + 32 * 2176 * 32 * 2 * 8 * 128 * 2 + 1.6e9, rel=0.01)
 
@@ -160,14 +160,14 @@ def outcome(made: list[Turn], joules: float | None = None) -> Outcome:
 
 
 def test_figures_by_hand() -> None:
-    names = ("ours-auto", "twin-fp32", "twin-bf16", "transformers-fp32")
+    names = ("ours-auto", "baseline-fp32", "baseline-bf16", "transformers-fp32")
     differs = [
         turn._replace(tokens=[[1, 2, 9], [4, 5, 6]]) for turn in turns((4, 8), (8, 16), (4, 8))
     ]
     outcomes = {
         "ours-auto": outcome(turns((1, 2), (2, 4), (1, 1)), 0.5),
-        "twin-fp32": outcome(turns((1, 9), (1, 9), (1, 9))),
-        "twin-bf16": outcome(turns((2, 4), (2, 4), (2, 4))),  # the faster twin
+        "baseline-fp32": outcome(turns((1, 9), (1, 9), (1, 9))),
+        "baseline-bf16": outcome(turns((2, 4), (2, 4), (2, 4))),  # the faster baseline
         "transformers-fp32": outcome(differs),
     }
     subject, case = Subject("tiny", tiny(), ""), Case(2, 5, 3)
@@ -177,12 +177,12 @@ def test_figures_by_hand() -> None:
     assert [row["contender"] for row in rows] == list(names)
     assert ours["tokens_s"] == "2"  # 2 rows * 2 tokens, in 2, 4 and 1 seconds
     assert ours["first_ms"] == "1000"
-    assert ours["over_twin"] == "2"  # of 2, 1 and 4
+    assert ours["over_baseline"] == "2"  # of 2, 1 and 4
     assert ours["over_transformers"] == "4"  # of 4, 4 and 8
-    assert ours["first_over_twin"] == "2"  # of 2, 1 and 2
+    assert ours["first_over_baseline"] == "2"  # of 2, 1 and 2
     assert ours["first_over_transformers"] == "4"  # of 4, 4 and 4
-    assert bf16["over_twin"] == bf16["over_twin_p75"] == "1"
-    assert float(fp32["over_twin"]) == pytest.approx(4 / 9)
+    assert bf16["over_baseline"] == bf16["over_baseline_p75"] == "1"
+    assert float(fp32["over_baseline"]) == pytest.approx(4 / 9)
     assert ours["agreement"] == "1"
     assert float(theirs["agreement"]) == pytest.approx((2 / 3 + 1) / 2)
     assert bf16["agreement"] == ""
@@ -193,8 +193,8 @@ def test_figures_by_hand() -> None:
     assert shown.count("\n") == 3 + len(names)
     assert cli_bench_decode._line(rows) == (
         "tiny batch 2 prompt 5, tokens/s: "
-        "ours-auto 2.0 (2.00x twin-bf16, 4.00x transformers-fp32, first token 1,000 ms), "
-        "twin-fp32 0.4 (first token 1,000 ms), twin-bf16 1.0 (first token 2,000 ms), "
+        "ours-auto 2.0 (2.00x baseline-bf16, 4.00x transformers-fp32, first token 1,000 ms), "
+        "baseline-fp32 0.4 (first token 1,000 ms), baseline-bf16 1.0 (first token 2,000 ms), "
         "transformers-fp32 0.5 (first token 4,000 ms)"
     )
     assert cli_bench_decode._line(rows[:1]).endswith("ours-auto 2.0 (first token 1,000 ms)")
@@ -234,13 +234,13 @@ def test_without_opponents_there_are_no_ratios() -> None:
         {"ours-auto": outcome(turns((1, 2)))},
         {**dict.fromkeys(COMMON, "x"), "threads": None, "rounds": 1},
     )
-    assert row["over_twin"] == row["over_transformers"] == row["first_over_twin"] == ""
+    assert row["over_baseline"] == row["over_transformers"] == row["first_over_baseline"] == ""
     assert "| tiny | 2 | 5 | ours-auto |" in tables.table([row])
 
 
 def test_kernels_of_ours_must_choose_the_same_tokens() -> None:
     same, other = turns((1, 1))[0], turns((1, 1))[0]._replace(tokens=[[1, 2, 3], [4, 5, 7]])
-    bench_decode._check_tokens({"ours-auto": same, "ours-dot": same, "twin-fp32": other})
+    bench_decode._check_tokens({"ours-auto": same, "ours-dot": same, "baseline-fp32": other})
     bench_decode._check_tokens({"ours-auto": same, "ours-bf16-head": other})  # it rounds
     with pytest.raises(Inexact, match="ours-dot and ours-auto chose different tokens"):
         bench_decode._check_tokens({"ours-auto": same, "ours-dot": other})
@@ -261,7 +261,7 @@ def test_rows_of_another_version_are_not_taken_for_done() -> None:
     rows = tables.figures(subject, case, jobs, {"ours-auto": outcome(turns((1, 2)))}, common)
     assert tables.stored(subject, case, jobs, common, rows) == rows
     assert not tables.stored(subject, case, [job("ours-auto", seed=1)], common, rows)
-    assert not tables.stored(subject, case, [*jobs, job("twin-fp32")], common, rows)
+    assert not tables.stored(subject, case, [*jobs, job("baseline-fp32")], common, rows)
     assert not tables.stored(subject, case._replace(new=4), jobs, common, rows)
     for column in ("code", "torch", "rounds", "threads"):
         assert not tables.stored(subject, case, jobs, common | {column: 7}, rows)

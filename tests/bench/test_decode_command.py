@@ -59,7 +59,7 @@ def test_a_run_is_kept_and_goes_on(
         assert 0 < float(row["tokens_s_p25"]) <= float(row["tokens_s"])
         assert float(row["first_ms"]) > 0
         assert row["peak_bytes"] == "" or int(row["peak_bytes"]) > 10e6
-        assert row["over_twin"] == row["over_transformers"] == row["joules_token"] == ""
+        assert row["over_baseline"] == row["over_transformers"] == row["joules_token"] == ""
         assert "bench decode" in row["command"]
         one_column = 2 * 2 * int(row["batch"]) * 12 * 4  # k and v, 2 layers, fp32 heads of 12
         columns, rest = divmod(int(row["cache_bytes"]), one_column)
@@ -146,12 +146,12 @@ def test_quick_leaves_transformers_out_unless_it_is_named(
     code, said, _ = bench("--quick")
     assert code == 0
     assert "--quick leaves transformers out; --contender transformers-fp32 times it\n" in said
-    code, said, _ = bench("--quick", "--contender", "twin-bf16", "--rounds", "3")
+    code, said, _ = bench("--quick", "--contender", "baseline-bf16", "--rounds", "3")
     assert code == 0
     assert "--quick" not in said
     assert raced == [
-        (["ours-auto", "twin-fp32"], 2, [Case(1, 32, 8)]),
-        (["twin-bf16"], 3, [Case(1, 32, 8)]),
+        (["ours-auto", "baseline-fp32"], 2, [Case(1, 32, 8)]),
+        (["baseline-bf16"], 3, [Case(1, 32, 8)]),
     ]
 
 
@@ -181,7 +181,7 @@ MISTAKES = [
     (["--size", "7b"], "did you mean 8b?"),
     (["--contender", "our-auto"], "did you mean ours-auto?"),
     (["--contender", "ours"], "did you mean ours-auto?"),
-    (["--contender", "twin-fp16"], "did you mean twin-bf16?"),
+    (["--contender", "baseline-fp16"], "did you mean baseline-bf16?"),
     (["--contender", "transformers-fp"], "did you mean transformers-fp32?"),
     (["--contender", "ours-addsub"], "can run here: a CPU has no such kernel"),
     (["--quick", "--size", "10"], "did you mean 60m?"),

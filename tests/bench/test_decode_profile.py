@@ -73,13 +73,13 @@ def test_bytes_of_a_step() -> None:
     memory = {"weights": 1000, "head": 0, "embedding": 500, "cache": 9}
     cached = 2 * 2 * 12 * 4  # k and v of 2 layers, one head of 12, fp32
     case = Case(3, 10, 2)
-    assert profiling.step_bytes(memory, tiny(), job("twin-fp32"), case) == 1500 + 30 * cached
+    assert profiling.step_bytes(memory, tiny(), job("baseline-fp32"), case) == 1500 + 30 * cached
     untied = memory | {"head": 70}
-    found = profiling.step_bytes(untied, tiny(), job("twin-bf16"), case)
+    found = profiling.step_bytes(untied, tiny(), job("baseline-bf16"), case)
     assert found == 1070 + 30 * cached // 2
 
 
-@pytest.mark.parametrize("contender", ["ours-auto", "twin-fp32"])
+@pytest.mark.parametrize("contender", ["ours-auto", "baseline-fp32"])
 def test_a_profile_is_kept_and_adds_up(bench: Bitnet, tmp_path: Path, contender: str) -> None:
     asked = ("--profile", "--size", "tiny", "--contender", contender, "--prompt", "6")
     code, said, err = bench(*asked, "--batch", "2")

@@ -223,8 +223,8 @@ def test_the_summary_is_one_screen(tmp_path: Path) -> None:
     rows = [row_of("sad", "yes"), row_of("", "rel 1e-6"), row_of("auto", "")]
     write_rows(tmp_path / "exact_gpu.csv", COLUMNS, rows)
     decode = {"model": "2b", "batch": "1", "contender": "ours-auto", "tokens_s": "301.5"}
-    fields = [*decode, "over_twin"]
-    write_rows(tmp_path / "decode_gpu.csv", fields, [decode | {"over_twin": "2.5"}])
+    fields = [*decode, "over_baseline"]
+    write_rows(tmp_path / "decode_gpu.csv", fields, [decode | {"over_baseline": "2.5"}])
     train = {"model": "350m", "base": "fp", "variant": "ours", "step_ms": "812.5"}
     write_rows(tmp_path / "train_gpu.csv", [*train, "speedup"], [train | {"speedup": "1.02"}])
     report.results = [

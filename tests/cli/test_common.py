@@ -8,7 +8,7 @@ from bitnet.cli.common import read_text, valid_names
 from bitnet.schema import UserError
 
 SIZES = ("60m", "110m", "2b", "8b")
-NAMES = ("ours-auto", "ours-dot", "twin-bf16", "transformers-bf16")
+NAMES = ("ours-auto", "ours-dot", "baseline-bf16", "transformers-bf16")
 
 
 def test_valid_names_come_back_once() -> None:
@@ -26,7 +26,7 @@ def test_valid_names_come_back_once() -> None:
         ("1", ("8", "2", "1.58"), "1.58"),
         ("ours", NAMES, "ours-auto"),
         ("ours-dto", NAMES, "ours-dot"),
-        ("twin-fp32", NAMES, "twin-bf16"),
+        ("baseline-fp32", NAMES, "baseline-bf16"),
         ("Transformer", NAMES, "transformers-bf16"),
         ("0", SIZES, "60m"),
         ("zzz", NAMES, ""),
