@@ -1,6 +1,7 @@
 """The ``weight`` of layers that hold codes, and models that ask for it."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -32,8 +33,7 @@ RECIPES = [
 
 def converted(kind: str, recipe: Recipe) -> tuple[nn.Module, Tensor]:
     """A converted layer, and the matrix that its codes stand for, written out in Python floats."""
-    options: dict[str, Any] = {"modules": [kind if kind != "linear" else "linear"]}
-    recipe = Recipe(**(vars(recipe) | options | {"keep_first_last": False}))
+    recipe = dataclasses.replace(recipe, modules=[kind], keep_first_last=False)  # type: ignore[list-item]
     layer = prepare(BASES[kind](), recipe)
     shape = layer.weight.shape
     codes, scale, zero = layer.quantize()  # type: ignore[operator]
