@@ -40,7 +40,7 @@ class BitLinear(CalledLayer, nn.Linear):
     """A drop-in for ``nn.Linear`` with ternary weights and int8 activations (BitNet b1.58).
 
     The forward is exact integer arithmetic and one fp32 rescale, the backward straight-through;
-    the maths stands in :mod:`bitnet.quant`.
+    the maths is in :mod:`bitnet.quant`.
 
     Arguments:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``. Keep the latent weights
@@ -61,7 +61,7 @@ class BitLinear(CalledLayer, nn.Linear):
     """
 
     rms_norm: RMSNorm | None
-    int8_backward: Int8Backward = "none"  # of layers pickled before there was a choice
+    int8_backward: Int8Backward = "none"  # for layers pickled before this attribute existed
     _cached_codes: "_CachedCodes | None" = None
     called = False
     """Whether an eager forward has run: see :func:`bitnet.coverage`."""
@@ -104,7 +104,9 @@ class BitLinear(CalledLayer, nn.Linear):
             return by_its_kind(self, input)
         if self.rms_norm is not None:
             if isinstance(input, QuantizedInput):
-                raise TypeError("input: expected a tensor, which the layer's norm is yet to change")
+                raise TypeError(
+                    "input: expected a tensor, since the layer's norm comes before quantization"
+                )
             input = self.rms_norm(input)
         return ternary_linear_ste(
             input,
@@ -121,14 +123,14 @@ class BitLinear(CalledLayer, nn.Linear):
     def _valid_cached_codes(self) -> TernaryWeight | None:
         """Return the codes that :func:`weights_quantized` cached for the weight of this forward.
 
-        None for an exported or traced forward, which outlives the scope.
+        None for an exported or traced forward, which outlives the block.
         """
         held = self._cached_codes
         if held is None or torch.compiler.is_exporting():
             return None
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             return None
-        if held.weight is not self.weight:  # torch.func.functional_call has another
+        if held.weight is not self.weight:  # torch.func.functional_call passes another
             return None
         if not torch.compiler.is_compiling():
             held.check(self.weight)
@@ -232,9 +234,9 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
 def shared_input(x: Tensor, *layers: nn.Module) -> Tensor | QuantizedInput:
     """Return the input to call all of ``layers`` with.
 
-    It is quantized once if each layer is a BitLinear without a norm inside; otherwise it is x
-    itself. It is x also if a layer is not plain (:func:`is_plain`), so that a hook or a subclass
-    sees what it would see in an ``nn.Linear``.
+    It is quantized once if each layer is a plain BitLinear (:func:`is_plain`) without a norm
+    inside. Otherwise it is x itself, so that a hook or a subclass sees what it would see in an
+    ``nn.Linear``.
     """
     shared = all(
         is_plain(layer, BitLinear) and isinstance(layer, BitLinear) and layer.rms_norm is None

@@ -199,17 +199,17 @@ class TernaryLinear(CalledLayer, nn.Module):
         return dequantized(self._dequantize, shape, self.dtype, self.packed.device)
 
     def _dequantize(self) -> Tensor:
-        codes = codes_of(self.packed, self.in_features)  # looks at no value: compiled code cannot
+        # unlike unpack_ternary it does not check values, which compiled code cannot
+        codes = codes_of(self.packed, self.in_features)
         return dequantize(codes, self.scale, self.group_size)
 
     def forward(self, input: Tensor | QuantizedInput) -> Tensor:
         """float ``[..., in_features]`` -> ``[..., out_features]``; no gradient."""
         if isinstance(input, Tensor) and is_unusual(input):
             return by_its_kind(self, input)
-        x = (
-            input.values if isinstance(input, QuantizedInput) else input
-        )  # kernels find the same codes
-        if x.dim() == 0 or x.shape[-1] != self.in_features:  # packed rows are padded
+        # the kernel quantizes again and finds the same codes
+        x = input.values if isinstance(input, QuantizedInput) else input
+        if x.dim() == 0 or x.shape[-1] != self.in_features:  # padding hides a short row
             raise ValueError(
                 f"input: expected shape [..., {self.in_features}], got {list(x.shape)}"
             )
@@ -291,7 +291,7 @@ def replace_linear(
     also = (also,) if isinstance(also, type) else tuple(also)
     if not all(isinstance(kind, type) and issubclass(kind, nn.Linear) for kind in also):
         raise TypeError(f"also: expected subclasses of nn.Linear, got {also!r}")
-    BitLinear(1, 1, device="meta", **options)  # wrong options are no layer's fault
+    BitLinear(1, 1, device="meta", **options)  # wrong options raise here, without a layer's name
     kinds, transposed = (nn.Linear, *also), dict[int, nn.Parameter]()
 
     def convert(name: str, module: nn.Module) -> nn.Module | None:

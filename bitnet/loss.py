@@ -1,12 +1,13 @@
-"""The next-token loss without its logits: head and cross-entropy, a chunk of tokens at a time.
+"""The next-token loss without all logits: head and cross-entropy, a chunk of tokens at a time.
 
     z = h @ W.T      loss = mean(logsumexp(z) - z[target])      dz = (softmax(z) - onehot) / M
 
 All logits of a micro-batch are by far the largest tensor of a small model's step (2,048 tokens and
-a vocabulary of 16,384: 134 MB in fp32), and plain autograd holds three of their size at once. Here
-the logits of a chunk become, while they are still in the cache, their part of the loss and of the
-gradients of ``h`` and ``W``, and are freed: the gradients are computed in the *forward*, and the
-backward only multiplies them by the incoming gradient.
+a vocabulary of 16,384: 134 MB in fp32), and plain autograd holds three such tensors at once. Here
+the logits of a chunk are turned into their part of the loss and of the gradients of ``h`` and ``W``
+while they are still in the cache, and then freed. So the gradients are computed in the *forward*,
+and the backward only multiplies them by the incoming gradient.
+
 The idea is Liger-Kernel's (arXiv 2410.10989); torch's own ``F.linear_cross_entropy`` exists from
 2.13 only, and in its chunked form does not compile.
 
@@ -28,16 +29,16 @@ from bitnet.quant import output_dtype
 
 _CPU_CHUNK, _GPU_CHUNK = (2**22, 128), (2**27, 1024)
 """Logits per chunk, and its smallest number of tokens. CPU: 16 MiB in fp32 stay in a level-3 cache,
-and glibc's malloc reuses such a block, where it returns 32 MiB to the system and pays page faults
-at the next use. GPU: 512 MiB, large enough that the products fill the device. A chunk of fewer
-tokens is slow whatever the vocabulary: each chunk adds to the whole gradient of W."""
+and glibc's malloc reuses such a block; a block of 32 MiB it returns to the system, and pays page
+faults at the next use. GPU: 512 MiB, large enough that the products fill the device. Fewer tokens
+than that are slow whatever the vocabulary, since each chunk adds to the whole gradient of W."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of ``hidden @ weight.T``, of which only a chunk exists at a time.
+    """Mean cross-entropy of logits ``hidden @ weight.T``, of which only a chunk exists at a time.
 
     Differentiable once, in ``hidden`` and ``weight``; without gradients to compute (no_grad, or
-    neither requires one) only the loss is.
+    neither requires one) only the loss is computed.
 
     Arguments:
         hidden: float ``[M, D]``. weight: float ``[V, D]``. targets: int64 ``[M]`` in 0 .. V - 1.
@@ -56,7 +57,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
         )
     if targets.shape != hidden.shape[:1] or not len(targets):
         raise ValueError(
-            f"targets: expected one of each of the {len(hidden)} hidden states, and at least one, "
+            f"targets: expected one for each of the {len(hidden)} hidden states, and at least one, "
             f"got {list(targets.shape)}"
         )
     for name, tensor in (("hidden", hidden), ("weight", weight)):
@@ -80,10 +81,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Mean cross-entropy of ``head(hidden)``, in nats.
 
-    A plain ``nn.Linear`` without a bias is only a matrix, and all logits never exist
+    For a plain ``nn.Linear`` without a bias the logits are computed in chunks
     (:func:`linear_cross_entropy`). Any other head (a bias, hooks, a parametrization, quantizers,
-    adapters) is called as the module that it is: on a chunk at a time where no gradient is needed,
-    and on everything where one is.
+    adapters) is called as a module: on a chunk at a time where no gradient is needed, and on
+    everything where one is.
 
     Arguments:
         hidden: float ``[M, D]``. targets: int64 ``[M]``. vocab_size: logits per token.
@@ -104,8 +105,8 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Returns the gradients, before the division by M, beside the loss: what a forward without
-    ctx, which torch.func asks for, may keep for the backward."""
+    """Returns the gradients, before the division by M, beside the loss: torch.func asks for a
+    forward without ctx, which can keep only its outputs for the backward."""
 
     @staticmethod
     def forward(
@@ -152,14 +153,14 @@ def _loss_and_gradients(
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The mean loss, fp32 ``[]``; M times its gradients, ``[M, D]`` in ``dtype`` (which as fp16
-    holds them, but not a small part of them) and fp32 ``[V, D]``, as far as they are asked for
-    (fp64 where ``dtype`` is)."""
+    """The mean loss, fp32 ``[]``, and M times its gradients, as far as they are asked for:
+    ``[M, D]`` in ``dtype`` and fp32 ``[V, D]`` (fp64 where ``dtype`` is). Without the factor M they
+    could underflow in fp16."""
     n_tokens, rows = len(hidden), _chunk_rows(hidden.device, len(weight))
     precise = torch.promote_types(dtype, torch.float32)
     h, w = hidden.to(dtype), weight.to(dtype)
-    # made here, and not a part a chunk: small tensors that stay would keep malloc from using the
-    # blocks before them again (0.9 GB more for 32 chunks)
+    # one tensor for all chunks: a small tensor kept per chunk would stop malloc from reusing the
+    # blocks before it (0.9 GB more for 32 chunks)
     losses = torch.empty(n_tokens, dtype=precise, device=h.device)
     dh = torch.empty_like(h) if of_hidden else None
     dw = torch.zeros_like(weight, dtype=precise) if of_weight else None

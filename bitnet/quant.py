@@ -41,8 +41,8 @@ Int8Backward = Literal["none", "input", "both"]
 _ops = torch.ops.bitnet
 """The operators of bitnet_kernels without their checks, some of which torch.compile refuses inside
 a backward."""
-_TOKENS_A_SUM = 2**16
-"""Tokens per int32 sum of products up to 128^2: half of the range of int32."""
+_TOKENS_PER_SUM = 2**16
+"""Tokens per int32 sum. Products are at most 128^2, so a sum reaches half of int32's range."""
 
 
 class QuantizedInput(NamedTuple):
@@ -110,8 +110,8 @@ def absmean_ternary(
 
     Arguments:
         weight: float ``[N, K]``.
-        granularity: one scale a ``"tensor"``, a ``"row"`` or a ``"group"`` of ``group_size``
-            columns (the last group of a row may be shorter; its mean is over its own columns).
+        granularity: one scale per ``"tensor"``, ``"row"`` or ``"group"`` of ``group_size`` columns
+            (the last group of a row may be shorter; its mean is over its own columns).
         alpha: the threshold in units of gamma. 0.5 is rounding; TWN (arXiv 1605.04711) uses 0.7.
     Returns:
         codes int8 ``[N, K]`` in {-1, 0, +1}; gamma fp32 ``[]``, ``[N]`` or ``[N, G]``, such that
@@ -142,20 +142,20 @@ def absmean_ternary(
 def _clamped_mean(magnitude: Tensor) -> Tensor:
     """``max(mean, EPS)`` over the last axis of a tensor >= 0, fp32; NaN where a term is not finite.
 
-    Each term becomes a whole number of units, the power of two 2^-bits times the one below the
-    largest term. The int64 sum of n <= 2^L terms stays below 2^62 and is exact in any order. Terms
-    lose their fraction of a unit, which is at most 2^(2L - 61) of the mean.
+    Each term is cut to a whole number of units. A unit is 2^(e - bits), where 2^e is the largest
+    power of two that the largest term reaches. With n <= 2^L terms and bits = 61 - L, the int64 sum
+    stays below 2^62 and is exact in any order. What is cut is at most 2^(2L - 61) of the mean.
     """
     n = int(magnitude.shape[-1])  # torch.jit.trace has tensors there
     bits = 61 - (n - 1).bit_length()
     largest = magnitude.amax(-1, keepdim=True).float()
-    # fp32's biased exponent; products with powers of two that are made from it are exact
+    # fp32's biased exponent, from which powers of two are made: products with them are exact
     # (view_copy and not view, which torch.jit.trace cannot record with a dtype)
     exponent = torch.view_copy(largest.clamp(min=2.0**-60), dtype=torch.int32) >> 23
     units_per_one = torch.view_copy((254 + bits - exponent) << 23, dtype=torch.float32)
     unit = torch.view_copy((exponent - bits) << 23, dtype=torch.float32).squeeze(-1)
     total = (magnitude * units_per_one).to(torch.int64).sum(-1).double()
-    # by a tensor: CUDA would multiply by the rounded reciprocal of a number
+    # divide by a tensor: for a Python number CUDA would multiply by its rounded reciprocal
     mean = (total * unit / total.new_full((), n)).float()
     finite = largest.squeeze(-1).isfinite()
     return torch.where(finite, mean.clamp(min=EPS), torch.nan)
@@ -164,7 +164,7 @@ def _clamped_mean(magnitude: Tensor) -> Tensor:
 def spread_groups(gamma: Tensor, group_size: int, in_features: int) -> Tensor:
     """One scale per column: ``[N, G]`` -> ``[N, K]``.
 
-    The last group, where it is shorter, is added by itself. A slice of the repeated scales reads
+    A shorter last group is appended separately. A slice of the repeated scales reads
     wrong elements when torch (2.13) compiles it for a CPU.
     """
     full, rest = divmod(int(in_features), group_size)  # torch.jit.trace has tensors there
@@ -300,7 +300,9 @@ def _int8_weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
     dw = torch.zeros(dy.shape[1], x_q.shape[1], device=dy.device, dtype=torch.float32)
     scaled = dy.float() * s_x.unsqueeze(1)
     if len(dy):
-        for part, x_part in zip(scaled.split(_TOKENS_A_SUM), x_q.split(_TOKENS_A_SUM), strict=True):
+        for part, x_part in zip(
+            scaled.split(_TOKENS_PER_SUM), x_q.split(_TOKENS_PER_SUM), strict=True
+        ):
             codes, scale = stochastic_int8(part.t())
             dw += _ops.int8_matmul(codes, x_part.t()) * scale.unsqueeze(1)
     return dw
@@ -390,8 +392,9 @@ def ternary_linear_ste(
 
 
 def check_int8_backward(int8_backward: str, granularity: str) -> None:
-    """Raise ValueError for an unknown ``int8_backward``, or one with group-wise scales: those of
-    ``dy @ W_hat`` differ along its sum and within its result, beyond one integer product."""
+    """Raise ValueError for an unknown ``int8_backward``, or one with group-wise scales. In
+    ``dy @ W_hat`` these vary over the summed axis as well as the result, so no single integer
+    product computes it."""
     if int8_backward not in (valid := get_args(Int8Backward)):
         raise ValueError(
             f"int8_backward: expected one of {', '.join(valid)}, got {int8_backward!r}"
@@ -433,7 +436,7 @@ def _check_quantized(
     group_size: int,
     int8_backward: Int8Backward,
 ) -> None:
-    """Raise ValueError for what was quantized with other options than those of the call."""
+    """Raise ValueError if ``quantized`` was made with other options than those of the call."""
     codes, gamma, transposed = quantized
     n, k = weight.shape
     shape = {"tensor": (), "row": (n,), "group": (n, -(-k // group_size))}[granularity]

@@ -109,7 +109,7 @@ def test_int8_backward_of_zero_and_of_gradients_that_are_not_finite() -> None:
 def test_int8_backward_adds_slices_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Integers below 127 with 127 among them are codes themselves: nothing is lost, whatever the
     slices."""
-    monkeypatch.setattr(bitnet.quant, "_TOKENS_A_SUM", 4)
+    monkeypatch.setattr(bitnet.quant, "_TOKENS_PER_SUM", 4)
     generator = torch.Generator().manual_seed(2)
     x = torch.randint(-127, 128, (10, 6), generator=generator).float()
     dy = torch.randint(-127, 128, (10, 5), generator=generator).float()

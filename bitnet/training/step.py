@@ -2,9 +2,10 @@
 
 The step knows of a model only that ``model(tokens, targets)`` is the mean loss, so the model may be
 wrapped (``torch.compile``, DistributedDataParallel): the wrapper's forward runs. What makes a
-ternary step fast holds inside a wrapper too: each weight is quantized once, for all micro-batches
+ternary step fast works inside a wrapper too: each weight is quantized once, for all micro-batches
 (:func:`bitnet.linear.weights_quantized`), layers that read the same input share its codes
-(:func:`bitnet.linear.shared_input`), and all logits never exist (:func:`bitnet.loss.head_loss`).
+(:func:`bitnet.linear.shared_input`), and logits are computed in chunks
+(:func:`bitnet.loss.head_loss`).
 """
 
 import math
@@ -51,7 +52,7 @@ class StepResult(NamedTuple):
 
 
 def cross_entropy(model: nn.Module, tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """The usual :data:`Losses`: what is minimized is the cross-entropy."""
+    """The usual :data:`Losses`: minimize the cross-entropy, which the model's forward computes."""
     loss: Tensor = model(tokens_BT, targets_BT)
     return loss, loss
 
@@ -73,7 +74,7 @@ def train_step(
         model: in training mode, wrapped or not.
         optimizers: of its parameters.
         micro_batches: this process's share of the batch, in parts of equal size.
-        step: the update, counted from 0, of ``total_steps``.
+        step: the number of the update, from 0 to ``total_steps`` - 1.
         config: the schedules and ``grad_clip``.
         autocast: around each forward.
         losses: of a micro-batch.
@@ -123,10 +124,10 @@ def split(tokens_BT: Tensor, targets_BT: Tensor, size: int) -> list[MicroBatch]:
 def compiled(model: nn.Module) -> nn.Module:
     """A model whose forward, with the loss in it, is one compiled graph; the weights are shared.
 
-    torch (2.13) keeps compiled graphs in a folder, under a key that does not hold the vector width
-    of the CPU. A graph written for AVX-512 is then read where the folder is shared with a machine
-    that has AVX2 only, or where ATEN_CPU_CAPABILITY says so, and gives wrong numbers or a
-    segmentation fault. So the width goes into the key, as torch's own tag.
+    torch (2.13) keeps compiled graphs in a folder, under a key that does not include the vector
+    width of the CPU. A graph compiled for AVX-512 would then run, with wrong numbers or a
+    segmentation fault, on an AVX2 machine that shares the folder or under ATEN_CPU_CAPABILITY=avx2.
+    So the width goes into the key, as torch's own tag.
     """
     width, tag = torch.backends.cpu.get_cpu_capability(), torch.compiler.config.cache_key_tag
     if width not in tag.split():
