@@ -9,13 +9,13 @@ whole checkpoint, as if it had never stopped (bitnet/run.py).
 
 A step, in order: set how far the model is quantized ([qat]); quantize each weight, once; forward
 and backward over the micro-batches; clip; update, unless a number is not finite
-(bitnet/training/step.py). Readings, evaluation and the line in metrics.jsonl follow, and last the
-checkpoint, so that the metrics hold every step that a checkpoint holds.
+(bitnet/training/step.py). Telemetry, the line in metrics.jsonl and evaluation follow. The
+checkpoint comes last, so metrics.jsonl is never behind it.
 """
 
 from bitnet.cli.shell import run, start
 
-if __name__ == "__main__":  # Ctrl-C during the imports below is no traceback
+if __name__ == "__main__":  # Ctrl-C during the imports below shows no traceback
     start()
 
 import shlex
@@ -161,13 +161,13 @@ class Data(NamedTuple):
     val: TokenDataset
     tokenizer: Tokenizer
     hash: str
-    """Of the index, which holds the hashes of all files."""
+    """Hash of the index, which contains the hashes of all files."""
     sample_prompt: list[int]
-    """Tokens that the samples of evaluations continue."""
+    """``eval.sample_prompt`` as tokens."""
 
 
 def open_data(config: Config) -> Data:
-    """Prepare the data, unless they are there, and open them."""
+    """Open the prepared data, after preparing them if they are missing."""
     path = prepare(config.data)
     train_set, val_set = TokenDataset(path, "train"), TokenDataset(path, "val")
     tokenizer = train_set.tokenizer()
@@ -197,7 +197,7 @@ def open_teacher(
 
 
 def forward_only(model: Transformer, tokens_BT: torch.Tensor, autocast: torch.autocast) -> None:
-    """A forward that leaves no trace, to be timed."""
+    """A forward without side effects, to be timed."""
     with undisturbed(model, tokens_BT.device), torch.no_grad(), autocast:
         model(tokens_BT)
 
@@ -267,10 +267,10 @@ def main(
         typer.Argument(metavar="CONFIG.toml... [SECTION.KEY=VALUE...]", show_default=False),
     ],
 ) -> None:
-    """Train a model from TOML configs, later ones winning, and single keys, which win over them.
+    """Train a model from TOML configs. Later ones override earlier ones, single keys override all.
 
     The same command again resumes the run from its newest whole checkpoint. Ctrl-C, SIGTERM
-    or a closed terminal saves one and ends with exit code 130, 143 or 129.
+    or a closed terminal saves one and ends the run with exit code 130, 143 or 129.
     """
     paths, overrides = split_args(args)
     if not paths:
@@ -283,7 +283,7 @@ def main(
 
 
 def command() -> None:
-    """The command line, which ends as bitnet/cli/shell.py says."""
+    """The command line; bitnet/cli/shell.py handles errors and exit codes."""
     app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     app.command(epilog=config_help())(main)
     run(app)

@@ -1,4 +1,4 @@
-"""The model of a run: built from its config, and as its model folder holds it in the end.
+"""The model of a run: how it is built from the config, and the form in which it is saved.
 
     Transformer -> weights of train.init_from -> quantizers ([quant]) -> adapters ([adapter])
 
@@ -59,10 +59,10 @@ def build_model(config: Config, tokenizer_hash: str, fresh: bool) -> Transformer
 
 
 def as_saved(model: Transformer, quant: Recipe) -> tuple[Transformer, Recipe]:
-    """A trained model as its folder holds it, and the folder's recipe.
+    """The form in which a trained model is saved, and the recipe of its folder.
 
-    A model that trained every matrix of its layers by BitNet's own recipe, and nothing else (such
-    as the head), is saved as an ordinary ternary model, which ``bitnet pack`` and all other
+    A model whose recipe is BitNet's own, for every matrix of its layers and nothing else (such as
+    the head), is saved as an ordinary ternary model, which ``bitnet pack`` and all other
     commands read. Any other model is saved as it trained.
     """
     ternary = with_bitlinears(model) if quant.enabled else None

@@ -1,13 +1,14 @@
-"""The ``weight`` of a layer that holds codes, for code that asks for ``layer.weight``.
+"""The ``weight`` of a packed or converted layer, which stores codes, for programs that read it.
 
-    layer.weight.dtype, .device, .shape     known without the codes: T5 casts to ``wo.weight.dtype``
+    layer.weight.dtype, .device, .shape     not computed (T5 casts to ``wo.weight.dtype``)
     x @ layer.weight.T                      dequantizes the matrix for this use; nothing is kept
     layer.weight.mul_(2)                    RuntimeError: it would change nothing
     layer.weight.T[0] = 1                   RuntimeError, as through any view
 
 It is no parameter and in no state dict. Two kinds of writes are not seen and change nothing: those
-in compiled code, and those through the memory itself (``.numpy()``, ``.untyped_storage()``). And
-``parameter.data = layer.weight`` makes NaN: write ``parameter.data.copy_(layer.weight)``.
+in compiled code, and those through the memory itself (``.numpy()``, ``.untyped_storage()``).
+``parameter.data = layer.weight`` leaves NaN in the parameter; write
+``parameter.data.copy_(layer.weight)`` instead.
 """
 
 from collections.abc import Callable, Iterator
@@ -85,7 +86,7 @@ def _refuse_writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     else:
         return
     if any(isinstance(leaf, DequantizedWeight) for leaf in tree_leaves(written)):
-        raise RuntimeError(  # torch takes a TypeError of `+=` for "not implemented"
+        raise RuntimeError(  # no TypeError, which torch would take for "not implemented" in `+=`
             f"{name}: the weight of a packed or converted layer is made from its codes and "
             "cannot be written"
         )
@@ -99,8 +100,9 @@ def _memory(tensor: Tensor) -> int:
 def _stand_in(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, compute: Callable[[], Tensor]
 ) -> DequantizedWeight:
-    """One NaN, expanded: ``parameter.data = weight``, which torch does not pass to the class, would
-    read the missing memory of a ``_make_wrapper_subclass``."""
+    """Make a DequantizedWeight, whose memory is a single NaN, expanded. It has any memory because
+    torch does not pass ``parameter.data = weight`` to the class: without it, as after
+    ``_make_wrapper_subclass``, the parameter would read memory that does not exist."""
     wrong = torch.nan if dtype.is_floating_point else 0  # a view may have another dtype
     element = torch.full((), wrong, dtype=dtype, device=device)
     weight = element.expand(shape).as_subclass(DequantizedWeight)
@@ -125,5 +127,5 @@ def dequantized(
         return compute().to(dtype).reshape(shape)
 
     if torch.compiler.is_compiling() or detect_fake_mode() is not None:
-        return weight()  # compiled code drops what is not used; fake values cost nothing
+        return weight()  # compiled code drops it if it is not used; fake values cost nothing
     return _stand_in(shape, dtype, device, weight)

@@ -170,7 +170,7 @@ class ModelConfig:
 
 
 def _divisors(n: int) -> list[int]:
-    """Those of n >= 1, in order."""
+    """The divisors of n >= 1, in ascending order."""
     small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
     return small + [n // i for i in reversed(small) if i * i != n]
 
@@ -188,7 +188,7 @@ class NormLinear(nn.Linear):
 
 
 def make_linear(config: ModelConfig, name: str) -> nn.Module:
-    """The layer matrix ``name`` (a key of :meth:`ModelConfig.matrices`) as the config asks."""
+    """Make the matrix ``name``, a key of :meth:`ModelConfig.matrices`, as the config says."""
     out_features, in_features = config.matrices()[name]
     norm = config.norm_placement == "in_linear"
     if config.linear == "ternary":
@@ -256,12 +256,14 @@ class KVCache:
         return self.k[layer, :, :, :end].to(k.dtype), self.v[layer, :, :, :end].to(v.dtype)
 
     def mask(self, n_tokens: int) -> Tensor:
-        """Which columns each of the next tokens may look at: bool ``[B, 1, T, length + T]``."""
+        """Which columns each of the next tokens attends to: bool ``[B, 1, T, length + T]``."""
         columns = torch.arange(self.length + n_tokens, device=self.pad.device, dtype=torch.int64)
         queries = columns[self.length :]
         causal = columns <= queries[:, None]
         seen = rearrange(self.pad, "b -> b 1 1") <= columns
-        itself = columns == queries[:, None]  # a padding token too: an empty row would be NaN
+        itself = (
+            columns == queries[:, None]
+        )  # also a padding token, whose row would be empty and give NaN
         return rearrange((causal & seen) | itself, "b t c -> b 1 t c")
 
     def positions(self, n_tokens: int) -> Tensor:
@@ -409,7 +411,7 @@ class Transformer(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """The head's input, after the last norm: ``[B, T, D]``. Arguments and errors are those of
-        the forward; a subclass may override it, nothing else calls it."""
+        the forward. A subclass may override it."""
         n_tokens = tokens.shape[1]
         start, limit = (
             (0, self.config.max_seq_len) if cache is None else (cache.length, cache.max_len)

@@ -1,7 +1,7 @@
 """Find, check and replace the layers of any model, and say why one stays in full precision.
 
-A weight here is an element of a parameter with at least two dimensions: a matrix, a convolution
-kernel, a table. Biases and norms have none.
+Here, a weight is one element of a parameter with at least two dimensions (a matrix, a convolution
+kernel, an embedding table); biases and norms do not count.
 """
 
 import warnings
@@ -128,8 +128,8 @@ def kept_weights(model: nn.Module) -> str:
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module runs the forward of ``kind`` and nothing else.
 
-    Not so for a subclass (a parametrized module is one), a :func:`hooked` module, and one with
-    hooks in its backward.
+    False for a subclass (a parametrized module is one), a :func:`hooked` module, and a module with
+    backward hooks.
     """
     backward = module._backward_pre_hooks or module._backward_hooks
     return type(module) is kind and not hooked(module) and not backward
@@ -138,7 +138,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def hooked(module: nn.Module) -> bool:
     """Whether calling a module runs more than the forward of its class, or something else: forward
     hooks of the module, global hooks, or a forward assigned to the instance."""
-    # by name, since torch.compile asks such hooks neither for their truth nor for their length
+    # by name, since torch.compile traces neither the truth nor the length of such hooks
     pre_hooks: Mapping[Any, Any] = module._forward_pre_hooks
     added = [name for name in pre_hooks if name != IDLE_HOOK]
     own = added or module._forward_hooks or "forward" in vars(module)
@@ -154,7 +154,7 @@ def computed_parameter(module: nn.Module) -> str:
         if is_parametrized(module, name):
             return name
         if isinstance(getattr(type(module), name, None), property):
-            continue  # a packed layer's, which its forward does not use
+            continue  # the weight of a packed layer, which its forward does not use
         if not isinstance(getattr(module, name, None), nn.Parameter | None):
             return name
     return ""

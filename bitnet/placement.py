@@ -1,4 +1,4 @@
-"""Layers whose weight means nothing without their forward, inside torch modules that bypass it.
+"""Keep torch modules from using a layer's weight without calling its forward, which quantizes.
 
 Two torch modules multiply with a layer's ``weight`` themselves: the fused inference path of
 ``nn.TransformerEncoderLayer``, and ``nn.MultiheadAttention`` with its output projection. A layer
@@ -11,9 +11,9 @@ that quantizes in its forward would silently compute in full precision there.
 
 This relies on internals of torch: ``Module._forward_pre_hooks``, which ``Module._call_impl`` tests
 by truth and the fused path by length, and ``activation_relu_or_gelu``. The functions that use them
-were compared, as syntax trees from the wheels of torch 2.11.0, 2.12.0, 2.13.0 and 2.14.1, and are
-the same in all four. The tests run on the installed torch only. Placing a layer raises RuntimeError
-where either remedy has lost its effect; see :func:`_check_fused_path`.
+have the same syntax trees in the wheels of torch 2.11.0, 2.12.0, 2.13.0 and 2.14.1.
+The tests run on the installed torch only. Placing a layer raises RuntimeError where either remedy
+has lost its effect; see :func:`_check_fused_path`.
 """
 
 from collections import OrderedDict
@@ -29,7 +29,7 @@ IDLE_HOOK = "called"
 
 
 class CalledLayer(nn.Module):
-    """Base class of modules whose weight means nothing without their forward."""
+    """Base class of layers whose forward must not be bypassed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,14 +43,14 @@ class CalledLayer(nn.Module):
 
 
 def _does_nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Be a hook for the fused path to count."""
+    """A hook that only has to be there: the fused path counts hooks."""
 
 
 class _CallMe(OrderedDict[Any, Any]):
     """Pre-forward hooks of a :class:`CalledLayer`: one that does nothing, and those of others.
 
-    With the first alone it is false, which ``nn.Module`` tests to see whether hooks have to run.
-    The fused path and torch.compile test its length.
+    It is false while only the first is in it, so ``nn.Module``, which tests its truth, runs no
+    hooks. The fused path and torch.compile test its length, which is at least 1.
     """
 
     def __init__(self, *hooks: Any) -> None:
@@ -126,12 +126,12 @@ def _is_called(hook: bool, flag: bool) -> bool:
 
 
 def is_unusual(input: Tensor) -> bool:
-    """Whether a layer passes its input to :func:`by_its_kind`."""
+    """Whether an input is nested, or of a subclass of Tensor: :func:`by_its_kind` computes it."""
     return input.is_nested or (type(input) is not Tensor and has_torch_function_unary(input))
 
 
 def by_its_kind(layer: nn.Module, input: Tensor) -> Tensor:
-    """Compute a layer's output for an input that is more than its values, as torch's layers do.
+    """Compute a layer's output for a nested tensor or a subclass of Tensor, as torch's layers do.
 
     A nested tensor, which ``nn.TransformerEncoder`` makes of a padded batch, is computed part by
     part. A subclass of Tensor goes through its ``__torch_function__``, so the output is one, too.

@@ -3,7 +3,7 @@
 A run lives in ``run.dir/run.name``:
 
     config.toml       resolved
-    metrics.jsonl     one object per logged step
+    metrics.jsonl     one object per logged step or evaluation
     checkpoints/      the state of the run, written by :meth:`Run.save`
     model/            the trained model, when the run is done
 
@@ -45,7 +45,7 @@ FIXED = (
     *("quant", "qat", "distill", "adapter", "optim.optimizer"),
     *("optim.beta1", "optim.beta2", "optim.eps", "optim.muon_momentum", "optim.muon_ns_steps"),
 )
-"""Keys and sections that a run keeps: a changed one makes another run, and resuming refuses."""
+"""Keys and sections that must not change in a run: resuming refuses a changed one."""
 FREE = ("data.threads", "distill.device")
 """Exceptions: keys of those sections that may change."""
 
@@ -61,17 +61,17 @@ class Run:
     telemetry: Telemetry
     distiller: Distiller | None
     data_hash: str
-    """Of the prepared data's index."""
+    """Hash of the prepared data's index."""
     teacher_hash: str
-    """Of the teacher's config; "" without distillation."""
+    """Hash of the teacher's config; "" without distillation."""
     step: int = 0
     """Steps completed."""
     tokens: int = 0
     """Tokens trained on."""
     skipped: int = 0
-    """Steps that were not finite."""
+    """Steps whose loss or gradient was not finite."""
     skipped_in_a_row: int = 0
-    """Of those the last ones, in this process."""
+    """How many of them were the newest steps, in this process."""
     best_loss: float = math.inf
     """Lowest validation loss, in nats."""
     saved_step: int = -1
@@ -165,7 +165,7 @@ class Run:
 
     def save_if_due(self, log: RunLog, val_loss: float | None) -> None:
         """Save every ``checkpoint.every`` steps, at the end, and where the validation loss is the
-        lowest yet; never after a step that was not finite, whose weights may be the reason."""
+        lowest yet; but not after a step that was not finite: the weights may be the reason."""
         config = self.config
         due = self.step % config.checkpoint.every == 0 or self.step == config.train.steps
         if val_loss is not None and val_loss < self.best_loss:
@@ -180,7 +180,7 @@ def _checkpoints(config: Config) -> Path:
 
 
 def find_saved(config: Config) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint of a run, None if the run begins, and lines to warn with.
+    """The newest whole checkpoint of a run (None if the run is new), and lines to warn with.
 
     Raises:
         UserError: no checkpoint is whole, or the config has a change that a run cannot take.
@@ -196,7 +196,7 @@ def find_saved(config: Config) -> tuple[Checkpoint | None, list[str]]:
 def announce(
     log: RunLog, run: Run, warnings: list[str], meter: Meter, train_tokens: int, val_tokens: int
 ) -> None:
-    """Print the head of a run, with what is worth a warning.
+    """Print the first lines of a run, with warnings.
 
     Arguments:
         warnings: of :func:`find_saved`.
@@ -234,7 +234,7 @@ def announce(
 
 
 def allowed_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> list[str]:
-    """How the config of a begun run differs; UserError for a key of :data:`FIXED`.
+    """How a new config differs from that of a begun run; UserError for a key of :data:`FIXED`.
 
     A key that did not exist when the run began had its default.
     """
@@ -286,7 +286,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     def on_signal(number: int, _: FrameType | None) -> None:
         drop_closed_terminal()
-        if stop and number != signal.SIGHUP:  # of which shells send two
+        if stop and number != signal.SIGHUP:  # a shell may send SIGHUP twice
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         stop.append(number)

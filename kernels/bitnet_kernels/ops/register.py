@@ -5,9 +5,9 @@ operator is a ``torch.library.custom_op``: ``torch.compile`` sees one node and n
 runs one of three implementations, which take the same arguments and give the same bits:
 
     cuda         Triton, where :func:`bitnet_kernels.available.takes_triton` says so
-    cpu          torch operators that are faster than the reference: on a CPU, and on CUDA without
-                 Triton
-    reference    plain torch, on every other device
+    cpu          torch operators that are faster than the reference, if there are any: on a CPU, and
+                 on CUDA without Triton
+    reference    plain torch, everywhere else
 """
 
 from collections.abc import Callable, Sequence
@@ -35,11 +35,12 @@ def register(
     """Register ``torch.ops.bitnet.<name>``. It has no backward.
 
     Arguments:
-        reference: plain torch; its annotations are the operator's schema. An operator with an
-            argument ``kernel`` gives one function instead, which chooses by it.
+        reference: plain torch; its annotations are the operator's schema. For an operator
+            with an argument ``kernel`` it is a function that chooses the implementation by it, and
+            ``cpu`` and ``cuda`` are None.
         fake: makes empty results of the right shape, dtype and device.
-        cpu, cuda: faster implementations; None where there is none. The first argument is a tensor,
-            whose device chooses. The operator makes all results contiguous.
+        cpu, cuda: faster implementations; None where there is none. They are chosen by the device
+            of the first argument, a tensor. The operator makes all results contiguous.
         mutates: names of the arguments that are written to.
     Returns:
         The operator, to be called with all arguments by position.
@@ -74,7 +75,8 @@ def rows(x: Tensor) -> Tensor:
 
 
 def reshaped(y: Tensor, *shape: int) -> Tensor:
-    """A fresh result in its final shape, with the memory of ``y``, which nobody keeps. For autograd
-    it is no view: autograd forbids in-place operators on a view that a custom function returns."""
+    """``y``, which the caller must not use afterwards, in its final shape and without a copy. For
+    autograd the result is not a view: it forbids in-place operators on a view that a custom
+    function returns."""
     result: Tensor = torch.ops.aten._unsafe_view(y.contiguous(), shape)
     return result
