@@ -22,11 +22,12 @@ from bitnet.progress import reporting
 def generate_command(
     folder: Folder,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeatable.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most new tokens per prompt.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="New tokens per prompt, at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.8,
     top_k: Annotated[int, typer.Option(help="Sample among the k most likely. 0: all.")] = 50,
     top_p: Annotated[
-        float, typer.Option(help="Sample among the likeliest tokens of this probability. 1: all.")
+        float,
+        typer.Option(help="Sample among the fewest tokens with this total probability. 1: all."),
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0, max=2**62)] = 0,
     stop: Annotated[
@@ -38,7 +39,7 @@ def generate_command(
     kv: Annotated[CacheDtype, typer.Option(help="Dtype of the cache of keys and values.")] = "auto",
     head: Annotated[HeadDtype, typer.Option(help="Dtype of the output head.")] = "auto",
 ) -> None:
-    """Continue one text, or several, by a trained or packed model.
+    """Continue one text or several with a trained or packed model.
 
     Text goes to stdout, the speed to stderr. Ctrl-C ends the text where it is, with exit code 130.
 

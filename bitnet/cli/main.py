@@ -20,7 +20,7 @@ bitnet = group(
     },
     "Ternary language models: prepare data, inspect configs, pack, generate, evaluate.\n\n"
     "To train, run train.py in a checkout: python train.py configs/quickstart.toml\n\n"
-    "--debug, anywhere in a command, or BITNET_DEBUG=1: an error shows its traceback.",
+    "With --debug anywhere in a command, or BITNET_DEBUG=1, an error shows its traceback.",
 )
 
 

@@ -47,7 +47,7 @@ class DataConfig:
     """The ``[data]`` section: the text, its tokenizer, its validation split, and the windows."""
 
     path: Annotated[str, Field(min_length=1)] = "data/python-stdlib"
-    """folder of the prepared set; made (as by `bitnet prepare`) if it is missing"""
+    """folder of the prepared data; made (as by `bitnet prepare`) if it is missing"""
     sources: Annotated[list[str], Field(min_length=1)] = Field(
         default_factory=lambda: ["python-stdlib"]
     )
@@ -64,8 +64,8 @@ class DataConfig:
     max_tokenizer_mb: Positive = 100
     """megabytes of text, sampled over all of it, that the tokenizer is trained on"""
     val_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.01
-    """share of the documents held out for validation, chosen by a hash of their text; of a few
-    long documents, passages are held out"""
+    """share of the documents held out for validation, chosen by a hash of their text; if there are
+    only a few long documents, passages of them are held out"""
     shard_tokens: Positive = 100_000_000
     """tokens in a file of the prepared set"""
     seq_len: Positive = 512

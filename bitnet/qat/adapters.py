@@ -58,10 +58,10 @@ class AdapterConfig:
     """The ``[adapter]`` section: low-rank adapters and what they stand beside."""
 
     kind: Literal["none", "lora", "qlora"] = "none"
-    """"lora": beside the model's layers, also quantized ones; "qlora": beside a frozen base of few
-    bits"""
+    """"none"; "lora": adapters beside the model's layers, also quantized ones; "qlora": beside a
+    frozen base of few bits"""
     rank: Positive = 16
-    """of the adapters; more than in_features or out_features is allowed and has no use"""
+    """rank of the adapters; one above in_features or out_features is allowed but of no use"""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     """the adapters' outputs are multiplied by alpha / rank"""
     targets: Annotated[ListOf[str], Field(min_length=1)] = Field(
@@ -71,7 +71,7 @@ class AdapterConfig:
     base: Literal["nf4", "ternary"] = "nf4"
     """format of a "qlora" base: 4.5 or 2 bits per weight"""
     train_base: bool = False
-    """"lora": train all the rest of the model too; false: the adapters alone"""
+    """with "lora": train the rest of the model too; false: the adapters alone"""
 
 
 class FrozenTernaryLinear(FrozenLinear):

@@ -1,6 +1,6 @@
 """Weight quantizers: from floats to integer codes and scales, and the way back.
 
-    value = (codes - zero_point) * scale        codes int8, scale fp32, zero_point int32 or none
+    value = (codes - zero_point) * scale        codes int8, scale fp32, zero_point int32 or None
 
 | name          | codes               | scale                                | source           |
 |---------------|---------------------|--------------------------------------|------------------|
@@ -64,7 +64,7 @@ SEQ_CLIP = 1 - 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class WeightQuantizer:
-    """Quantizes float weights ``[N, K]``; a subclass is one row of the table above.
+    """Quantizes float weights ``[N, K]``. Each subclass is one row of the table above.
 
     A subclass defines :attr:`levels`, :meth:`statistic` and :meth:`codes`. The fields are the keys
     of ``[quant]`` that concern weights (see :class:`bitnet.qat.recipe.Recipe`), of which a
@@ -144,7 +144,7 @@ class WeightQuantizer:
     @torch.no_grad()
     def quantize(self, weight: Tensor, step: Tensor | None = None) -> Codes:
         """Codes int8 ``[N, K]``, scale and zero point of a weight, without gradient. Arguments and
-        errors as :meth:`scale`."""
+        errors are those of :meth:`scale`."""
         scale, zero_point = self.scale(weight, step)
         return Codes(self.codes(weight.float(), scale, zero_point), scale, zero_point)
 
@@ -282,12 +282,12 @@ class TWN(_Ternary):
         return total / self.reduce(kept.float(), Tensor.sum).clamp(min=1)
 
     def codes(self, w: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """0 up to the threshold, which the weights give and not the scale."""
+        """0 up to the threshold, which depends on the weights and not on the scale."""
         return ternary_codes(w, self._threshold(w))
 
 
 class Sign(WeightQuantizer):
-    """1 bit: the sign, 1 for 0."""
+    """1 bit: the sign; 0 counts as positive."""
 
     @property
     def levels(self) -> range:
@@ -299,7 +299,7 @@ class Sign(WeightQuantizer):
         return self.reduce(w.abs(), Tensor.mean)
 
     def codes(self, w: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """-1 below 0."""
+        """-1 below 0, else 1."""
         return torch.where(w >= 0, 1, -1).to(torch.int8)
 
 
@@ -365,7 +365,7 @@ class LSQ(LearnedScale):
 
     @property
     def floor(self) -> float:
-        """The |step| under which the highest code stands for 1e-5."""
+        """The |step| with which the highest code stands for 1e-5."""
         return EPS / self.levels[-1]
 
     def first(self, magnitude: Tensor) -> Tensor:
@@ -444,15 +444,15 @@ WEIGHT_QUANTIZERS: dict[str, type[WeightQuantizer]] = {
 class _LearnedStep(torch.autograd.Function):
     """``hat = codes * scale`` with a learned scale (arXiv 1902.08153, eqs. 3-5; 2502.02631).
 
-    The gradient takes rounding for the addition of a constant, so with v = W / scale
+    For the gradient, rounding is the addition of a constant. With v = W / scale
 
         inside the range:    d hat / dW = 1    d hat / d scale = codes - v
-        on its ends:         d hat / dW = 0    d hat / d scale = codes
+        outside it:          d hat / dW = 0    d hat / d scale = codes
 
     where the range of "lsq" is lowest < v < highest and that of "seq" |W / alpha| <= 0.99. The
     step's gradient is multiplied by g = 1 / sqrt(n Qp), n weights under the scale, Qp the highest
-    value in units of the step, which keeps its updates in proportion to those of the weights. A
-    step below the floor takes the gradient too, or it could never grow again.
+    value in units of the step, which keeps the step's updates in proportion to those of the
+    weights. A step below the floor gets the gradient too, or it could never grow again.
 
     Saved for the backward are the weight, which exists anyway, the int8 codes, and scales.
     """

@@ -52,7 +52,7 @@ class Recipe:
     bits: Annotated[int, Field(ge=2, le=8)] = 4
     """bits per weight of "int" and "lsq"; the other quantizers have a fixed number"""
     symmetric: bool = True
-    """integer weights: codes around 0 ("int"); false: affine, with a zero point"""
+    """weights "int": codes around 0; false: affine, with a zero point"""
     granularity: Granularity = "row"
     """one weight scale per "tensor", "row" (output channel) or "group" of columns"""
     group_size: Positive = 128
@@ -72,11 +72,11 @@ class Recipe:
     activation_symmetric: bool = True
     """static activations: codes around 0; false: affine, with a zero point"""
     observer: ObserverKind = "moving_average"
-    """static activations: the observer that finds their range"""
+    """static activations: how their range is found"""
     observer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """of "moving_average" and "percentile": share of the old range that a batch leaves"""
+    """observers "moving_average" and "percentile": weight of the old range in an update"""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
-    """of "percentile": share of the values inside the range, in percent"""
+    """observer "percentile": percentage of the values inside the range"""
     modules: ListOf[ModuleKind] = Field(default_factory=_matrices)
     """kinds of modules to quantize"""
     include: ListOf[str] = Field(default_factory=list)

@@ -14,7 +14,7 @@ run's tokens per byte of weights::
     f* = exp(-6.73 / ln S),   S = D / (N * B / 8)      D tokens, N parameters, B bits per weight
 
 and that the learning rate should decay once, under quantization: with ``fused_cooldown`` a "wsd"
-decay does not begin before quantization does.
+decay begins with quantization at the earliest.
 
 *How.* Lambda ramps come from "HF 1.58 bit" (W + lambda (q(W) - W)). Weights and activations have
 separate ramps, since activations usually tolerate a sudden start.
@@ -36,7 +36,7 @@ from bitnet.schema import STRICT
 Ramp = Literal["linear", "cosine", "exponential"]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _STEEPNESS = 5.0
-"""Of the exponential ramp: it reaches 1/2 after 14% of its steps."""
+"""Of the exponential ramp, which then reaches 1/2 after 14% of its steps."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -47,17 +47,18 @@ class QATConfig:
     """share of the run after which quantization begins; "auto": 1 - f*, for a run that pretrains
     (arXiv 2509.22935, see bitnet/qat/schedule.py)"""
     weight_warmup: _Share = 0.0
-    """share of the run in which the weights' lambda rises from 0 to 1; 0 = at once"""
+    """share of the run in which the weights go from full precision (lambda = 0) to quantized (1);
+    0 = at once"""
     activation_warmup: _Share = 0.0
-    """the same of the activations' lambda"""
+    """the same for the activations"""
     weight_ramp: Ramp = "linear"
-    """shape of that rise: linear, cosine (slow at both ends) or exponential (fast first)"""
+    """rise of the weights' lambda: linear, cosine (slow at both ends), exponential (fast first)"""
     activation_ramp: Ramp = "linear"
-    """the same of the activations"""
+    """the same for the activations"""
     freeze_observers: Annotated[float, Field(gt=0, le=1)] = 1.0
     """static activations: share of the run after which their ranges no longer move; 1 = never"""
     fused_cooldown: bool = True
-    """with lr_schedule "wsd": the decay does not begin before quantization does"""
+    """with lr_schedule "wsd": the decay begins with quantization at the earliest"""
 
     @property
     def depends_on_length(self) -> bool:

@@ -18,7 +18,7 @@ ratios: ``balance`` scales each term so that its gradient with respect to a tens
 with the cross-entropy has the configured multiple of the cross-entropy's norm there. For the logits
 term that tensor is the logits; for the relations, the input of their layer's projections, the last
 tensor that both depend on. Measured on the first micro-batch every ``balance_every`` steps (two
-more backward passes down to that tensor a term), kept in between and in the checkpoint.
+more backward passes per term, down to that tensor), kept in between and in the checkpoint.
 """
 
 import math
@@ -50,17 +50,17 @@ class DistillConfig:
     device: str = ""
     """where the teacher runs; "" = with the student"""
     logits: _Weight = 1.0
-    """weight of the teacher's next-token distribution; 0 = off"""
+    """weight of the loss against the teacher's next-token distribution; 0 = off"""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
-    """that both distributions are softened by"""
+    """divides the logits of teacher and student before they are compared"""
     attention: _Weight = 1.0
-    """weight of the relations among queries, keys and values; 0 = off"""
+    """weight of the loss of the relations among queries, keys and values; 0 = off"""
     attention_layer: Annotated[int, Field(lt=0, ge=-1000)] = -1
-    """the layer whose relations are learned, counted from the last of either model, -1"""
+    """the layer whose relations are learned; -1 is the last of either model, -2 the one before"""
     relation_heads: Positive = 8
-    """parts that a projection's outputs are cut into; divides its width in either model"""
+    """heads that the outputs of a projection are split into; divides its width in both models"""
     balance: bool = True
-    """weights are multiples of the cross-entropy's gradient norm; false: of the plain terms"""
+    """scale each term to the gradient norm of the cross-entropy before its weight; false: do not"""
     balance_every: Positive = 50
     """steps between measurements of those norms"""
 

@@ -55,8 +55,8 @@ class OptimConfig:
     grad_clip: _NotNegative = 1.0
     """largest norm of the whole gradient; 0 = no clipping"""
     lr_schedule: Literal["wsd", "cosine", "linear", "two_stage", "constant"] = "wsd"
-    """wsd: flat, then linear to the minimum over the last decay_fraction; cosine and linear: over
-    the whole run; two_stage: linear, and the peak drops by second_stage_ratio at the half"""
+    """wsd: flat, then linear to the minimum over the last decay_fraction; cosine, linear: over the
+    whole run; two_stage: linear, multiplied by second_stage_ratio from halfway on; constant"""
     warmup_steps: Count = 0
     """steps of linear warmup; 0 = 5% of the run, at most 375; 1 = none"""
     decay_fraction: _Fraction = 0.33
@@ -66,7 +66,8 @@ class OptimConfig:
     second_stage_ratio: _Fraction = 2 / 3
     """two_stage: peak of the second half over the peak of the first (1.5e-3 -> 1e-3 is 2/3)"""
     wd_schedule: Literal["constant", "zero_at", "cosine"] = "zero_at"
-    """weight decay: constant; switched off at wd_zero_fraction; or a half cosine that ends there"""
+    """weight decay. constant; zero_at: constant, then 0 from wd_zero_fraction on; cosine: a half
+    cosine that ends there"""
     wd_zero_fraction: _Fraction = 0.6
     """share of the run after which weight decay is 0 (zero_at, cosine)"""
     muon_lr: _Positive = 0.02
