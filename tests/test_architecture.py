@@ -308,7 +308,7 @@ print(json.dumps(sorted(sys.modules)))
 
 
 def import_all(ours: list[str], blocked: list[str]) -> set[str]:
-    """Import modules in a process of its own; returns the names of all that were loaded."""
+    """Import modules in a separate process; returns the names of all that were loaded."""
     third_party = {
         name
         for module in ours

@@ -1,7 +1,7 @@
 """Hostile configs, overrides and folders of text, from a seed: each works, or one line says why.
 
 The small form runs in this process. The full form (slow) is 2,000 configs and 200 folders, in a
-process of its own whose memory is measured.
+separate process whose memory is measured.
 """
 
 from pathlib import Path

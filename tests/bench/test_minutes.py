@@ -288,7 +288,7 @@ sys.exit(gpu.main(["--out", sys.argv[3], "--minutes", "1"]))
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_in_the_summary(tmp_path: Path, number: signal.Signals) -> None:
-    """In a process of its own, without torch: this file imports only the standard library, and
+    """In a separate process, without torch: this file imports only the standard library, and
     nothing of the site at all."""
     folder = str(ROOT / "bitnet" / "bench")
     begun = time.monotonic()

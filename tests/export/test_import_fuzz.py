@@ -1,7 +1,7 @@
 """Hostile model folders and GGUF files, from a seed: each loads, or one line says why not.
 
 The small form runs in this process. The full form (slow) is 300 folders and 300 GGUF files, in a
-process of its own whose memory is measured.
+separate process whose memory is measured.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Compiles the kernels of attention over a cache for GPUs that are not here; prints JSON.
 
-Not a test module: ``test_ops_decode.py`` starts it in a process of its own without
+Not a test module: ``test_ops_decode.py`` starts it in a separate process without
 TRITON_INTERPRET. Keys: "rope_append bf16 E=128 sm_90".
 """
 

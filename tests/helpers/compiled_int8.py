@@ -1,6 +1,6 @@
 """Compiles the int8 matmul of training for GPUs that are not present; prints findings as JSON.
 
-Not a test module: ``test_int8_linear.py`` starts it in a process of its own without
+Not a test module: ``test_int8_linear.py`` starts it in a separate process without
 TRITON_INTERPRET. Keys: "128x256 bf16 sm_90".
 """
 

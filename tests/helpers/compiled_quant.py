@@ -1,6 +1,6 @@
 """Compiles the quantization kernels for GPUs that are not present and prints the findings as JSON.
 
-Not a test module: ``test_compiled_quant.py`` starts it in a process of its own without
+Not a test module: ``test_compiled_quant.py`` starts it in a separate process without
 TRITON_INTERPRET. Keys: "quant bf16 K=4096 sm_90".
 """
 

@@ -1,6 +1,6 @@
 """Runs the kernels of attention over a cache in Triton's interpreter and prints its findings.
 
-Not a test module: ``test_ops_decode.py`` starts it in a process of its own with TRITON_INTERPRET=1.
+Not a test module: ``test_ops_decode.py`` starts it in a separate process with TRITON_INTERPRET=1.
 
 The oracles are Python loops over rows, tokens and heads: fp32 one operation at a time for what is
 written (which must agree bit for bit), float64 for attention.

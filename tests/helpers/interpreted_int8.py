@@ -1,6 +1,6 @@
 """Runs the int8 matmul of training in Triton's interpreter and prints the findings as JSON.
 
-Not a test module: ``test_int8_linear.py`` starts it in a process of its own with
+Not a test module: ``test_int8_linear.py`` starts it in a separate process with
 TRITON_INTERPRET=1. The oracle is numpy: int64 products, fp32 arithmetic one operation at a time.
 """
 

@@ -1,6 +1,6 @@
 """Runs the matmul kernels in Triton's interpreter and prints the findings as JSON.
 
-Not a test module: ``test_ternary.py`` starts it in a process of its own with TRITON_INTERPRET=1,
+Not a test module: ``test_ternary.py`` starts it in a separate process with TRITON_INTERPRET=1,
 because that variable is read when Triton is imported and would change every other test that
 imports Triton.
 

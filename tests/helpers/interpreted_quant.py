@@ -1,6 +1,6 @@
 """Runs the quantization kernels in Triton's interpreter and prints the findings as JSON.
 
-Not a test module: ``test_ops_quant.py`` starts it in a process of its own with TRITON_INTERPRET=1.
+Not a test module: ``test_ops_quant.py`` starts it in a separate process with TRITON_INTERPRET=1.
 
 The oracle is numpy, fp32 arithmetic one operation at a time, torch for casts, and integers for the
 sums that must come out the same in any order.

@@ -1,5 +1,5 @@
 """Triton kernels with inline assembly, for ``test_ptx_emulator.py``, which starts this script in a
-process of its own because TRITON_INTERPRET is read when Triton is imported. With it the kernels run
+separate process because TRITON_INTERPRET is read when Triton is imported. With it the kernels run
 through the emulator, without it they are compiled, which needs no GPU. Reads assembly as JSON from
 stdin and prints what it found as JSON.
 """

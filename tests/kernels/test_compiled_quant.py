@@ -1,5 +1,5 @@
 """The quantization kernels compiled for GPUs that are not here: exact arithmetic, wide loads, no
-spills. ``compiled_quant.py`` compiles them in a process of its own."""
+spills. ``compiled_quant.py`` compiles them in a separate process."""
 
 import json
 from typing import Any

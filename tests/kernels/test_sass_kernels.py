@@ -1,7 +1,7 @@
 """The ahead-of-time inspector's counts, the kernels' budgets, and ``bitnet inspect kernels``.
 
 Counts are checked on snippets counted by hand; compiled kernels come from ``compiled_sass.py``,
-which runs in a process of its own.
+which runs in a separate process.
 """
 
 import csv
