@@ -128,12 +128,12 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """Where the run is kept."""
+        """The folder of the run."""
         return Path(self.run.dir) / self.run.name
 
     @property
     def batch_sequences(self) -> int:
-        """Sequences an optimizer step (of a resolved config)."""
+        """Sequences per optimizer step (of a resolved config)."""
         return self.train.batch_tokens // self.data.seq_len
 
     def resolve(self) -> "Config":
@@ -186,11 +186,11 @@ class Config:
         steps = train.steps or math.ceil(tokens / batch)
         if math.ceil(tokens / batch) != steps:
             raise UserError(
-                f"train.tokens = {tokens} and train.steps = {steps} disagree at {batch} tokens a "
+                f"train.tokens = {tokens} and train.steps = {steps} disagree at {batch} tokens per "
                 "step; set one of them and leave the other 0"
             )
         cpu = train.device == "cpu" or (train.device == "auto" and not torch.cuda.is_available())
-        if cpu and not train.micro_batch:  # a part of it, so that no device changes the batch
+        if cpu and not train.micro_batch:  # a divisor, so that the batch is the same everywhere
             micro = math.gcd(micro, max(1, 2048 // seq_len))
         return dataclasses.replace(
             train, batch_tokens=batch, micro_batch=micro, tokens=tokens, steps=steps

@@ -1,6 +1,6 @@
 """Windows of tokens to evaluate or to calibrate on, cut from a text or a prepared folder.
 
-    T tokens a window predicts    S windows
+    T tokens that a window predicts    S windows
 
 A window to evaluate on is int64 ``[T + 1]``: its inputs are ``[:-1]``, its targets ``[1:]``.
 :func:`bitnet.data.loader.sequential_windows` cuts those of a prepared folder.

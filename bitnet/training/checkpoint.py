@@ -4,16 +4,16 @@ A checkpoint is a folder of data only (safetensors and JSON; no pickle, so loadi
 code):
 
     checkpoints/step_00000100/
-        model.safetensors  optim.safetensors      any number of named groups of tensors
-        state.json                                counters, random number generators, config, ...
-        manifest.json                             size and sha256 of each file above; written last
+        model.safetensors, optimizer_0.safetensors, ...    one file per named group of tensors
+        state.json                                         counters, generators, config, ...
+        manifest.json                                      size and sha256 of each; written last
 
-**It appears whole or not at all** (written aside, fsynced, renamed: durable.py). Old checkpoints
-are deleted only when the new one is durable.
+**It appears whole or not at all** (written under another name, fsynced, renamed: durable.py). Old
+checkpoints are deleted only when the new one is durable.
 
 **It is checked before it is used.** Loading compares every file with the manifest, and the
 manifest with its own canonical spelling, so that any flipped bit is found. A damaged checkpoint is
-named and the next older one is used; where none is whole that is an error, never a fresh start.
+reported and the next older one is used. If none is whole, that is an error, never a fresh start.
 
 **Best needs no marker.** Each manifest carries the validation loss, and the best checkpoint is the
 smallest of them: there is no second file to fall out of step with the folders in a crash.
@@ -44,7 +44,7 @@ from bitnet.schema import STRICT, Positive, UserError, check_file, read_file
 MANIFEST = "manifest.json"
 STATE = "state.json"
 _MAX_BYTES = 2**26
-"""Of a file that is not tensors."""
+"""Largest file that is read, except tensors."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -54,13 +54,13 @@ class CheckpointConfig:
     every: Positive = 500
     """Steps between checkpoints. One is always written at the end and when the run is stopped."""
     keep_last: Positive = 2
-    """How many of the newest are kept; the second is what a damaged newest falls back to."""
+    """How many of the newest are kept. If the newest is damaged, a run resumes from the second."""
     keep_best: bool = True
     """Also keep the one with the lowest validation loss."""
 
 
 class DamagedError(UserError):
-    """A checkpoint that is not what was written; the message names the folder and the file."""
+    """A checkpoint that is not as it was written; the message names the folder and the file."""
 
 
 @dataclasses.dataclass
