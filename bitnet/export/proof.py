@@ -2,11 +2,11 @@
 
 Packing keeps integers and one fp32 scale per tensor (or row, or group), so nothing may differ: the
 codes, the int32 accumulators of each layer (on the activations that the layer really sees, and on
-random int8, which reach the extremes), the logits, and the greedy tokens. The accumulators are also
+random int8 of the whole range), the logits, and the greedy tokens. The accumulators are also
 compared with a float64 product, exact below 2^53: the two integer paths could be wrong together.
 The integer form of a model quantized by a recipe (bitnet/qat) must pass the same comparison: codes,
-scales and zero points of each layer, logits and tokens; and its accumulators, of random int8
-activations, must equal the float64 product.
+scales and zero points of each layer, logits and tokens. The int32 product of its codes with random
+int8 activations must equal the float64 product.
 """
 
 from dataclasses import dataclass, field
@@ -171,7 +171,7 @@ def _compare_integer(name: str, layer: QATLayer, packed: nn.Module | None, proof
 
 
 def _random_int8(codes: Tensor) -> Tensor:
-    """Activations for codes ``[N, K]``: int8 ``[RANDOM_TOKENS, K]``, the extremes among them."""
+    """Activations for codes ``[N, K]``: int8 ``[RANDOM_TOKENS, K]``, uniform in -128..127."""
     shape = (RANDOM_TOKENS, codes.shape[1])
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator, device="cpu").to(
