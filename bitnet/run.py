@@ -167,11 +167,13 @@ class Run:
         """Save every ``checkpoint.every`` steps, at the end, and where the validation loss is the
         lowest yet; but not after a step that was not finite: the weights may be the reason."""
         config = self.config
+        if self.skipped_in_a_row:
+            return
         due = self.step % config.checkpoint.every == 0 or self.step == config.train.steps
         if val_loss is not None and val_loss < self.best_loss:
             self.best_loss = val_loss
             due = due or config.checkpoint.keep_best
-        if due and not self.skipped_in_a_row:
+        if due:
             self.save(log, val_loss)
 
 

@@ -3,13 +3,15 @@
 tests/training/test_train*.py save, kill and resume whole runs.
 """
 
+import math
 import signal
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from bitnet.config import load_config, to_dict
-from bitnet.run import FIXED, FREE, allowed_changes, locked, stop_signals
+from bitnet.run import FIXED, FREE, Run, allowed_changes, locked, stop_signals
 from bitnet.schema import UserError
 
 
@@ -68,6 +70,19 @@ def test_the_names_are_keys_of_a_config() -> None:
     for name in (*FIXED, *FREE):
         section, _, key = name.partition(".")
         assert not key or key in config[section], name
+
+
+def test_a_loss_after_a_bad_step_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is saved then, so the next lower loss than the saved one must be."""
+    config = load_config([], ["model.depth=2", "checkpoint.every=100"]).resolve()
+    nothing = cast(Any, None)
+    run = Run(config, nothing, nothing, nothing, None, "", "")
+    saved: list[float | None] = []
+    monkeypatch.setattr(run, "save", lambda log, val_loss: saved.append(val_loss))
+    for finite, val_loss in ((True, 3.0), (False, 2.5), (True, math.nan), (True, 2.7)):
+        run.count(finite)
+        run.save_if_due(nothing, val_loss)
+    assert saved == [3.0, 2.7]
 
 
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
