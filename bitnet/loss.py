@@ -32,6 +32,9 @@ _CPU_CHUNK, _GPU_CHUNK = (2**22, 128), (2**27, 1024)
 and glibc's malloc reuses such a block; a block of 32 MiB it returns to the system, and pays page
 faults at the next use. GPU: 512 MiB, large enough that the products fill the device. Fewer tokens
 than that are slow whatever the vocabulary, since each chunk adds to the whole gradient of W."""
+_NO_TARGET = torch.iinfo(torch.int64).min
+"""``ignore_index`` of ``F.cross_entropy``: its default, -100, would leave such targets out of the
+mean, where a plain head refuses them."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -55,21 +58,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
             "hidden, weight: expected [M, D] and [V, D] with V >= 1, got "
             f"{list(hidden.shape)} and {list(weight.shape)}"
         )
-    if targets.shape != hidden.shape[:1] or not len(targets):
-        raise ValueError(
-            f"targets: expected one for each of the {len(hidden)} hidden states, and at least one, "
-            f"got {list(targets.shape)}"
-        )
+    _check_targets(hidden, targets)
     for name, tensor in (("hidden", hidden), ("weight", weight)):
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-    if targets.dtype != torch.int64:
-        raise TypeError(f"targets: expected int64, got {targets.dtype}")
-    for name, tensor in (("weight", weight), ("targets", targets)):
-        if tensor.device != hidden.device:
-            raise ValueError(
-                f"{name}: expected on {hidden.device}, where hidden is, got {tensor.device}"
-            )
+    _check_device("weight", weight, hidden)
     dtype = output_dtype(hidden)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         of = hidden.requires_grad, weight.requires_grad
@@ -90,18 +83,39 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int)
         hidden: float ``[M, D]``. targets: int64 ``[M]``. vocab_size: logits per token.
     Returns:
         fp32 ``[]``; fp64 from a plain head in fp64.
+    Raises:
+        TypeError, ValueError: targets that :func:`linear_cross_entropy` refuses.
     """
     if is_plain(head, nn.Linear) and head.bias is None:
         assert isinstance(head, nn.Linear)
         return linear_cross_entropy(hidden, head.weight, targets)
+    _check_targets(hidden, targets)
     if torch.is_grad_enabled():
-        return F.cross_entropy(head(hidden).float(), targets)
+        return F.cross_entropy(head(hidden).float(), targets, ignore_index=_NO_TARGET)
     rows = _chunk_rows(hidden.device, vocab_size)
     losses = [
-        F.cross_entropy(head(h_MD).float(), target_M, reduction="none")
+        F.cross_entropy(head(h_MD).float(), target_M, ignore_index=_NO_TARGET, reduction="none")
         for h_MD, target_M in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     return torch.cat(losses).mean()
+
+
+def _check_targets(hidden: Tensor, targets: Tensor) -> None:
+    if targets.shape != hidden.shape[:1] or not len(targets):
+        raise ValueError(
+            f"targets: expected one for each of the {len(hidden)} hidden states, and at least one, "
+            f"got {list(targets.shape)}"
+        )
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets: expected int64, got {targets.dtype}")
+    _check_device("targets", targets, hidden)
+
+
+def _check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
+    if tensor.device != hidden.device:
+        raise ValueError(
+            f"{name}: expected on {hidden.device}, where hidden is, got {tensor.device}"
+        )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

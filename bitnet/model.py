@@ -401,8 +401,16 @@ class Transformer(nn.Module):
             Logits ``[B, T, V]``, fp32 or the autocast dtype; the loss fp32 ``[]``, in nats (fp64
             for an fp64 model).
         Raises:
-            ValueError: more tokens than the context (or the cache) holds.
+            ValueError: more tokens than the context (or the cache) holds; targets of another shape
+            than the tokens.
         """
+        if isinstance(targets, KVCache):
+            raise TypeError("targets: got a cache, which is passed by keyword: cache=...")
+        if targets is not None and targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets: expected the shape of tokens, {list(tokens.shape)}, got "
+                f"{list(targets.shape)}"
+            )
         hidden_BTD = self.hidden(tokens, cache)
         if targets is None:
             return self.lm_head(hidden_BTD)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import bitnet.loss
 from bitnet.loss import linear_cross_entropy
-from bitnet.model import ModelConfig, Transformer
+from bitnet.model import KVCache, ModelConfig, Transformer
 from bitnet.training.step import compiled
 
 SHAPES = [(1, 3, 2), (64, 16, 100), (63, 17, 101), (5, 2, 1), (130, 33, 7), (3, 2, 300_000)]
@@ -324,6 +324,37 @@ def test_a_models_loss_is_that_of_its_logits(
         loss = model(inputs, targets)
     assert watch.largest < 3 * 11 * 50, "without gradients no head needs all logits"
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_head_refuses_the_same_targets(
+    change: Callable[[Transformer], None] | None, grad: bool
+) -> None:
+    """-100 too, which ``F.cross_entropy`` leaves out of the mean by default."""
+    model = small()
+    if change is not None:
+        change(model)
+    tokens, targets = torch.randint(50, (2, 3, 11))
+    none, minus_100 = tokens[:0], targets.clone()
+    minus_100[1, 2] = -100
+    with torch.set_grad_enabled(grad):
+        with pytest.raises((RuntimeError, IndexError), match="-100 is out of bounds"):
+            model(tokens, minus_100)
+        with pytest.raises(TypeError, match="targets: expected int64"):
+            model(tokens, targets.int())
+        with pytest.raises(ValueError, match="at least one"):
+            model(none, none)
+
+
+def test_targets_have_the_shape_of_the_tokens() -> None:
+    """Transposed targets have the same number of elements, and their loss would mean nothing."""
+    model, (tokens, targets) = small(), torch.randint(50, (2, 3, 11))
+    for wrong in (targets.t(), targets.flatten(), targets[:, :-1]):
+        with pytest.raises(ValueError, match=r"targets: expected the shape of tokens, \[3, 11\]"):
+            model(tokens, wrong)
+    with pytest.raises(TypeError, match="targets: got a cache"):
+        model(tokens, KVCache(model.config, 3, 16))
 
 
 def test_a_hook_on_the_model_gets_what_the_call_returns() -> None:
