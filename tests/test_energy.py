@@ -55,7 +55,7 @@ def test_a_tiny_model_by_hand() -> None:
         "fp32_mul": 3 * 80 + 2 * 12 + 2 * 24 + 2 * 24,
         "fp32_add": 80 + 3 * 12 + 24 + 24 + 32,
     }
-    # a row of up to 64 codes takes 16 bytes; 56 rows a layer, 7 fp32 scales a layer
+    # a row of up to 64 codes takes 16 bytes; 56 rows and 7 fp32 scales per layer
     assert cost.traffic[MATRICES] == 2 * (56 * 16 + 7 * 4)
     assert cost.traffic["head, embedding, norms"] == 2 * (80 + 80 + 8)
     assert cost.traffic["KV cache"] == 2 * (2 * 2 * 4) * 3

@@ -239,7 +239,7 @@ def test_transformer_encoder_fast_path_is_off() -> None:
             full = encoder(nested=False).eval()(x, src_key_padding_mask=mask)
             evaluated = model.eval()(x, src_key_padding_mask=mask)
             packed = pack(copy.deepcopy(model)).eval()(x, src_key_padding_mask=mask)
-        # nn.MultiheadAttention (not replaced) has a fused path of its own, whose rounding may
+        # nn.MultiheadAttention (not replaced) has its own fused path, whose rounding may
         # move an activation by a code or two; full precision is much further away
         distance = (evaluated - trained)[kept].abs().max()
         assert distance < 0.1 * (full - trained)[kept].abs().max()
@@ -379,7 +379,7 @@ def test_packed_layers_refuse_other_widths_and_group_scales_without_a_kernel() -
 
 
 def test_packing_does_not_lose_a_forward() -> None:
-    """A subclass with a forward of its own is refused by name; a parametrized layer is packed."""
+    """A subclass that overrides forward is refused by name; a parametrized layer is packed."""
 
     class Shifted(BitLinear):
         def forward(self, input: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: a line now and then, on a stream of its own."""
+"""Progress where there is no terminal: a line now and then, on a separate stream."""
 
 import io
 import re

@@ -199,7 +199,7 @@ class Tokenizer:
         return self._decoder.decode(list(tokens))
 
     def _segments(self, text: str) -> list[str]:
-        """Parts whose ids, joined, are the text's; a literal U+2581 is a part of its own."""
+        """Parts whose ids, joined, are the text's; a literal U+2581 is a separate part."""
         check_text(text)
         if not text:
             return []

@@ -300,7 +300,7 @@ def integer_layer(layer: QATLayer, found: Codes) -> nn.Module:
     has kernels; all others the ``Int`` form of their kind.
 
     Raises:
-        ValueError: as :class:`IntLayer`; a subclass with a forward of its own.
+        ValueError: as :class:`IntLayer`; a subclass that overrides forward.
     """
     kind = next(kind for kind in _FORMS if isinstance(layer, kind))
     check_forward(layer, kind)

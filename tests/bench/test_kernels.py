@@ -112,7 +112,7 @@ def test_contenders_of_a_gpu_are_every_formulation() -> None:
 def test_bytes_moved_by_hand() -> None:
     found = contending.contenders(CPU, ("reference",), ("bf16",), run.WHATS, 3)
     by = {(one.who, one.what): one.bytes_moved(3, 70, 130) for one in found}
-    # 130 columns are padded to 192: 48 bytes a row
+    # 130 columns are padded to 192: 48 bytes per row
     assert by["torch", "linear"] == 2 * (70 * 130 + 3 * 130 + 3 * 70)
     assert by["bitnet", "linear"] == 70 * 48 + 2 * (3 * 130 + 3 * 70)
     assert by["bitnet", "matmul"] == 70 * 48 + 3 * 130 + 4 * 3 * 70

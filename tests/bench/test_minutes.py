@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Play:
-    """A clock, and parts that take as long as they are told."""
+    """A clock, and parts that take a given time."""
 
     def __init__(self, **takes: float | Ending) -> None:
         self.time, self.takes = 100.0, takes
@@ -165,7 +165,7 @@ time.sleep(99)
 
 
 def test_rows_stay_and_no_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part that does not listen, with a worker in a session of its own."""
+    """A part that does not listen, with a worker in a separate session."""
     monkeypatch.setattr(gpu, "GRACE", 0.1)
     path = tmp_path / "rows.csv"
 

@@ -23,7 +23,7 @@ Captured = pytest.CaptureFixture[str]
 
 
 def ended(app: Callable[..., None], monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """Exit code of ``app`` as a program of its own."""
+    """Exit code of ``app`` as a separate program."""
     program = typer.Typer(rich_markup_mode=None, add_completion=False)
     program.command()(app)
     monkeypatch.setattr(sys, "argv", ["program", *words])

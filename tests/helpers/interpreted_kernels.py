@@ -151,7 +151,7 @@ def check_configurations() -> None:
     shapes = ((1, 9, 300), (3, 5, 4500), (9, 11, 130), (5, 7, 2200))
     for formulation in FORMULATIONS.keys() & CHOSEN:
         entries = (entry for entry in shipped(90).entries if entry.formulation == formulation)
-        # In an order of its own, so that the few that time allows are of all kinds.
+        # Shuffled, so that the few that time allows are of all kinds.
         configs = sorted({entry.config for entry in entries}, key=lambda one: hash(tuple(one)))
         split = [one._replace(split_k=2 + i % 3) for i, one in enumerate(configs)]
         half = 6 if THOROUGH else 2

@@ -219,7 +219,7 @@ def test_estimates_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_16_bit_roofline_by_hand() -> None:
-    """M = 1: 2 bytes a weight over 3.35 TB/s; M = 4096: 132 SMs x 2048 multiply-adds x 1.98 GHz."""
+    """M = 1: 2 bytes per weight over 3.35 TB/s; M = 4096: 132 SMs x 2048 multiply-adds x 1.98 GHz."""
     moved = 2 * (4096 * 4096 + 2 * 4096)
     assert sixteen_bit_us(90, 1, 4096, 4096) == pytest.approx(2.0 + moved / 3.35e6)
     tensor = 4096**3 / (2048 * 132 * 1.98e9) * 1e6
@@ -227,7 +227,7 @@ def test_the_16_bit_roofline_by_hand() -> None:
 
 
 BUDGETS = {"sad M=1": 1.6, "popcount M=1": 0.9, "dp4a M=1": 0.62}
-"""SASS instructions a weight in the main loop, at most."""
+"""SASS instructions per weight in the main loop, at most."""
 
 
 @pytest.fixture(scope="module", params=["few", pytest.param("every", marks=pytest.mark.slow)])

@@ -149,7 +149,7 @@ def test_a_frozen_ternary_linear_holds_absmean_codes(granularity: Any) -> None:
     assert x.grad is not None
     torch.testing.assert_close(x.grad, dy @ weight)
     torch.testing.assert_close(layer(x), F.linear(x, weight, linear.bias))
-    assert layer.weight_bytes == 9 * 32 + 4 * gamma.numel()  # K padded to 128: 32 bytes a row
+    assert layer.weight_bytes == 9 * 32 + 4 * gamma.numel()  # K padded to 128: 32 bytes per row
     scale = layer.scale.clone()
     assert torch.equal(layer.to(torch.bfloat16).scale, scale)  # type: ignore[arg-type]
 

@@ -217,7 +217,7 @@ def test_peak_memory_is_the_most_of_this_process() -> None:
 def test_a_peak_can_be_forgotten() -> None:
     cpu, size = torch.device("cpu"), 1 << 28
     assert reset_peak_memory(cpu)  # another test may have held more
-    block = torch.ones(size, dtype=torch.uint8)  # touched, in a mapping of its own
+    block = torch.ones(size, dtype=torch.uint8)  # touched, in a separate mapping
     high = peak_memory(cpu)
     del block
     assert peak_memory(cpu) == pytest.approx(high, rel=0.01)  # threads count in batches

@@ -116,7 +116,7 @@ def test_variants_learn(run: Run, overrides: list[str]) -> None:
 @pytest.mark.filterwarnings("ignore")  # of torch.compile's own tracing
 @pytest.mark.parametrize("linear", ["ternary", "fp"])
 def test_compiled_is_the_same_run(run: Run, linear: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and loss as one graph, compiled once, although each step has codes of its own, and
+    """Forward and loss as one graph, compiled once, although each step has its own codes, and
     readings and evaluations come between. Fused code rounds in other places, so both runs train in
     fp64, which neither a sample nor a model folder takes; the losses themselves are fp32."""
     monkeypatch.setattr(bitnet.model, "rotary", rotary64)
