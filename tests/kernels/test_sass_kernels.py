@@ -219,7 +219,7 @@ def test_estimates_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_16_bit_roofline_by_hand() -> None:
-    """M = 1: 2 bytes per weight over 3.35 TB/s; M = 4096: 132 SMs x 2048 multiply-adds x 1.98 GHz."""
+    """M = 1: 2 bytes per weight, 3.35 TB/s; M = 4096: 132 SMs x 2048 multiply-adds x 1.98 GHz."""
     moved = 2 * (4096 * 4096 + 2 * 4096)
     assert sixteen_bit_us(90, 1, 4096, 4096) == pytest.approx(2.0 + moved / 3.35e6)
     tensor = 4096**3 / (2048 * 132 * 1.98e9) * 1e6
@@ -341,7 +341,7 @@ OWN = {"add", "shift", "multiply", "constant", "dp4a", "float", "sad", "sad and 
 
 def test_every_matmul_of_the_catalog(worked: dict[str, Any]) -> None:
     """No spills, no local memory, weights in loads of 16 bytes; addsub multiplies nothing, and dot
-    is told by its multipliers."""
+    shows its multipliers."""
     real = [one for one in worked["reports"] if one["name"] not in OWN]
     assert {one["name"].split()[0] for one in real} >= {"sad", "popcount", "dp4a", "gemm"}
     for one in real:
