@@ -262,11 +262,31 @@ def test_rows_of_the_model_that_are_no_tokens_are_never_chosen() -> None:
         ([[0]], {"max_new_tokens": True}, "max_new_tokens must be an integer"),
         ([[0]], {"eos_id": 1.5}, "eos_id must be an integer"),
         ([[0]], {"eos_id": False}, "eos_id must be an integer"),
+        ([[0]], {"params": None}, "params must be a SamplingParams, got None"),
+        ([[0]], {"params": {"top_k": 1}}, "params must be a SamplingParams, got {'top_k': 1}"),
+        ([[0]], {"params": SamplingParams}, "params must be a SamplingParams, got <class"),
     ],
 )
 def test_mistakes_are_named(prompts: list[list[int]], options: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         generate(markov(chain([0] * 5)), prompts, **{"max_new_tokens": 3} | options)
+
+
+@pytest.mark.parametrize("eos_id", [torch.tensor(EOS), np.int32(EOS), [torch.tensor(EOS)]])
+def test_integers_of_other_libraries_end_a_text(eos_id: Any) -> None:
+    new = generate(markov(chain([2, 0, 1])), [[0]], 9, eos_id=eos_id, seed=np.uint8(255))
+    assert new == [[2]]
+
+
+def test_sampling_params_are_plain_values() -> None:
+    ids = [np.int64(2), torch.tensor(EOS)]
+    params = SamplingParams(
+        top_k=np.int64(3), seed=np.uint8(255), eos_id=ids, vocab_size=np.int8(5)
+    )  # type: ignore[arg-type]
+    ids.append(np.int64(4))
+    assert params == SamplingParams(top_k=3, seed=255, eos_id=(2, EOS), vocab_size=5)
+    assert params.seed + 1 == 256, "a uint8 would be 0, or an error"
+    assert hash(params) == hash(SamplingParams(top_k=3, seed=255, eos_id=(2, EOS), vocab_size=5))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -18,7 +18,7 @@ The host waits for the device once per step, for the chosen tokens.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple, Unpack
 
@@ -37,6 +37,7 @@ from bitnet.engine.request import (
     StopReason,
     integer,
     make_requests,
+    sampling_params,
 )
 from bitnet.linear import Kernel
 from bitnet.model import Transformer
@@ -184,7 +185,7 @@ class Engine:
                 tokenizer, logits that are not finite, or a model whose weights changed since the
                 engine was made.
         """
-        params = replace(params, **fields)
+        params = sampling_params(params, fields)
         requests = self._requests(prompts, max_new_tokens, params, as_text=on_text is not None)
         try:
             for index, tokens, text, reason in self._events(requests, params):
@@ -219,7 +220,7 @@ class Engine:
             UserError: as :meth:`generate`, for the arguments at once; on the next token, if the
                 engine has begun another call meanwhile.
         """
-        params = replace(params, **fields)
+        params = sampling_params(params, fields)
         requests = self._requests([prompt], max_new_tokens, params)
         return (token for event in self._events(requests, params) for token in event.tokens)
 

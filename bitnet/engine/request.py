@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any, Literal, TypedDict
 
@@ -41,9 +41,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("top_k", "seed", "vocab_size"):
-            integer(name, getattr(self, name))
-        for one in self.eos_ids:
-            integer("eos_id", one)
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
+        eos_ids = tuple(integer("eos_id", one) for one in self.eos_ids)
+        several = isinstance(self.eos_id, Sequence)
+        object.__setattr__(self, "eos_id", eos_ids if several else next(iter(eos_ids), None))
         for name in ("temperature", "top_p"):
             if not isinstance(value := getattr(self, name), Real) or isinstance(value, bool):
                 raise UserError(f"{name} must be a number, got {value!r}")
@@ -232,3 +233,10 @@ def _token_ids(index: int, prompt: Sequence[int], eos_ids: Sequence[int], n_ids:
 
 GREEDY = SamplingParams()
 """The most likely token each time; nothing ends a text but its length."""
+
+
+def sampling_params(params: Any, fields: SamplingFields) -> SamplingParams:
+    """``params``, in which the keywords of a call win; raises UserError for another type."""
+    if not isinstance(params, SamplingParams):
+        raise UserError(f"params must be a SamplingParams, got {params!r}")
+    return replace(params, **fields)
