@@ -167,7 +167,8 @@ def spread_groups(gamma: Tensor, group_size: int, in_features: int) -> Tensor:
     A shorter last group is appended separately. A slice of the repeated scales reads
     wrong elements when torch (2.13) compiles it for a CPU.
     """
-    full, rest = divmod(int(in_features), group_size)  # torch.jit.trace has tensors there
+    in_features = int(in_features)  # torch.jit.trace has tensors there
+    full, rest = in_features // group_size, in_features % group_size  # dynamo: no symbolic divmod
     columns = repeat(gamma[:, :full], "n g -> n (g columns)", columns=group_size)
     return torch.cat((columns, gamma[:, full:].expand(-1, rest)), 1) if rest else columns
 

@@ -110,6 +110,23 @@ def test_short_groups_are_compiled_right(k: int) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own tracing
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+def test_a_weight_of_any_shape_compiles_as_one_graph(
+    granularity: Literal["tensor", "row", "group"],
+) -> None:
+    """Dimensions are symbols, which dynamo (torch 2.13) does not take in every operation."""
+
+    def quantize(weight: Tensor) -> Tensor:
+        return dequantize(*absmean_ternary(weight, granularity, 16), 16)
+
+    torch.compiler.reset()
+    compiled = torch.compile(quantize, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((3, 65), (7, 33), (5, 16)):
+        weight = torch.randn(shape)
+        assert torch.equal(compiled(weight), quantize(weight))
+
+
 def test_zeros_of_known_distributions() -> None:
     generator = torch.Generator().manual_seed(0)
     gaussian = torch.randn(1000, 1000, generator=generator)
