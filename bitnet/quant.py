@@ -147,6 +147,8 @@ def _clamped_mean(magnitude: Tensor) -> Tensor:
     stays below 2^62 and is exact in any order. What is cut is at most 2^(2L - 61) of the mean.
     """
     n = int(magnitude.shape[-1])  # torch.jit.trace has tensors there
+    if n == 0:  # a weight without rows; columns there always are
+        return magnitude.new_full(magnitude.shape[:-1], torch.nan, dtype=torch.float32)
     bits = 61 - (n - 1).bit_length()
     largest = magnitude.amax(-1, keepdim=True).float()
     # fp32's biased exponent, from which powers of two are made: products with them are exact

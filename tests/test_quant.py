@@ -80,6 +80,18 @@ def test_gamma_is_the_exact_mean_rounded_once(n: int, scale: float, dtype: torch
     assert below <= gamma <= above
 
 
+@pytest.mark.parametrize(
+    ("granularity", "shape"), [("tensor", ()), ("row", (0,)), ("group", (0, 2))]
+)
+def test_a_weight_without_rows_has_codes_and_gamma(
+    granularity: Granularity, shape: tuple[int, ...]
+) -> None:
+    codes, gamma = absmean_ternary(torch.empty(0, 40), granularity, 32)
+    assert (codes.shape, codes.dtype) == ((0, 40), torch.int8)
+    assert (gamma.shape, gamma.dtype) == (shape, torch.float32)
+    assert gamma.isnan().all()
+
+
 def test_gamma_has_the_same_bits_in_any_order() -> None:
     """As other devices, thread counts and splits among ranks would add."""
     generator = torch.Generator().manual_seed(5)
