@@ -130,6 +130,7 @@ def in_fp64() -> Transformer:
 
 def work(rank: int, folder: Path) -> None:
     """A process of two: trains, and leaves what it counted and computed."""
+    torch.set_num_threads(1)  # OpenMP's other threads do not survive a fork: it would wait for them
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
