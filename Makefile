@@ -10,10 +10,11 @@ MINUTES ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 # Stamps: an installation is complete only once its stamp is there, and is repeated when
-# pyproject.toml changes; one that was interrupted is taken up again by the next make.
+# pyproject.toml or a C source changes; one that was interrupted is taken up again by the next make.
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 QUICK := runs/quickstart/model
+NATIVE := setup.py $(wildcard kernels/bitnet_kernels/cpu/native/*.[ch])
 # Each core gets a block of neighbouring tests; one that is done takes half of what another has left.
 SPREAD := -n auto --dist worksteal
 
@@ -82,12 +83,12 @@ define venv
 	fi
 endef
 
-$(RUN): pyproject.toml
+$(RUN): pyproject.toml $(NATIVE)
 	$(venv)
 	$(BIN)/python -m pip install --disable-pip-version-check -e .
 	@touch $@
 
-$(DEV): pyproject.toml
+$(DEV): pyproject.toml $(NATIVE)
 	$(venv)
 	$(BIN)/python -m pip install --disable-pip-version-check -e ".[dev]"
 	@touch $(RUN) $@

@@ -83,7 +83,7 @@ def built(shared: Shared) -> Path:
 def build(out: Path) -> None:
     source = out / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("bitnet", "kernels"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")

@@ -1,0 +1,134 @@
+"""The native CPU library: found, loaded and told about threads.
+
+It is plain C (``native/``), built when the package is installed, and never required: without it
+:func:`library` is None and torch operators do the work. Python calls it by ctypes, so it needs
+neither Python's headers nor torch's, and one build serves every Python and every torch.
+
+One build holds the code of several instruction sets; the best that the CPU runs is chosen when the
+library is first used. ``BITNET_CPU=avx2`` (or another name) forces one, and so does :func:`use`.
+
+Threads are torch's own: see ``native/threads.c``.
+"""
+
+import ctypes
+import os
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+ABI = 1
+"""BN_ABI of ``native/bitnet_cpu.h``."""
+_I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
+    "bn_abi": (_I32, ()),
+    "bn_isa_name": (ctypes.c_char_p, (_I32,)),
+    "bn_isa_use": (_I32, (ctypes.c_char_p,)),
+    "bn_isa_used": (ctypes.c_char_p, ()),
+    "bn_use_openmp": (None, (_POINTER, _POINTER, _POINTER)),
+}
+"""Name -> result and arguments, as in ``native/bitnet_cpu.h``."""
+_OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None where there is none; :func:`missing` says why.
+
+    Raises:
+        ValueError: ``BITNET_CPU`` names an instruction set that this CPU does not run.
+    """
+    path = _path()
+    if path is None:
+        return None
+    try:
+        lib = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(lib, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError):  # of another machine, or of an older source
+        return None
+    if lib.bn_abi() != ABI:
+        return None
+    if (pointers := _openmp()) is not None:
+        lib.bn_use_openmp(*pointers)
+    if forced := os.environ.get("BITNET_CPU"):
+        _use(lib, forced, "BITNET_CPU")
+    return lib
+
+
+def missing() -> str:
+    """Why there is no library, in a clause; empty where there is one."""
+    if library() is not None:
+        return ""
+    if _path() is None:
+        return "the native CPU library was not built at installation (no C compiler?)"
+    return "the native CPU library was built for another machine or version; reinstall the package"
+
+
+def available() -> tuple[str, ...]:
+    """The instruction sets of the library that this CPU runs, best first; none without it."""
+    lib = library()
+    return () if lib is None else _names(lib)
+
+
+def used() -> str:
+    """The instruction set in use; empty without the library."""
+    lib = library()
+    return "" if lib is None else lib.bn_isa_used().decode()
+
+
+def use(name: str) -> None:
+    """Use an instruction set from now on, in the whole process. For tests and measurements.
+
+    Raises:
+        ValueError: there is no library, or this CPU does not run it.
+    """
+    lib = library()
+    if lib is None:
+        raise ValueError(f"name: {missing()}")
+    _use(lib, name, "name")
+
+
+def threads() -> int:
+    """Threads of a call: torch's number."""
+    return torch.get_num_threads()
+
+
+def _names(lib: ctypes.CDLL) -> tuple[str, ...]:
+    names: list[str] = []
+    while (name := lib.bn_isa_name(len(names))) is not None:
+        names.append(name.decode())
+    return tuple(names)
+
+
+def _use(lib: ctypes.CDLL, name: str, argument: str) -> None:
+    if not lib.bn_isa_use(name.encode()):
+        raise ValueError(f"{argument}: expected one of {', '.join(_names(lib))}, got {name!r}")
+
+
+def _path() -> Path | None:
+    """The library's file, beside this one."""
+    folder = Path(__file__).parent
+    candidates = (folder / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _openmp() -> tuple[int, ...] | None:
+    """The addresses of three functions in the OpenMP runtime that torch runs on.
+
+    torch's library is linked to the runtime, whatever its file is called (wheels with CUDA rename
+    it), so a look-up that starts at torch's library finds that one and no other.
+    """
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if not (folder / name).is_file():
+            continue
+        try:
+            runtime = ctypes.CDLL(str(folder / name))
+            functions = [getattr(runtime, function) for function in _OPENMP]
+        except (OSError, AttributeError):
+            continue
+        return tuple(ctypes.cast(function, _POINTER).value or 0 for function in functions)
+    return None

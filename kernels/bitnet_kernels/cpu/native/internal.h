@@ -1,0 +1,167 @@
+/* What the C files share: threads, and one table of functions per instruction set. */
+#ifndef BITNET_INTERNAL_H
+#define BITNET_INTERNAL_H
+
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "bitnet_cpu.h"
+
+/* Functions between BN_TARGET_BEGIN("avx2,fma") and BN_TARGET_END are compiled for those
+ * instructions whatever the command line says. Include the headers of intrinsics before. */
+#define BN_PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define BN_TARGET_BEGIN(isa) \
+    BN_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define BN_TARGET_END BN_PRAGMA(clang attribute pop)
+#else
+#define BN_TARGET_BEGIN(isa) BN_PRAGMA(GCC push_options) BN_PRAGMA(GCC target(isa))
+#define BN_TARGET_END BN_PRAGMA(GCC pop_options)
+#endif
+
+#define BN_CACHE_LINE 64
+
+/* Threads */
+
+/* A team of `size` threads; `index` is the running one's, 0 to size - 1. */
+typedef struct {
+    int32_t index, size;
+    struct bn_barrier *barrier;
+} bn_team;
+
+/* Run task(team, argument) on up to `threads` threads and wait for all of them. */
+void bn_parallel(void (*task)(const bn_team *, void *), void *argument, int32_t threads);
+
+/* Wait until every thread of the team is here. What was written before is seen after. */
+void bn_wait(const bn_team *team);
+
+/* This thread's share [*begin, *end) of `count` items, in multiples of `step`. */
+static inline void bn_share(
+    const bn_team *team, int64_t count, int64_t step, int64_t *begin, int64_t *end
+) {
+    int64_t blocks = (count + step - 1) / step, size = team->size, index = team->index;
+    *begin = blocks * index / size * step;
+    *end = blocks * (index + 1) / size * step;
+    if (*begin > count) *begin = count;
+    if (*end > count) *end = count;
+}
+
+/* Operands */
+
+/* A ternary matrix [n, k]: its codes in one of two layouts (bitnet_kernels/packing.py), the other
+ * NULL; a scale per tensor (scale_stride 0) or per row (1); bias [n] or NULL. */
+typedef struct {
+    int64_t n, k;
+    const uint8_t *packed; /* [n, ceil(k/64) * 16] quarter-planes */
+    const uint32_t *planes; /* [n, 2, words]: bits of "not 0", bits of "-1" */
+    const float *scale;
+    int64_t scale_stride;
+    const float *bias;
+} bn_ternary;
+
+/* Tokens quantized to int8 by absmax. `stride` is ceil(k/64) * 64; codes from k on are 0. */
+typedef struct {
+    int64_t stride;
+    int8_t *codes; /* [m, stride] */
+    float *scale; /* [m] */
+    int32_t *sum; /* [m], of the codes */
+} bn_tokens;
+
+static inline int64_t bn_padded(int64_t k) { return (k + 63) / 64 * 64; }
+/* Words of a bit plane of a row (packing.plane_words): a bit per column, padded to 128. */
+static inline int64_t bn_plane_words(int64_t k) { return (bn_padded(k) + 127) / 128 * 4; }
+
+/* Numbers in memory. */
+typedef enum { BN_F32, BN_BF16, BN_F16, BN_I8 } bn_dtype;
+
+/* A matrix [n, k] that is not ternary: an output head, or a layer kept in full precision. int8 has
+ * a scale per row. */
+typedef struct {
+    int64_t n, k;
+    bn_dtype dtype;
+    const void *weight;
+    const float *scale;
+} bn_dense;
+
+/* Keys and values of one row and one key-value head: [columns, e] each, int8 with a scale per
+ * column. */
+typedef struct {
+    bn_dtype dtype;
+    int64_t e;
+    void *k, *v;
+    float *k_scale, *v_scale;
+} bn_cache;
+
+/* Instruction sets */
+
+/* Most tokens and rows of one call of a product. */
+#define BN_TOKENS 128
+#define BN_ROWS 64
+
+/* Ternary products of tokens m0 to m1 and rows n0 to n1 (at most BN_TOKENS and BN_ROWS of them):
+ * acc[(m - m0) * ld + (n - n0)], exact. `scratch` has bn_product_scratch(k) bytes, aligned to 64. */
+typedef void bn_product(
+    const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+    int32_t *acc, int64_t ld, void *scratch
+);
+size_t bn_product_scratch(int64_t k);
+
+typedef struct {
+    bn_product *dot; /* with multipliers, of either layout */
+    bn_product *addsub; /* without, of planes */
+} bn_products;
+
+/* What is done token by token, in fp32. Outputs may be the inputs. The formulas are those of
+ * bitnet_kernels/reference.py, to the last bit where it fixes the order. */
+typedef struct {
+    /* absmax_int8 of x [k]: codes [bn_padded(k)], 0 from k on; the scale; the sum of the codes */
+    void (*quant)(const float *x, int64_t k, int8_t *codes, float *scale, int32_t *sum);
+    void (*rmsnorm)(const float *x, const float *weight, float eps, int64_t k, float *y);
+    void (*relu2_mul)(const float *gate, const float *up, int64_t k, float *y);
+    void (*silu_mul)(const float *gate, const float *up, int64_t k, float *y);
+    /* rotate_half of one head x [e]; cos, sin [e] */
+    void (*rotate)(const float *x, const float *cos, const float *sin, int64_t e, float *y);
+    /* x [k] = row [k] of a matrix of that dtype (not int8) */
+    void (*widen)(const void *row, bn_dtype dtype, int64_t k, float *x);
+    /* Write key and value of one head [e] into a column of the cache. */
+    void (*append)(const bn_cache *cache, int64_t column, const float *k, const float *v);
+    /* Softmax attention: `count` queries (of several heads or tokens, each `q_stride` after the
+     * last), query i over columns 0 to last[i]; y likewise. `scratch`: bn_attend_scratch bytes. */
+    void (*attend)(
+        const bn_cache *cache, const float *q, int64_t q_stride, const int64_t *last, int64_t count,
+        float *y, int64_t y_stride, void *scratch
+    );
+    /* out[m * ld + (n - n0)] = sum_k x[m, k] w[n, k] for rows n0 to n1; x [m, x_stride] */
+    void (*dense)(
+        const bn_dense *w, const float *x, int64_t x_stride, int64_t m, int64_t n0, int64_t n1,
+        float *out, int64_t ld
+    );
+    /* The same of an int8 matrix and quantized tokens: ((acc * s_x) * scale[n]) */
+    void (*dense_int8)(
+        const bn_dense *w, const bn_tokens *x, int64_t m, int64_t n0, int64_t n1, float *out,
+        int64_t ld
+    );
+} bn_rows;
+size_t bn_attend_scratch(int64_t columns, int64_t count);
+
+typedef struct {
+    const char *name;
+    bool (*runs)(void); /* whether this CPU has the instructions */
+    const bn_products *products;
+    const bn_rows *rows;
+} bn_isa;
+
+/* The one in use. */
+const bn_isa *bn_isa_current(void);
+
+extern const bn_products bn_products_portable;
+extern const bn_rows bn_rows_portable;
+#if defined(__x86_64__)
+extern const bn_products bn_products_avx512, bn_products_avx2;
+extern const bn_rows bn_rows_avx512, bn_rows_avx2;
+#elif defined(__aarch64__)
+extern const bn_products bn_products_neon;
+extern const bn_rows bn_rows_neon;
+#endif
+
+#endif

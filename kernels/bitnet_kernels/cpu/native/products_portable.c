@@ -1,0 +1,3 @@
+#include "internal.h"
+
+const bn_products bn_products_portable = {0};

@@ -1,0 +1,3 @@
+#include "internal.h"
+
+const bn_rows bn_rows_portable = {0};
