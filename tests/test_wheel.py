@@ -22,6 +22,7 @@ import pytest
 from tests.helpers.shared import Shared
 
 ROOT = Path(__file__).parents[1]
+PLATFORM = sysconfig.get_platform().translate(str.maketrans("-.", "__"))
 NOT_BORROWED = ("triton", "bitnet", "__editable__", "__pycache__", "pip", "setuptools")
 
 USE = """
@@ -83,10 +84,10 @@ def built(shared: Shared) -> Path:
 def build(out: Path) -> None:
     source = out / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("bitnet", "kernels"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=out)
 
@@ -133,7 +134,8 @@ def test_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:
         for path in (root / package).rglob("*")
         if path.suffix == ".py" or path.name == "py.typed" or path.parent.name == "tables"
     }
-    assert names == expected
+    assert names == expected | {"bitnet_kernels/cpu/_native.abi3.so"}
+    assert wheel.stem.split("-", 2)[2] == f"cp311-abi3-{PLATFORM}"
 
 
 def test_wheel_metadata(built: Path) -> None:
@@ -157,6 +159,9 @@ def test_sdist_builds_alone(built: Path) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "bitnet/linear.py"} <= names
     assert "kernels/bitnet_kernels/packing.py" in names
+    native = ROOT / "kernels/bitnet_kernels/cpu/native"
+    sources = {str(path.relative_to(ROOT)) for path in native.iterdir()}
+    assert {"setup.py", *sources} <= names
 
 
 def test_wheel_trains_and_packs_away_from_the_repository(environment: Path, tmp_path: Path) -> None:
