@@ -36,4 +36,85 @@ BN_API const char *bn_isa_used(void);
  * omp_get_thread_num and omp_get_num_threads. Until then everything runs on one thread. */
 BN_API void bn_use_openmp(void *parallel, void *thread_num, void *num_threads);
 
+/* A language model and its rows: one call per step (step.c)
+ *
+ * The layout is that of bitnet/engine/state.py. S rows, L columns, D d_model, H query heads, G key-value
+ * heads, E head_dim, F d_ff, V vocabulary. */
+
+/* An RMSNorm; weight NULL where the model has none. */
+typedef struct {
+    const float *weight; /* [k] */
+    float eps;
+} bn_norm;
+
+/* How a matrix is stored, and so which kernel multiplies by it. */
+enum {
+    BN_MATRIX_F32,
+    BN_MATRIX_BF16,
+    BN_MATRIX_F16,
+    BN_MATRIX_I8, /* with a scale per row */
+    BN_MATRIX_PACKED, /* ternary, quarter-planes: family dot */
+    BN_MATRIX_ADDSUB, /* ternary, bit planes: family addsub */
+    BN_MATRIX_PLANES /* the same planes: addsub for few tokens, dot for many */
+};
+
+typedef struct {
+    int64_t n, k;
+    int64_t kind; /* BN_MATRIX_... */
+    const void *weight; /* [n, k]; packed: [n, ceil(k/64) * 16] bytes; planes: [n, 2, words] */
+    const float *scale; /* of int8 and ternary matrices */
+    int64_t scale_stride; /* 0: one scale for all rows; 1: one per row */
+} bn_matrix;
+
+typedef struct {
+    bn_norm input_norm, q_norm, k_norm, attn_norm, mlp_norm, ffn_norm;
+    bn_matrix q, k, v, o, gate, up, down;
+} bn_layer;
+
+typedef struct {
+    int64_t n_layers, d_model, n_heads, n_kv_heads, head_dim, d_ff, vocab;
+    int64_t relu2; /* 1: relu(gate)^2 * up; 0: silu(gate) * up */
+    int64_t embedding_kind; /* BN_MATRIX_F32, _BF16 or _F16 */
+    const void *embedding; /* [V, D] */
+    const bn_layer *layers;
+    bn_norm norm;
+    bn_matrix head; /* [V, D] */
+
+    int64_t rows, columns, max_len; /* S, L > max_len, most tokens of a row */
+    int64_t cache_kind; /* BN_MATRIX_F32, _BF16, _F16 or _I8 */
+    void *kv; /* [n_layers, 2, S, G, L, E] */
+    float *kv_scale; /* [n_layers, 2, S, G, L] of an int8 cache */
+    const float *cos, *sin; /* [L, E] */
+    int64_t *tokens; /* [S], the next input of each row */
+    int32_t *lengths; /* [S], columns filled */
+    const int32_t *active; /* [S], 1 where a step advances the row */
+    float *logits; /* [S, V] */
+    int64_t *chosen; /* [S], argmax of the logits; -1 where their maximum is not finite */
+
+    int64_t most; /* tokens at a time that the workspace is for */
+    int64_t threads; /* threads that it is for */
+    void *workspace; /* bn_workspace(this) bytes */
+} bn_model;
+
+/* Tokens of one row: n of them from column `start` on. */
+typedef struct {
+    int64_t row, start, n;
+} bn_piece;
+
+/* Bytes of the workspace for `most` tokens and `threads` threads, which are set. */
+BN_API int64_t bn_workspace(const bn_model *model);
+
+/* Feed the next token of each of the first `batch` rows (at most `most`): append its keys and
+ * values, write logits, chosen and the next tokens, and advance the active rows. Returns -1, or the
+ * row whose token is not in the vocabulary; then nothing was done. */
+BN_API int64_t bn_step(const bn_model *model, int64_t batch, int32_t threads);
+
+/* Append tokens to rows, those of the pieces one after another (at most `most`), and write the
+ * logits, chosen and next token after the last of each piece. Lengths are not advanced. Returns as
+ * bn_step, with the number of a token. */
+BN_API int64_t bn_prefill(
+    const bn_model *model, const int64_t *tokens, const bn_piece *pieces, int64_t n_pieces,
+    int32_t threads
+);
+
 #endif

@@ -72,7 +72,12 @@ static inline int64_t bn_padded(int64_t k) { return (k + 63) / 64 * 64; }
 static inline int64_t bn_plane_words(int64_t k) { return (bn_padded(k) + 127) / 128 * 4; }
 
 /* Numbers in memory. */
-typedef enum { BN_F32, BN_BF16, BN_F16, BN_I8 } bn_dtype;
+typedef enum {
+    BN_F32 = BN_MATRIX_F32,
+    BN_BF16 = BN_MATRIX_BF16,
+    BN_F16 = BN_MATRIX_F16,
+    BN_I8 = BN_MATRIX_I8
+} bn_dtype;
 
 /* A matrix [n, k] that is not ternary: an output head, or a layer kept in full precision. int8 has
  * a scale per row. */
@@ -110,6 +115,14 @@ typedef struct {
     bn_product *dot; /* with multipliers, of either layout */
     bn_product *addsub; /* without, of planes */
 } bn_products;
+
+/* One thread's share of y = x W^T, rescaled: out[i * ld + n], or added to what is there (product.c).
+ * `family` is a function of bn_products; `scratch` has bn_linear_scratch(k) bytes. */
+void bn_linear_share(
+    const bn_team *team, bn_product *family, const bn_ternary *w, const bn_tokens *x, int64_t m,
+    float *out, int64_t ld, bool add, void *scratch
+);
+size_t bn_linear_scratch(int64_t k); /* at least a float per token and row of a call */
 
 /* What is done token by token, in fp32. Outputs may be the inputs. The formulas are those of
  * bitnet_kernels/reference.py, to the last bit where it fixes the order. */
