@@ -27,6 +27,17 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "bn_isa_use": (_I32, (ctypes.c_char_p,)),
     "bn_isa_used": (ctypes.c_char_p, ()),
     "bn_use_openmp": (None, (_POINTER, _POINTER, _POINTER)),
+    "bn_ternary_workspace": (_I64, (_I32, _I64, _I64)),
+    "bn_ternary_matmul": (None, (_I32, _I32, *3 * (_I64,), *5 * (_POINTER,))),
+    "bn_quantized_linear": (
+        None,
+        (_I32, _I32, *3 * (_I64,), *5 * (_POINTER,), _I64, *3 * (_POINTER,)),
+    ),
+    "bn_ternary_linear": (
+        None,
+        (_I32, _I32, *3 * (_I64,), *4 * (_POINTER,), _I64, *3 * (_POINTER,)),
+    ),
+    "bn_bit_planes": (None, (_I32, _POINTER, _I64, _I64, _POINTER)),
 }
 """Name -> result and arguments, as in ``native/bitnet_cpu.h``."""
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")

@@ -36,6 +36,36 @@ BN_API const char *bn_isa_used(void);
  * omp_get_thread_num and omp_get_num_threads. Until then everything runs on one thread. */
 BN_API void bn_use_openmp(void *parallel, void *thread_num, void *num_threads);
 
+/* Ternary products (product.c)
+ *
+ * `packed` [N, ceil(K/64) * 16], or `planes` [N, 2, words] where that is NULL. `addsub`: 1 for the
+ * kernel without multiplications, which needs the planes; 0 for dot, which takes either. */
+
+/* Bytes of the workspace of these operators. */
+BN_API int64_t bn_ternary_workspace(int32_t threads, int64_t m, int64_t k);
+
+/* acc [M, N] = x [M, K] times the codes, int32 */
+BN_API void bn_ternary_matmul(
+    int32_t threads, int32_t addsub, int64_t m, int64_t n, int64_t k, const int8_t *x,
+    const uint8_t *packed, const void *planes, int32_t *acc, void *workspace
+);
+/* out [M, N] = ((acc * s_x[m]) * scale[n * scale_stride]) + bias[n]; bias may be NULL */
+BN_API void bn_quantized_linear(
+    int32_t threads, int32_t addsub, int64_t m, int64_t n, int64_t k, const int8_t *x,
+    const float *s_x, const uint8_t *packed, const void *planes, const float *scale,
+    int64_t scale_stride, const float *bias, float *out, void *workspace
+);
+/* The same of fp32 tokens [M, K], which it quantizes. */
+BN_API void bn_ternary_linear(
+    int32_t threads, int32_t addsub, int64_t m, int64_t n, int64_t k, const float *x,
+    const uint8_t *packed, const void *planes, const float *scale, int64_t scale_stride,
+    const float *bias, float *out, void *workspace
+);
+/* planes [n, 2, words] of packed [n, bytes] */
+BN_API void bn_bit_planes(
+    int32_t threads, const uint8_t *packed, int64_t n, int64_t bytes, void *planes
+);
+
 /* A language model and its rows: one call per step (step.c)
  *
  * The layout is that of bitnet/engine/state.py. S rows, L columns, D d_model, H query heads, G key-value

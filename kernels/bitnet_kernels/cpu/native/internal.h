@@ -65,6 +65,9 @@ typedef struct {
     int8_t *codes; /* [m, stride] */
     float *scale; /* [m] */
     int32_t *sum; /* [m], of the codes */
+    /* [m, stride / 64, 8]: the eight bits of 64 codes, a word per bit, lowest first. addsub reads
+     * them, and only it: bn_products.bits makes them of the codes. */
+    uint64_t *bits;
 } bn_tokens;
 
 static inline int64_t bn_padded(int64_t k) { return (k + 63) / 64 * 64; }
@@ -103,21 +106,40 @@ typedef struct {
 #define BN_TOKENS 128
 #define BN_ROWS 64
 
+/* Bytes that a product works in; aligned to 64. */
+#define BN_PRODUCT_SCRATCH (192 * 1024)
+
 /* Ternary products of tokens m0 to m1 and rows n0 to n1 (at most BN_TOKENS and BN_ROWS of them):
- * acc[(m - m0) * ld + (n - n0)], exact. `scratch` has bn_product_scratch(k) bytes, aligned to 64. */
+ * acc[(m - m0) * ld + (n - n0)], exact modulo 2^32. */
 typedef void bn_product(
     const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     int32_t *acc, int64_t ld, void *scratch
 );
-size_t bn_product_scratch(int64_t k);
 
 typedef struct {
-    bn_product *dot; /* with multipliers, of either layout */
-    bn_product *addsub; /* without, of planes */
+    bn_product *dot; /* with multipliers, of either layout of the weights */
+    bn_product *addsub; /* without: of planes, and of the tokens' bits */
+    /* Make x->bits of tokens m0 to m1. */
+    void (*bits)(const bn_tokens *x, int64_t m0, int64_t m1);
+    /* out[(m - m0) * out_ld + (n - n0)] = ((float)acc * x->scale[m]) * w->scale[n] (+ w->bias[n]),
+     * added to what stands there if `add`. acc as of bn_product. */
+    void (*rescale)(
+        const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+        const int32_t *acc, int64_t ld, bool add, float *out, int64_t out_ld
+    );
 } bn_products;
 
-/* One thread's share of y = x W^T, rescaled: out[i * ld + n], or added to what is there (product.c).
- * `family` is a function of bn_products; `scratch` has bn_linear_scratch(k) bytes. */
+/* The functions of portable C, for tables that have none of their own. */
+bn_product bn_dot_portable, bn_addsub_portable;
+void bn_bits_portable(const bn_tokens *x, int64_t m0, int64_t m1);
+void bn_rescale_portable(
+    const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
+    const int32_t *acc, int64_t ld, bool add, float *out, int64_t out_ld
+);
+
+/* One thread's share of y = x W^T, rescaled: out[t * ld + n], or added to what is there (product.c).
+ * `family` is a function of bn_products; `scratch` has bn_linear_scratch(k) bytes, aligned to 64. It
+ * does not wait for the other threads. For addsub the tokens need their bits (bn_products.bits). */
 void bn_linear_share(
     const bn_team *team, bn_product *family, const bn_ternary *w, const bn_tokens *x, int64_t m,
     float *out, int64_t ld, bool add, void *scratch

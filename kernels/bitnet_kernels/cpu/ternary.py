@@ -1,0 +1,90 @@
+"""Ternary products by the native library: the arguments of ``native/product.c``.
+
+The callers have checked shapes, dtypes and devices (:mod:`bitnet_kernels.ops.ternary`); this module
+makes what the C code takes for granted: row-major tensors, an own row of memory for each output,
+a workspace. A call runs on torch's number of threads.
+
+M tokens, K in_features, N out_features.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bitnet_kernels.cpu import native
+from bitnet_kernels.packing import plane_words
+
+
+def matmul(x_q: Tensor, packed: Tensor, planes: Tensor | None, addsub: bool) -> Tensor:
+    """int8 ``[M, K]`` times packed uint8 ``[N, P]`` -> int32 ``[M, N]``. ``addsub`` reads the bit
+    planes; without ``planes`` it makes them, which takes longer than the product."""
+    (m, k), n = x_q.shape, packed.shape[0]
+    acc = x_q.new_empty((m, n), dtype=torch.int32)
+    if m and n:
+        weights = _weights(packed, planes, addsub)
+        _call("bn_ternary_matmul", addsub, m, n, k, [x_q], weights, [acc])
+    return acc
+
+
+def quantized_linear(
+    x_q: Tensor,
+    s_x: Tensor,
+    packed: Tensor,
+    planes: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    addsub: bool,
+) -> Tensor:
+    """fp32 ``[M, N]`` of quantized tokens x_q ``[M, K]``, s_x ``[M]``; scale fp32 ``[]`` or
+    ``[N]``, bias float ``[N]``."""
+    (m, k), n = x_q.shape, packed.shape[0]
+    y = x_q.new_empty((m, n), dtype=torch.float32)
+    if m and n:
+        weights = _weights(packed, planes, addsub)
+        tokens = [x_q, s_x.float()]
+        added = None if bias is None else bias.float()
+        rescale: list[Tensor | int | None] = [scale, scale.dim(), added, y]
+        _call("bn_quantized_linear", addsub, m, n, k, tokens, weights, rescale)
+    return y
+
+
+def bit_planes(packed: Tensor) -> Tensor:
+    """:func:`bitnet_kernels.packing.bit_planes` of packed uint8 ``[N, P]``, unchecked."""
+    lib = native.library()
+    assert lib is not None
+    n, p = packed.shape
+    planes = packed.new_empty((n, 2, plane_words(p)), dtype=torch.int32)
+    packed = packed.contiguous()
+    lib.bn_bit_planes(native.threads(), packed.data_ptr(), n, p, planes.data_ptr())
+    return planes
+
+
+def _weights(packed: Tensor, planes: Tensor | None, addsub: bool) -> list[Tensor | None]:
+    """The layout that the kernel reads, and None for the other."""
+    if not addsub:
+        return [packed, None]
+    return [None, bit_planes(packed) if planes is None else planes]
+
+
+def _call(
+    name: str,
+    addsub: bool,
+    m: int,
+    n: int,
+    k: int,
+    *operands: Sequence[Tensor | int | None],
+) -> None:
+    """Call a function of the library with the addresses of the operands, made contiguous, and a
+    workspace."""
+    lib = native.library()
+    assert lib is not None
+    threads = native.threads()
+    size = lib.bn_ternary_workspace(threads, m, k)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
+    kept = [
+        one.contiguous() if isinstance(one, Tensor) else one for some in operands for one in some
+    ]
+    addresses = [one.data_ptr() if isinstance(one, Tensor) else one for one in kept]
+    getattr(lib, name)(threads, addsub, m, n, k, *addresses, ctypes.c_void_p(workspace.data_ptr()))
