@@ -20,7 +20,7 @@ B batch, T tokens, D d_model, H query heads, G key-value heads, E head_dim, F d_
 
 import dataclasses
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import torch
 from einops import rearrange
@@ -216,6 +216,15 @@ def make_norm(config: ModelConfig, features: int, *placements: str) -> nn.Module
     return nn.Identity()
 
 
+class Cache(Protocol):
+    """What attention needs of a cache."""
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values ``[B, G, T, E]`` of a layer; return those of all columns
+        that its mask knows, ``[B, G, C, E]``."""
+        ...
+
+
 class KVCache:
     """Keys and values of the tokens seen so far, preallocated.
 
@@ -303,7 +312,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Tensor | None
     ) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, D]``."""
         projections = self.q_proj, self.k_proj, self.v_proj
@@ -352,7 +361,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, mask: Tensor | None
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None, mask: Tensor | None
     ) -> Tensor:
         """``[B, T, D]`` -> ``[B, T, D]``."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), cos, sin, cache, mask)

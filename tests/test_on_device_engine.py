@@ -17,7 +17,7 @@ from bitnet.engine.cuda import CudaRunner
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.engine import Engine
 from bitnet.engine.state import State
-from bitnet.engine.weights import ModelWeights, quantized_head
+from bitnet.engine.weights import ModelWeights, packed_copy, quantized_head
 from bitnet.linear import BitLinear, pack
 from bitnet.model import Transformer, as_transformer
 from tests.helpers.decoding import VARIANTS, greedy, make_prompts, prefill, small_model
@@ -76,7 +76,7 @@ def model_on(device: torch.device, setup: Setup = SETUPS["ternary"]) -> Transfor
 
 def runner_of(model: Transformer, setup: Setup) -> CudaRunner:
     """Eight rows in four buckets."""
-    weights = ModelWeights.of(model, packed=True)
+    weights = ModelWeights.of(packed_copy(model), fused=True)
     if setup.head != "float":
         weights = replace(weights, head=quantized_head(weights.head, setup.head))  # type: ignore[arg-type]
     state = State.empty(model.config, 8, MAX_LEN, setup.cache, weights.embedding.device)
@@ -92,13 +92,6 @@ def advance(runner: CudaRunner, batch: int, captured: bool) -> None:
     runner.step_body(next(bucket for bucket in runner.buckets if bucket >= batch))
 
 
-@pytest.fixture
-def any_head(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without VNNI a Decoder has no int8 head on a CPU; the operators of a GPU's step have."""
-    monkeypatch.setattr("bitnet.engine.weights.int_mm_takes_any_int8", lambda: True)
-
-
-@pytest.mark.usefixtures("any_head")
 @torch.inference_mode()
 @pytest.mark.parametrize("name", SETUPS)
 def test_captured_steps_are_those_that_are_not(device: torch.device, name: str) -> None:
@@ -118,7 +111,6 @@ def test_captured_steps_are_those_that_are_not(device: torch.device, name: str) 
     assert_same(*runs)
 
 
-@pytest.mark.usefixtures("any_head")
 @torch.inference_mode()
 @pytest.mark.parametrize("name", SETUPS)
 def test_a_steps_logits_are_near_the_models(device: torch.device, name: str) -> None:

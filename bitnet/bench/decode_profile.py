@@ -93,6 +93,8 @@ def own_work(event: Mapping[str, Any]) -> tuple[int | None, int | None]:
     types = arguments.get("Input type", [])
     if name in _INDEXING or not str(event["name"]).startswith("aten::") or not shapes:
         return None, None
+    if any(shape and isinstance(shape[0], list) for shape in shapes):  # tensors without dtypes
+        return None, None
     total = 0
     for shape, kind in zip(shapes, types, strict=True):
         if shape:  # else a number, or a list of tensors

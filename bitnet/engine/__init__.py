@@ -1,1 +1,1 @@
-"""Generation from static memory: a decoder whose step allocates nothing, and the engine on top."""
+"""Generation: a decoder whose weights and cache are laid out once, and the engine on top."""

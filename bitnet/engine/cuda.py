@@ -37,9 +37,7 @@ from bitnet_kernels import (
     relu2_mul_rmsnorm_quant,
     rmsnorm_quant,
 )
-from bitnet_kernels.cpu import int_mm
 from bitnet_kernels.ops.decode import decode_attention, rope_append
-from bitnet_kernels.reference import absmax_int8, rescale
 
 _Input = Tensor | tuple[Tensor, Tensor, Tensor]
 """The input of a matrix: float, or for a ternary one codes, scales and row sums."""
@@ -49,7 +47,7 @@ class CudaRunner:
     """The steps and prefills of a model on a GPU.
 
     Arguments:
-        weights: the model's, ternary ones packed. state: the rows.
+        weights: the model's, fused. state: the rows.
         buckets: ascending batch sizes, up to the number of rows.
         kernel: see :func:`bitnet_kernels.quantized_linear`.
     """
@@ -144,10 +142,11 @@ class CudaRunner:
         x = F.embedding(tokens, self.weights.embedding)
         added: Tensor | None = None  # not yet added to the residual stream
         for i, layer in enumerate(self.weights.layers):
-            x, read = self._enter(x, added, layer.input_norm, layer.qkv)
-            added = self._attention(i, layer, self._product(layer.qkv, read, x.dtype), n_valid)
-            x, read = self._enter(x, added, layer.mlp_norm, layer.gate_up)
-            added = self._mlp(layer, self._product(layer.gate_up, read, x.dtype))
+            (qkv,), (gate_up,) = layer.qkv, layer.gate_up
+            x, read = self._enter(x, added, layer.input_norm, qkv)
+            added = self._attention(i, layer, self._product(qkv, read, x.dtype), n_valid)
+            x, read = self._enter(x, added, layer.mlp_norm, gate_up)
+            added = self._mlp(layer, self._product(gate_up, read, x.dtype))
         if added is not None:
             x = x + added
         last = (n_valid.long() - 1).clamp(min=0)
@@ -199,7 +198,7 @@ class CudaRunner:
             assert isinstance(read, tuple)
             return quantized_linear(
                 *read,
-                matrix.weight,
+                matrix.packed,
                 matrix.scale,
                 kernel=self.kernel,
                 planes=matrix.planes,
@@ -214,9 +213,7 @@ class CudaRunner:
         """Normed ``[B, D]`` -> fp32 logits ``[B, V]``."""
         head = self.weights.head
         if isinstance(head, Int8):
-            codes, scale = absmax_int8(x)
-            acc = int_mm.int8_matmul(codes, head.weight)
-            return rescale(acc, scale, head.scale, None, torch.float32)
+            return head.logits(x)
         if isinstance(head, Dense):
             x, weight = x.to(head.weight.dtype), head.weight.t()
             if x.device.type == "cuda" and x.dtype != torch.float32:

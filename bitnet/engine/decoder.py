@@ -4,14 +4,13 @@
     decoder.prefill(tokens, n_valid)        # prompts; logits and the chosen token of each row
     decoder.step(batch)                     # as often as needed: appends, attends, chooses
 
-All memory that a step reads or writes is allocated once: the weights in the form that its products
-read (:mod:`bitnet.engine.weights`), keys and values, the rows' tokens and lengths, the workspace.
-A greedy step feeds itself: it writes the chosen tokens where the next step reads its inputs, so the
-host only reads them. Rows fill independently, each from column 0: no padding and no shared
-position, so a row's tokens depend on no other row.
+The weights are read once (:mod:`bitnet.engine.weights`); keys and values, the rows' tokens and
+lengths are allocated once. A greedy step feeds itself: it writes the chosen tokens where the next
+step reads its inputs, so the host only reads them. Rows fill independently, each from column 0: no
+padding and no shared position, so a row's tokens depend on no other row.
 
-There is one runner per device: recorded torch calls on a CPU (:mod:`bitnet.engine.cpu`), one CUDA
-graph per batch size on a GPU (:mod:`bitnet.engine.cuda`).
+On a GPU a step is one CUDA graph per batch size (:mod:`bitnet.engine.cuda`), on a CPU the model's
+layers called one by one (:mod:`bitnet.engine.modules`).
 
 S rows, T tokens, V vocabulary.
 """
@@ -22,14 +21,15 @@ from typing import Literal, NoReturn, SupportsIndex, get_args
 import torch
 from torch import Tensor
 
-from bitnet.engine.cpu import CpuRunner
 from bitnet.engine.cuda import CudaRunner
+from bitnet.engine.modules import ModuleRunner
 from bitnet.engine.state import State
 from bitnet.engine.weights import (
     Dense,
     ModelWeights,
     Versions,
     embedding_of,
+    packed_copy,
     quantized_head,
     tensors_of,
 )
@@ -46,10 +46,11 @@ class Decoder:
     """A model's weights, its keys and values, and one step over them.
 
     Arguments:
-        model: on its device, in fp32, bf16 or fp16. Its weights are read once, now. Linear layers
-            that are neither packed, ternary nor plain (:mod:`bitnet.engine.weights`) are called as
-            modules, in the mode they are in, and allocate memory. The rest of the model may be
-            dropped. After a change of the model, make a new decoder: :meth:`check_weights`.
+        model: on its device, in fp32, bf16, fp16, or on a CPU fp64. Its weights are read once, now:
+            a BitLinear is packed; on CUDA matrices are fused; the rest is shared with the model.
+            Linear layers that are neither ternary nor plain (:mod:`bitnet.engine.weights`) are
+            called as modules, in the mode they are in. The model may be dropped. After a change of
+            it, make a new decoder: :meth:`check_weights`.
         max_batch: rows, at most 64. max_len: tokens per row, at most the model's context.
         chunk: most tokens per row in one call of :meth:`prefill`.
         cache_dtype: of keys and values. "auto": the model's dtype on a CPU, bf16 on CUDA. "int8"
@@ -59,7 +60,7 @@ class Decoder:
         kernel: of packed layers on CUDA.
     Attributes:
         device, vocab_size, max_batch, max_len, chunk.
-        modules: the layers called as modules; usually none.
+        modules: the layers that are neither ternary nor plain; usually none.
         buckets: batch sizes that have a graph on CUDA; a CPU runs any.
         tokens: int64 ``[S]``, the next input of each row. A step writes ``chosen`` there (0 instead
             of -1); the caller may overwrite it between steps.
@@ -104,10 +105,15 @@ class Decoder:
             if value not in get_args(choices):
                 expected = ", ".join(get_args(choices))
                 raise ValueError(f"{name}: expected one of {expected}, got {value!r}")
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"model: expected fp32, bf16 or fp16, got {weight.dtype}")
         if weight.device.type not in ("cpu", "cuda"):
             raise ValueError(f"model: expected it on cpu or cuda, got {weight.device}")
+        dtypes = [torch.float32, torch.bfloat16, torch.float16]
+        if weight.dtype not in (*dtypes, torch.float64) or (
+            weight.is_cuda and weight.dtype not in dtypes
+        ):
+            raise ValueError(
+                f"model: expected fp32, bf16, fp16, or on a CPU fp64; got {weight.dtype}"
+            )
 
         self.device, self.vocab_size = weight.device, config.vocab_size
         self.max_batch, self.max_len, self.chunk = max_batch, max_len, min(chunk, max_len)
@@ -121,8 +127,9 @@ class Decoder:
         self, model: Transformer, cache_dtype: CacheDtype, head: HeadDtype, kernel: Kernel
     ) -> None:
         config, on_cpu = model.config, self.device.type == "cpu"
+        packed = packed_copy(model)
         weights = ModelWeights.of(
-            model, packed=not on_cpu, planes=kernel == "addsub" and not on_cpu
+            packed, fused=not on_cpu, planes=kernel == "addsub" and not on_cpu
         )
         if head == "auto" and not on_cpu and isinstance(weights.head, Dense):
             head = "bf16"
@@ -140,9 +147,9 @@ class Decoder:
         self._state = state = State.empty(config, self.max_batch, self.max_len, cache, self.device)
         self.tokens, self.lengths, self.active = state.tokens, state.lengths, state.active
         self.logits, self.chosen = state.logits, state.chosen
-        self._runner: CpuRunner | CudaRunner
+        self._runner: ModuleRunner | CudaRunner
         if on_cpu:
-            self._runner = CpuRunner(config, weights, state, self.chunk)
+            self._runner = ModuleRunner(packed, weights, state, self.chunk)
         else:
             self._runner = CudaRunner(config, weights, state, self.buckets, kernel)
 
@@ -223,7 +230,6 @@ class Decoder:
         self._check_row("target", target, 0)
         if source == target:
             raise ValueError(f"target: expected another row than source = {source}")
-        self._state.truncate(target, 0)
         self._state.copy_prefix(source, target, n)
 
     @torch.inference_mode()
@@ -234,12 +240,12 @@ class Decoder:
             ValueError: no such row, or it holds fewer tokens.
         """
         self._check_row("row", row, n)
-        self._state.truncate(row, n)
+        self.lengths[row] = n
 
     def memory(self) -> dict[str, int]:
         """Bytes of ``weights`` (the layers' matrices and norms), ``head``, ``embedding``, ``cache``
-        (keys, values and their scales) and ``workspace`` (everything else; on CUDA without the
-        graphs' pool). Shared memory counts once: a head tied to the embedding is 0."""
+        (keys, values and their scales) and ``workspace`` (everything else that is kept; on CUDA
+        without the graphs' pool). Shared memory counts once: a head tied to the embedding is 0."""
         weights, state = self._weights, self._state
         parts = {
             "embedding": [weights.embedding],

@@ -84,7 +84,7 @@ class Engine:
     Arguments:
         model: on its device. The engine reads its weights once and shares some of the model's own
             tensors: after training the model further, make a new engine. It keeps no other part of
-            the model, except the layers that the decoder calls as modules (``decoder.modules``,
+            the model, except layers that are neither ternary nor plain (``decoder.modules``,
             usually none); these are in eval mode while a call computes.
         tokenizer: needed for stop strings and ``on_text``.
         max_batch: rows, 1 to 64; more prompts run in batches of this size.

@@ -1,22 +1,23 @@
-"""A model's weights as a step reads them: matrices and norms, fused where several share an input.
+"""A model's weights as a step reads them: matrices and norms.
 
-    Ternary   TernaryLinear, or BitLinear with the codes of its weight now: codes and one scale per
-              row. On a CPU the codes are unpacked once to int8: torch's int8 product reads them
-              directly, and is three to thirteen times as fast as an fp32 product of the same size.
-              On CUDA they stay packed.
+    Ternary   TernaryLinear: packed codes, and one scale for the matrix or one per row.
     Dense     nn.Linear, the full-precision baseline: one weight.
     Modules   any other layer (scales per group, a norm inside, a bias, layers of QAT, adapters):
-              called as a module, one by one, allocating memory. A BitLinear among them is packed
-              first, so that no call quantizes its weight again.
+              called as a module.
 
-A fused matrix (q, k and v; gate and up) has one scale per row, so each projection in it keeps its
-own scale. Nothing is estimated again.
+A BitLinear is packed first, once (:func:`packed_copy`), so that no step quantizes its weight.
+Nothing is estimated again.
+
+On a CPU each matrix is the layer's own tensor, not a copy. On CUDA those that share an input (q, k
+and v; gate and up) are fused into one: it has one scale per row, so each projection in it keeps its
+own scale.
 
 N out_features, K in_features.
 """
 
+import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeVar, cast
 
@@ -24,13 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.linear import BitLinear, RMSNorm, TernaryLinear
-from bitnet.model import MLP, Attention, Block, Transformer
+from bitnet.model import MLP, Attention, Block, ModelConfig, Transformer
 from bitnet.modules import computed_parameter, hooked
 from bitnet.qat.integer import IntEmbedding
 from bitnet.qat.layers import QATEmbedding
-from bitnet_kernels import bit_planes, pack_ternary
-from bitnet_kernels.cpu.int_mm import int_mm_takes_any_int8
-from bitnet_kernels.reference import absmax_int8
+from bitnet_kernels import bit_planes
+from bitnet_kernels.cpu import int_mm
+from bitnet_kernels.reference import absmax_int8, rescale
 
 
 class Norm(NamedTuple):
@@ -41,11 +42,11 @@ class Norm(NamedTuple):
 
 
 class Ternary(NamedTuple):
-    """A ternary matrix: ``weight`` int8 codes ``[N, K]`` on a CPU, uint8 packed
-    ``[N, ceil(K/64)*16]`` on CUDA; ``scale`` fp32 ``[N]``; ``planes`` the packed codes as bit
-    planes, for the kernel that reads those."""
+    """A ternary matrix: ``packed`` uint8 ``[N, ceil(K/64)*16]``
+    (:func:`bitnet_kernels.pack_ternary`); ``scale`` fp32 ``[]`` or ``[N]``; ``planes`` the same
+    codes as bit planes (:func:`bitnet_kernels.bit_planes`), for the kernel that reads those."""
 
-    weight: Tensor
+    packed: Tensor
     scale: Tensor
     planes: Tensor | None = None
 
@@ -68,15 +69,21 @@ class Int8(NamedTuple):
     weight: Tensor
     scale: Tensor
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Float ``[B, K]`` -> fp32 ``[B, N]``; each row of ``x`` is quantized too."""
+        codes, scale = absmax_int8(x)
+        acc = int_mm.int8_matmul(codes, self.weight)
+        return rescale(acc, scale, self.scale, None, torch.float32)
+
 
 Matrix = Ternary | Dense | Int8 | Modules
 _M = TypeVar("_M", bound=nn.Module)
 
 
-class _Fuse(Protocol):
-    """Fuses the children of a module, whose name is a prefix of theirs."""
+class _Read(Protocol):
+    """Reads children of a module that share an input, whose name is a prefix of theirs."""
 
-    def __call__(self, name: str, parent: nn.Module, *children: str) -> Matrix: ...
+    def __call__(self, name: str, parent: nn.Module, *children: str) -> tuple[Matrix, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -84,17 +91,26 @@ class LayerWeights:
     """One layer. A norm is None if the model has none in its place."""
 
     input_norm: Norm | None
-    qkv: Matrix
-    """Rows: H query heads, then G key heads, then G value heads."""
+    qkv: tuple[Matrix, ...]
+    """Of H query heads, G key heads and G value heads; fused, one matrix with all their rows."""
     q_norm: Norm | None
     k_norm: Norm | None
     attn_norm: Norm | None
     o: Matrix
     mlp_norm: Norm | None
-    gate_up: Matrix
-    """Rows: the gate's F, then the F of ``up``."""
+    gate_up: tuple[Matrix, ...]
+    """The gate and ``up``, of F rows each; fused, one matrix of 2F rows."""
     ffn_norm: Norm | None
     down: Matrix
+
+    def matrices(self) -> tuple[Matrix, ...]:
+        """All matrices, in the order in which a step reads them."""
+        return *self.qkv, self.o, *self.gate_up, self.down
+
+    def norms(self) -> tuple[Norm, ...]:
+        """The norms that the model has."""
+        outer = self.input_norm, self.attn_norm, self.mlp_norm, self.ffn_norm
+        return tuple(norm for norm in (*outer, self.q_norm, self.k_norm) if norm is not None)
 
 
 @dataclass(frozen=True)
@@ -109,49 +125,53 @@ class ModelWeights:
 
     @staticmethod
     @torch.no_grad()
-    def of(model: Transformer, packed: bool, planes: bool = False) -> "ModelWeights":
+    def of(model: Transformer, fused: bool, planes: bool = False) -> "ModelWeights":
         """Read a model's weights as they are now.
 
         Arguments:
-            model: a Transformer whose embedding, layers, attention and MLP are the classes of
-                torch and :mod:`bitnet.model`; the linear modules inside may be any.
-            packed: keep ternary weights packed (for CUDA) instead of as int8 codes (for a CPU).
-            planes: keep packed weights as bit planes as well.
+            model: a :func:`packed_copy` of a Transformer whose embedding, layers, attention and MLP
+                are the classes of torch and :mod:`bitnet.model`; the linear modules inside may be
+                any.
+            fused: fuse matrices that share an input (for CUDA), instead of sharing the model's own
+                tensors (for a CPU).
+            planes: keep ternary weights as bit planes as well.
         Raises:
-            ValueError: a module (named) whose arithmetic a step does not know, or whose dtype is
-                not the embedding's.
+            ValueError: a module (named) whose arithmetic a step does not know, or whose shape or
+                dtype is not the model's.
         """
-        _require("model", model, Transformer)
-        embedding = embedding_of(model)
+        config, embedding = _require("model", model, Transformer).config, embedding_of(model)
+        shapes = config.matrices() | {"lm_head": (config.vocab_size, config.d_model)}
+        if list(embedding.shape) != list(shapes["lm_head"]):
+            raise ValueError(
+                f"embed_tokens: expected {list(shapes['lm_head'])}, got {list(embedding.shape)}"
+            )
 
-        def fuse(name: str, parent: nn.Module, *children: str) -> Matrix:
+        def read(name: str, parent: nn.Module, *children: str) -> tuple[Matrix, ...]:
             modules = [getattr(parent, child) for child in children]
             for child, module in zip(children, modules, strict=True):
-                if type(module) is nn.Linear and module.weight.dtype != embedding.dtype:
-                    raise ValueError(
-                        f"{name}{child}: expected {embedding.dtype}, the dtype of "
-                        f"embed_tokens, got {module.weight.dtype}"
-                    )
-            return _fuse(modules, packed, planes)
+                path = f"{name}{child}"
+                shape = next(shape for key, shape in shapes.items() if path.endswith(key))
+                _check_matrix(path, module, shape, embedding.dtype)
+            groups = [modules] if fused else [[module] for module in modules]
+            return tuple(_matrix(group, planes) for group in groups)
 
         layers = tuple(
-            _layer(f"layers.{i}", block, model.config.activation, fuse)
-            for i, block in enumerate(model.layers)
+            _layer(f"layers.{i}", block, config, read) for i, block in enumerate(model.layers)
         )
-        norm = _norm("norm", model.norm)
+        norm = _norm("norm", model.norm, config.d_model)
         if norm is None:
             raise ValueError("norm: expected an RMSNorm, got Identity")
-        head = fuse("", model, "lm_head")
+        (head,) = read("", model, "lm_head")
         return ModelWeights(embedding, layers, norm, head)
 
     def modules(self) -> tuple[nn.Module, ...]:
         """The layers called as modules."""
-        matrices = [m for layer in self.layers for m in vars(layer).values()] + [self.head]
+        matrices = [m for layer in self.layers for m in layer.matrices()] + [self.head]
         return tuple(one for m in matrices if isinstance(m, Modules) for one in m.modules)
 
     def tensors(self) -> list[Tensor]:
         """All tensors that a step reads."""
-        parts = [part for layer in self.layers for part in vars(layer).values()]
+        parts = [part for one in self.layers for part in (*one.matrices(), *one.norms())]
         parts += [self.norm, self.head]
         return [self.embedding, *(tensor for part in parts for tensor in tensors_of(part))]
 
@@ -201,6 +221,53 @@ class Versions:
         )
 
 
+_CONTAINERS = (Transformer, nn.ModuleList, Block, Attention, MLP)
+
+
+def replaced(model: Transformer, convert: Callable[[nn.Module], nn.Module | None]) -> Transformer:
+    """A Transformer with other layers in it; all the rest, tensors too, is the model's own.
+
+    Arguments:
+        convert: called with each module inside that is no part of :mod:`bitnet.model`. Returns what
+            stands in its place, or None: itself.
+    """
+    made: dict[int, nn.Module] = {}  # a module that is there twice stays one
+
+    def copied(module: nn.Module) -> nn.Module:
+        if id(module) not in made:
+            if isinstance(module, _CONTAINERS):
+                new = made[id(module)] = copy.copy(module)
+                new._modules = {
+                    name: None if child is None else copied(child)
+                    for name, child in module._modules.items()
+                }
+            else:
+                made[id(module)] = convert(module) or module
+        return made[id(module)]
+
+    return cast(Transformer, copied(model))
+
+
+def packed_copy(model: Transformer) -> Transformer:
+    """A model with each BitLinear packed, with equal outputs to the last bit.
+
+    Unpacked, a BitLinear would quantize its weight in every call, or use codes that
+    ``weights_quantized`` holds for a while: a CUDA graph would go on reading those.
+    """
+
+    def pack(module: nn.Module) -> nn.Module | None:
+        if type(module) is not BitLinear or hooked(module) or computed_parameter(module):
+            return None
+        codes, scale = module.quantize()
+        layer = TernaryLinear.from_codes(
+            codes, scale, module.bias, granularity=module.granularity, group_size=module.group_size
+        )
+        layer.rms_norm = module.rms_norm
+        return layer.eval()
+
+    return replaced(model, pack)
+
+
 def embedding_of(model: Transformer) -> Tensor:
     """The embedding's rows ``[V, D]``: the weight itself of a plain embedding; of a quantized one a
     copy of the rows that its forward gives now.
@@ -244,87 +311,87 @@ def _require(name: str, module: nn.Module, kind: type[_M]) -> _M:
     return module
 
 
-def _layer(name: str, block: nn.Module, activation: str, fuse: _Fuse) -> LayerWeights:
+def _layer(name: str, block: nn.Module, config: ModelConfig, read: _Read) -> LayerWeights:
     block = _require(name, block, Block)
     attention = _require(f"{name}.self_attn", block.self_attn, Attention)
     mlp = _require(f"{name}.mlp", block.mlp, MLP)
-    if mlp.activation != activation:
+    if mlp.activation != config.activation:
         raise ValueError(
-            f"{name}.mlp.activation: expected {activation!r}, the model's, got {mlp.activation!r}"
+            f"{name}.mlp.activation: expected {config.activation!r}, the model's, "
+            f"got {mlp.activation!r}"
         )
+    d, e, f = config.d_model, config.head_dim, config.d_ff
+    (o,) = read(f"{name}.self_attn.", attention, "o_proj")
+    (down,) = read(f"{name}.mlp.", mlp, "down_proj")
     return LayerWeights(
-        input_norm=_norm(f"{name}.input_layernorm", block.input_layernorm),
-        qkv=fuse(f"{name}.self_attn.", attention, "q_proj", "k_proj", "v_proj"),
-        q_norm=_norm(f"{name}.self_attn.q_norm", attention.q_norm),
-        k_norm=_norm(f"{name}.self_attn.k_norm", attention.k_norm),
-        attn_norm=_norm(f"{name}.self_attn.attn_sub_norm", attention.attn_sub_norm),
-        o=fuse(f"{name}.self_attn.", attention, "o_proj"),
-        mlp_norm=_norm(f"{name}.post_attention_layernorm", block.post_attention_layernorm),
-        gate_up=fuse(f"{name}.mlp.", mlp, "gate_proj", "up_proj"),
-        ffn_norm=_norm(f"{name}.mlp.ffn_sub_norm", mlp.ffn_sub_norm),
-        down=fuse(f"{name}.mlp.", mlp, "down_proj"),
+        input_norm=_norm(f"{name}.input_layernorm", block.input_layernorm, d),
+        qkv=read(f"{name}.self_attn.", attention, "q_proj", "k_proj", "v_proj"),
+        q_norm=_norm(f"{name}.self_attn.q_norm", attention.q_norm, e),
+        k_norm=_norm(f"{name}.self_attn.k_norm", attention.k_norm, e),
+        attn_norm=_norm(f"{name}.self_attn.attn_sub_norm", attention.attn_sub_norm, d),
+        o=o,
+        mlp_norm=_norm(f"{name}.post_attention_layernorm", block.post_attention_layernorm, d),
+        gate_up=read(f"{name}.mlp.", mlp, "gate_proj", "up_proj"),
+        ffn_norm=_norm(f"{name}.mlp.ffn_sub_norm", mlp.ffn_sub_norm, f),
+        down=down,
     )
 
 
-def _norm(name: str, module: nn.Module | None) -> Norm | None:
+def _norm(name: str, module: nn.Module | None, features: int) -> Norm | None:
     if module is None or type(module) is nn.Identity:
         return None
     if type(module) is not RMSNorm or hooked(module):
         raise ValueError(f"{name}: expected an RMSNorm without hooks, got {type(module).__name__}")
+    if module.weight.shape != (features,):
+        raise ValueError(f"{name}: expected {features} features, got {list(module.weight.shape)}")
     eps = torch.finfo(torch.float32).eps if module.eps is None else module.eps
-    return Norm(module.weight.detach().float(), eps)
+    return Norm(module.weight.detach().float().contiguous(), eps)
 
 
-def _fuse(modules: Sequence[nn.Module], packed: bool, planes: bool) -> Matrix:
-    """Fuse layers that read the same input into one matrix."""
+def _check_matrix(name: str, module: nn.Module, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Raise ValueError if a layer of a known class has not the model's shape or dtype."""
+    if type(module) not in (nn.Linear, TernaryLinear):
+        return
+    assert isinstance(module, nn.Linear | TernaryLinear)
+    got = module.out_features, module.in_features
+    if isinstance(module, nn.Linear):
+        got = module.weight.shape[0], module.weight.shape[1]
+    if got != shape:
+        raise ValueError(f"{name}: expected {list(shape)}, got {list(got)}")
+    if isinstance(module, nn.Linear) and module.weight.dtype != dtype:
+        raise ValueError(
+            f"{name}: expected {dtype}, the dtype of embed_tokens, got {module.weight.dtype}"
+        )
+
+
+def _matrix(modules: Sequence[nn.Module], planes: bool) -> Matrix:
+    """Layers that read the same input as one matrix; a single one shares its tensors."""
     if all(_is_matrix(module) for module in modules):
-        ternary = [part for module in modules if (part := _ternary(module, packed)) is not None]
+        ternary = [module for module in modules if isinstance(module, TernaryLinear)]
         if len(ternary) == len(modules):
-            weights, scales = zip(*ternary, strict=True)
-            weight = _stack(weights)
-            return Ternary(weight, _stack(scales), bit_planes(weight) if planes else None)
-        dense = [module.weight.detach() for module in modules if type(module) is nn.Linear]
+            scales = [one.scale for one in ternary]
+            if len(modules) > 1:
+                scales = [one.scale.expand(one.out_features) for one in ternary]
+            packed = _stack([one.packed for one in ternary])
+            made = ternary[0].planes if len(modules) == 1 else None
+            if planes and made is None:
+                made = bit_planes(packed)
+            return Ternary(packed, _stack(scales), made if planes else None)
+        dense = [module.weight.detach() for module in modules if isinstance(module, nn.Linear)]
         if len(dense) == len(modules):
             return Dense(_stack(dense))
-    return Modules(tuple(_constant(module) for module in modules))
+    return Modules(tuple(modules))
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    """Whether a layer of a known class does nothing beyond its weight: no bias, no hooks."""
-    bare = getattr(module, "bias", None) is None and not computed_parameter(module)
-    return bare and not hooked(module)
-
-
-def _constant(module: nn.Module) -> nn.Module:
-    """A BitLinear packed, with equal outputs to the last bit; any other module itself.
-
-    Unpacked, a BitLinear would quantize its weight in every call, or use codes that
-    ``weights_quantized`` holds for a while: a CUDA graph would go on reading those.
-    """
-    if type(module) is not BitLinear or hooked(module) or computed_parameter(module):
-        return module
-    codes, scale = module.quantize()
-    layer = TernaryLinear.from_codes(
-        codes, scale, module.bias, granularity=module.granularity, group_size=module.group_size
-    )
-    layer.rms_norm = module.rms_norm
-    return layer.eval()
-
-
-def _ternary(module: nn.Module, packed: bool) -> tuple[Tensor, Tensor] | None:
-    """Codes and one scale per row, of a layer that has them; else None."""
-    if type(module) not in (BitLinear, TernaryLinear):
-        return None
-    assert isinstance(module, BitLinear | TernaryLinear)
-    small = module.in_features < 2 and not packed  # torch's int8 product on CPU is wrong at K = 1
-    if module.granularity == "group" or module.rms_norm is not None or small:
-        return None
-    if isinstance(module, BitLinear):
-        codes, scale = module.quantize()
-        weight = pack_ternary(codes) if packed else codes
-    else:
-        weight, scale = (module.packed if packed else module.codes()), module.scale
-    return weight, scale.expand(module.out_features)
+    """Whether a layer is a plain or a packed ternary one that does nothing but multiply its
+    weight, which has no scales per group."""
+    if type(module) not in (nn.Linear, TernaryLinear) or hooked(module):
+        return False
+    if getattr(module, "bias", None) is not None or computed_parameter(module):
+        return False
+    ternary = isinstance(module, TernaryLinear)
+    return not (ternary and (module.granularity == "group" or module.rms_norm is not None))
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:
@@ -336,12 +403,10 @@ def quantized_head(head: Matrix, dtype: Literal["bf16", "int8"]) -> Matrix:
     """A dense output head in fewer bits: bf16, or int8 with one absmax scale per row.
 
     Raises:
-        ValueError: the head is no plain nn.Linear, or the CPU has no exact int8 product.
+        ValueError: the head is no plain nn.Linear.
     """
     if not isinstance(head, Dense):
         raise ValueError(f"head: {dtype!r} needs a lm_head that is a plain nn.Linear; use 'auto'")
     if dtype == "bf16":
         return Dense(head.weight.bfloat16())
-    if head.weight.device.type == "cpu" and not int_mm_takes_any_int8():
-        raise ValueError("head: 'int8' needs a CPU with AVX-512 VNNI; use 'float' or 'bf16'")
     return Int8(*absmax_int8(head.weight))

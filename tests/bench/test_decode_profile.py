@@ -25,6 +25,12 @@ def event(name: str, ts: float, dur: float, *shapes: list[int], **fields: Any) -
     }
 
 
+def test_lists_of_tensors_have_no_bytes() -> None:
+    """Their shapes are in the trace, but not their dtypes."""
+    lists: Any = event("aten::stack", 0, 1, [[2, 3], [2, 3]], [], kinds=["TensorList", "Scalar"])  # type: ignore[list-item]
+    assert profiling.own_work(lists) == (None, None)
+
+
 def test_operations_by_hand() -> None:
     events = [
         # linear calls t (moves nothing) and addmm, whose copy_ is part of its own work

@@ -1,18 +1,20 @@
 """The decoder against the plain model, without a cache; and the models that it refuses."""
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bitnet.engine.cpu import CpuRunner
 from bitnet.engine.cuda import CudaRunner
 from bitnet.engine.decoder import Decoder
+from bitnet.engine.modules import ModuleRunner
 from bitnet.engine.state import State
-from bitnet.engine.weights import ModelWeights, Modules
+from bitnet.engine.weights import ModelWeights, Modules, packed_copy
 from bitnet.linear import TernaryLinear, pack, weights_quantized
 from bitnet.model import Block, ModelConfig, Transformer
 from tests.helpers.decoding import (
@@ -20,13 +22,13 @@ from tests.helpers.decoding import (
     PACKABLE,
     VARIANTS,
     VOCAB,
+    check_row,
     greedy,
     make_prompts,
     packed_model,
     prefill,
     small_model,
 )
-from tests.helpers.layerwise import compare, watched
 
 LENGTHS = [1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 21, 4, 6, 1, 30, 11, 12, 31, 33, 10]
 
@@ -35,64 +37,31 @@ LENGTHS = [1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 21, 4, 6, 1, 30, 11, 12, 31, 33, 10]
     ("variant", "packed"),
     [(variant, False) for variant in VARIANTS] + [(variant, True) for variant in PACKABLE],
 )
-def test_each_layer_computes_what_the_models_does(variant: str, packed: bool) -> None:
+def test_a_decoder_computes_what_the_model_does(variant: str, packed: bool) -> None:
     """20 prompts (or 8), one by one and 8 at a time: prefilled in chunks of 16 tokens, then 23
-    steps. One row passes the 64th position, where the calls are recorded anew. Compared layer by
-    layer, head included, within the bounds of tests/helpers/layerwise.py."""
-    model = small_model(**VARIANTS[variant])
+    steps."""
+    model = small_model(torch.float64, **VARIANTS[variant])
     if packed:
         pack(model)
     n_prompts = 20 if variant in ("ternary", "dense") else 8
     prompts = make_prompts([*LENGTHS[: n_prompts - 1], 50])
     for rows in (1, 8):
         decoder = Decoder(model, 8, CONTEXT, chunk=16)
-        with watched(decoder) as seen:
-            for start in range(0, len(prompts), rows):
-                for row in range(rows):
-                    decoder.set_length(row, 0)
-                batch = prompts[start : start + rows]
-                texts, logits = greedy(decoder, batch, 24)
-                assert len({tuple(tokens) for tokens in texts}) == len(batch)
-                for row, (prompt, tokens) in enumerate(zip(batch, texts, strict=True)):
-                    assert tokens == logits[row].argmax(-1).tolist()
-                    last = range(len(prompt) - 1, len(prompt) + 23)
-                    gave = torch.stack([seen["lm_head"][row, at].gave for at in last])
-                    assert torch.equal(gave, logits[row])
-                    compare(model, seen, row, torch.tensor(prompt + tokens[:-1]))
+        for start in range(0, len(prompts), rows):
+            for row in range(rows):
+                decoder.set_length(row, 0)
+            batch = prompts[start : start + rows]
+            texts, logits = greedy(decoder, batch, 24)
+            assert len({tuple(tokens) for tokens in texts}) == len(batch)
+            for row, (prompt, tokens) in enumerate(zip(batch, texts, strict=True)):
+                assert tokens == logits[row].argmax(-1).tolist()
+                check_row(model, prompt + tokens[:-1], logits[row])
 
 
-@pytest.mark.parametrize("part", ["eps", "query", "code"])
-def test_a_layer_that_computes_otherwise_is_found(
-    part: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An eps 1.5 times as large; the queries of a head longer by 2^-12; one code off by one."""
-    rms, rotated, quantized = CpuRunner._rms, CpuRunner._rotated, CpuRunner._quantized
-
-    def other_rms(self: Any, calls: Any, x: Tensor, norm: Any, out: Tensor) -> None:
-        rms(self, calls, x, norm._replace(eps=1.5 * norm.eps), out)
-
-    def other_query(self: Any, calls: Any, *args: Any) -> Tensor:
-        y = rotated(self, calls, *args)
-        calls.add(y[:, 0].mul_, 1 + 2**-12)
-        return y
-
-    def other_code(self: Any, calls: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        codes, scale = quantized(self, calls, x)
-        calls.add(codes.view(-1)[:1].add_, 1)
-        return codes, scale
-
-    others = {"eps": other_rms, "query": other_query, "code": other_code}
-    names = {"eps": "_rms", "query": "_rotated", "code": "_quantized"}
-    monkeypatch.setattr(CpuRunner, names[part], others[part])
-    model, (prompt,) = small_model(), make_prompts([30])
-    decoder = Decoder(model, 1, CONTEXT)
-    with watched(decoder) as seen:
-        (tokens,), _ = greedy(decoder, [prompt], 4)
-    with pytest.raises(AssertionError, match="times the bound"):
-        compare(model, seen, 0, torch.tensor(prompt + tokens[:-1]))
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_of_one_token_are_equal_to_the_last_bit(variant: str, dtype: torch.dtype) -> None:
     """Attention over one column returns its value; the rest is the same arithmetic."""
@@ -113,9 +82,8 @@ def test_logits_of_one_token_are_equal_to_the_last_bit(variant: str, dtype: torc
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("linear", ["ternary", "fp"])
 def test_models_of_16_bits(linear: Any, dtype: torch.dtype) -> None:
-    """For the same tokens, the logits stay near those of the model, whose attention rounds
-    probabilities to the dtype: by a few units in the last place (2^-8 for bf16) of logits of 3,
-    and by the int8 codes that flip."""
+    """For the same tokens, the logits stay near those of the model: by a few units in the last
+    place (2^-8 for bf16) of logits of 3, and by the int8 codes that flip."""
     model = small_model(dtype, linear=linear)
     (prompt,) = make_prompts([40])
     decoder = Decoder(model, 1, CONTEXT)
@@ -132,15 +100,40 @@ def test_models_of_16_bits(linear: Any, dtype: torch.dtype) -> None:
 
 
 def test_the_model_may_be_dropped() -> None:
-    model = packed_model()
+    model = small_model()
     (prompt,) = make_prompts([9])
-    expected, _ = greedy(Decoder(packed_model(), 1, CONTEXT), [prompt], 10)
+    expected, _ = greedy(Decoder(small_model(), 1, CONTEXT), [prompt], 10)
     decoder = Decoder(model, 1, CONTEXT)
-    for module in model.layers.modules():
-        for buffer in module.buffers(recurse=False):
-            buffer.zero_()
-    del model, module, buffer
+    latent, whole = weakref.ref(model.layers[0].mlp.up_proj.weight), weakref.ref(model)
+    del model
+    gc.collect()
+    assert latent() is None
+    assert whole() is None
     assert greedy(decoder, [prompt], 10)[0] == expected
+
+
+def test_weights_are_shared_with_the_model() -> None:
+    """Those of a packed or a dense model take no memory a second time."""
+    for variant in ("ternary", "row", "dense", "silu, qk_norm"):
+        model = packed_model(**VARIANTS[variant])
+        own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+        weights = ModelWeights.of(packed_copy(model), fused=False)
+        assert {tensor.data_ptr() for tensor in weights.tensors()} <= own
+
+
+def test_fused_weights_are_those_of_the_layers() -> None:
+    for variant, packed in (("ternary", True), ("row", True), ("row", False), ("dense", False)):
+        model = (packed_model if packed else small_model)(**VARIANTS[variant])
+        apart, fused = (ModelWeights.of(packed_copy(model), one) for one in (False, True))
+        for ours, theirs in zip(apart.layers, fused.layers, strict=True):
+            assert (len(ours.qkv), len(theirs.qkv)) == (3, 1)
+            for parts, (whole,) in ((ours.qkv, theirs.qkv), (ours.gate_up, theirs.gate_up)):
+                for name in ("packed", "scale") if variant != "dense" else ("weight",):
+                    tensors: list[Any] = [getattr(part, name) for part in parts]
+                    if name == "scale":
+                        rows = [part.packed.shape[0] for part in parts]  # type: ignore[union-attr]
+                        tensors = [one.expand(n) for one, n in zip(tensors, rows, strict=True)]
+                    assert torch.equal(torch.cat(tensors), getattr(whole, name))
 
 
 @pytest.mark.parametrize("variant", ["in_linear", "group"])
@@ -156,7 +149,7 @@ def test_modules_hold_their_own_codes(variant: str) -> None:
     model.layers[0].mlp.down_proj = adapter  # type: ignore[assignment]
     assert adapter in Decoder(model, 1, 8).modules
     weights, state = (
-        ModelWeights.of(model, packed=True),
+        ModelWeights.of(packed_copy(model), fused=True),
         State.empty(model.config, 1, 8, torch.float32, torch.device("cpu")),
     )
     runner = CudaRunner(model.config, weights, state, (1,), "auto")
@@ -197,28 +190,24 @@ def test_one_token_a_row_is_a_step() -> None:
     assert filled.active.tolist() == [1, 0, 1]
 
 
-def test_a_prefill_reads_its_matrices_once_for_several_rows() -> None:
-    """As long as their tokens fit the chunk; a row without tokens separates two runs."""
-    model = packed_model()
-    decoder = Decoder(model, 6, CONTEXT, chunk=16)
-    runs: list[list[int]] = []
-    tokens = torch.randint(VOCAB, (6, 8), generator=torch.Generator().manual_seed(0))
-    counts = [8, 3, 5, 2, 0, 8]
-    with watched(decoder) as seen:
-        runner: Any = decoder._runner
-        chunk = runner._chunk
+def test_a_prefill_computes_neighbouring_rows_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as they have as many tokens, about a chunk in all; none is padded."""
+    model = small_model(torch.float64)
+    decoder = Decoder(model, 7, CONTEXT, chunk=16)
+    advance, runs = ModuleRunner._advance, []
 
-        def recorded(tokens: Tensor, pieces: Any) -> Any:
-            runs.append([piece.row for piece in pieces])
-            return chunk(tokens, pieces)
+    def recorded(self: ModuleRunner, rows: slice, tokens: Tensor) -> None:
+        runs.append([rows.start, *tokens.shape])
+        advance(self, rows, tokens)
 
-        runner._chunk = recorded
-        decoder.prefill(tokens, counts)
-    assert runs == [[0, 1, 2], [3], [5]]
+    monkeypatch.setattr(ModuleRunner, "_advance", recorded)
+    tokens = torch.randint(VOCAB, (7, 8), generator=torch.Generator().manual_seed(0))
+    counts = [8, 8, 8, 2, 0, 5, 5]
+    decoder.prefill(tokens, counts)
+    assert runs == [[0, 2, 8], [2, 1, 8], [3, 1, 2], [5, 2, 5]]
     for row, n in enumerate(counts):
         if n:
-            compare(model, seen, row, tokens[row, :n])
-            assert torch.equal(decoder.logits[row], seen["lm_head"][row, n - 1].gave)
+            check_row(model, tokens[row, :n].tolist(), decoder.logits[row : row + 1])
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-9])
@@ -244,7 +233,7 @@ def test_hooks_of_a_layer_are_called(linear: str) -> None:
     decoder = Decoder(model, 1, 8)
     decoder.tokens.fill_(5)
     decoder.step(1)
-    assert isinstance(decoder._weights.layers[1].gate_up, Modules)
+    assert isinstance(decoder._weights.layers[1].gate_up[1], Modules)
     assert torch.equal(decoder.logits[0], expected)
 
 
@@ -298,8 +287,8 @@ def test_models_that_a_step_cannot_repeat() -> None:
 
     with pytest.raises(ValueError, match="model: expected a Transformer"):
         Decoder(Other(ModelConfig(vocab_size=5, max_seq_len=8)), 1, 8)
-    with pytest.raises(ValueError, match="model: expected fp32, bf16 or fp16"):
-        Decoder(small_model(torch.float64), 1, 8)
+    with pytest.raises(ValueError, match="model: expected fp32, bf16, fp16, or on a CPU fp64"):
+        Decoder(small_model(torch.float8_e5m2), 1, 8)
     model = small_model()
     model.lm_head = torch.nn.Sequential(model.lm_head)  # type: ignore[assignment]
     with pytest.raises(ValueError, match="head: 'bf16' needs a lm_head that is a plain"):
@@ -364,12 +353,11 @@ def test_what_a_module_was_given_instead_is_not_passed_over() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_matrix_of_one_column(packed: bool) -> None:
     """torch's int8 product on a CPU is wrong there."""
-    model = packed_model(d_ff=1) if packed else small_model(d_ff=1)
+    model = (packed_model if packed else small_model)(torch.float64, d_ff=1)
     (prompt,) = make_prompts([5])
     decoder = Decoder(model, 1, CONTEXT)
-    with watched(decoder) as seen:
-        (tokens,), _ = greedy(decoder, [prompt], 4)
-    compare(model, seen, 0, torch.tensor(prompt + tokens[:-1]))
+    (tokens,), (logits,) = greedy(decoder, [prompt], 4)
+    check_row(model, prompt + tokens[:-1], logits)
 
 
 def test_a_module_that_counts_its_calls_is_no_changed_model() -> None:

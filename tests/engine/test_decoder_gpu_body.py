@@ -9,7 +9,7 @@ import torch
 from bitnet.engine.cuda import CudaRunner
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.state import State
-from bitnet.engine.weights import ModelWeights, quantized_head
+from bitnet.engine.weights import ModelWeights, packed_copy, quantized_head
 from bitnet.model import Transformer
 from bitnet_kernels import bit_planes
 from tests.helpers.decoding import CONTEXT, VARIANTS, make_prompts, packed_model, prefill
@@ -22,7 +22,9 @@ def test_the_gpu_body_gives_the_same(variant: str, cache: torch.dtype) -> None:
     model = packed_model(**VARIANTS[variant])
     decoder = Decoder(model, 4, CONTEXT, cache_dtype="fp32" if cache != torch.int8 else "int8")
     state = State.empty(model.config, 4, CONTEXT, cache, torch.device("cpu"))
-    runner = CudaRunner(model.config, ModelWeights.of(model, packed=True), state, (4,), "auto")
+    runner = CudaRunner(
+        model.config, ModelWeights.of(packed_copy(model), fused=True), state, (4,), "auto"
+    )
     prompts = make_prompts([3, 20, 9])
     errors = []
     with torch.inference_mode():
@@ -49,7 +51,7 @@ def test_the_gpu_body_gives_the_same(variant: str, cache: torch.dtype) -> None:
 
 def runner_of(model: Transformer, max_len: int, head: str = "float") -> tuple[CudaRunner, State]:
     """A runner of two rows, and its state."""
-    weights = ModelWeights.of(model, packed=True)
+    weights = ModelWeights.of(packed_copy(model), fused=True)
     if head == "int8":
         weights = replace(weights, head=quantized_head(weights.head, "int8"))
     state = State.empty(model.config, 2, max_len, torch.float32, torch.device("cpu"))
@@ -74,9 +76,8 @@ def test_the_gpu_body_tells_a_damaged_row_and_stops_a_full_one() -> None:
 
 
 @torch.inference_mode()
-def test_the_gpu_body_with_a_head_of_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_body_with_a_head_of_int8() -> None:
     """An 8-bit head changes the logits by about a hundredth of their norm."""
-    monkeypatch.setattr("bitnet.engine.weights.int_mm_takes_any_int8", lambda: True)
     model, logits = packed_model(), {}
     for head in ("float", "int8"):
         runner, state = runner_of(model, 8, head)
@@ -88,7 +89,7 @@ def test_the_gpu_body_with_a_head_of_int8(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_gpu_body_with_bit_planes() -> None:
     model = packed_model()
-    weights = ModelWeights.of(model, packed=True, planes=True)
-    qkv: Any = weights.layers[0].qkv
-    assert torch.equal(qkv.planes, bit_planes(qkv.weight))
-    assert ModelWeights.of(model, packed=True).layers[0].qkv.planes is None  # type: ignore[union-attr]
+    weights = ModelWeights.of(packed_copy(model), fused=True, planes=True)
+    qkv: Any = weights.layers[0].qkv[0]
+    assert torch.equal(qkv.planes, bit_planes(qkv.packed))
+    assert ModelWeights.of(packed_copy(model), fused=True).layers[0].qkv[0].planes is None  # type: ignore[union-attr]
