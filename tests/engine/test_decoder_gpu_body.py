@@ -1,18 +1,22 @@
 """The body of a GPU's step on a CPU: not captured, with the operators' CPU implementations."""
 
+import copy
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bitnet.engine.cuda import CudaRunner
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.state import State
 from bitnet.engine.weights import ModelWeights, packed_copy, quantized_head
 from bitnet.model import Transformer
-from bitnet_kernels import bit_planes
+from bitnet_kernels import bit_planes, pack_ternary
 from tests.helpers.decoding import CONTEXT, VARIANTS, make_prompts, packed_model, prefill
+from tests.helpers.native_reference import compare, hard_attention
 
 
 @pytest.mark.parametrize("cache", [torch.float32, torch.int8], ids=str)
@@ -47,6 +51,74 @@ def test_the_gpu_body_gives_the_same(variant: str, cache: torch.dtype) -> None:
     # inputs.
     assert max(errors) < 2e-2
     assert sorted(errors)[len(errors) // 2] < 1e-2
+
+
+@torch.inference_mode()
+def generated(model: Transformer, cache: torch.dtype) -> Iterator[tuple[list[int], State, Tensor]]:
+    """Three prompts, prefilled in chunks of 8, and 20 greedy steps in a bucket of four: the tokens
+    of each row, the state, and the row's last 21 logits."""
+    state = State.empty(model.config, 4, CONTEXT, cache, torch.device("cpu"))
+    weights = ModelWeights.of(packed_copy(model), fused=True)
+    runner = CudaRunner(model.config, weights, state, (4,), "auto")
+    prompts, logits = make_prompts([3, 20, 9]), []
+    prefill(runner, prompts, 8)
+    runner.batch.fill_(3)
+    for _ in range(20):
+        logits.append(state.logits[:3].clone())
+        for row, token in enumerate(state.tokens[:3].tolist()):
+            prompts[row].append(token)
+        runner.step_body(4)
+    logits.append(state.logits[:3].clone())
+    for row, ids in enumerate(prompts):
+        yield ids, state, torch.stack(logits, 1)[row]
+
+
+CACHES = [torch.float32, torch.bfloat16, torch.int8]
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+@pytest.mark.parametrize("variant", ["ternary", "row"])
+def test_the_gpu_body_is_the_reference(variant: str, cache: torch.dtype) -> None:
+    """To the last bit, but for the head's sums: with hard attention."""
+    model = hard_attention(packed_model(**VARIANTS[variant]))
+    for row, (ids, state, logits) in enumerate(generated(model, cache)):
+        compare(model, ids, state, row, logits, sure=0.9)
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+def test_the_gpu_body_attends_as_the_reference(cache: torch.dtype) -> None:
+    """In one layer, where bounds are tight enough to be sure of half of the tokens' codes."""
+    model = packed_model(**VARIANTS["row"], n_layers=1)
+    for row, (ids, state, logits) in enumerate(generated(model, cache)):
+        compare(model, ids, state, row, logits, sure=0.4)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("part", ["eps", "weight", "query", "value", "logits"])
+def test_a_step_that_computes_otherwise_is_found(part: str) -> None:
+    """An eps 1.5 times as large; one weight of the last layer; a query longer by 2^-12; one value
+    that is held; the logits of one token."""
+    model = packed_model(**VARIANTS["row"], n_layers=1)
+    for row, (ids, state, logits) in enumerate(generated(model, torch.float32)):
+        compare(model, ids, state, row, logits, sure=0.4)
+        other = copy.deepcopy(model)
+        layer: Any = other.layers[0]
+        if part == "eps":
+            layer.input_layernorm.eps *= 1.5
+        elif part == "weight":
+            codes = layer.mlp.down_proj.codes()
+            codes[3, 5] = (codes[3, 5] + 2) % 3 - 1
+            layer.mlp.down_proj.packed = pack_ternary(codes)
+        elif part == "query":
+            layer.self_attn.q_proj.scale[:8] *= 1 + 2**-12
+        elif part == "value":
+            state.kv[0, 1, row, 2, 1] = torch.nextafter(
+                state.kv[0, 1, row, 2, 1], torch.tensor(9.0)
+            )
+        else:
+            logits[:, 7] += 1e-3
+        with pytest.raises(AssertionError, match="times the bound"):
+            compare(other, ids, state, row, logits, sure=0)
 
 
 def runner_of(model: Transformer, max_len: int, head: str = "float") -> tuple[CudaRunner, State]:
