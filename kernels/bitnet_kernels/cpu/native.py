@@ -7,14 +7,11 @@ neither Python's headers nor torch's, and one build serves every Python and ever
 One build holds the code of several instruction sets; the best that the CPU runs is chosen when the
 library is first used. ``BITNET_CPU=avx2`` (or another name) forces one, and so does :func:`use`.
 
-Threads are torch's own: see ``native/threads.c``. A forked child has none of them and runs on one,
-as it does where torch has an OpenMP runtime without GNU's entry points (LLVM's, and so macOS, has
-them).
+Threads are torch's own: see ``native/threads.c``.
 """
 
 import ctypes
 import os
-import struct
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -24,6 +21,8 @@ import torch
 ABI = 1
 """BN_ABI of ``native/bitnet_cpu.h``."""
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_NORM = (_POINTER, _POINTER, _F32, _I64, _I64)
+"""The inputs of a norm: x, weight, eps, M, K."""
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "bn_abi": (_I32, ()),
     "bn_isa_name": (ctypes.c_char_p, (_I32,)),
@@ -41,10 +40,51 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (_I32, _I32, *3 * (_I64,), *4 * (_POINTER,), _I64, *3 * (_POINTER,)),
     ),
     "bn_bit_planes": (None, (_I32, _POINTER, _I64, _I64, _POINTER)),
+    "bn_quant": (None, (_POINTER, _I64, _I64, _POINTER, _POINTER, _POINTER, _I32)),
+    "bn_rmsnorm": (None, (_POINTER, _POINTER, _F32, _I64, _I64, _POINTER, _I32)),
+    "bn_rmsnorm_quant": (None, (*_NORM, _POINTER, _POINTER, _POINTER, _I32)),
+    "bn_add_rmsnorm_quant": (
+        None,
+        (_POINTER, *_NORM, _POINTER, _POINTER, _POINTER, _POINTER, _I32),
+    ),
+    "bn_relu2_mul_rmsnorm_quant": (
+        None,
+        (_POINTER, *_NORM, _POINTER, _POINTER, _POINTER, _I32),
+    ),
+    "bn_gate_mul": (None, (_POINTER, _POINTER, _I32, _I64, _POINTER, _I32)),
+    "bn_dense_linear": (None, (_POINTER, _I64, _I64, _POINTER, _I64, _I64, _POINTER, _I32)),
+    "bn_int8_linear": (
+        None,
+        (*(_POINTER,) * 3, _I64, _I64, _POINTER, _POINTER, _I64, _POINTER, _I32),
+    ),
+    "bn_rope_append": (None, (*(_POINTER,) * 6, _I64, _I64, _I64, _POINTER, _I32)),
+    "bn_decode_attention": (
+        None,
+        (*(_POINTER,) * 3, _I64, _I64, _I64, _POINTER, _POINTER, _I32),
+    ),
+    "bn_decode_attention_scratch": (_I64, (_I64,)),
 }
 """Name -> result and arguments, as in ``native/bitnet_cpu.h``."""
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-_PROCESS = os.getpid()
+
+
+class LayerCache(ctypes.Structure):
+    """bn_layer_cache."""
+
+    _fields_ = (
+        ("kind", _I64),
+        ("g", _I64),
+        ("columns", _I64),
+        ("e", _I64),
+        ("k", _POINTER),
+        ("v", _POINTER),
+        ("k_scale", _POINTER),
+        ("v_scale", _POINTER),
+    )
+
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+"""BN_MATRIX_... of a dtype."""
 
 
 @cache
@@ -55,7 +95,7 @@ def library() -> ctypes.CDLL | None:
         ValueError: ``BITNET_CPU`` names an instruction set that this CPU does not run.
     """
     path = _path()
-    if path is None or not _whole(path):
+    if path is None:
         return None
     try:
         lib = ctypes.CDLL(str(path))
@@ -66,7 +106,7 @@ def library() -> ctypes.CDLL | None:
         return None
     if lib.bn_abi() != ABI:
         return None
-    if os.getpid() == _PROCESS and (pointers := _openmp()) is not None:
+    if (pointers := _openmp()) is not None:
         lib.bn_use_openmp(*pointers)
     if forced := os.environ.get("BITNET_CPU"):
         _use(lib, forced, "BITNET_CPU")
@@ -79,9 +119,7 @@ def missing() -> str:
         return ""
     if _path() is None:
         return "the native CPU library was not built at installation (no C compiler?)"
-    return (
-        "the native CPU library is damaged, or of another machine or version; reinstall the package"
-    )
+    return "the native CPU library was built for another machine or version; reinstall the package"
 
 
 def available() -> tuple[str, ...]:
@@ -132,30 +170,18 @@ def _path() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _whole(path: Path) -> bool:
-    """Whether a file of Linux's format (ELF, 64 bits) reaches to the end of its last table. To load
-    half of one, which an interrupted copy leaves, would end the process."""
-    with path.open("rb") as file:
-        head = file.read(64)
-    if head[:4] != b"\x7fELF":
-        return True
-    if len(head) < 64:
-        return False
-    (table,) = struct.unpack_from("<Q", head, 40)
-    size, count = struct.unpack_from("<HH", head, 58)
-    return path.stat().st_size >= table + size * count
-
-
 def _openmp() -> tuple[int, ...] | None:
     """The addresses of three functions in the OpenMP runtime that torch runs on.
 
     torch's library is linked to the runtime, whatever its file is called (wheels with CUDA rename
     it), so a look-up that starts at torch's library finds that one and no other.
     """
-    macos = Path(torch.__file__).parent / "lib" / "libtorch_cpu.dylib"
-    for name in ("libtorch_cpu.so", str(macos)):  # Linux finds what is loaded by its bare name
+    folder = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        if not (folder / name).is_file():
+            continue
         try:
-            runtime = ctypes.CDLL(name)
+            runtime = ctypes.CDLL(str(folder / name))
             functions = [getattr(runtime, function) for function in _OPENMP]
         except (OSError, AttributeError):
             continue

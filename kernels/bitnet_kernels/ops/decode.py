@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitnet_kernels import reference
 from bitnet_kernels.checks import check_device, check_dtype, check_tensor
+from bitnet_kernels.cpu import rows as native_rows
 from bitnet_kernels.ops.register import register
 
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16)
@@ -201,6 +202,7 @@ def _decode_attention_fake(q: Tensor, *rest: object) -> Tensor:
 _rope_append = register(
     "rope_append",
     reference.rope_append,
+    cpu=native_rows.rope_append,
     cuda=_rope_append_cuda,
     fake=_rope_append_fake,
     mutates=("k_cache", "v_cache", "k_scale", "v_scale"),
@@ -208,6 +210,7 @@ _rope_append = register(
 _decode_attention = register(
     "decode_attention",
     reference.decode_attention,
+    cpu=native_rows.decode_attention,
     cuda=_decode_attention_cuda,
     fake=_decode_attention_fake,
 )

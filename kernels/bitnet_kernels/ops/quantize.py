@@ -18,6 +18,7 @@ from bitnet_kernels.checks import (
     check_vector,
     check_x,
 )
+from bitnet_kernels.cpu import rows as native_rows
 from bitnet_kernels.ops.register import register, reshaped, rows
 
 
@@ -166,19 +167,25 @@ def _relu2_mul_rmsnorm_quant_cuda(
     return _shaped(gate, codes, scale, row_sum)
 
 
-_quant = register("quant", reference.quant, cuda=_quant_cuda, fake=_fake)
+_quant = register("quant", reference.quant, cpu=native_rows.quant, cuda=_quant_cuda, fake=_fake)
 _rmsnorm_quant = register(
-    "rmsnorm_quant", reference.rmsnorm_quant, cuda=_rmsnorm_quant_cuda, fake=_fake
+    "rmsnorm_quant",
+    reference.rmsnorm_quant,
+    cpu=native_rows.rmsnorm_quant,
+    cuda=_rmsnorm_quant_cuda,
+    fake=_fake,
 )
 _add_rmsnorm_quant = register(
     "add_rmsnorm_quant",
     reference.add_rmsnorm_quant,
+    cpu=native_rows.add_rmsnorm_quant,
     cuda=_add_rmsnorm_quant_cuda,
     fake=_add_rmsnorm_quant_fake,
 )
 _relu2_mul_rmsnorm_quant = register(
     "relu2_mul_rmsnorm_quant",
     reference.relu2_mul_rmsnorm_quant,
+    cpu=native_rows.relu2_mul_rmsnorm_quant,
     cuda=_relu2_mul_rmsnorm_quant_cuda,
     fake=_fake,
 )

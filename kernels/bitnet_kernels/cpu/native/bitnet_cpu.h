@@ -66,17 +66,6 @@ BN_API void bn_bit_planes(
     int32_t threads, const uint8_t *packed, int64_t n, int64_t bytes, void *planes
 );
 
-/* A language model and its rows: one call per step (step.c)
- *
- * The layout is that of bitnet/engine/state.py. S rows, L columns, D d_model, H query heads, G key-value
- * heads, E head_dim, F d_ff, V vocabulary. */
-
-/* An RMSNorm; weight NULL where the model has none. */
-typedef struct {
-    const float *weight; /* [k] */
-    float eps;
-} bn_norm;
-
 /* How a matrix is stored, and so which kernel multiplies by it. */
 enum {
     BN_MATRIX_F32,
@@ -87,6 +76,82 @@ enum {
     BN_MATRIX_ADDSUB, /* ternary, bit planes: family addsub */
     BN_MATRIX_PLANES /* the same planes: addsub for few tokens, dot for many */
 };
+
+/* Token by token (rows.c)
+ *
+ * fp32, the formulas of bitnet_kernels/reference.py. A quantized token is its codes [K], its scale
+ * and the sum of its codes. */
+
+/* x [M, K] */
+BN_API void bn_quant(
+    const float *x, int64_t m, int64_t k, int8_t *codes, float *scale, int32_t *sum, int32_t threads
+);
+/* x, y [M, K], maybe the same; weight [K] or NULL */
+BN_API void bn_rmsnorm(
+    const float *x, const float *weight, float eps, int64_t m, int64_t k, float *y, int32_t threads
+);
+BN_API void bn_rmsnorm_quant(
+    const float *x, const float *weight, float eps, int64_t m, int64_t k, int8_t *codes,
+    float *scale, int32_t *sum, int32_t threads
+);
+/* h = x + residual [M, K] is kept, and normalized and quantized */
+BN_API void bn_add_rmsnorm_quant(
+    const float *x, const float *residual, const float *weight, float eps, int64_t m, int64_t k,
+    int8_t *codes, float *scale, int32_t *sum, float *h, int32_t threads
+);
+/* of relu(gate)^2 * up */
+BN_API void bn_relu2_mul_rmsnorm_quant(
+    const float *gate, const float *up, const float *weight, float eps, int64_t m, int64_t k,
+    int8_t *codes, float *scale, int32_t *sum, int32_t threads
+);
+/* y = silu(gate) * up, or relu(gate)^2 * up where `relu2` is not 0; [count] each, maybe the same */
+BN_API void bn_gate_mul(
+    const float *gate, const float *up, int32_t relu2, int64_t count, float *y, int32_t threads
+);
+/* x [M, K] times a matrix [N, K] of kind BN_MATRIX_F32, _BF16 or _F16 -> y [M, N] */
+BN_API void bn_dense_linear(
+    const float *x, int64_t m, int64_t k, const void *weight, int64_t kind, int64_t n, float *y,
+    int32_t threads
+);
+/* Quantized tokens, codes [M, stride] with stride = ceil(K/64) * 64 and zeros from K on, times
+ * int8 weights [N, K] with a scale per row: y [M, N] = (acc * s_x) * scale */
+BN_API void bn_int8_linear(
+    const int8_t *codes, const float *s_x, const int32_t *sum, int64_t m, int64_t k,
+    const int8_t *weight, const float *scale, int64_t n, float *y, int32_t threads
+);
+
+/* The cache of a layer: keys and values [S, G, L, E] of kind BN_MATRIX_F32, _BF16, _F16 or _I8,
+ * the last with scales [S, G, L]. E <= 256 is even. */
+typedef struct {
+    int64_t kind, g, columns, e;
+    void *k, *v;
+    float *k_scale, *v_scale;
+} bn_layer_cache;
+
+/* reference.rope_append of qkv [B, T, (H + 2G) * E]; queries -> q [B, T, H, E] */
+BN_API void bn_rope_append(
+    const bn_layer_cache *cache, const float *qkv, const float *cos, const float *sin,
+    const int64_t *lengths, const int64_t *n_valid, int64_t b, int64_t t, int64_t h, float *q,
+    int32_t threads
+);
+/* reference.decode_attention of q [B, T, H, E] -> y [B, T, H * E]. `scratch`: `threads` times
+ * bn_decode_attention_scratch bytes, aligned to 64. */
+BN_API void bn_decode_attention(
+    const bn_layer_cache *cache, const float *q, const int64_t *lengths, int64_t b, int64_t t,
+    int64_t h, float *y, void *scratch, int32_t threads
+);
+BN_API int64_t bn_decode_attention_scratch(int64_t columns);
+
+/* A language model and its rows: one call per step (step.c)
+ *
+ * The layout is that of bitnet/engine/state.py. S rows, L columns, D d_model, H query heads, G key-value
+ * heads, E head_dim, F d_ff, V vocabulary. */
+
+/* An RMSNorm; weight NULL where the model has none. */
+typedef struct {
+    const float *weight; /* [k] */
+    float eps;
+} bn_norm;
 
 typedef struct {
     int64_t n, k;

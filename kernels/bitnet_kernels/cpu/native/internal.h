@@ -149,9 +149,22 @@ size_t bn_linear_scratch(int64_t k); /* at least a float per token and row of a 
 /* What is done token by token, in fp32. Outputs may be the inputs. The formulas are those of
  * bitnet_kernels/reference.py, to the last bit where it fixes the order. */
 typedef struct {
-    /* absmax_int8 of x [k]: codes [bn_padded(k)], 0 from k on; the scale; the sum of the codes */
-    void (*quant)(const float *x, int64_t k, int8_t *codes, float *scale, int32_t *sum);
+    /* absmax_int8 of x [k]: codes [stride], 0 from k on; the scale; the sum of the codes */
+    void (*quant)(
+        const float *x, int64_t k, int8_t *codes, int64_t stride, float *scale, int32_t *sum
+    );
+    /* weight [k] or NULL */
     void (*rmsnorm)(const float *x, const float *weight, float eps, int64_t k, float *y);
+    /* quant of rmsnorm, which is not kept */
+    void (*rmsnorm_quant)(
+        const float *x, const float *weight, float eps, int64_t k, int8_t *codes, int64_t stride,
+        float *scale, int32_t *sum
+    );
+    /* quant of rmsnorm of relu2_mul */
+    void (*relu2_mul_rmsnorm_quant)(
+        const float *gate, const float *up, const float *weight, float eps, int64_t k,
+        int8_t *codes, int64_t stride, float *scale, int32_t *sum
+    );
     void (*relu2_mul)(const float *gate, const float *up, int64_t k, float *y);
     void (*silu_mul)(const float *gate, const float *up, int64_t k, float *y);
     /* rotate_half of one head x [e]; cos, sin [e] */
@@ -161,7 +174,9 @@ typedef struct {
     /* Write key and value of one head [e] into a column of the cache. */
     void (*append)(const bn_cache *cache, int64_t column, const float *k, const float *v);
     /* Softmax attention: `count` queries (of several heads or tokens, each `q_stride` after the
-     * last), query i over columns 0 to last[i]; y likewise. `scratch`: bn_attend_scratch bytes. */
+     * last), query i over columns 0 to last[i]; y likewise. e <= BN_HEAD. Queries of one token that
+     * share keys and values are best given together, and so are those of a block of tokens.
+     * `scratch`: bn_attend_scratch bytes, aligned to 64. */
     void (*attend)(
         const bn_cache *cache, const float *q, int64_t q_stride, const int64_t *last, int64_t count,
         float *y, int64_t y_stride, void *scratch
@@ -177,7 +192,11 @@ typedef struct {
         int64_t ld
     );
 } bn_rows;
+/* For caches of `columns` columns; calls of up to `count` queries. */
 size_t bn_attend_scratch(int64_t columns, int64_t count);
+#define BN_HEAD 256 /* most channels of a head */
+#define BN_ATTEND_FEW 8 /* queries for which all scores are kept */
+#define BN_ATTEND_TILE 64 /* columns that more queries take together */
 
 typedef struct {
     const char *name;

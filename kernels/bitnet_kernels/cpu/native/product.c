@@ -101,7 +101,7 @@ static void take_token(const operator *o, int64_t t) {
     int8_t *codes = o->tokens.codes + t * stride;
     if (o->x) {
         bn_isa_current()->rows->quant(
-            o->x + t * k, k, codes, &o->tokens.scale[t], &o->tokens.sum[t]
+            o->x + t * k, k, codes, stride, &o->tokens.scale[t], &o->tokens.sum[t]
         );
         return;
     }

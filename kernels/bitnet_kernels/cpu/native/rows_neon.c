@@ -1,5 +1,37 @@
 #if defined(__aarch64__)
+#include <arm_neon.h>
+
 #include "internal.h"
 
-const bn_rows bn_rows_neon = {0};
+#if defined(__clang__)
+BN_TARGET_BEGIN("dotprod")
+#else
+BN_TARGET_BEGIN("arch=armv8.2-a+dotprod")
+#endif
+
+#define BN_ROWS_TABLE bn_rows_neon
+#define LANES 4
+#define DENSE_ROWS 4
+#define SCORE_COLUMNS 8
+#define VALUE_VECTORS 4
+typedef float32x4_t vf;
+#define FMA(a, b, c) vfmaq_f32(c, a, b)
+#define MAX(a, b) vmaxq_f32(a, b)
+#define F16_LOAD(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p))))
+#define F16_STORE(p, v) vst1_u16((uint16_t *)(p), vreinterpret_u16_f16(vcvt_f16_f32(v)))
+
+static inline void sums8(const vf *a, float *out) {
+    vst1q_f32(out, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])));
+    vst1q_f32(out + 4, vpaddq_f32(vpaddq_f32(a[4], a[5]), vpaddq_f32(a[6], a[7])));
+}
+
+#define DOT_BYTES 16
+#define DOT_BIAS 0
+typedef int32x4_t vdot;
+#define DOT(acc, w, x) vdotq_s32(acc, vld1q_s8(w), vld1q_s8(x))
+static inline int32_t dot_sum(vdot acc) { return vaddvq_s32(acc); }
+
+#include "rows.inc.h"
+
+BN_TARGET_END
 #endif

@@ -1,0 +1,877 @@
+/* Everything that is done token by token: bn_rows of internal.h, written once.
+ *
+ * A rows_*.c includes this file between BN_TARGET_BEGIN and BN_TARGET_END, after it has defined what
+ * differs between instruction sets:
+ *
+ *     BN_ROWS_TABLE          the name of the table
+ *     LANES                  fp32 numbers of a register
+ *     vf                     the type of a register of them
+ *     FMA(a, b, c)           a * b + c, rounded once or twice
+ *     MAX(a, b)              the larger of each lane; whatever it is where one is a NaN
+ *     F16_LOAD, F16_STORE    LANES numbers of fp16, from and to an address
+ *     sums8(a, out)          out[i] = the sum of the lanes of a[i], i < 8
+ *     DOT_BYTES, DOT_BIAS, vdot, DOT(acc, w, x), dot_sum(acc)
+ *                            acc += the products of DOT_BYTES codes at two addresses, w with
+ *                            DOT_BIAS added to each
+ *
+ * Where the reference fixes the order of operations the loops are plain C, in that order, and the
+ * compiler vectorizes them. Sums that any order may add are written with registers.
+ */
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#if defined(__clang__)
+#define IN_PLACE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define IN_PLACE _Pragma("GCC ivdep") /* outputs may be the inputs, element for element */
+#endif
+
+typedef int32_t vi __attribute__((vector_size(4 * LANES)));
+typedef double vd __attribute__((vector_size(4 * LANES)));
+typedef float vf_half __attribute__((vector_size(2 * LANES)));
+typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
+typedef uint16_t vu16 __attribute__((vector_size(2 * LANES)));
+typedef int8_t vi8 __attribute__((vector_size(LANES)));
+
+#define FINITE 0x7f7fffff /* the bits of the largest finite fp32 */
+#define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds half to even, to integers */
+
+INLINE int32_t bits_of(float x) {
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+INLINE float from_bits(int32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+INLINE vf load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+INLINE vf all(float x) { return x - (vf){0}; }
+
+/* --- Quantization and norms --------------------------------------------------------------------- */
+
+/* The bits of the largest |x|, above FINITE if there is a NaN or an infinity. */
+INLINE int32_t largest(const float *x, int64_t k) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < k; i++) {
+        int32_t bits = bits_of(x[i]) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    return most;
+}
+
+/* The scale of a token whose largest |x| has the bits `most`. */
+INLINE float scale_of(int32_t most) {
+    float absmax = from_bits(most);
+    if (most > FINITE) return from_bits(0x7fc00000);
+    return (absmax < 1e-5f ? 1e-5f : absmax) / 127.0f;
+}
+
+INLINE int32_t code_of(float x, float scale) { return bits_of(x / scale + ROUND) - 0x4b400000; }
+
+/* x [k] -> codes [stride] */
+static void quant(
+    const float *restrict x, int64_t k, int8_t *restrict codes, int64_t stride, float *scale,
+    int32_t *sum
+) {
+    int32_t most = largest(x, k), total = 0;
+    float s = scale_of(most);
+    *scale = s;
+    if (most > FINITE) {
+        memset(codes, 0, (size_t)stride);
+        *sum = 0;
+        return;
+    }
+    for (int64_t i = 0; i < k; i++) {
+        int32_t code = code_of(x[i], s);
+        codes[i] = (int8_t)code;
+        total += code;
+    }
+    if (stride > k) memset(codes + k, 0, (size_t)(stride - k));
+    *sum = total;
+}
+
+/* What is normalized: x, or relu(x)^2 * up. */
+typedef enum { X, RELU2_MUL } source;
+
+INLINE float value_of(const source from, const float *x, const float *up, int64_t i) {
+    if (from == X) return x[i];
+    float gate = x[i] < 0.0f ? 0.0f : x[i]; /* a NaN stays one */
+    return gate * gate * up[i];
+}
+
+INLINE vf values_of(const source from, const float *x, const float *up, int64_t i) {
+    if (from == X) return load(x + i);
+    vf gate = MAX(load(x + i), (vf){0});
+    return gate * gate * load(up + i);
+}
+
+INLINE int32_t largest_of(const source from, const float *x, const float *up, int64_t k) {
+    int32_t most = 0;
+    for (int64_t i = 0; i < k; i++) {
+        int32_t bits = bits_of(value_of(from, x, up, i)) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    return most;
+}
+
+INLINE vd squares(vf_half v, vd grid) {
+    vd x = __builtin_convertvector(v, vd);
+    return (x * x + grid) - grid;
+}
+
+/* 1 / sqrt(mean(x^2) + eps) of k values; a NaN if one is a NaN or an infinity. The mean is by the
+ * reference's exact_sum: its terms have so few bits that no addition rounds, in any order. */
+INLINE float rstd_of(const source from, const float *x, const float *up, int64_t k, float eps) {
+    int32_t most = largest_of(from, x, up, k);
+    if (most > FINITE) return from_bits(0x7fc00000);
+    double top = from_bits(most), grid; /* the largest square is the square of the largest */
+    top *= top;
+    int64_t exponent;
+    memcpy(&exponent, &top, sizeof top);
+    exponent &= 0x7ff0000000000000;
+    memcpy(&grid, &exponent, sizeof grid);
+    grid *= 2;
+    for (int64_t rest = k - 1; rest > 0; rest >>= 1) grid *= 2;
+
+    vd grids = grid - (vd){0}, a = {0}, b = {0};
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) {
+        vf v = values_of(from, x, up, i);
+        vf_half half[2];
+        memcpy(half, &v, sizeof half);
+        a += squares(half[0], grids);
+        b += squares(half[1], grids);
+    }
+    a += b;
+    double total = 0;
+    for (int j = 0; j < LANES / 2; j++) total += a[j];
+    for (; i < k; i++) {
+        double v = value_of(from, x, up, i);
+        total += (v * v + grid) - grid;
+    }
+    float mean_square = (float)(total / (double)k);
+    return 1.0f / (float)__builtin_sqrt((double)(mean_square + eps));
+}
+
+/* x, weight, y [k] */
+static void rmsnorm(const float *x, const float *weight, float eps, int64_t k, float *y) {
+    float rstd = rstd_of(X, x, NULL, k, eps);
+    if (weight == NULL) {
+        IN_PLACE
+        for (int64_t i = 0; i < k; i++) y[i] = x[i] * rstd;
+    } else {
+        IN_PLACE
+        for (int64_t i = 0; i < k; i++) y[i] = x[i] * rstd * weight[i];
+    }
+}
+
+INLINE void norm_quant(
+    const source from, const bool weighted, const float *restrict x, const float *restrict up,
+    const float *restrict weight, float eps, int64_t k, int8_t *restrict codes, int64_t stride,
+    float *scale, int32_t *sum
+) {
+    float rstd = rstd_of(from, x, up, k, eps);
+    int32_t most = 0, total = 0;
+    for (int64_t i = 0; i < k; i++) {
+        float y = value_of(from, x, up, i) * rstd;
+        int32_t bits = bits_of(weighted ? y * weight[i] : y) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    float s = scale_of(most);
+    *scale = s;
+    if (most > FINITE) {
+        memset(codes, 0, (size_t)stride);
+        *sum = 0;
+        return;
+    }
+    for (int64_t i = 0; i < k; i++) {
+        float y = value_of(from, x, up, i) * rstd;
+        int32_t code = code_of(weighted ? y * weight[i] : y, s);
+        codes[i] = (int8_t)code;
+        total += code;
+    }
+    if (stride > k) memset(codes + k, 0, (size_t)(stride - k));
+    *sum = total;
+}
+
+static void rmsnorm_quant(
+    const float *x, const float *weight, float eps, int64_t k, int8_t *codes, int64_t stride,
+    float *scale, int32_t *sum
+) {
+    if (weight == NULL)
+        norm_quant(X, false, x, NULL, NULL, eps, k, codes, stride, scale, sum);
+    else
+        norm_quant(X, true, x, NULL, weight, eps, k, codes, stride, scale, sum);
+}
+
+static void relu2_mul_rmsnorm_quant(
+    const float *gate, const float *up, const float *weight, float eps, int64_t k, int8_t *codes,
+    int64_t stride, float *scale, int32_t *sum
+) {
+    if (weight == NULL)
+        norm_quant(RELU2_MUL, false, gate, up, NULL, eps, k, codes, stride, scale, sum);
+    else
+        norm_quant(RELU2_MUL, true, gate, up, weight, eps, k, codes, stride, scale, sum);
+}
+
+/* --- Gates and rotary positions ----------------------------------------------------------------- */
+
+/* y = relu(gate)^2 * up, [k] each; a NaN stays one */
+static void relu2_mul(const float *gate, const float *up, int64_t k, float *y) {
+    IN_PLACE
+    for (int64_t i = 0; i < k; i++) y[i] = value_of(RELU2_MUL, gate, up, i);
+}
+
+/* exp(x) of x <= 0 within 2^-22, 0 below 2^-126; a NaN stays one. Cephes' polynomial, without fused
+ * operations, so that every instruction set gives the same bits. */
+INLINE float exp_of(float x) {
+    float n = x * 1.44269504f + ROUND;
+    int32_t scale = (bits_of(n) - 0x4b400000 + 127) << 23;
+    n -= ROUND;
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = (p * (r * r) + r) + 1.0f;
+    return x < -87.0f ? 0.0f : p * from_bits(scale);
+}
+
+/* y = gate / (1 + exp(-gate)) * up, [k] each */
+static void silu_mul(const float *gate, const float *up, int64_t k, float *y) {
+    IN_PLACE
+    for (int64_t i = 0; i < k; i++) {
+        float g = gate[i], t = exp_of(g < 0.0f ? g : -g);
+        y[i] = g * (g < 0.0f ? t : 1.0f) / (1.0f + t) * up[i];
+    }
+}
+
+/* x, cos, sin, y [e] */
+static void rotate(const float *x, const float *cos, const float *sin, int64_t e, float *y) {
+    int64_t half = e / 2;
+    IN_PLACE
+    for (int64_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        y[i] = a * cos[i] - b * sin[i];
+        y[i + half] = b * cos[i + half] + a * sin[i + half];
+    }
+}
+
+/* --- Numbers in memory -------------------------------------------------------------------------- */
+
+INLINE int64_t size_of(bn_dtype dtype) { return dtype == BN_F32 ? 4 : dtype == BN_I8 ? 1 : 2; }
+
+/* LANES numbers from number i of p on, as fp32. */
+INLINE vf load_as(bn_dtype dtype, const void *p, int64_t i) {
+    const char *at = (const char *)p + i * size_of(dtype);
+    if (dtype == BN_F32) return load((const float *)at);
+    if (dtype == BN_F16) return F16_LOAD(at);
+    if (dtype == BN_BF16) {
+        vu16 half;
+        memcpy(&half, at, sizeof half);
+        return (vf)(__builtin_convertvector(half, vu) << 16);
+    }
+    vi8 codes;
+    memcpy(&codes, at, sizeof codes);
+    return (vf)__builtin_convertvector(__builtin_convertvector(codes, vi), vf);
+}
+
+/* `count` < LANES of them, then zeros. */
+INLINE vf load_part(bn_dtype dtype, const void *p, int64_t i, int64_t count) {
+    float part[LANES] = {0}; /* LANES numbers of any dtype */
+    memcpy(part, (const char *)p + i * size_of(dtype), (size_t)(count * size_of(dtype)));
+    return load_as(dtype, part, 0);
+}
+
+INLINE void widen_as(bn_dtype dtype, const void *row, int64_t k, float *x) {
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) store(x + i, load_as(dtype, row, i));
+    if (i < k) {
+        vf last = load_part(dtype, row, i, k - i);
+        memcpy(x + i, &last, (size_t)(k - i) * 4);
+    }
+}
+
+static void widen(const void *row, bn_dtype dtype, int64_t k, float *x) {
+    if (dtype == BN_F32)
+        memcpy(x, row, (size_t)k * 4);
+    else if (dtype == BN_BF16)
+        widen_as(BN_BF16, row, k, x);
+    else
+        widen_as(BN_F16, row, k, x);
+}
+
+/* x [e] -> column `column` of `matrix` [columns, e], its scale if it is int8 */
+INLINE void append_one(
+    bn_dtype dtype, const float *x, int64_t e, int64_t column, void *matrix, float *scale
+) {
+    void *at = (char *)matrix + column * e * size_of(dtype);
+    if (dtype == BN_F32) {
+        memcpy(at, x, (size_t)e * 4);
+    } else if (dtype == BN_BF16) {
+        uint16_t *half = at;
+        for (int64_t i = 0; i < e; i++) {
+            uint32_t bits = (uint32_t)bits_of(x[i]);
+            uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+            half[i] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+        }
+    } else if (dtype == BN_F16) {
+        int64_t i = 0;
+        for (; i + LANES <= e; i += LANES) F16_STORE((char *)at + i * 2, load(x + i));
+        if (i < e) {
+            char part[2 * LANES];
+            F16_STORE(part, load_part(BN_F32, x, i, e - i));
+            memcpy((char *)at + i * 2, part, (size_t)(e - i) * 2);
+        }
+    } else {
+        int32_t sum;
+        quant(x, e, at, e, scale + column, &sum);
+    }
+}
+
+static void append(const bn_cache *cache, int64_t column, const float *k, const float *v) {
+    append_one(cache->dtype, k, cache->e, column, cache->k, cache->k_scale);
+    append_one(cache->dtype, v, cache->e, column, cache->v, cache->v_scale);
+}
+
+/* --- Matrices that are not ternary -------------------------------------------------------------- */
+
+/* `rows` rows from w on times `tokens` tokens, rows * tokens a multiple of 8 */
+INLINE void dense_tile(
+    bn_dtype dtype, const int rows, const int tokens, const char *w, int64_t k, const float *x,
+    int64_t x_stride, float *out, int64_t ld
+) {
+    int64_t row = k * size_of(dtype), i = 0;
+    vf acc[32];
+    UNROLL for (int j = 0; j < rows * tokens; j++) acc[j] = (vf){0};
+    for (; i + LANES <= k; i += LANES) {
+        vf weight[8];
+        UNROLL for (int r = 0; r < rows; r++) {
+            __builtin_prefetch(w + r * row + i * size_of(dtype) + 4096);
+            weight[r] = load_as(dtype, w + r * row, i);
+        }
+        UNROLL for (int m = 0; m < tokens; m++) {
+            vf v = load(x + m * x_stride + i);
+            UNROLL for (int r = 0; r < rows; r++)
+                acc[m * rows + r] = FMA(weight[r], v, acc[m * rows + r]);
+        }
+    }
+    if (i < k)
+        for (int r = 0; r < rows; r++) {
+            vf weight = load_part(dtype, w + r * row, i, k - i);
+            for (int m = 0; m < tokens; m++) {
+                vf v = load_part(BN_F32, x + m * x_stride, i, k - i);
+                acc[m * rows + r] = FMA(weight, v, acc[m * rows + r]);
+            }
+        }
+    float sums[32];
+    UNROLL for (int j = 0; j < rows * tokens; j += 8) sums8(acc + j, sums + j);
+    UNROLL for (int m = 0; m < tokens; m++)
+        memcpy(out + m * ld, sums + m * rows, (size_t)rows * 4);
+}
+
+/* One row and one token. */
+INLINE float dense_one(bn_dtype dtype, const char *w, int64_t k, const float *x) {
+    vf acc[8] = {{0}};
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES) acc[0] = FMA(load_as(dtype, w, i), load(x + i), acc[0]);
+    if (i < k)
+        acc[0] =
+            FMA(load_part(dtype, w, i, k - i), load_part(BN_F32, x, i, k - i), acc[0]);
+    float sums[8];
+    sums8(acc, sums);
+    return sums[0];
+}
+
+/* Rows in blocks of 8, which stay in the first cache while all tokens pass. */
+INLINE void dense_as(
+    bn_dtype dtype, const bn_dense *w, const float *x, int64_t x_stride, int64_t m, int64_t n0,
+    int64_t n1, float *out, int64_t ld
+) {
+    int64_t k = w->k, row = k * size_of(dtype), n = n0;
+    for (; n + 8 <= n1; n += 8) {
+        const char *rows = (const char *)w->weight + n * row;
+        float *to = out + (n - n0);
+        int64_t t = 0;
+        for (; t + 4 <= m; t += 4)
+            for (int r = 0; r < 8; r += DENSE_ROWS)
+                dense_tile(
+                    dtype, DENSE_ROWS, 4, rows + r * row, k, x + t * x_stride, x_stride,
+                    to + t * ld + r, ld
+                );
+        for (; t + 2 <= m; t += 2)
+            for (int r = 0; r < 8; r += 4)
+                dense_tile(
+                    dtype, 4, 2, rows + r * row, k, x + t * x_stride, x_stride, to + t * ld + r, ld
+                );
+        if (t < m) dense_tile(dtype, 8, 1, rows, k, x + t * x_stride, x_stride, to + t * ld, ld);
+    }
+    for (; n < n1; n++)
+        for (int64_t t = 0; t < m; t++)
+            out[t * ld + (n - n0)] =
+                dense_one(dtype, (const char *)w->weight + n * row, k, x + t * x_stride);
+}
+
+static void dense(
+    const bn_dense *w, const float *x, int64_t x_stride, int64_t m, int64_t n0, int64_t n1,
+    float *out, int64_t ld
+) {
+    if (w->dtype == BN_F32)
+        dense_as(BN_F32, w, x, x_stride, m, n0, n1, out, ld);
+    else if (w->dtype == BN_BF16)
+        dense_as(BN_BF16, w, x, x_stride, m, n0, n1, out, ld);
+    else
+        dense_as(BN_F16, w, x, x_stride, m, n0, n1, out, ld);
+}
+
+/* `rows` rows from w on times `tokens` tokens from number m on; scale and out of the first row */
+INLINE void dense_int8_tile(
+    const int rows, const int tokens, const int8_t *w, const float *scale, int64_t k,
+    const bn_tokens *x, int64_t m, float *out, int64_t ld
+) {
+    vdot acc[16];
+    const int8_t *codes = x->codes + m * x->stride;
+    int64_t i = 0;
+    UNROLL for (int j = 0; j < rows * tokens; j++) acc[j] = (vdot){0};
+    for (; i + DOT_BYTES <= k; i += DOT_BYTES)
+        UNROLL for (int r = 0; r < rows; r++) {
+            const int8_t *at = w + r * k + i;
+            __builtin_prefetch(at + 4096);
+            UNROLL for (int t = 0; t < tokens; t++)
+                acc[t * rows + r] = DOT(acc[t * rows + r], at, codes + t * x->stride + i);
+        }
+    if (i < k)
+        UNROLL for (int r = 0; r < rows; r++) {
+            int8_t part[DOT_BYTES] = {0};
+            memcpy(part, w + r * k + i, (size_t)(k - i));
+            UNROLL for (int t = 0; t < tokens; t++)
+                acc[t * rows + r] = DOT(acc[t * rows + r], part, codes + t * x->stride + i);
+        }
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < rows; r++) {
+            int32_t total = dot_sum(acc[t * rows + r]) - DOT_BIAS * x->sum[m + t];
+            out[t * ld + r] = (float)total * x->scale[m + t] * scale[r];
+        }
+}
+
+static void dense_int8(
+    const bn_dense *w, const bn_tokens *x, int64_t m, int64_t n0, int64_t n1, float *out, int64_t ld
+) {
+    int64_t n = n0;
+    for (; n < n1;) {
+        const int8_t *rows = (const int8_t *)w->weight + n * w->k;
+        float *to = out + (n - n0);
+        if (n + 4 <= n1) {
+            int64_t t = 0;
+            for (; t + 4 <= m; t += 4)
+                dense_int8_tile(4, 4, rows, w->scale + n, w->k, x, t, to + t * ld, ld);
+            for (; t < m; t++)
+                dense_int8_tile(4, 1, rows, w->scale + n, w->k, x, t, to + t * ld, ld);
+            n += 4;
+        } else {
+            for (int64_t t = 0; t < m; t++)
+                dense_int8_tile(1, 1, rows, w->scale + n, w->k, x, t, to + t * ld, ld);
+            n++;
+        }
+    }
+}
+
+/* --- Attention ---------------------------------------------------------------------------------- */
+
+/* Few queries: their scores with all columns, softmax, then the sum of values. Keys and values are
+ * read once for 1, 2 or 4 queries.
+ *
+ * s[q * s_stride + c] = q . k[c] for columns 0 to n of a block; q [queries, width], which has zeros
+ * from e on */
+INLINE void score_columns(
+    bn_dtype dtype, const int queries, const char *k, const float *k_scale, int64_t e,
+    const float *q, int64_t width, int64_t n, float *s, int64_t s_stride
+) {
+    const int together = 8 / queries;
+    int64_t row = e * size_of(dtype);
+    for (int64_t c = 0; c < n; c += together) {
+        const char *at[8];
+        vf acc[8];
+        UNROLL for (int j = 0; j < 8; j++) acc[j] = (vf){0};
+        UNROLL for (int j = 0; j < together; j++) {
+            at[j] = k + (c + j < n ? c + j : n - 1) * row;
+        }
+        int64_t i = 0;
+        for (; i + LANES <= e; i += LANES) {
+            vf query[4];
+            UNROLL for (int r = 0; r < queries; r++) query[r] = load(q + r * width + i);
+            UNROLL for (int j = 0; j < together; j++) {
+                __builtin_prefetch(at[j] + i * size_of(dtype) + 4096);
+                vf key = load_as(dtype, at[j], i);
+                UNROLL for (int r = 0; r < queries; r++)
+                    acc[r * together + j] = FMA(query[r], key, acc[r * together + j]);
+            }
+        }
+        if (i < e)
+            UNROLL for (int j = 0; j < together; j++) {
+                vf key = load_part(dtype, at[j], i, e - i);
+                UNROLL for (int r = 0; r < queries; r++)
+                    acc[r * together + j] = FMA(load(q + r * width + i), key, acc[r * together + j]);
+            }
+        float sums[8];
+        sums8(acc, sums);
+        for (int r = 0; r < queries; r++)
+            for (int j = 0; j < together && c + j < n; j++)
+                s[r * s_stride + c + j] =
+                    sums[r * together + j] * (dtype == BN_I8 ? k_scale[c + j] : 1.0f);
+    }
+}
+
+/* s [n] -> its softmax, times the scales of the values if they are int8. */
+INLINE void softmax(float *s, int64_t n, const float *v_scale) {
+    vf most = all(s[0]);
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) most = MAX(most, load(s + i));
+    float top = s[0];
+    for (int j = 0; j < LANES; j++) top = most[j] > top ? most[j] : top;
+    for (; i < n; i++) top = s[i] > top ? s[i] : top;
+    for (i = 0; i < n; i++) s[i] = exp_of(s[i] - top);
+    vf sums = {0};
+    float total = 0;
+    for (i = 0; i + LANES <= n; i += LANES) sums += load(s + i);
+    for (; i < n; i++) total += s[i];
+    for (int j = 0; j < LANES; j++) total += sums[j];
+    float norm = 1.0f / total;
+    if (v_scale == NULL)
+        for (i = 0; i < n; i++) s[i] *= norm;
+    else
+        for (i = 0; i < n; i++) s[i] *= norm * v_scale[i];
+}
+
+/* y[q] += sum_c p[q * p_stride + c] v[c] for `vectors` registers from number i on of columns 0 to n;
+ * the last `part` numbers stand for a whole register if part is not 0. y [queries, width] */
+INLINE void add_values(
+    bn_dtype dtype, const int queries, const int vectors, const char *v, int64_t e, int64_t i,
+    int64_t part, const float *p, int64_t p_stride, int64_t n, float *y, int64_t width
+) {
+    const int sets = queries == 1 ? 2 : 1; /* of accumulators: additions wait for each other */
+    int64_t row = e * size_of(dtype), c = 0;
+    vf acc[32];
+    UNROLL for (int j = 0; j < sets * queries * vectors; j++) acc[j] = (vf){0};
+    for (; c + sets <= n; c += sets)
+        UNROLL for (int set = 0; set < sets; set++) {
+            const char *at = v + (c + set) * row;
+            vf weight[4];
+            UNROLL for (int r = 0; r < queries; r++) weight[r] = all(p[r * p_stride + c + set]);
+            UNROLL for (int j = 0; j < vectors; j++) {
+                __builtin_prefetch(at + (i + j * LANES) * size_of(dtype) + 4096);
+                vf value = part ? load_part(dtype, at, i + j * LANES, part)
+                                : load_as(dtype, at, i + j * LANES);
+                UNROLL for (int r = 0; r < queries; r++) {
+                    vf *to = &acc[(set * queries + r) * vectors + j];
+                    *to = FMA(weight[r], value, *to);
+                }
+            }
+        }
+    for (; c < n; c++)
+        UNROLL for (int j = 0; j < vectors; j++) {
+            const char *at = v + c * row;
+            vf value = part ? load_part(dtype, at, i + j * LANES, part)
+                            : load_as(dtype, at, i + j * LANES);
+            UNROLL for (int r = 0; r < queries; r++) {
+                vf *to = &acc[r * vectors + j];
+                *to = FMA(all(p[r * p_stride + c]), value, *to);
+            }
+        }
+    UNROLL for (int r = 0; r < queries; r++)
+        UNROLL for (int j = 0; j < vectors; j++) {
+            float *to = y + r * width + i + j * LANES;
+            vf total = load(to) + acc[r * vectors + j];
+            if (sets == 2) total += acc[(queries + r) * vectors + j];
+            store(to, total);
+        }
+}
+
+INLINE void add_all_values(
+    bn_dtype dtype, const int queries, const char *v, int64_t e, const float *p, int64_t p_stride,
+    int64_t n, float *y, int64_t width
+) {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= e; i += 4 * LANES)
+        add_values(dtype, queries, 4, v, e, i, 0, p, p_stride, n, y, width);
+    for (; i + LANES <= e; i += LANES)
+        add_values(dtype, queries, 1, v, e, i, 0, p, p_stride, n, y, width);
+    if (i < e) add_values(dtype, queries, 1, v, e, i, e - i, p, p_stride, n, y, width);
+}
+
+/* A NaN or an infinity in a value makes the output of the head NaN, as in the reference. */
+INLINE void write_head(const float *from, float norm, int64_t e, float *y) {
+    float bad = 0;
+    int32_t most = 0;
+    for (int64_t i = 0; i < e; i++) {
+        float x = from[i] * norm;
+        int32_t bits = bits_of(x) & 0x7fffffff;
+        most = bits > most ? bits : most;
+        y[i] = x;
+    }
+    if (most > FINITE) bad = from_bits(0x7fc00000);
+    if (most > FINITE)
+        for (int64_t i = 0; i < e; i++) y[i] = bad;
+}
+
+INLINE int64_t wide(int64_t e) { return (e + LANES - 1) / LANES * LANES; }
+
+#define FEW BN_ATTEND_FEW
+#define TILE BN_ATTEND_TILE
+#define COLUMNS 128 /* that groups of few queries take in turn, while they are in the cache of a core */
+
+/* 1 to FEW queries */
+INLINE void attend_few(
+    bn_dtype dtype, const bn_cache *cache, const float *q, int64_t q_stride, const int64_t *last,
+    int64_t count, float *y, int64_t y_stride, float *scratch
+) {
+    int64_t e = cache->e, width = wide(e), row = e * size_of(dtype), every = last[0], most = last[0];
+    float *padded = scratch, *sums = padded + FEW * BN_HEAD, *s = sums + FEW * BN_HEAD;
+    float norm = (float)(1.0 / __builtin_sqrt((double)e));
+    memset(padded, 0, (size_t)(count * width) * 4);
+    memset(sums, 0, (size_t)(count * width) * 4);
+    for (int64_t r = 0; r < count; r++) {
+        for (int64_t i = 0; i < e; i++) padded[r * width + i] = q[r * q_stride + i] * norm;
+        every = last[r] < every ? last[r] : every;
+        most = last[r] > most ? last[r] : most;
+    }
+    every++, most++; /* columns that every query sees, and that one does */
+    int64_t ld = (most + 15) / 16 * 16;
+    for (int64_t c = 0; c < every; c += COLUMNS) {
+        int64_t n = every - c < COLUMNS ? every - c : COLUMNS, r = 0;
+        const char *k = (const char *)cache->k + c * row;
+        const float *scale = dtype == BN_I8 ? cache->k_scale + c : NULL;
+        for (; r + 4 <= count; r += 4)
+            score_columns(dtype, 4, k, scale, e, padded + r * width, width, n, s + r * ld + c, ld);
+        for (; r + 2 <= count; r += 2)
+            score_columns(dtype, 2, k, scale, e, padded + r * width, width, n, s + r * ld + c, ld);
+        if (r < count)
+            score_columns(dtype, 1, k, scale, e, padded + r * width, width, n, s + r * ld + c, ld);
+    }
+    for (int64_t r = 0; r < count; r++) {
+        if (last[r] + 1 > every)
+            score_columns(
+                dtype, 1, (const char *)cache->k + every * row,
+                dtype == BN_I8 ? cache->k_scale + every : NULL, e, padded + r * width, width,
+                last[r] + 1 - every, s + r * ld + every, ld
+            );
+        softmax(s + r * ld, last[r] + 1, dtype == BN_I8 ? cache->v_scale : NULL);
+    }
+    for (int64_t c = 0; c < every; c += COLUMNS) {
+        int64_t n = every - c < COLUMNS ? every - c : COLUMNS, r = 0;
+        const char *v = (const char *)cache->v + c * row;
+        for (; r + 4 <= count; r += 4)
+            add_all_values(dtype, 4, v, e, s + r * ld + c, ld, n, sums + r * width, width);
+        for (; r + 2 <= count; r += 2)
+            add_all_values(dtype, 2, v, e, s + r * ld + c, ld, n, sums + r * width, width);
+        if (r < count)
+            add_all_values(dtype, 1, v, e, s + r * ld + c, ld, n, sums + r * width, width);
+    }
+    for (int64_t r = 0; r < count; r++) {
+        if (last[r] + 1 > every)
+            add_all_values(
+                dtype, 1, (const char *)cache->v + every * row, e, s + r * ld + every, ld,
+                last[r] + 1 - every, sums + r * width, width
+            );
+        write_head(sums + r * width, 1.0f, e, y + r * y_stride);
+    }
+}
+
+/* Many queries: LANES or 2 * LANES of them side by side in registers, a tile of TILE columns after
+ * the other (online softmax, arXiv 2205.14135). Scores lie [column, query]. */
+/* `n` columns of `matrix` from column c on -> tile [n, width] in fp32 */
+INLINE void widen_tile(
+    bn_dtype dtype, const void *matrix, const float *scale, int64_t e, int64_t width, int64_t c,
+    int64_t n, float *tile
+) {
+    for (int64_t j = 0; j < n; j++) {
+        const char *row = (const char *)matrix + (c + j) * e * size_of(dtype);
+        float *to = tile + j * width;
+        int64_t i = 0;
+        for (; i + LANES <= e; i += LANES) {
+            vf v = load_as(dtype, row, i);
+            if (dtype == BN_I8) v = v * scale[c + j];
+            store(to + i, v);
+        }
+        if (i < e) {
+            vf v = load_part(dtype, row, i, e - i);
+            if (dtype == BN_I8) v = v * scale[c + j];
+            store(to + i, v);
+        }
+    }
+}
+
+/* s[c, query] of n columns for `vectors` registers of queries; q [e, vectors * LANES] */
+INLINE void score_tile(
+    const int vectors, const int columns, const float *q, const float *tile, int64_t e,
+    int64_t width, float *s
+) {
+    vf acc[16];
+    UNROLL for (int j = 0; j < columns * vectors; j++) acc[j] = (vf){0};
+    for (int64_t i = 0; i < e; i++) {
+        vf query[2];
+        UNROLL for (int v = 0; v < vectors; v++) query[v] = load(q + (i * vectors + v) * LANES);
+        UNROLL for (int c = 0; c < columns; c++) {
+            vf key = all(tile[c * width + i]);
+            UNROLL for (int v = 0; v < vectors; v++)
+                acc[c * vectors + v] = FMA(query[v], key, acc[c * vectors + v]);
+        }
+    }
+    UNROLL for (int j = 0; j < columns * vectors; j++) store(s + j * LANES, acc[j]);
+}
+
+/* y[r] = y[r] * alpha[r] + sum_c p[c, r] tile[c], for `queries` rows and `vectors` registers */
+INLINE void add_tile(
+    const int queries, const int vectors, const float *p, int64_t side, const float *tile,
+    int64_t width, int64_t n, const float *alpha, float *y
+) {
+    vf acc[16];
+    UNROLL for (int r = 0; r < queries; r++)
+        UNROLL for (int j = 0; j < vectors; j++)
+            acc[r * vectors + j] = load(y + r * width + j * LANES) * alpha[r];
+    for (int64_t c = 0; c < n; c++) {
+        vf value[4];
+        UNROLL for (int j = 0; j < vectors; j++) value[j] = load(tile + c * width + j * LANES);
+        UNROLL for (int r = 0; r < queries; r++) {
+            vf weight = all(p[c * side + r]);
+            UNROLL for (int j = 0; j < vectors; j++)
+                acc[r * vectors + j] = FMA(weight, value[j], acc[r * vectors + j]);
+        }
+    }
+    UNROLL for (int r = 0; r < queries; r++)
+        UNROLL for (int j = 0; j < vectors; j++)
+            store(y + r * width + j * LANES, acc[r * vectors + j]);
+}
+
+/* 1 to `vectors` * LANES queries */
+INLINE void attend_many(
+    bn_dtype dtype, const int vectors, const bn_cache *cache, const float *q, int64_t q_stride,
+    const int64_t *last, int64_t count, float *y, int64_t y_stride, float *scratch
+) {
+    const int side = vectors * LANES;
+    int64_t e = cache->e, width = wide(e), every = last[0], most = last[0];
+    float *turned = scratch, *sums = turned + BN_HEAD * side, *tile = sums + BN_HEAD * side;
+    float *s = tile + BN_HEAD * TILE, top[2 * LANES], total[2 * LANES], alpha[2 * LANES];
+    int64_t ends[2 * LANES];
+    float norm = (float)(1.0 / __builtin_sqrt((double)e));
+    for (int64_t r = 0; r < count; r++) {
+        every = last[r] < every ? last[r] : every;
+        most = last[r] > most ? last[r] : most;
+    }
+    memset(sums, 0, (size_t)(side * width) * 4);
+    for (int r = 0; r < side; r++) {
+        ends[r] = r < count ? last[r] : every; /* what is past the queries repeats the first */
+        const float *from = q + (r < count ? r : 0) * q_stride;
+        for (int64_t i = 0; i < e; i++) turned[i * side + r] = from[i] * norm;
+        top[r] = -__builtin_inff();
+        total[r] = 0;
+    }
+    for (int64_t c = 0; c <= most; c += TILE) {
+        int64_t n = most + 1 - c < TILE ? most + 1 - c : TILE, j = 0;
+        widen_tile(dtype, cache->k, cache->k_scale, e, width, c, n, tile);
+        for (; j + SCORE_COLUMNS <= n; j += SCORE_COLUMNS)
+            score_tile(vectors, SCORE_COLUMNS, turned, tile + j * width, e, width, s + j * side);
+        for (; j < n; j++) score_tile(vectors, 1, turned, tile + j * width, e, width, s + j * side);
+        for (j = every + 1 > c ? every + 1 - c : 0; j < n; j++)
+            for (int r = 0; r < side; r++)
+                s[j * side + r] = c + j > ends[r] ? -__builtin_inff() : s[j * side + r];
+
+        UNROLL for (int v = 0; v < vectors; v++) {
+            vf before = load(top + v * LANES), now = before;
+            for (j = 0; j < n; j++) now = MAX(now, load(s + j * side + v * LANES));
+            store(top + v * LANES, now);
+            store(alpha + v * LANES, before - now);
+            for (j = 0; j < n; j++) {
+                float *at = s + j * side + v * LANES;
+                store(at, load(at) - now);
+            }
+        }
+        for (int r = 0; r < side; r++) alpha[r] = exp_of(alpha[r]);
+        for (j = 0; j < n * side; j++) s[j] = exp_of(s[j]);
+        UNROLL for (int v = 0; v < vectors; v++) {
+            vf sum = load(total + v * LANES) * load(alpha + v * LANES);
+            for (j = 0; j < n; j++) sum += load(s + j * side + v * LANES);
+            store(total + v * LANES, sum);
+        }
+
+        widen_tile(dtype, cache->v, cache->v_scale, e, width, c, n, tile);
+        /* 0 * NaN is NaN: what a column must not show to those that do not see it is taken out. */
+        for (j = every + 1 > c ? every + 1 - c : 0; j < n; j++)
+            if (largest(tile + j * width, e) > FINITE) {
+                memset(tile + j * width, 0, (size_t)width * 4);
+                for (int r = 0; r < side; r++)
+                    if (c + j <= ends[r]) total[r] = from_bits(0x7fc00000);
+            }
+        for (int r = 0; r < count; r += 4) {
+            float *to = sums + r * width;
+            int64_t i = 0;
+            for (; i + VALUE_VECTORS * LANES <= width; i += VALUE_VECTORS * LANES)
+                add_tile(4, VALUE_VECTORS, s + r, side, tile + i, width, n, alpha + r, to + i);
+            for (; i < width; i += LANES)
+                add_tile(4, 1, s + r, side, tile + i, width, n, alpha + r, to + i);
+        }
+    }
+    for (int64_t r = 0; r < count; r++)
+        write_head(sums + r * width, 1.0f / total[r], e, y + r * y_stride);
+}
+
+INLINE void attend_as(
+    bn_dtype dtype, const bn_cache *cache, const float *q, int64_t q_stride, const int64_t *last,
+    int64_t count, float *y, int64_t y_stride, void *scratch
+) {
+    while (count > 0) {
+        int64_t n = count;
+        if (count <= FEW) {
+            attend_few(dtype, cache, q, q_stride, last, n, y, y_stride, scratch);
+        } else if (count <= LANES) {
+            attend_many(dtype, 1, cache, q, q_stride, last, n, y, y_stride, scratch);
+        } else {
+            n = count < 2 * LANES ? count : 2 * LANES;
+            attend_many(dtype, 2, cache, q, q_stride, last, n, y, y_stride, scratch);
+        }
+        q += n * q_stride, y += n * y_stride, last += n, count -= n;
+    }
+}
+
+static void attend(
+    const bn_cache *cache, const float *q, int64_t q_stride, const int64_t *last, int64_t count,
+    float *y, int64_t y_stride, void *scratch
+) {
+    if (cache->dtype == BN_F32)
+        attend_as(BN_F32, cache, q, q_stride, last, count, y, y_stride, scratch);
+    else if (cache->dtype == BN_BF16)
+        attend_as(BN_BF16, cache, q, q_stride, last, count, y, y_stride, scratch);
+    else if (cache->dtype == BN_F16)
+        attend_as(BN_F16, cache, q, q_stride, last, count, y, y_stride, scratch);
+    else
+        attend_as(BN_I8, cache, q, q_stride, last, count, y, y_stride, scratch);
+}
+
+const bn_rows BN_ROWS_TABLE = {
+    .quant = quant,
+    .rmsnorm = rmsnorm,
+    .rmsnorm_quant = rmsnorm_quant,
+    .relu2_mul_rmsnorm_quant = relu2_mul_rmsnorm_quant,
+    .relu2_mul = relu2_mul,
+    .silu_mul = silu_mul,
+    .rotate = rotate,
+    .widen = widen,
+    .append = append,
+    .attend = attend,
+    .dense = dense,
+    .dense_int8 = dense_int8,
+};
