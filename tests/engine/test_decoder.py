@@ -15,7 +15,7 @@ from bitnet.engine.decoder import Decoder
 from bitnet.engine.modules import ModuleRunner
 from bitnet.engine.state import State
 from bitnet.engine.weights import ModelWeights, Modules, packed_copy
-from bitnet.linear import TernaryLinear, pack, weights_quantized
+from bitnet.linear import TernaryLinear, weights_quantized
 from bitnet.model import Block, ModelConfig, Transformer
 from tests.helpers.decoding import (
     CONTEXT,
@@ -29,7 +29,9 @@ from tests.helpers.decoding import (
     prefill,
     small_model,
 )
+from tests.helpers.runners import Runner, runner
 
+__all__ = ["runner"]  # a fixture
 LENGTHS = [1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 21, 4, 6, 1, 30, 11, 12, 31, 33, 10]
 
 
@@ -37,16 +39,14 @@ LENGTHS = [1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 21, 4, 6, 1, 30, 11, 12, 31, 33, 10]
     ("variant", "packed"),
     [(variant, False) for variant in VARIANTS] + [(variant, True) for variant in PACKABLE],
 )
-def test_a_decoder_computes_what_the_model_does(variant: str, packed: bool) -> None:
+def test_a_decoder_computes_what_the_model_does(variant: str, packed: bool, runner: Runner) -> None:
     """20 prompts (or 8), one by one and 8 at a time: prefilled in chunks of 16 tokens, then 23
     steps."""
-    model = small_model(torch.float64, **VARIANTS[variant])
-    if packed:
-        pack(model)
+    model = runner.model(packed, **VARIANTS[variant])
     n_prompts = 20 if variant in ("ternary", "dense") else 8
     prompts = make_prompts([*LENGTHS[: n_prompts - 1], 50])
     for rows in (1, 8):
-        decoder = Decoder(model, 8, CONTEXT, chunk=16)
+        decoder = runner.decoder(model, 8, CONTEXT, chunk=16)
         for start in range(0, len(prompts), rows):
             for row in range(rows):
                 decoder.set_length(row, 0)
@@ -55,7 +55,7 @@ def test_a_decoder_computes_what_the_model_does(variant: str, packed: bool) -> N
             assert len({tuple(tokens) for tokens in texts}) == len(batch)
             for row, (prompt, tokens) in enumerate(zip(batch, texts, strict=True)):
                 assert tokens == logits[row].argmax(-1).tolist()
-                check_row(model, prompt + tokens[:-1], logits[row])
+                runner.check(model, prompt + tokens[:-1], decoder, row, logits[row])
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -173,10 +173,10 @@ def test_a_model_that_changed_is_told(linear: str, name: str) -> None:
     Decoder(model, 1, 8).prefill(torch.tensor([[1]]), [1])
 
 
-def test_one_token_a_row_is_a_step() -> None:
+def test_one_token_a_row_is_a_step(runner: Runner) -> None:
     """Equal to the last bit, whichever rows are active."""
     prompts = make_prompts([3, 9, 5])
-    stepped, filled = (Decoder(packed_model(), 3, CONTEXT) for _ in range(2))
+    stepped, filled = (runner.decoder(runner.model(), 3) for _ in range(2))
     for decoder in (stepped, filled):
         prefill(decoder, prompts, 16)
     tokens = torch.tensor([[4], [5], [6]])
@@ -351,13 +351,13 @@ def test_what_a_module_was_given_instead_is_not_passed_over() -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_matrix_of_one_column(packed: bool) -> None:
+def test_a_matrix_of_one_column(packed: bool, runner: Runner) -> None:
     """torch's int8 product on a CPU is wrong there."""
-    model = (packed_model if packed else small_model)(torch.float64, d_ff=1)
+    model = runner.model(packed, d_ff=1)
     (prompt,) = make_prompts([5])
-    decoder = Decoder(model, 1, CONTEXT)
+    decoder = runner.decoder(model, 1)
     (tokens,), (logits,) = greedy(decoder, [prompt], 4)
-    check_row(model, prompt + tokens[:-1], logits)
+    runner.check(model, prompt + tokens[:-1], decoder, 0, logits)
 
 
 def test_a_module_that_counts_its_calls_is_no_changed_model() -> None:

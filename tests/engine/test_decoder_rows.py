@@ -11,30 +11,32 @@ from bitnet.linear import BitLinear
 from tests.helpers.decoding import (
     CONTEXT,
     VOCAB,
-    check_row,
     greedy,
     make_prompts,
     packed_model,
     prefill,
 )
+from tests.helpers.runners import Runner, runner
+
+__all__ = ["runner"]  # a fixture
 
 
-def test_rows_do_not_see_each_other() -> None:
+def test_rows_do_not_see_each_other(runner: Runner) -> None:
     """Each row computes what the model computes for its tokens alone; here with a ternary head."""
-    model = packed_model(torch.float64)
+    model = runner.model()
     head = BitLinear(32, VOCAB, bias=False)
     head.weight = model.lm_head.weight
     model.lm_head = head
     prompts = make_prompts([9, 30, 70, 3])
-    decoder = Decoder(model, 4, CONTEXT, chunk=11)
+    decoder = runner.decoder(model, 4, CONTEXT, chunk=11)
     texts, logits = greedy(decoder, prompts, 20)
     for row, (prompt, tokens) in enumerate(zip(prompts, texts, strict=True)):
-        check_row(model, prompt + tokens[:-1], logits[row])
+        runner.check(model, prompt + tokens[:-1], decoder, row, logits[row])
 
 
-def test_a_row_that_ended_keeps_what_it_holds() -> None:
-    model, prompts = packed_model(torch.float64), make_prompts([5, 12])
-    decoder = Decoder(model, 2, CONTEXT)
+def test_a_row_that_ended_keeps_what_it_holds(runner: Runner) -> None:
+    model, prompts = runner.model(), make_prompts([5, 12])
+    decoder = runner.decoder(model, 2, CONTEXT)
     prefill(decoder, prompts, 16)
     decoder.active[0] = 0
     before, logits = decoder._state.kv[:, :, 0, :, :5].clone(), decoder.logits[0].clone()
@@ -47,13 +49,13 @@ def test_a_row_that_ended_keeps_what_it_holds() -> None:
     decoder.tokens[0] = token
     decoder.step(1)
     assert int(logits.argmax()) == int(token)
-    check_row(model, [*prompts[0], int(token)], decoder.logits[:1])
+    runner.check(model, [*prompts[0], int(token)], decoder, 0, decoder.logits[:1])
 
 
 @pytest.mark.parametrize("max_len", [63, 64, 70])
-def test_a_full_row_writes_nothing(max_len: int) -> None:
-    model, prompts = packed_model(), make_prompts([60, 60])
-    decoder = Decoder(model, 2, max_len)
+def test_a_full_row_writes_nothing(runner: Runner, max_len: int) -> None:
+    model, prompts = runner.model(), make_prompts([60, 60])
+    decoder = runner.decoder(model, 2, max_len)
     prefill(decoder, prompts, decoder.chunk)
     decoder.active[1] = 0
     for _ in range(max_len - 60):
@@ -69,27 +71,27 @@ def test_a_full_row_writes_nothing(max_len: int) -> None:
         decoder.prefill(torch.tensor([[1]]), [1])
 
 
-def test_shared_prefixes_and_truncation() -> None:
-    model = packed_model(torch.float64)
+def test_shared_prefixes_and_truncation(runner: Runner) -> None:
+    model = runner.model()
     (prompt,) = make_prompts([40])
-    decoder = Decoder(model, 3, CONTEXT)
+    decoder = runner.decoder(model, 3, CONTEXT)
     decoder.prefill(torch.tensor([prompt]), [40])
     decoder.copy_prefix(0, 2, 25)
     assert decoder.lengths.tolist() == [40, 0, 25]
     decoder.set_length(0, 10)
     decoder.prefill(torch.tensor([[4, 5, 0], [0, 0, 0], [1, 2, 3]]), [2, 0, 3])
     for row, ids in ((2, [*prompt[:25], 1, 2, 3]), (0, [*prompt[:10], 4, 5])):
-        check_row(model, ids, decoder.logits[row : row + 1])
+        runner.check(model, ids, decoder, row, decoder.logits[row : row + 1])
         assert int(decoder.chosen[row]) == int(decoder.logits[row].argmax())
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp32", "bf16", "int8"])
-def test_what_an_ended_row_wrote_is_forgotten_too(cache_dtype: Any) -> None:
+def test_what_an_ended_row_wrote_is_forgotten_too(runner: Runner, cache_dtype: Any) -> None:
     """An inactive row writes a column beyond its length; here it writes NaN."""
-    model = packed_model()
+    model = runner.model()
     with torch.no_grad():
         model.embed_tokens.weight[7] = torch.nan
-    decoder = Decoder(model, 1, CONTEXT, cache_dtype=cache_dtype)
+    decoder = runner.decoder(model, 1, CONTEXT, cache_dtype=cache_dtype)
     decoder.prefill(torch.tensor([[1, 2, 3, 4, 5]]), [5])
     decoder.active[0] = 0
     decoder.tokens[0] = 7
@@ -129,14 +131,16 @@ def test_a_prefill_that_was_broken_off_leaves_nothing(
 
 
 @pytest.mark.parametrize("cache_dtype", ["fp32", "bf16", "int8"])
-def test_a_damaged_row_is_told_and_harms_no_other_nor_the_next(cache_dtype: Any) -> None:
-    model = packed_model()
+def test_a_damaged_row_is_told_and_harms_no_other_nor_the_next(
+    runner: Runner, cache_dtype: Any
+) -> None:
+    model = runner.model()
     with torch.no_grad():
         model.embed_tokens.weight[7] = torch.nan
         model.embed_tokens.weight[8, 3] = torch.inf
     prompts = [[1, 2, 7, 3], [1, 2, 3, 4], [8, 3]]
-    decoder = Decoder(model, 3, CONTEXT, cache_dtype=cache_dtype)
-    sound = Decoder(model, 3, CONTEXT, cache_dtype=cache_dtype)
+    decoder = runner.decoder(model, 3, CONTEXT, cache_dtype=cache_dtype)
+    sound = runner.decoder(model, 3, CONTEXT, cache_dtype=cache_dtype)
     prefill(decoder, prompts, 16)
     prefill(sound, [[1], prompts[1], [2]], 16)
     assert decoder.chosen.tolist() == [-1, int(sound.chosen[1]), -1]
