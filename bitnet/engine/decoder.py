@@ -15,6 +15,7 @@ layers called one by one (:mod:`bitnet.engine.modules`).
 S rows, T tokens, V vocabulary.
 """
 
+import warnings
 from dataclasses import replace
 from typing import Literal, NoReturn, SupportsIndex, get_args
 
@@ -35,6 +36,7 @@ from bitnet.engine.weights import (
 )
 from bitnet.linear import Kernel
 from bitnet.model import Transformer
+from bitnet_kernels.cpu import native
 
 CacheDtype = Literal["auto", "fp32", "bf16", "int8"]
 HeadDtype = Literal["auto", "float", "bf16", "int8"]
@@ -72,6 +74,8 @@ class Decoder:
         chosen: int64 ``[S]``, the argmax of the logits; -1 if their maximum is NaN or infinite.
     Raises:
         ValueError: an argument out of range, or a model whose arithmetic a step cannot repeat.
+    Warns:
+        UserWarning: the model is on a CPU, and there is no native library.
     """
 
     def __init__(
@@ -149,6 +153,8 @@ class Decoder:
         self.logits, self.chosen = state.logits, state.chosen
         self._runner: ModuleRunner | CudaRunner
         if on_cpu:
+            if missing := native.missing():
+                warnings.warn(f"{missing}: generation is several times slower", stacklevel=4)
             self._runner = ModuleRunner(packed, weights, state, self.chunk)
         else:
             self._runner = CudaRunner(config, weights, state, self.buckets, kernel)

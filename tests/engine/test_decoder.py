@@ -17,6 +17,7 @@ from bitnet.engine.state import State
 from bitnet.engine.weights import ModelWeights, Modules, packed_copy
 from bitnet.linear import TernaryLinear, weights_quantized
 from bitnet.model import Block, ModelConfig, Transformer
+from bitnet_kernels.cpu import native
 from tests.helpers.decoding import (
     CONTEXT,
     PACKABLE,
@@ -61,10 +62,11 @@ def test_a_decoder_computes_what_the_model_does(variant: str, packed: bool, runn
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.mark.usefixtures("no_library")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_of_one_token_are_equal_to_the_last_bit(variant: str, dtype: torch.dtype) -> None:
-    """Attention over one column returns its value; the rest is the same arithmetic."""
+    """By modules: attention over one column returns its value; the rest is the same arithmetic."""
     model = small_model(dtype, **VARIANTS[variant])
     decoder = Decoder(model, 2, 8)
     for token in range(0, VOCAB, 7):
@@ -250,6 +252,19 @@ def test_the_default_dtype_and_mode_do_not_matter(dtype: torch.dtype) -> None:
     finally:
         torch.set_default_dtype(before)
     decoder.active[0] = 0  # outside of inference mode
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "missing", lambda: "the native CPU library is missing")
+
+
+@pytest.mark.usefixtures("no_library")
+def test_a_missing_library_is_told() -> None:
+    with pytest.warns(UserWarning, match="library is missing: generation is several"):
+        decoder = Decoder(packed_model(), 1, 8)
+    assert type(decoder._runner) is ModuleRunner
 
 
 # Errors
