@@ -4,7 +4,9 @@ Composed of torch's operators, each operator saves the tensors that its backward
 input and the normalized input, the gate relu, relu^2 and ``up``. The inputs alone are enough. In a
 small model on a CPU memory traffic costs more than arithmetic, and touching new memory costs most.
 So each is one autograd function that saves its inputs and recomputes the rest in the backward, in
-place. The forward gives the same bits as the composition.
+place. The forward gives the same bits as the composition. Only the norm of fp32 on a CPU with the
+native library differs: it gives those of :func:`bitnet_kernels.reference.rmsnorm`, as a packed
+model does, with or without gradients.
 
 The functions serve plain training: eager, reverse mode. Everything else (no gradients,
 torch.compile, torch.func, forward mode, tracing, double backward) uses the composition. Only
@@ -19,6 +21,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+import bitnet_kernels  # noqa: F401  (registers the operators)
+from bitnet_kernels.cpu.training import takes
+
+_ops = torch.ops.bitnet
+
 
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm (arXiv 1910.07467), ``x / sqrt(mean(x^2) + eps) * weight``, that computes in fp32
@@ -31,9 +38,14 @@ class RMSNorm(nn.RMSNorm):
         if eps is None:
             eps = torch.finfo(torch.float32).eps
         # A GPU's own operator is fused already.
-        if x.device.type == "cpu" and _trains(x, weight) and x.shape[-1:] == weight.shape:
-            y: Tensor = _RMSNorm.apply(x, weight, eps)[0]
-            return y
+        if x.device.type == "cpu" and x.shape[-1:] == weight.shape:
+            y: Tensor
+            if _trains(x, weight):
+                y = _RMSNorm.apply(x, weight, eps)[0]
+                return y
+            if not torch.is_grad_enabled() and takes(x, weight):
+                y = _ops.norm(x, weight, eps)[0]
+                return y
         return _rms_norm(x, weight, eps)
 
 
@@ -66,6 +78,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if takes(x, weight):
+            y, r = _ops.norm(x, weight, eps)
+            return y, r
         wide = _wide(x)
         r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         return (wide * r).mul_(weight.to(wide.dtype)).to(x.dtype), r
@@ -82,6 +97,9 @@ class _RMSNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             eps = ctx.eps
             return *_gradients(lambda x, w: _rms_norm(x, w, eps), (x, weight), dy), None
+        if takes(dy, x, weight):
+            return *_ops.norm_backward(dy, x, weight, r), None
+        r = r if r.dim() == x.dim() else r.unsqueeze(-1)
         dy, wide_weight = dy.to(r.dtype), weight.to(r.dtype)
         n = _wide(x) * r
         dx = dw = None
@@ -100,6 +118,9 @@ class _Relu2Mul(torch.autograd.Function):
 
     @staticmethod
     def forward(gate: Tensor, up: Tensor) -> Tensor:
+        if takes(gate, up):
+            y: Tensor = _ops.gate(gate, up)
+            return y
         relu = F.relu(gate)
         return relu.mul_(relu) * up
 
@@ -112,6 +133,9 @@ class _Relu2Mul(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _gradients(_relu2_mul, (gate, up), dy)
+        if takes(dy, gate, up):
+            dgate, dup = _ops.gate_backward(dy, gate, up)
+            return dgate, dup
         relu = F.relu(gate)
         dgate = (dy * up).mul_(relu).mul_(2)
         # 0 where the gate is shut, whatever ``up`` is: 0 * inf is NaN

@@ -31,8 +31,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import bitnet_kernels
+from bitnet_kernels import reference
 from bitnet_kernels.cpu.int_mm import scaled_matmul
-from bitnet_kernels.reference import EPS, absmax_int8
+from bitnet_kernels.cpu.training import rescale_, takes, takes_tiles
+from bitnet_kernels.reference import absmax_int8, clamped_mean
 
 Granularity = Literal["tensor", "row", "group"]
 GradMask = Literal["none", "clip", "trust"]
@@ -75,8 +77,9 @@ def quantize_input(x: Tensor) -> QuantizedInput:
     """
     _check_float(x)
     with torch.no_grad():
-        if x.device.type == "cuda" and not torch.compiler.is_compiling():
-            codes, scale, _ = bitnet_kernels.quant(x)  # one pass; compiled code fuses for itself
+        on_gpu = x.device.type == "cuda" and not torch.compiler.is_compiling()
+        if on_gpu or takes(x):  # in one pass; compiled code fuses for itself
+            codes, scale, _ = bitnet_kernels.quant(x)
         else:
             codes, scale = absmax_int8(x)
     return QuantizedInput(x, codes, scale)
@@ -123,44 +126,23 @@ def absmean_ternary(
     """
     _check_weight(weight)
     check_granularity(granularity, group_size)
+    if granularity == "tensor" and takes(weight):
+        codes, gamma = _ops.absmean(weight, alpha)
+        return codes, gamma
     w = weight.float()
     magnitude = weight.abs() if weight.dtype == torch.float64 else w.abs()
     if granularity == "tensor":
-        gamma = _clamped_mean(magnitude.flatten())
+        gamma = clamped_mean(magnitude.flatten())
         threshold = alpha * gamma
     elif granularity == "row":
-        gamma = _clamped_mean(magnitude)
+        gamma = clamped_mean(magnitude)
         threshold = alpha * gamma.unsqueeze(1)
     else:
-        gamma = torch.stack([_clamped_mean(part) for part in magnitude.split(group_size, 1)], 1)
+        gamma = torch.stack([clamped_mean(part) for part in magnitude.split(group_size, 1)], 1)
         threshold = alpha * spread_groups(gamma, group_size, w.shape[1])
     codes = (w > threshold).to(torch.int8)
     codes -= (w < -threshold).to(torch.int8)
     return codes, gamma
-
-
-def _clamped_mean(magnitude: Tensor) -> Tensor:
-    """``max(mean, EPS)`` over the last axis of a tensor >= 0, fp32; NaN where a term is not finite.
-
-    Each term is cut to a whole number of units. A unit is 2^(e - bits), where 2^e is the largest
-    power of two that the largest term reaches. With n <= 2^L terms and bits = 61 - L, the int64 sum
-    stays below 2^62 and is exact in any order. What is cut is at most 2^(2L - 61) of the mean.
-    """
-    n = int(magnitude.shape[-1])  # torch.jit.trace has tensors there
-    if n == 0:  # a weight without rows; columns there always are
-        return magnitude.new_full(magnitude.shape[:-1], torch.nan, dtype=torch.float32)
-    bits = 61 - (n - 1).bit_length()
-    largest = magnitude.amax(-1, keepdim=True).float()
-    # fp32's biased exponent, from which powers of two are made: products with them are exact
-    # (view_copy and not view, which torch.jit.trace cannot record with a dtype)
-    exponent = torch.view_copy(largest.clamp(min=2.0**-60), dtype=torch.int32) >> 23
-    units_per_one = torch.view_copy((254 + bits - exponent) << 23, dtype=torch.float32)
-    unit = torch.view_copy((exponent - bits) << 23, dtype=torch.float32).squeeze(-1)
-    total = (magnitude * units_per_one).to(torch.int64).sum(-1).double()
-    # divide by a tensor: for a Python number CUDA would multiply by its rounded reciprocal
-    mean = (total * unit / total.new_full((), n)).float()
-    finite = largest.squeeze(-1).isfinite()
-    return torch.where(finite, mean.clamp(min=EPS), torch.nan)
 
 
 def spread_groups(gamma: Tensor, group_size: int, in_features: int) -> Tensor:
@@ -186,8 +168,12 @@ def dequantize(codes: Tensor, gamma: Tensor, group_size: int = 128) -> Tensor:
 
 def stochastic_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize each row to int8, rounded up or down at random so that the error is zero on average:
-    ``s = max|x| / 127``, ``codes = floor(x / s + u)``, u uniform in [0, 1) from torch's global
-    generator; the expectation of ``codes * s`` is x (Gupta et al., arXiv 1502.02551).
+    ``s = max|x| / 127``, ``codes = floor(x / s + u)``, u uniform in [0, 1); the expectation of
+    ``codes * s`` is x (Gupta et al., arXiv 1502.02551).
+
+    The random numbers are of torch's global generator, or of a counter-based one whose seed it
+    draws (:func:`bitnet_kernels.cpu.training.stochastic_int8`): ``torch.manual_seed`` decides
+    them, and a run that is resumed with torch's state repeats them.
 
     Arguments:
         x: float ``[M, N]``, N >= 1.
@@ -195,12 +181,10 @@ def stochastic_int8(x: Tensor) -> tuple[Tensor, Tensor]:
         codes int8 ``[M, N]``, |codes| <= 127; scale fp32 ``[M]``. A row that holds a NaN or an
         infinity has scale NaN and codes 0.
     """
-    x = x.float()
-    absmax = torch.maximum(x.amax(1), -x.amin(1))
-    scale = (absmax / 127).clamp(min=torch.finfo(torch.float32).tiny)
-    scale = torch.where(absmax.isfinite(), scale, torch.nan)
-    codes = (x / scale.unsqueeze(1)).add_(torch.rand_like(x)).floor_().clamp_(-127, 127)
-    return codes.nan_to_num_(0.0).to(torch.int8), scale
+    quantized: tuple[Tensor, Tensor] = (
+        _ops.stochastic_int8(x) if takes(x) else reference.stochastic_int8(x)
+    )
+    return quantized
 
 
 def _gradient_mask(
@@ -268,6 +252,8 @@ class _TernaryLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             if ctx.int8_backward == "both":
                 dw = _int8_weight_gradient(dy, x_q, s_x)
+            elif takes_tiles(dy):
+                dw = _ops.weight_gradient(dy, x_q, s_x)
             else:
                 dw = dy.t() @ x_q.float().mul_(s_x.unsqueeze(1)).to(dy.dtype)
             if weight is not None:
@@ -282,6 +268,9 @@ def _input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, group_size: int) -
     """``dy @ W_hat`` in the dtype of ``dy``. W_hat is exact in fp32. In 16 bits gamma would be
     rounded, in the same direction for every token, while the codes are exact. So gamma multiplies
     the result, or dy: in fp16 always dy, since the sum of N unscaled gradients may overflow."""
+    if gamma.dim() < 2 and takes_tiles(dy):
+        dx: Tensor = _ops.input_gradient(dy, codes, gamma)
+        return dx
     if dy.dtype.itemsize >= 4 or gamma.dim() == 2:
         return dy @ dequantize(codes, gamma, group_size).to(dy.dtype)
     if gamma.dim() == 1 or dy.dtype == torch.float16:
@@ -300,6 +289,9 @@ def _int8_input_gradient(dy: Tensor, transposed: Tensor, gamma: Tensor) -> Tenso
 def _int8_weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
     """An unbiased estimate of ``dy.T @ x_hat``, fp32 ``[N, K]``: ``dy`` is multiplied by the scales
     of the tokens and becomes int8 codes with one scale per output channel."""
+    if len(dy) <= _TOKENS_PER_SUM and takes(dy):
+        codes, scale = _ops.stochastic_int8_columns(dy, s_x)
+        return rescale_(_ops.int8_matmul(codes, x_q.t()), scale, scale.new_ones(()), None)
     dw = torch.zeros(dy.shape[1], x_q.shape[1], device=dy.device, dtype=torch.float32)
     scaled = dy.float() * s_x.unsqueeze(1)
     if len(dy):

@@ -33,11 +33,12 @@ each loads only what it needs (bitnet/cli/lazy.py)."""
 ARROWS = {
     "bitnet_kernels.packing": {"bitnet_kernels.checks"},
     "bitnet_kernels.reference": {"bitnet_kernels.packing"},
-    "bitnet_kernels.cpu.int_mm": {"bitnet_kernels.reference"},
+    "bitnet_kernels.cpu.training": {"bitnet_kernels.cpu.native", "bitnet_kernels.reference"},
+    "bitnet_kernels.cpu.int_mm": {"bitnet_kernels.cpu.training", "bitnet_kernels.reference"},
     "bitnet_kernels.ops.register": {"bitnet_kernels.available", "bitnet_kernels.checks"},
     "bitnet.schema": set[str](),
     "bitnet.quant": {"bitnet_kernels"},
-    "bitnet.elementwise": set[str](),
+    "bitnet.elementwise": {"bitnet_kernels"},
     "bitnet.placement": set[str](),
     "bitnet.modules": {"bitnet.placement"},
     "bitnet.bitlinear": {

@@ -4,6 +4,7 @@ Importing this package touches neither Triton nor a device; an operator imports 
 that kernel first runs. The package depends on torch alone and never on ``bitnet``.
 """
 
+import bitnet_kernels.ops.training  # noqa: F401  (registers its operators)
 from bitnet_kernels.dispatch import KERNELS
 from bitnet_kernels.ops.decode import decode_attention, rope_append
 from bitnet_kernels.ops.int8 import int8_linear, int8_matmul

@@ -49,6 +49,63 @@ def absmax_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
+def clamped_mean(magnitude: Tensor) -> Tensor:
+    """``max(mean, EPS)`` over the last axis of a tensor >= 0, fp32; NaN where a term is not finite.
+
+    Each term is cut to a whole number of units. A unit is 2^(e - bits), where 2^e is the largest
+    power of two that the largest term reaches. With n <= 2^L terms and bits = 61 - L, the int64 sum
+    stays below 2^62 and is exact in any order. What is cut is at most 2^(2L - 61) of the mean.
+    """
+    n = int(magnitude.shape[-1])  # torch.jit.trace has tensors there
+    if n == 0:  # a weight without rows; columns there always are
+        return magnitude.new_full(magnitude.shape[:-1], torch.nan, dtype=torch.float32)
+    bits = 61 - (n - 1).bit_length()
+    largest = magnitude.amax(-1, keepdim=True).float()
+    # fp32's biased exponent, from which powers of two are made: products with them are exact
+    # (view_copy and not view, which torch.jit.trace cannot record with a dtype)
+    exponent = torch.view_copy(largest.clamp(min=2.0**-60), dtype=torch.int32) >> 23
+    units_per_one = torch.view_copy((254 + bits - exponent) << 23, dtype=torch.float32)
+    unit = torch.view_copy((exponent - bits) << 23, dtype=torch.float32).squeeze(-1)
+    total = (magnitude * units_per_one).to(torch.int64).sum(-1).double()
+    # divide by a tensor: for a Python number CUDA would multiply by its rounded reciprocal
+    mean = (total * unit / total.new_full((), n)).float()
+    finite = largest.squeeze(-1).isfinite()
+    return torch.where(finite, mean.clamp(min=EPS), torch.nan)
+
+
+def absmean(weight: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """Ternary codes, int8 in the shape of a float weight, and one fp32 scale ``[]`` for all:
+    ``gamma = max(mean|W|, 1e-5)``; +1 above ``alpha * gamma``, -1 below its negative."""
+    gamma = clamped_mean(weight.abs().flatten())
+    threshold = alpha * gamma
+    return (weight > threshold).to(torch.int8) - (weight < -threshold).to(torch.int8), gamma
+
+
+def stochastic_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each row to int8, rounded up or down at random so that the error is zero on average:
+    ``s = max|x| / 127``, ``codes = floor(x / s + u)``, u uniform in [0, 1) from torch's global
+    generator; see :func:`bitnet.quant.stochastic_int8`.
+
+    Arguments:
+        x: float ``[M, N]``, N >= 1.
+    Returns:
+        codes int8 ``[M, N]``, |codes| <= 127; scale fp32 ``[M]``. A row that holds a NaN or an
+        infinity has scale NaN and codes 0.
+    """
+    x = x.float()
+    absmax = torch.maximum(x.amax(1), -x.amin(1))
+    scale = (absmax / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = torch.where(absmax.isfinite(), scale, torch.nan)
+    codes = (x / scale.unsqueeze(1)).add_(torch.rand_like(x)).floor_().clamp_(-127, 127)
+    return codes.nan_to_num_(0.0).to(torch.int8), scale
+
+
+def stochastic_int8_columns(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`stochastic_int8` of the columns of ``x * s``: float ``[M, N]`` and ``[M]`` -> codes
+    int8 ``[N, M]``, scale fp32 ``[N]``."""
+    return stochastic_int8((x * s.unsqueeze(1)).t())
+
+
 def quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`absmax_int8` and the row sum ``X = sum_k x_q`` (int32 ``[...]``) that kernels which
     work on ``code + 1`` subtract."""
@@ -208,12 +265,50 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         x's shape and dtype. A row with NaN or infinity is NaN.
     """
+    return norm(x, weight, eps)[0].to(x.dtype)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """:func:`rmsnorm` before the cast, fp32 ``[..., K]``, and what a backward needs: each row's
+    ``r = 1 / sqrt(mean(x^2) + eps)``, fp32 ``[...]``."""
     rows = x.float()
     mean_square = _mean(exact_sum(rows.double().square()), x.shape[-1])
     # By way of fp64: torch's fp32 root is not always correctly rounded on CPU (MKL's is used).
     rms = (mean_square + mean_square.new_full((), eps)).double().sqrt().float()
     rstd = rms.new_full((), 1.0) / rms
-    return (rows * rstd.unsqueeze(-1) * weight.float()).to(x.dtype)
+    return rows * rstd.unsqueeze(-1) * weight.float(), rstd
+
+
+def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`norm`'s y: with n = x r and g = dy w,
+    ``dx = r (g - n mean(g n))`` and ``dw = sum over tokens of dy n``."""
+    n, g = x * r.unsqueeze(-1), dy * weight
+    dx = r.unsqueeze(-1) * (g - n * (g * n).mean(-1, keepdim=True))
+    return dx, (dy * n).reshape(-1, x.shape[-1]).sum(0)
+
+
+def gate(gate: Tensor, up: Tensor) -> Tensor:
+    """``relu(gate)^2 * up``, each operator rounding."""
+    return gate.relu().square() * up
+
+
+def gate_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of :func:`gate`: ``2 relu(gate) up dy``, 0 where the gate is shut whatever
+    ``up`` is, and ``relu(gate)^2 dy``."""
+    relu = gate.relu()
+    dgate = (dy * up * relu * 2).masked_fill(relu <= 0, 0.0)
+    return dgate, relu.square() * dy
+
+
+def input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor) -> Tensor:
+    """``(dy * gamma) @ codes``: fp32 ``[M, N]``, int8 ``[N, K]`` in {-1, 0, +1}, fp32 ``[]`` or
+    ``[N]`` -> fp32 ``[M, K]``."""
+    return (dy * gamma) @ codes.float()
+
+
+def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
+    """``(dy * s_x).T @ x_q``: fp32 ``[M, N]``, int8 ``[M, K]``, fp32 ``[M]`` -> fp32 ``[N, K]``."""
+    return (dy * s_x.unsqueeze(1)).t() @ x_q.float()
 
 
 def rmsnorm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

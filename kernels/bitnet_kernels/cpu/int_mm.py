@@ -1,6 +1,7 @@
 """Exact integer products by ``torch._int_mm``, which has conditions that nobody documents.
 
-* CPU: K > 1 (torch 2.13 returns wrong products at K = 1), and strides [K, 1] to the letter.
+* CPU: K > 1 (torch 2.13 returns wrong products at K = 1), and strides [K, 1] or, of the right
+  operand, [1, N] to the letter.
 * CPU without VNNI: oneDNN adds pairs of products in int16. Ternary codes on the right cannot
   overflow it; two operands of any int8 values can, and so can ternary codes on the left.
 * CUDA: M > 16, and K and N in multiples of 8.
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from bitnet_kernels import reference
+from bitnet_kernels.cpu import training
 
 
 def codes_matmul(x_q: Tensor, codes: Tensor) -> Tensor:
@@ -26,7 +28,10 @@ def codes_matmul(x_q: Tensor, codes: Tensor) -> Tensor:
     m, n = x_q.shape[0], codes.shape[0]
     if 0 in (m, n):
         return x_q.new_empty((m, n), dtype=torch.int32)
-    x_q, codes = _row_major(x_q), _row_major(codes)
+    x_q = _row_major(x_q)
+    if x_q.device.type == "cpu" and codes.stride() == (1, n) and x_q.shape[1] > 1:
+        return torch._int_mm(x_q, codes.t())
+    codes = _row_major(codes)
     if x_q.device.type == "cpu":
         if x_q.shape[1] == 1:
             x_q, codes = pad(x_q, (0, 1)), pad(codes, (0, 1))
@@ -74,10 +79,8 @@ def scaled_matmul(
             x_q, s_x, codes, scale, bias, dtype, group_size, matmul=codes_matmul
         )
     acc = codes_matmul(x_q, codes)
-    # The outputs take the memory of the accumulators, element for element: on a CPU half of the
-    # time went into touching new memory.
-    y = acc.view(torch.float32).copy_(acc)
-    return reference.rescale_(y, s_x, scale, bias, dtype)
+    y = training.rescale_(acc, s_x, scale, None if bias is None else bias.float())
+    return y.to(dtype)
 
 
 def _row_major(matrix: Tensor) -> Tensor:

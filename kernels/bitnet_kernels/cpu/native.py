@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
-ABI = 1
+ABI = 3
 """BN_ABI of ``native/bitnet_cpu.h``."""
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _NORM = (_POINTER, _POINTER, _F32, _I64, _I64)
 """The inputs of a norm: x, weight, eps, M, K."""
+_U64 = ctypes.c_uint64
 _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "bn_abi": (_I32, ()),
     "bn_isa_name": (ctypes.c_char_p, (_I32,)),
@@ -63,6 +64,33 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (*(_POINTER,) * 3, _I64, _I64, _I64, _POINTER, _POINTER, _I32),
     ),
     "bn_decode_attention_scratch": (_I64, (_I64,)),
+    "bn_train_norm": (None, (_POINTER, _POINTER, _F32, _I64, _I64, _POINTER, _POINTER, _I32)),
+    "bn_train_norm_backward": (
+        None,
+        (_POINTER, _POINTER, _POINTER, _POINTER, _I64, _I64, _POINTER, _POINTER, _POINTER, _I32),
+    ),
+    "bn_train_gate": (None, (_POINTER, _POINTER, _I64, _POINTER, _I32)),
+    "bn_train_gate_backward": (
+        None,
+        (_POINTER, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _I32),
+    ),
+    "bn_rescale": (None, (_POINTER, _POINTER, _POINTER, _I64, _POINTER, _I64, _I64, _I32)),
+    "bn_absmean": (None, (_POINTER, _I64, _F32, _POINTER, _POINTER, _I32)),
+    "bn_stochastic": (None, (_POINTER, _I64, _I64, _U64, _POINTER, _POINTER, _I32)),
+    "bn_stochastic_columns": (
+        None,
+        (_POINTER, _POINTER, _I64, _I64, _U64, _POINTER, _POINTER, _I32),
+    ),
+    "bn_has_tiles": (_I32, ()),
+    "bn_tiles_scratch": (_I64, (_I64, _I64, _I32)),
+    "bn_input_gradient": (
+        None,
+        (_POINTER, _POINTER, _POINTER, _I64, _I64, _I64, _I64, _POINTER, _POINTER, _I32),
+    ),
+    "bn_weight_gradient": (
+        None,
+        (_POINTER, _POINTER, _POINTER, _I64, _I64, _I64, _POINTER, _POINTER, _I32),
+    ),
 }
 """Name -> result and arguments, as in ``native/bitnet_cpu.h``."""
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")

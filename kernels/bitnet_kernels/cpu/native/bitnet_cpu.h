@@ -17,7 +17,7 @@
 #endif
 
 /* Grows with every change of this file; native.py refuses a library of another version. */
-#define BN_ABI 1
+#define BN_ABI 3
 
 BN_API int32_t bn_abi(void);
 
@@ -210,6 +210,62 @@ BN_API int64_t bn_step(const bn_model *model, int64_t batch, int32_t threads);
 BN_API int64_t bn_prefill(
     const bn_model *model, const int64_t *tokens, const bn_piece *pieces, int64_t n_pieces,
     int32_t threads
+);
+
+/* Training (train.c), in fp32 */
+
+/* RMSNorm of x [m, k], with the bits of reference.rmsnorm; r [m] = 1 / sqrt(mean(x^2) + eps). */
+BN_API void bn_train_norm(
+    const float *x, const float *weight, float eps, int64_t m, int64_t k, float *y, float *r,
+    int32_t threads
+);
+/* Its gradients dx [m, k] and dw [k]; `scratch` has ceil(m / 32) * k floats. */
+BN_API void bn_train_norm_backward(
+    const float *dy, const float *x, const float *weight, const float *r, int64_t m, int64_t k,
+    float *dx, float *dw, float *scratch, int32_t threads
+);
+/* relu(gate)^2 * up of n numbers, and its gradients. */
+BN_API void bn_train_gate(const float *gate, const float *up, int64_t n, float *y, int32_t threads);
+BN_API void bn_train_gate_backward(
+    const float *dy, const float *gate, const float *up, int64_t n, float *dgate, float *dup,
+    int32_t threads
+);
+/* int32 acc [m, n] to fp32 ((acc * s) * scale) (+ bias), in place. s [m]; scale: one number
+ * (stride 0) or [n] (stride 1); bias [n] or NULL. */
+BN_API void bn_rescale(
+    void *acc, const float *s, const float *scale, int64_t scale_stride, const float *bias,
+    int64_t m, int64_t n, int32_t threads
+);
+/* bitnet.quant.absmean_ternary of a whole weight of n >= 1 numbers: codes [n], gamma. */
+BN_API void bn_absmean(
+    const float *weight, int64_t n, float alpha, int8_t *codes, float *gamma, int32_t threads
+);
+/* bitnet.quant.stochastic_int8 of x [m, n]: codes [m, n], scale [m]. */
+BN_API void bn_stochastic(
+    const float *x, int64_t m, int64_t n, uint64_t seed, int8_t *codes, float *scale,
+    int32_t threads
+);
+/* The same of the columns of x [m, n] times s [m]: codes [n, m], scale [n]. */
+BN_API void bn_stochastic_columns(
+    const float *x, const float *s, int64_t m, int64_t n, uint64_t seed, int8_t *codes,
+    float *scale, int32_t threads
+);
+
+/* Gradients of a ternary layer on the matrix tiles of Intel's AMX (tiles.c), where bn_has_tiles()
+ * is not 0. `scratch` has bn_tiles_scratch(n, k, threads) or, for the weight's, (m, k, threads)
+ * bytes, aligned to 64. */
+BN_API int32_t bn_has_tiles(void);
+BN_API int64_t bn_tiles_scratch(int64_t depth, int64_t columns, int32_t threads);
+/* dx [m, k] = (dy * gamma) @ codes: dy [m, n], codes [n, k], gamma one number (stride 0) or [n]
+ * (1). */
+BN_API void bn_input_gradient(
+    const float *dy, const int8_t *codes, const float *gamma, int64_t gamma_stride, int64_t m,
+    int64_t n, int64_t k, float *dx, void *scratch, int32_t threads
+);
+/* dw [n, k] = (dy * s_x).T @ x_q: dy [m, n], x_q int8 [m, k] of any values, s_x [m]. */
+BN_API void bn_weight_gradient(
+    const float *dy, const int8_t *x_q, const float *s_x, int64_t m, int64_t n, int64_t k, float *dw,
+    void *scratch, int32_t threads
 );
 
 #endif

@@ -198,11 +198,74 @@ size_t bn_attend_scratch(int64_t columns, int64_t count);
 #define BN_ATTEND_FEW 8 /* queries for which all scores are kept */
 #define BN_ATTEND_TILE 64 /* columns that more queries take together */
 
+/* Random numbers that depend on nothing but their place, so that any thread can make any of them:
+ * the key of a row, by SplitMix64's output function; then one multiplication round before and one
+ * after its upper half (the multipliers of lowbias32). Uniform in [0, 1), in steps of 2^-24. */
+static inline uint64_t bn_row_key(uint64_t seed, int64_t row) {
+    uint64_t key = seed + 0x9e3779b97f4a7c15 * ((uint64_t)row + 1);
+    key = (key ^ (key >> 30)) * 0xbf58476d1ce4e5b9;
+    key = (key ^ (key >> 27)) * 0x94d049bb133111eb;
+    return key ^ (key >> 31);
+}
+
+static inline float bn_uniform(uint64_t row_key, uint32_t column) {
+    uint32_t x = column * 0x9e3779b9 + (uint32_t)row_key;
+    x = (x ^ (x >> 16)) * 0x21f0aaad;
+    x ^= (uint32_t)(row_key >> 32);
+    x = (x ^ (x >> 15)) * 0x735a2d97;
+    x ^= x >> 15;
+    return (float)(int32_t)(x >> 8) * 0x1p-24f;
+}
+
+/* What only training needs, in fp32, over a thread's share (train.inc.h). None of the sums depends
+ * on the number of threads or on the instructions. */
+typedef struct {
+    /* RMSNorm of m tokens, as reference.rmsnorm, and each token's 1 / rms: r [m] */
+    void (*norm)(
+        const float *x, const float *weight, float eps, int64_t m, int64_t k, float *y, float *r
+    );
+    /* Its gradients: dx [m, k], and dw [k], the sum over these m tokens */
+    void (*norm_backward)(
+        const float *dy, const float *x, const float *weight, const float *r, int64_t m, int64_t k,
+        float *dx, float *dw
+    );
+    /* relu(gate)^2 * up of n numbers, and its gradients */
+    void (*gate)(const float *gate, const float *up, int64_t n, float *y);
+    void (*gate_backward)(
+        const float *dy, const float *gate, const float *up, int64_t n, float *dgate, float *dup
+    );
+    /* int32 acc [m, n] to fp32 ((acc * s) * scale) (+ bias), in place; s [m] */
+    void (*rescale)(
+        void *acc, const float *s, const float *scale, int64_t scale_stride, const float *bias,
+        int64_t m, int64_t n
+    );
+    /* The largest of `seen` and the magnitudes of x [n], as bits: above 0x7f7fffff if one is not
+     * finite */
+    uint32_t (*largest)(const float *x, int64_t n, uint32_t seen);
+    /* The same of n columns of x [m, ld] times s [m]; seen [n] is updated */
+    void (*largest_of_columns)(
+        const float *x, int64_t ld, const float *s, int64_t m, int64_t n, uint32_t *seen
+    );
+    /* Sum of trunc(|x| * units) */
+    int64_t (*sum_of_units)(const float *x, int64_t n, float units);
+    /* Ternary codes: 1 above the threshold, -1 below its negative */
+    void (*ternary)(const float *x, int64_t n, float threshold, int8_t *codes);
+    /* floor(x / scale + u) of a row x [n], within +-127; 0 where the scale is NaN */
+    void (*stochastic)(const float *x, int64_t n, float scale, uint64_t row_key, int8_t *codes);
+    /* The same of n columns of x [m, ld] times s [m], number `column` and on, into the rows of
+     * codes [n, stride]; u as if the rows were rounded */
+    void (*stochastic_columns)(
+        const float *x, int64_t ld, const float *s, int64_t m, int64_t n, const float *scale,
+        uint64_t seed, int64_t column, int8_t *codes, int64_t stride
+    );
+} bn_training;
+
 typedef struct {
     const char *name;
     bool (*runs)(void); /* whether this CPU has the instructions */
     const bn_products *products;
     const bn_rows *rows;
+    const bn_training *training;
 } bn_isa;
 
 /* The one in use. */
@@ -210,9 +273,11 @@ const bn_isa *bn_isa_current(void);
 
 extern const bn_products bn_products_portable;
 extern const bn_rows bn_rows_portable;
+extern const bn_training bn_training_portable;
 #if defined(__x86_64__)
 extern const bn_products bn_products_avx512, bn_products_avx2;
 extern const bn_rows bn_rows_avx512, bn_rows_avx2;
+extern const bn_training bn_training_avx512, bn_training_avx2;
 #elif defined(__aarch64__)
 extern const bn_products bn_products_neon;
 extern const bn_rows bn_rows_neon;

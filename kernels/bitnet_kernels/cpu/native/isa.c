@@ -40,12 +40,12 @@ static bool neon(void) {
 /* Best first. */
 static const bn_isa all[] = {
 #if defined(__x86_64__)
-    {"avx512", avx512, &bn_products_avx512, &bn_rows_avx512},
-    {"avx2", avx2, &bn_products_avx2, &bn_rows_avx2},
+    {"avx512", avx512, &bn_products_avx512, &bn_rows_avx512, &bn_training_avx512},
+    {"avx2", avx2, &bn_products_avx2, &bn_rows_avx2, &bn_training_avx2},
 #elif defined(__aarch64__)
-    {"neon", neon, &bn_products_neon, &bn_rows_neon},
+    {"neon", neon, &bn_products_neon, &bn_rows_neon, &bn_training_portable},
 #endif
-    {"portable", always, &bn_products_portable, &bn_rows_portable},
+    {"portable", always, &bn_products_portable, &bn_rows_portable, &bn_training_portable},
 };
 #define COUNT ((int32_t)(sizeof all / sizeof *all))
 

@@ -1,0 +1,244 @@
+/* The entry points of what only training needs: threads over tokens or numbers.
+ *
+ * What is summed over tokens is summed per block of a fixed size and then over the blocks, so
+ * results do not depend on the number of threads.
+ */
+#include <math.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#include "internal.h"
+
+#define NORM_BLOCK 32 /* tokens whose gradient of the norm's weight is one partial sum */
+#define NUMBERS 4096 /* of a share: whole pages */
+
+typedef struct {
+    const bn_training *isa;
+    const float *dy, *x, *weight, *r;
+    float eps;
+    int64_t m, k;
+    float *y, *out_r, *dx, *dw, *scratch;
+} norm_job;
+
+static void norm_share(const bn_team *team, void *argument) {
+    const norm_job *job = argument;
+    int64_t begin, end, k = job->k;
+    bn_share(team, job->m, 1, &begin, &end);
+    job->isa->norm(
+        job->x + begin * k, job->weight, job->eps, end - begin, k, job->y + begin * k,
+        job->out_r + begin
+    );
+}
+
+void bn_train_norm(
+    const float *x, const float *weight, float eps, int64_t m, int64_t k, float *y, float *r,
+    int32_t threads
+) {
+    norm_job job = {.isa = bn_isa_current()->training, .x = x, .weight = weight, .eps = eps};
+    job.m = m, job.k = k, job.y = y, job.out_r = r;
+    bn_parallel(norm_share, &job, threads);
+}
+
+static void norm_backward_share(const bn_team *team, void *argument) {
+    const norm_job *job = argument;
+    int64_t begin, end, k = job->k, m = job->m;
+    bn_share(team, m, NORM_BLOCK, &begin, &end);
+    for (int64_t i = begin; i < end; i += NORM_BLOCK) {
+        int64_t rows = end - i < NORM_BLOCK ? end - i : NORM_BLOCK;
+        job->isa->norm_backward(
+            job->dy + i * k, job->x + i * k, job->weight, job->r + i, rows, k, job->dx + i * k,
+            job->scratch + i / NORM_BLOCK * k
+        );
+    }
+    bn_wait(team);
+    bn_share(team, k, BN_CACHE_LINE, &begin, &end);
+    for (int64_t j = begin; j < end; j++) job->dw[j] = 0;
+    for (int64_t i = 0; i < (m + NORM_BLOCK - 1) / NORM_BLOCK; i++)
+        for (int64_t j = begin; j < end; j++) job->dw[j] += job->scratch[i * k + j];
+}
+
+void bn_train_norm_backward(
+    const float *dy, const float *x, const float *weight, const float *r, int64_t m, int64_t k,
+    float *dx, float *dw, float *scratch, int32_t threads
+) {
+    norm_job job = {.isa = bn_isa_current()->training, .dy = dy, .x = x, .weight = weight, .r = r};
+    job.m = m, job.k = k, job.dx = dx, job.dw = dw, job.scratch = scratch;
+    bn_parallel(norm_backward_share, &job, threads);
+}
+
+typedef struct {
+    const bn_training *isa;
+    const float *dy, *gate, *up;
+    int64_t n;
+    float *y, *dgate, *dup;
+} gate_job;
+
+static void gate_share(const bn_team *team, void *argument) {
+    const gate_job *job = argument;
+    int64_t i, end;
+    bn_share(team, job->n, NUMBERS, &i, &end);
+    job->isa->gate(job->gate + i, job->up + i, end - i, job->y + i);
+}
+
+void bn_train_gate(const float *gate, const float *up, int64_t n, float *y, int32_t threads) {
+    gate_job job = {.isa = bn_isa_current()->training, .gate = gate, .up = up, .n = n, .y = y};
+    bn_parallel(gate_share, &job, threads);
+}
+
+static void gate_backward_share(const bn_team *team, void *argument) {
+    const gate_job *job = argument;
+    int64_t i, end;
+    bn_share(team, job->n, NUMBERS, &i, &end);
+    job->isa->gate_backward(
+        job->dy + i, job->gate + i, job->up + i, end - i, job->dgate + i, job->dup + i
+    );
+}
+
+void bn_train_gate_backward(
+    const float *dy, const float *gate, const float *up, int64_t n, float *dgate, float *dup,
+    int32_t threads
+) {
+    gate_job job = {.isa = bn_isa_current()->training, .dy = dy, .gate = gate, .up = up};
+    job.n = n, job.dgate = dgate, job.dup = dup;
+    bn_parallel(gate_backward_share, &job, threads);
+}
+
+typedef struct {
+    const bn_training *isa;
+    char *acc;
+    const float *s, *scale, *bias;
+    int64_t scale_stride, m, n;
+} rescale_job;
+
+static void rescale_share(const bn_team *team, void *argument) {
+    const rescale_job *job = argument;
+    int64_t i, end;
+    bn_share(team, job->m, 1, &i, &end);
+    job->isa->rescale(
+        job->acc + i * job->n * 4, job->s + i, job->scale, job->scale_stride, job->bias, end - i,
+        job->n
+    );
+}
+
+void bn_rescale(
+    void *acc, const float *s, const float *scale, int64_t scale_stride, const float *bias,
+    int64_t m, int64_t n, int32_t threads
+) {
+    rescale_job job = {bn_isa_current()->training, acc, s, scale, bias, scale_stride, m, n};
+    bn_parallel(rescale_share, &job, threads);
+}
+
+typedef struct {
+    const bn_training *isa;
+    const float *weight;
+    int64_t n;
+    float alpha;
+    int8_t *codes;
+    float *gamma;
+    _Atomic uint32_t largest; /* magnitude, as bits */
+    _Atomic int64_t total; /* of all magnitudes, in units */
+} absmean_job;
+
+static void raise_to(_Atomic uint32_t *largest, uint32_t bits) {
+    uint32_t seen = *largest;
+    while (bits > seen && !atomic_compare_exchange_weak(largest, &seen, bits)) {}
+}
+
+static float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* bitnet.quant._clamped_mean: each magnitude is cut to a whole number of units, so that the sum is
+ * exact in any order. */
+static void absmean_share(const bn_team *team, void *argument) {
+    absmean_job *job = argument;
+    int64_t i, end;
+    bn_share(team, job->n, NUMBERS, &i, &end);
+    raise_to(&job->largest, job->isa->largest(job->weight + i, end - i, 0));
+    bn_wait(team);
+    uint32_t largest = job->largest, least = 67u << 23, bits = 61; /* least: 2^-60 */
+    for (uint64_t terms = 1; terms < (uint64_t)job->n; terms *= 2) bits--;
+    float gamma = NAN;
+    if (largest <= 0x7f7fffff) {
+        uint32_t exponent = (largest > least ? largest : least) >> 23;
+        float units_per_one = float_of((254 + bits - exponent) << 23);
+        float unit = float_of((exponent - bits) << 23);
+        job->total += job->isa->sum_of_units(job->weight + i, end - i, units_per_one);
+        bn_wait(team);
+        gamma = (float)((double)job->total * unit / (double)job->n);
+        gamma = gamma > 1e-5f ? gamma : 1e-5f;
+    }
+    job->isa->ternary(job->weight + i, end - i, job->alpha * gamma, job->codes + i);
+    if (team->index == 0) *job->gamma = gamma;
+}
+
+void bn_absmean(
+    const float *weight, int64_t n, float alpha, int8_t *codes, float *gamma, int32_t threads
+) {
+    absmean_job job = {bn_isa_current()->training, weight, n, alpha, codes, gamma, 0, 0};
+    bn_parallel(absmean_share, &job, threads);
+}
+
+typedef struct {
+    const bn_training *isa;
+    const float *x, *s;
+    int64_t m, n;
+    uint64_t seed;
+    int8_t *codes;
+    float *scale;
+} stochastic_job;
+
+/* max / 127, at least the smallest normal number; NaN where the largest is not finite. */
+static float stochastic_scale(uint32_t largest) {
+    float scale = float_of(largest) / 127.0f;
+    if (largest > 0x7f7fffff) return NAN;
+    return scale > 0x1p-126f ? scale : 0x1p-126f;
+}
+
+static void stochastic_share(const bn_team *team, void *argument) {
+    const stochastic_job *job = argument;
+    int64_t i, end, n = job->n;
+    bn_share(team, job->m, 1, &i, &end);
+    for (; i < end; i++) {
+        const float *row = job->x + i * n;
+        job->scale[i] = stochastic_scale(job->isa->largest(row, n, 0));
+        uint64_t key = bn_row_key(job->seed, i);
+        job->isa->stochastic(row, n, job->scale[i], key, job->codes + i * n);
+    }
+}
+
+void bn_stochastic(
+    const float *x, int64_t m, int64_t n, uint64_t seed, int8_t *codes, float *scale,
+    int32_t threads
+) {
+    stochastic_job job = {bn_isa_current()->training, x, NULL, m, n, seed, codes, scale};
+    bn_parallel(stochastic_share, &job, threads);
+}
+
+static void stochastic_columns_share(const bn_team *team, void *argument) {
+    const stochastic_job *job = argument;
+    enum { COLUMNS = 64 };
+    uint32_t seen[COLUMNS];
+    int64_t j, end, m = job->m, n = job->n;
+    bn_share(team, n, COLUMNS, &j, &end);
+    for (; j < end; j += COLUMNS) {
+        int64_t columns = end - j < COLUMNS ? end - j : COLUMNS;
+        memset(seen, 0, sizeof seen);
+        job->isa->largest_of_columns(job->x + j, n, job->s, m, columns, seen);
+        for (int64_t c = 0; c < columns; c++) job->scale[j + c] = stochastic_scale(seen[c]);
+        job->isa->stochastic_columns(
+            job->x + j, n, job->s, m, columns, job->scale + j, job->seed, j,
+            job->codes + j * m, m
+        );
+    }
+}
+
+void bn_stochastic_columns(
+    const float *x, const float *s, int64_t m, int64_t n, uint64_t seed, int8_t *codes,
+    float *scale, int32_t threads
+) {
+    stochastic_job job = {bn_isa_current()->training, x, s, m, n, seed, codes, scale};
+    bn_parallel(stochastic_columns_share, &job, threads);
+}

@@ -1,0 +1,212 @@
+/* What only training needs, over a thread's share: included once per instruction set, by a file
+ * that defines TABLE. Plain C; the compiler makes the vectors.
+ *
+ * Sums have a fixed order: LANES partial sums, of every LANES-th number, then these in ascending
+ * order. So neither the instructions nor the number of threads changes a bit.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "internal.h"
+
+#define LANES 16
+
+static inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+static inline double double_of(uint64_t bits) {
+    double x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+static uint32_t largest(const float *x, int64_t n, uint32_t seen) {
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
+        seen = magnitude > seen ? magnitude : seen;
+    }
+    return seen;
+}
+
+static void largest_of_columns(
+    const float *x, int64_t ld, const float *s, int64_t m, int64_t n, uint32_t *seen
+) {
+    for (int64_t i = 0; i < m; i++, x += ld)
+        for (int64_t j = 0; j < n; j++) {
+            uint32_t magnitude = bits_of(x[j] * s[i]) & 0x7fffffff;
+            seen[j] = magnitude > seen[j] ? magnitude : seen[j];
+        }
+}
+
+/* 1 / sqrt(mean(x^2) + eps) of a token, as reference.rmsnorm computes it: NaN if a number is not
+ * finite. Each square, exact in fp64, is rounded to a multiple of a power of 2 so large that no
+ * sum of them rounds (reference.exact_sum). */
+static float rstd(const float *x, float eps, int64_t k) {
+    uint32_t top = largest(x, k, 0);
+    if (top > 0x7f7fffff) return NAN;
+    float magnitude;
+    memcpy(&magnitude, &top, sizeof top);
+    double square = (double)magnitude * magnitude;
+    uint64_t exponent;
+    memcpy(&exponent, &square, sizeof square);
+    double grid = double_of(exponent & 0x7ff0000000000000);
+    grid *= 2;
+    for (int64_t n = 1; n < k; n *= 2) grid *= 2;
+    double lane[LANES] = {0};
+    int64_t i = 0;
+    for (; i + LANES <= k; i += LANES)
+        for (int j = 0; j < LANES; j++) {
+            double term = x[i + j];
+            lane[j] += (term * term + grid) - grid;
+        }
+    for (; i < k; i++) lane[0] += ((double)x[i] * x[i] + grid) - grid;
+    for (int j = 1; j < LANES; j++) lane[0] += lane[j];
+    float mean = (float)(lane[0] / (double)k);
+    return 1.0f / (float)sqrt((double)(mean + eps));
+}
+
+static void norm(
+    const float *x, const float *weight, float eps, int64_t m, int64_t k, float *y, float *r
+) {
+    for (int64_t i = 0; i < m; i++, x += k, y += k) {
+        r[i] = rstd(x, eps, k);
+        for (int64_t j = 0; j < k; j++) y[j] = (x[j] * r[i]) * weight[j];
+    }
+}
+
+/* With n = x r and g = dy w: dx = r (g - n mean(g n)), dw += dy n. */
+static void norm_backward(
+    const float *dy, const float *x, const float *weight, const float *r, int64_t m, int64_t k,
+    float *restrict dx, float *restrict dw
+) {
+    memset(dw, 0, (size_t)k * sizeof *dw);
+    for (int64_t i = 0; i < m; i++, x += k, dy += k, dx += k) {
+        float lane[LANES] = {0}, inverse = r[i];
+        int64_t j = 0;
+        for (; j + LANES <= k; j += LANES)
+            for (int l = 0; l < LANES; l++)
+                lane[l] += (dy[j + l] * weight[j + l]) * (x[j + l] * inverse);
+        for (; j < k; j++) lane[0] += (dy[j] * weight[j]) * (x[j] * inverse);
+        for (int l = 1; l < LANES; l++) lane[0] += lane[l];
+        float mean = lane[0] / (float)k;
+        for (j = 0; j < k; j++) {
+            float n = x[j] * inverse;
+            dx[j] = (dy[j] * weight[j] - n * mean) * inverse;
+            dw[j] += dy[j] * n;
+        }
+    }
+}
+
+/* max(x, 0), which keeps NaN */
+static inline float relu(float x) { return x <= 0 ? 0.0f : x; }
+
+static void gate(const float *gate, const float *up, int64_t n, float *restrict y) {
+    for (int64_t i = 0; i < n; i++) {
+        float open = relu(gate[i]);
+        y[i] = (open * open) * up[i];
+    }
+}
+
+/* dgate = 2 relu(gate) up dy, 0 where the gate is shut, whatever `up` is; dup = relu(gate)^2 dy */
+static void gate_backward(
+    const float *dy, const float *gate, const float *up, int64_t n, float *restrict dgate,
+    float *restrict dup
+) {
+    for (int64_t i = 0; i < n; i++) {
+        float open = relu(gate[i]), slope = ((dy[i] * up[i]) * open) * 2;
+        dgate[i] = open <= 0 ? 0.0f : slope;
+        dup[i] = (open * open) * dy[i];
+    }
+}
+
+static void rescale(
+    void *acc, const float *s, const float *scale, int64_t scale_stride, const float *bias,
+    int64_t m, int64_t n
+) {
+    char *row = acc;
+    for (int64_t i = 0; i < m; i++, row += n * 4) {
+        float token = s[i], one = *scale;
+        for (int64_t j = 0; j < n; j++) { /* memcpy: the same memory as int32 and as float */
+            int32_t sum;
+            memcpy(&sum, row + 4 * j, 4);
+            float y = (float)sum * token;
+            y *= scale_stride ? scale[j] : one;
+            if (bias != NULL) y += bias[j];
+            memcpy(row + 4 * j, &y, 4);
+        }
+    }
+}
+
+static int64_t sum_of_units(const float *x, int64_t n, float units) {
+    int64_t lane[LANES] = {0}, i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) lane[j] += (int64_t)(fabsf(x[i + j]) * units);
+    for (; i < n; i++) lane[0] += (int64_t)(fabsf(x[i]) * units);
+    for (int j = 1; j < LANES; j++) lane[0] += lane[j];
+    return lane[0];
+}
+
+static void ternary(const float *x, int64_t n, float threshold, int8_t *codes) {
+    for (int64_t i = 0; i < n; i++)
+        codes[i] = (int8_t)((x[i] > threshold) - (x[i] < -threshold));
+}
+
+/* floor(x / scale + u) */
+static inline int8_t rounded(float x, float scale, uint64_t row_key, int64_t column) {
+    float value = x / scale + bn_uniform(row_key, (uint32_t)column);
+    value = value > -127 ? value : -127; /* a NaN too, before it is converted */
+    value = value < 127 ? value : 127;
+    int32_t code = (int32_t)value;
+    code -= (float)code > value;
+    return (int8_t)code;
+}
+
+static void stochastic(const float *x, int64_t n, float scale, uint64_t row_key, int8_t *codes) {
+    if (scale != scale) {
+        memset(codes, 0, (size_t)n);
+        return;
+    }
+    for (int64_t j = 0; j < n; j++) codes[j] = rounded(x[j], scale, row_key, j);
+}
+
+static void stochastic_columns(
+    const float *x, int64_t ld, const float *s, int64_t m, int64_t n, const float *scale,
+    uint64_t seed, int64_t column, int8_t *codes, int64_t stride
+) {
+    enum { SIDE = 64 }; /* of a block, which is transposed in the first cache */
+    int8_t block[SIDE][SIDE];
+    for (int64_t i0 = 0; i0 < m; i0 += SIDE)
+        for (int64_t j0 = 0; j0 < n; j0 += SIDE) {
+            int64_t rows = m - i0 < SIDE ? m - i0 : SIDE;
+            int64_t columns = n - j0 < SIDE ? n - j0 : SIDE;
+            for (int64_t i = 0; i < rows; i++) {
+                const float *row = x + (i0 + i) * ld + j0;
+                float token = s[i0 + i];
+                uint64_t key = bn_row_key(seed, i0 + i);
+                for (int64_t j = 0; j < columns; j++)
+                    block[i][j] = rounded(row[j] * token, scale[j0 + j], key, column + j0 + j);
+            }
+            for (int64_t j = 0; j < columns; j++) {
+                int8_t *to = codes + (j0 + j) * stride + i0;
+                bool finite = scale[j0 + j] == scale[j0 + j];
+                for (int64_t i = 0; i < rows; i++) to[i] = finite ? block[i][j] : 0;
+            }
+        }
+}
+
+const bn_training TABLE = {
+    norm,
+    norm_backward,
+    gate,
+    gate_backward,
+    rescale,
+    largest,
+    largest_of_columns,
+    sum_of_units,
+    ternary,
+    stochastic,
+    stochastic_columns,
+};

@@ -1,0 +1,2 @@
+#define TABLE bn_training_portable
+#include "train.inc.h"

@@ -1,0 +1,242 @@
+"""What only training needs, by the native library: fp32 tensors on a CPU, in one pass over memory.
+
+:func:`takes` says whether these functions serve; elsewhere torch operators do the same. Each result
+but the random ones has the bits of its reference, or where it sums floats, an order of its own that
+no number of threads changes.
+"""
+
+from ctypes import CDLL
+
+import torch
+from torch import Tensor
+
+from bitnet_kernels import reference
+from bitnet_kernels.cpu import native
+
+_BLOCK = 32
+"""NORM_BLOCK of ``native/train.c``."""
+_ALIGNED = 64
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the native library computes with these: plain fp32 tensors on a CPU, eagerly.
+
+    Compiled code, traces and torch.func's transforms see torch operators, which they know better.
+    """
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    return plain and not tracing and _library(*tensors) is not None
+
+
+def takes_tiles(*tensors: Tensor) -> bool:
+    """:func:`takes`, where the CPU also has Intel's AMX."""
+    lib = native.library()
+    return lib is not None and bool(lib.bn_has_tiles()) and takes(*tensors)
+
+
+def _library(*tensors: Tensor) -> CDLL | None:
+    """The library, if there is one and all tensors are fp32 in this machine's memory."""
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            return None
+        if tensor.layout != torch.strided:
+            return None
+    return native.library()
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """:func:`bitnet_kernels.reference.norm`."""
+    lib = _library(x, weight)
+    if lib is None:
+        return reference.norm(x, weight, eps)
+    x, weight = x.contiguous(), weight.contiguous()
+    y, r = torch.empty_like(x), x.new_empty(x.shape[:-1])
+    k = x.shape[-1]
+    lib.bn_train_norm(
+        x.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        r.numel(),
+        k,
+        y.data_ptr(),
+        r.data_ptr(),
+        native.threads(),
+    )
+    return y, r
+
+
+def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`bitnet_kernels.reference.norm_backward`, with sums in another order."""
+    lib = _library(dy, x, weight, r)
+    if lib is None:
+        return reference.norm_backward(dy, x, weight, r)
+    dy, x, weight, r = dy.contiguous(), x.contiguous(), weight.contiguous(), r.contiguous()
+    m, k = r.numel(), x.shape[-1]
+    dx, dw = torch.empty_like(x), torch.empty_like(weight)
+    scratch = x.new_empty(-(-m // _BLOCK), k)
+    lib.bn_train_norm_backward(
+        dy.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        r.data_ptr(),
+        m,
+        k,
+        dx.data_ptr(),
+        dw.data_ptr(),
+        scratch.data_ptr(),
+        native.threads(),
+    )
+    return dx, dw
+
+
+def gate(gate: Tensor, up: Tensor) -> Tensor:
+    """:func:`bitnet_kernels.reference.gate`."""
+    lib = _library(gate, up)
+    if lib is None:
+        return reference.gate(gate, up)
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    pointers = gate.data_ptr(), up.data_ptr()
+    lib.bn_train_gate(*pointers, gate.numel(), y.data_ptr(), native.threads())
+    return y
+
+
+def gate_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`bitnet_kernels.reference.gate_backward`."""
+    lib = _library(dy, gate, up)
+    if lib is None:
+        return reference.gate_backward(dy, gate, up)
+    dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    lib.bn_train_gate_backward(
+        dy.data_ptr(),
+        gate.data_ptr(),
+        up.data_ptr(),
+        gate.numel(),
+        dgate.data_ptr(),
+        dup.data_ptr(),
+        native.threads(),
+    )
+    return dgate, dup
+
+
+def absmean(weight: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+    """:func:`bitnet_kernels.reference.absmean`."""
+    lib = _library(weight)
+    if lib is None or not weight.numel():
+        return reference.absmean(weight, alpha)
+    weight = weight.contiguous()
+    codes, gamma = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(())
+    lib.bn_absmean(
+        weight.data_ptr(),
+        weight.numel(),
+        alpha,
+        codes.data_ptr(),
+        gamma.data_ptr(),
+        native.threads(),
+    )
+    return codes, gamma
+
+
+def rescale_(acc: Tensor, s_x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`bitnet_kernels.reference.rescale` to fp32 of contiguous int32 ``[M, N]``, in its
+    memory. ``bias``: fp32."""
+    lib = _library(s_x, scale, *([] if bias is None else [bias]))
+    if lib is None:
+        # Half of the time goes into touching new memory, so the memory of acc is taken here too.
+        y = acc.view(torch.float32).copy_(acc)
+        return reference.rescale_(y, s_x, scale, bias, torch.float32)
+    s_x, scale = s_x.contiguous(), scale.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    lib.bn_rescale(
+        acc.data_ptr(),
+        s_x.data_ptr(),
+        scale.data_ptr(),
+        scale.dim(),
+        None if bias is None else bias.data_ptr(),
+        *acc.shape,
+        native.threads(),
+    )
+    return acc.view(torch.float32)
+
+
+def stochastic_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`bitnet_kernels.reference.stochastic_int8` with other random numbers: a counter-based
+    generator, whose seed is drawn from torch's global one. So ``torch.manual_seed`` decides them,
+    and a run that restores torch's generator repeats them, with any number of threads."""
+    lib = _library(x)
+    if lib is None:
+        return reference.stochastic_int8(x)
+    x = x.contiguous()
+    codes, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0])
+    lib.bn_stochastic(
+        x.data_ptr(), *x.shape, _seed(), codes.data_ptr(), scale.data_ptr(), native.threads()
+    )
+    return codes, scale
+
+
+def stochastic_int8_columns(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`bitnet_kernels.reference.stochastic_int8_columns`; random numbers as in
+    :func:`stochastic_int8`."""
+    lib = _library(x, s)
+    if lib is None:
+        return reference.stochastic_int8_columns(x, s)
+    x, s = x.contiguous(), s.contiguous()
+    m, n = x.shape
+    codes, scale = x.new_empty((n, m), dtype=torch.int8), x.new_empty(n)
+    lib.bn_stochastic_columns(
+        x.data_ptr(),
+        s.data_ptr(),
+        m,
+        n,
+        _seed(),
+        codes.data_ptr(),
+        scale.data_ptr(),
+        native.threads(),
+    )
+    return codes, scale
+
+
+def _seed() -> int:
+    return int(torch.randint(2**63 - 1, (), device="cpu"))
+
+
+def input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor) -> Tensor:
+    """:func:`bitnet_kernels.reference.input_gradient`, by AMX where the CPU has it: each product is
+    exact, sums are rounded as in fp32."""
+    lib = _library(dy, gamma)
+    m, n, k = *dy.shape, codes.shape[1]
+    if lib is None or not lib.bn_has_tiles() or 0 in (m, n):
+        return reference.input_gradient(dy, codes, gamma)
+    dy, codes, gamma = dy.contiguous(), codes.contiguous(), gamma.contiguous()
+    dx, threads = dy.new_empty(m, k), native.threads()
+    scratch = _scratch(lib.bn_tiles_scratch(n, k, threads))
+    pointers = dy.data_ptr(), codes.data_ptr(), gamma.data_ptr()
+    lib.bn_input_gradient(
+        *pointers, gamma.dim(), m, n, k, dx.data_ptr(), _aligned(scratch), threads
+    )
+    return dx
+
+
+def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
+    """:func:`bitnet_kernels.reference.weight_gradient`, by AMX as :func:`input_gradient`."""
+    lib = _library(dy, s_x)
+    m, n, k = *dy.shape, x_q.shape[1]
+    if lib is None or not lib.bn_has_tiles() or 0 in (m, n):
+        return reference.weight_gradient(dy, x_q, s_x)
+    dy, x_q, s_x = dy.contiguous(), x_q.contiguous(), s_x.contiguous()
+    dw, threads = dy.new_empty(n, k), native.threads()
+    scratch = _scratch(lib.bn_tiles_scratch(m, k, threads))
+    pointers = dy.data_ptr(), x_q.data_ptr(), s_x.data_ptr()
+    lib.bn_weight_gradient(*pointers, m, n, k, dw.data_ptr(), _aligned(scratch), threads)
+    return dw
+
+
+def _scratch(size: int) -> Tensor:
+    return torch.empty(size + _ALIGNED, dtype=torch.uint8, device="cpu")
+
+
+def _aligned(scratch: Tensor) -> int:
+    return -(-scratch.data_ptr() // _ALIGNED) * _ALIGNED
