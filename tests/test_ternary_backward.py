@@ -196,7 +196,7 @@ def test_int8_backward_trains() -> None:
                 loss.backward()
             optimizer.step()
         losses[int8_backward] = loss.item()
-    assert losses["none"] < 0.3  # from log(50) = 3.91
+    assert losses["none"] < 0.4  # from log(50) = 3.91
     for approximate in ("input", "both"):
         assert losses[approximate] == pytest.approx(losses["none"], abs=0.2)  # seeds: 0.17 to 0.31
 

@@ -219,7 +219,8 @@ def test_grad_of_torch_func_is_the_gradient() -> None:
         with scope:
             gradients = torch.func.grad(loss)(parameters)
         expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
-        assert_same(list(gradients.values()), list(expected))
+        for gradient, other in zip(gradients.values(), expected, strict=True):
+            torch.testing.assert_close(gradient, other)  # transforms see torch's own products
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own

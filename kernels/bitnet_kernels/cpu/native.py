@@ -74,7 +74,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (_POINTER, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _I32),
     ),
-    "bn_rescale": (None, (_POINTER, _POINTER, _POINTER, _I64, _POINTER, _I64, _I64, _I32)),
+    "bn_train_rescale": (None, (_POINTER, _POINTER, _POINTER, _I64, _POINTER, _I64, _I64, _I32)),
     "bn_absmean": (None, (_POINTER, _I64, _F32, _POINTER, _POINTER, _I32)),
     "bn_stochastic": (None, (_POINTER, _I64, _I64, _U64, _POINTER, _POINTER, _I32)),
     "bn_stochastic_columns": (

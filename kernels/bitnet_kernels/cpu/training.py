@@ -32,8 +32,10 @@ def takes(*tensors: Tensor) -> bool:
 
 def takes_tiles(*tensors: Tensor) -> bool:
     """:func:`takes`, where the CPU also has Intel's AMX."""
+    if not takes(*tensors):
+        return False
     lib = native.library()
-    return lib is not None and bool(lib.bn_has_tiles()) and takes(*tensors)
+    return lib is not None and bool(lib.bn_has_tiles())
 
 
 def _library(*tensors: Tensor) -> CDLL | None:
@@ -150,7 +152,7 @@ def rescale_(acc: Tensor, s_x: Tensor, scale: Tensor, bias: Tensor | None) -> Te
         return reference.rescale_(y, s_x, scale, bias, torch.float32)
     s_x, scale = s_x.contiguous(), scale.contiguous()
     bias = None if bias is None else bias.contiguous()
-    lib.bn_rescale(
+    lib.bn_train_rescale(
         acc.data_ptr(),
         s_x.data_ptr(),
         scale.data_ptr(),

@@ -232,7 +232,7 @@ BN_API void bn_train_gate_backward(
 );
 /* int32 acc [m, n] to fp32 ((acc * s) * scale) (+ bias), in place. s [m]; scale: one number
  * (stride 0) or [n] (stride 1); bias [n] or NULL. */
-BN_API void bn_rescale(
+BN_API void bn_train_rescale(
     void *acc, const float *s, const float *scale, int64_t scale_stride, const float *bias,
     int64_t m, int64_t n, int32_t threads
 );

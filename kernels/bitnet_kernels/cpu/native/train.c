@@ -120,7 +120,7 @@ static void rescale_share(const bn_team *team, void *argument) {
     );
 }
 
-void bn_rescale(
+void bn_train_rescale(
     void *acc, const float *s, const float *scale, int64_t scale_stride, const float *bias,
     int64_t m, int64_t n, int32_t threads
 ) {
