@@ -69,7 +69,6 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (_POINTER, _POINTER, _POINTER, _POINTER, _I64, _I64, _POINTER, _POINTER, _POINTER, _I32),
     ),
-    "bn_train_gate": (None, (_POINTER, _POINTER, _I64, _POINTER, _I32)),
     "bn_train_gate_backward": (
         None,
         (_POINTER, _POINTER, _POINTER, _I64, _POINTER, _POINTER, _I32),

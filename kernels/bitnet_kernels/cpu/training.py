@@ -101,7 +101,7 @@ def gate(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     pointers = gate.data_ptr(), up.data_ptr()
-    lib.bn_train_gate(*pointers, gate.numel(), y.data_ptr(), native.threads())
+    lib.bn_gate_mul(*pointers, 1, gate.numel(), y.data_ptr(), native.threads())
     return y
 
 

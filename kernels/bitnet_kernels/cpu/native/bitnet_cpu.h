@@ -224,8 +224,7 @@ BN_API void bn_train_norm_backward(
     const float *dy, const float *x, const float *weight, const float *r, int64_t m, int64_t k,
     float *dx, float *dw, float *scratch, int32_t threads
 );
-/* relu(gate)^2 * up of n numbers, and its gradients. */
-BN_API void bn_train_gate(const float *gate, const float *up, int64_t n, float *y, int32_t threads);
+/* The gradients of relu(gate)^2 * up of n numbers. */
 BN_API void bn_train_gate_backward(
     const float *dy, const float *gate, const float *up, int64_t n, float *dgate, float *dup,
     int32_t threads

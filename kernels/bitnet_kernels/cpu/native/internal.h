@@ -229,8 +229,7 @@ typedef struct {
         const float *dy, const float *x, const float *weight, const float *r, int64_t m, int64_t k,
         float *dx, float *dw
     );
-    /* relu(gate)^2 * up of n numbers, and its gradients */
-    void (*gate)(const float *gate, const float *up, int64_t n, float *y);
+    /* The gradients of relu(gate)^2 * up of n numbers */
     void (*gate_backward)(
         const float *dy, const float *gate, const float *up, int64_t n, float *dgate, float *dup
     );

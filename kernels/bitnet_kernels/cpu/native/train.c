@@ -70,20 +70,8 @@ typedef struct {
     const bn_training *isa;
     const float *dy, *gate, *up;
     int64_t n;
-    float *y, *dgate, *dup;
+    float *dgate, *dup;
 } gate_job;
-
-static void gate_share(const bn_team *team, void *argument) {
-    const gate_job *job = argument;
-    int64_t i, end;
-    bn_share(team, job->n, NUMBERS, &i, &end);
-    job->isa->gate(job->gate + i, job->up + i, end - i, job->y + i);
-}
-
-void bn_train_gate(const float *gate, const float *up, int64_t n, float *y, int32_t threads) {
-    gate_job job = {.isa = bn_isa_current()->training, .gate = gate, .up = up, .n = n, .y = y};
-    bn_parallel(gate_share, &job, threads);
-}
 
 static void gate_backward_share(const bn_team *team, void *argument) {
     const gate_job *job = argument;

@@ -103,13 +103,6 @@ static void norm_backward(
 /* max(x, 0), which keeps NaN */
 static inline float relu(float x) { return x <= 0 ? 0.0f : x; }
 
-static void gate(const float *gate, const float *up, int64_t n, float *restrict y) {
-    for (int64_t i = 0; i < n; i++) {
-        float open = relu(gate[i]);
-        y[i] = (open * open) * up[i];
-    }
-}
-
 /* dgate = 2 relu(gate) up dy, 0 where the gate is shut, whatever `up` is; dup = relu(gate)^2 dy */
 static void gate_backward(
     const float *dy, const float *gate, const float *up, int64_t n, float *restrict dgate,
@@ -200,7 +193,6 @@ static void stochastic_columns(
 const bn_training TABLE = {
     norm,
     norm_backward,
-    gate,
     gate_backward,
     rescale,
     largest,
