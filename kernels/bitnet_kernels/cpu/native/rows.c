@@ -235,7 +235,7 @@ void bn_rope_append(
 
 size_t bn_attend_scratch(int64_t columns, int64_t count) {
     int64_t few = count < BN_ATTEND_FEW ? count : BN_ATTEND_FEW, many = 0;
-    few = few * (2 * BN_HEAD + (columns + 15) / 16 * 16);
+    few = 2 * BN_ATTEND_FEW * BN_HEAD + few * ((columns + 15) / 16 * 16);
     if (count > BN_ATTEND_FEW) /* at most 32 of them side by side */
         many = 2 * 32 * BN_HEAD + BN_ATTEND_TILE * (BN_HEAD + 32);
     return (size_t)(few > many ? few : many) * 4;

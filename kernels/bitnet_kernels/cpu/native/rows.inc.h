@@ -238,7 +238,7 @@ static void relu2_mul(const float *gate, const float *up, int64_t k, float *y) {
  * operations, so that every instruction set gives the same bits. */
 INLINE float exp_of(float x) {
     float n = x * 1.44269504f + ROUND;
-    int32_t scale = (bits_of(n) - 0x4b400000 + 127) << 23;
+    int32_t scale = (int32_t)((uint32_t)(bits_of(n) - 0x4b400000 + 127) << 23);
     n -= ROUND;
     float r = x - n * 0.693359375f + n * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
