@@ -22,6 +22,7 @@ from typing import Literal, NoReturn, SupportsIndex, get_args
 import torch
 from torch import Tensor
 
+from bitnet.engine.cpu import CpuRunner, takes
 from bitnet.engine.cuda import CudaRunner
 from bitnet.engine.modules import ModuleRunner
 from bitnet.engine.state import State
@@ -132,9 +133,7 @@ class Decoder:
     ) -> None:
         config, on_cpu = model.config, self.device.type == "cpu"
         packed = packed_copy(model)
-        weights = ModelWeights.of(
-            packed, fused=not on_cpu, planes=kernel == "addsub" and not on_cpu
-        )
+        weights = ModelWeights.of(packed, fused=not on_cpu, planes=kernel == "addsub")
         if head == "auto" and not on_cpu and isinstance(weights.head, Dense):
             head = "bf16"
         if head == "bf16" or head == "int8":
@@ -151,10 +150,12 @@ class Decoder:
         self._state = state = State.empty(config, self.max_batch, self.max_len, cache, self.device)
         self.tokens, self.lengths, self.active = state.tokens, state.lengths, state.active
         self.logits, self.chosen = state.logits, state.chosen
-        self._runner: ModuleRunner | CudaRunner
-        if on_cpu:
-            if missing := native.missing():
-                warnings.warn(f"{missing}: generation is several times slower", stacklevel=4)
+        self._runner: CpuRunner | ModuleRunner | CudaRunner
+        if on_cpu and kernel != "reference" and (missing := native.missing()):
+            warnings.warn(f"{missing}: generation is several times slower", stacklevel=4)
+        if on_cpu and kernel != "reference" and takes(weights, state):
+            self._runner = CpuRunner(config, weights, state, self.chunk)
+        elif on_cpu:
             self._runner = ModuleRunner(packed, weights, state, self.chunk)
         else:
             self._runner = CudaRunner(config, weights, state, self.buckets, kernel)

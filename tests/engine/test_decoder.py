@@ -30,19 +30,30 @@ from tests.helpers.decoding import (
     prefill,
     small_model,
 )
-from tests.helpers.runners import Runner, runner
+from tests.helpers.runners import RUNNERS, Runner, runner
 
 __all__ = ["runner"]  # a fixture
 LENGTHS = [1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 21, 4, 6, 1, 30, 11, 12, 31, 33, 10]
 
 
+CALLED_AS_MODULES = {"group", "in_linear", "dense in_linear"}
+"""Variants whose layers no fused step knows."""
+
+
 @pytest.mark.parametrize(
-    ("variant", "packed"),
-    [(variant, False) for variant in VARIANTS] + [(variant, True) for variant in PACKABLE],
+    ("name", "variant", "packed"),
+    [
+        (name, variant, packed)
+        for name in RUNNERS
+        for variants, packed in ((VARIANTS, False), (PACKABLE, True))
+        for variant in variants
+        if name == "modules" or variant not in CALLED_AS_MODULES
+    ],
 )
-def test_a_decoder_computes_what_the_model_does(variant: str, packed: bool, runner: Runner) -> None:
+def test_a_decoder_computes_what_the_model_does(name: str, variant: str, packed: bool) -> None:
     """20 prompts (or 8), one by one and 8 at a time: prefilled in chunks of 16 tokens, then 23
     steps."""
+    runner = RUNNERS[name]
     model = runner.model(packed, **VARIANTS[variant])
     n_prompts = 20 if variant in ("ternary", "dense") else 8
     prompts = make_prompts([*LENGTHS[: n_prompts - 1], 50])
@@ -68,7 +79,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 def test_logits_of_one_token_are_equal_to_the_last_bit(variant: str, dtype: torch.dtype) -> None:
     """By modules: attention over one column returns its value; the rest is the same arithmetic."""
     model = small_model(dtype, **VARIANTS[variant])
-    decoder = Decoder(model, 2, 8)
+    decoder = Decoder(model, 2, 8, kernel="reference")
     for token in range(0, VOCAB, 7):
         with torch.no_grad():
             expected = model(torch.tensor([[token]]))[0, -1].float()
@@ -88,7 +99,7 @@ def test_models_of_16_bits(linear: Any, dtype: torch.dtype) -> None:
     place (2^-8 for bf16) of logits of 3, and by the int8 codes that flip."""
     model = small_model(dtype, linear=linear)
     (prompt,) = make_prompts([40])
-    decoder = Decoder(model, 1, CONTEXT)
+    decoder = Decoder(model, 1, CONTEXT, kernel="reference")
     decoder.prefill(torch.tensor([prompt[:20]]), [20])
     ours = [decoder.logits[0].clone()]
     for token in prompt[20:]:
@@ -219,7 +230,7 @@ def test_a_token_next_to_nothing(size: float) -> None:
     with torch.no_grad():
         model.embed_tokens.weight[3] *= size
         expected = model(torch.tensor([[3]]))[0, -1]
-    decoder = Decoder(model, 1, 8)
+    decoder = Decoder(model, 1, 8, kernel="reference")
     decoder.tokens.fill_(3)
     decoder.step(1)
     assert expected.isfinite().all()

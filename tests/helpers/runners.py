@@ -2,6 +2,7 @@
 suit it: what is true of a decoder is tested with all of them.
 
     modules   a model in fp64, against the model itself (tests/helpers/decoding.py)
+    native    a model in fp32, against reference operators (tests/helpers/native_reference.py)
 
 Not a test module: the fixture gives one after the other.
 """
@@ -13,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitnet.engine.cpu import CpuRunner
 from bitnet.engine.decoder import Decoder
 from bitnet.engine.modules import ModuleRunner
 from bitnet.linear import pack
 from bitnet.model import Transformer
 from tests.helpers.decoding import CONTEXT, check_row, small_model
+from tests.helpers.native_reference import compare
 
 
 class Runner(NamedTuple):
@@ -52,7 +55,16 @@ def _check_modules(
     check_row(model, ids, logits)
 
 
-RUNNERS = {"modules": Runner(ModuleRunner, torch.float64, _check_modules)}
+def _check_native(
+    model: Transformer, ids: list[int], decoder: Decoder, row: int, logits: Tensor
+) -> None:
+    compare(model, ids, decoder._state, row, logits, sure=0.0)
+
+
+RUNNERS = {
+    "modules": Runner(ModuleRunner, torch.float64, _check_modules),
+    "native": Runner(CpuRunner, torch.float32, _check_native),
+}
 
 
 @pytest.fixture(params=RUNNERS)

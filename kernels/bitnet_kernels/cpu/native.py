@@ -30,6 +30,9 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "bn_isa_use": (_I32, (ctypes.c_char_p,)),
     "bn_isa_used": (ctypes.c_char_p, ()),
     "bn_use_openmp": (None, (_POINTER, _POINTER, _POINTER)),
+    "bn_workspace": (_I64, (_POINTER,)),
+    "bn_step": (_I64, (_POINTER, _I64, _I32)),
+    "bn_prefill": (_I64, (_POINTER, _POINTER, _POINTER, _I64, _I32)),
     "bn_ternary_workspace": (_I64, (_I32, _I64, _I64)),
     "bn_ternary_matmul": (None, (_I32, _I32, *3 * (_I64,), *5 * (_POINTER,))),
     "bn_quantized_linear": (
