@@ -8,7 +8,8 @@
  *     vf                     the type of a register of them
  *     FMA(a, b, c)           a * b + c, rounded once or twice
  *     MAX(a, b)              the larger of each lane; whatever it is where one is a NaN
- *     F16_LOAD, F16_STORE    LANES numbers of fp16, from and to an address
+ *     BF16_LOAD, F16_LOAD, I8_LOAD, F16_STORE
+ *                            LANES numbers of that dtype, from and to an address
  *     sums8(a, out)          out[i] = the sum of the lanes of a[i], i < 8
  *     DOT_BYTES, DOT_BIAS, vdot, DOT(acc, w, x), dot_sum(acc)
  *                            acc += the products of DOT_BYTES codes at two addresses, w with
@@ -27,12 +28,8 @@
 #define IN_PLACE _Pragma("GCC ivdep") /* outputs may be the inputs, element for element */
 #endif
 
-typedef int32_t vi __attribute__((vector_size(4 * LANES)));
 typedef double vd __attribute__((vector_size(4 * LANES)));
 typedef float vf_half __attribute__((vector_size(2 * LANES)));
-typedef uint32_t vu __attribute__((vector_size(4 * LANES)));
-typedef uint16_t vu16 __attribute__((vector_size(2 * LANES)));
-typedef int8_t vi8 __attribute__((vector_size(LANES)));
 
 #define FINITE 0x7f7fffff /* the bits of the largest finite fp32 */
 #define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds half to even, to integers */
@@ -280,14 +277,7 @@ INLINE vf load_as(bn_dtype dtype, const void *p, int64_t i) {
     const char *at = (const char *)p + i * size_of(dtype);
     if (dtype == BN_F32) return load((const float *)at);
     if (dtype == BN_F16) return F16_LOAD(at);
-    if (dtype == BN_BF16) {
-        vu16 half;
-        memcpy(&half, at, sizeof half);
-        return (vf)(__builtin_convertvector(half, vu) << 16);
-    }
-    vi8 codes;
-    memcpy(&codes, at, sizeof codes);
-    return (vf)__builtin_convertvector(__builtin_convertvector(codes, vi), vf);
+    return dtype == BN_BF16 ? BF16_LOAD(at) : I8_LOAD(at);
 }
 
 /* `count` < LANES of them, then zeros. */

@@ -1,5 +1,6 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
+#include <string.h>
 
 #include "internal.h"
 
@@ -17,6 +18,12 @@ BN_TARGET_BEGIN("arch=armv8.2-a+dotprod")
 typedef float32x4_t vf;
 #define FMA(a, b, c) vfmaq_f32(c, a, b)
 #define MAX(a, b) vmaxq_f32(a, b)
+#define BF16_LOAD(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16((const uint16_t *)(p)), 16))
+static inline vf I8_LOAD(const void *p) {
+    int32_t four;
+    memcpy(&four, p, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8((uint32_t)four)))));
+}
 #define F16_LOAD(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p))))
 #define F16_STORE(p, v) vst1_u16((uint16_t *)(p), vreinterpret_u16_f16(vcvt_f16_f32(v)))
 

@@ -15,6 +15,25 @@ static inline vf MAX(vf a, vf b) {
     return a;
 }
 
+static inline vf BF16_LOAD(const void *p) {
+    vf y;
+    for (int i = 0; i < LANES; i++) {
+        uint16_t half;
+        memcpy(&half, (const char *)p + 2 * i, 2);
+        uint32_t bits = (uint32_t)half << 16;
+        float x;
+        memcpy(&x, &bits, 4);
+        y[i] = x;
+    }
+    return y;
+}
+
+static inline vf I8_LOAD(const void *p) {
+    vf y;
+    for (int i = 0; i < LANES; i++) y[i] = ((const int8_t *)p)[i];
+    return y;
+}
+
 /* The 5 bits of fp16's exponent are moved to where fp32 has its 8; a product with a power of 2 sets
  * the bias right and makes subnormals what they are. */
 static inline vf F16_LOAD(const void *p) {
