@@ -32,7 +32,7 @@ _NAMES = {
     "output_norm.weight": "norm.weight",
     "output.weight": "lm_head.weight",
 }
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -43,6 +43,7 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+"""Part of a layer in a file -> ours."""
 _READ = {
     *("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size"),
     *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
@@ -260,7 +261,7 @@ def _stored(source: Path, reader: Any, shape: Shape) -> dict[str, Stored]:
             raise UserError(f"{source}: tensor {name} is {kind}; expected a float weight")
         ours = _NAMES.get(name, name)
         block, _, rest = name.removeprefix("blk.").partition(".")
-        part = _LAYER_NAMES.get(rest.removesuffix(".weight"))
+        part = LAYER_NAMES.get(rest.removesuffix(".weight"))
         if name.startswith("blk.") and rest.endswith(".weight") and part and _is_number(block):
             ours = f"layers.{block}.{part}.weight"
         interleaved = {"attn_q.weight": shape.n_heads, "attn_k.weight": shape.n_kv_heads}
