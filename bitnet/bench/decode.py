@@ -18,7 +18,7 @@ and versions are not measured again, so an interrupted run continues where it st
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ from bitnet.bench.decode_table import Outcome
 from bitnet.bench.decode_worker import (
     BF16_HEAD,
     CONTENDERS,
+    LLAMA,
     STATIC,
     Case,
     Job,
@@ -37,9 +38,11 @@ from bitnet.bench.decode_worker import (
     unfit_for_transformers,
 )
 from bitnet.bench.worker import Worker
+from bitnet.export.gguf_write import unfit
 from bitnet.model import ModelConfig
 
 _OURS, _LLAMA = {"vocab_size": 32_768}, {"vocab_size": 128_256}
+_GGUF = {"norm_placement": "pre_norm", "activation": "silu", "vocab_size": 32_000}
 SIZES: dict[str, dict[str, Any]] = {
     "60m": {"depth": 10, **_OURS},
     "110m": {
@@ -69,9 +72,27 @@ SIZES: dict[str, dict[str, Any]] = {
         "tie_embeddings": False,
         **_LLAMA,
     },
+    "110m-silu": {
+        "d_model": 768,
+        "n_layers": 12,
+        "n_heads": 12,
+        "n_kv_heads": 12,
+        "d_ff": 2048,
+        **_GGUF,
+    },
+    "730m-silu": {
+        "d_model": 1536,
+        "n_layers": 24,
+        "n_heads": 24,
+        "n_kv_heads": 24,
+        "d_ff": 4096,
+        **_GGUF,
+    },
 }
 """Shapes: those of configs/, of BERT-base, of BitNet 2B4T (arXiv 2504.12285) and of Llama 3 8B
-(arXiv 2407.21783); all with BitNet's norms and activation."""
+(arXiv 2407.21783), with BitNet's norms and activation; and two with Llama's, which GGUF carries."""
+PEERS = (BF16_HEAD, "ours-int8-head", "ours-dot-bf16-head", "ours-addsub-bf16-head", LLAMA)
+"""Contenders of a comparison with llama.cpp, whose head has 16 bits."""
 ENERGY_SECONDS = 2.0
 """Seconds of decoding over which the joules per token are measured."""
 _PROCESS = {"cpu": 2**29, "cuda": 3 * 2**29}
@@ -83,20 +104,23 @@ def usual(device: torch.device) -> tuple[str, ...]:
     """The default contenders, including those that cannot run here. On a GPU there is none in fp32;
     on a CPU none with transformers' static cache, which serves compiled code on a GPU."""
     out = "fp32" if device.type == "cuda" else STATIC
-    return tuple(name for name in CONTENDERS if not name.endswith(out))
+    others = set(PEERS) - {BF16_HEAD}
+    return tuple(name for name in CONTENDERS if not name.endswith(out) and name not in others)
 
 
 def refusals(names: Sequence[str], device: torch.device, config: ModelConfig) -> dict[str, str]:
     """Contender -> why it cannot take part here."""
     found = {}
     for name in names:
-        if name in ("ours-addsub", "ours-dot"):
+        if {"addsub", "dot"} & set(name.split("-")):
             if device.type != "cuda":
                 found[name] = "a CPU has no such kernel; its int8 product is ours-auto"
             elif find_spec("triton") is None:
                 found[name] = "Triton is not installed"
-        if name == BF16_HEAD and device.type == "cuda":
+        if name.endswith("-head") and device.type == "cuda":
             found[name] = "on a GPU the head of every contender is in bf16"
+        if name == LLAMA and (why := _no_llama(device, config)):
+            found[name] = why
         if name.startswith("transformers"):
             missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
             if missing:
@@ -106,14 +130,26 @@ def refusals(names: Sequence[str], device: torch.device, config: ModelConfig) ->
     return found
 
 
+def _no_llama(device: torch.device, config: ModelConfig) -> str:
+    """Why llama.cpp cannot take part; "" if it can."""
+    if device.type == "cuda":
+        return "it is measured on a CPU"
+    for module, package in (("llama_cpp", "llama-cpp-python"), ("gguf", "gguf")):
+        if find_spec(module) is None:
+            return f'{package} is not installed (pip install "bitnet-train[peers]")'
+    return unfit(config)
+
+
 def held_bytes(job: Job, config: ModelConfig, cases: Sequence[Case]) -> int:
     """Estimate the bytes that a contender holds in its largest case."""
     sizes, width = config.num_parameters(), job.dtype.itemsize
     each: float = width
-    if job.family == "ours":
+    if job.contender == LLAMA:
+        each = 66 / 256
+    elif job.family == "ours":
         on_gpu = job.device.startswith("cuda")
         each = 0.25 * (3 if job.kernel == "addsub" else 2) if on_gpu else 1.25
-    if job.contender == BF16_HEAD:
+    if job.head != "auto":
         sizes["total"] += config.vocab_size * config.d_model // 2  # beside the embedding in fp32
     cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * width
     columns = max(case.batch * (case.prompt + case.new) for case in cases)
@@ -151,7 +187,9 @@ def fitting(jobs: Sequence[Job], sizes: Sequence[int], free: int | None) -> list
 
 
 class Race:
-    """The processes of one model's contenders, alive until the end of the ``with`` block."""
+    """The processes of one model's contenders, alive until the end of the ``with`` block.
+
+    Entering raises Inexact if llama.cpp is among them and computes something else."""
 
     def __init__(self, jobs: Sequence[Job], tick: Callable[[str], None]) -> None:
         self._jobs, self._tick = jobs, tick
@@ -161,11 +199,13 @@ class Race:
     def __enter__(self) -> "Race":
         folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="bench-decode-")))
         try:
-            for job in self._jobs:
-                module, argument = "bitnet.bench.decode_worker", json.dumps(asdict(job))
-                worker = Worker(job.contender, module, [argument], folder, "--contender")
+            jobs = [replace(job, gguf=str(folder / "model.gguf")) for job in self._jobs]
+            for job in jobs:
+                if job.contender == LLAMA:
+                    self._check(job, folder)
+            for job in jobs:
+                self._workers[job.contender] = worker = _worker(job, job.contender, folder)
                 self._stack.callback(worker.close)
-                self._workers[job.contender] = worker
         except BaseException:
             self._stack.close()
             raise
@@ -173,6 +213,16 @@ class Race:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def _check(self, job: Job, folder: Path) -> None:
+        """Write llama.cpp's file and compare its logits with ours, in a process that ends before
+        the timing."""
+        self._tick(f"{job.contender}: checking")
+        with ExitStack() as stack:
+            worker = _worker(job, "check", folder)
+            stack.callback(worker.close)
+            if why := worker.ask("check"):
+                raise Inexact(f"{job.contender}: {why}")
 
     def run(self, case: Case, rounds: int) -> dict[str, Outcome]:
         """Measure a case: prepare every contender, then run ``rounds`` rounds.
@@ -195,20 +245,30 @@ class Race:
         joules = {}
         for name, worker in self._workers.items():
             joules[name] = worker.ask("joules", ENERGY_SECONDS)
+        bases = {name: worker.ask("base") for name, worker in self._workers.items()}
         return {
-            name: Outcome(turns[name], memory[name], peaks[name], joules[name])
+            name: Outcome(turns[name], memory[name], peaks[name], joules[name], bases[name])
             for name in self._workers
         }
 
 
+def _worker(job: Job, name: str, folder: Path) -> Worker:
+    arguments = [json.dumps(asdict(job))]
+    return Worker(name, "bitnet.bench.decode_worker", arguments, folder, "--contender")
+
+
 class Inexact(RuntimeError):
-    """Raised when kernels that compute the same integers gave different tokens."""
+    """Raised when kernels that compute the same integers gave different tokens, or llama.cpp
+    computes another model."""
 
 
 def _check_tokens(turns: Mapping[str, Turn]) -> None:
-    exact = [name for name in turns if name.startswith("ours") and name != BF16_HEAD]
-    ours = {name: turns[name].tokens for name in exact}
-    first = next(iter(ours), "")
-    for name, tokens in ours.items():
-        if tokens != ours[first]:
-            raise Inexact(f"{name} and {first} chose different tokens from the same prompts")
+    """Compare contenders of ours that differ in the kernel alone: those with one kind of head."""
+    first: dict[str, str] = {}
+    for name, turn in turns.items():
+        if not name.startswith("ours"):
+            continue
+        head = next((one for one in ("bf16", "int8") if name.endswith(f"-{one}-head")), "")
+        other = first.setdefault(head, name)
+        if turn.tokens != turns[other].tokens:
+            raise Inexact(f"{name} and {other} chose different tokens from the same prompts")

@@ -3,6 +3,7 @@
 Ratios are computed here, round by round (bitnet/bench/decode.py says why), to the *fastest* dtype
 of the baseline and the fastest setting of transformers: the strongest opponents that were measured.
 The baseline is the same shape with full-precision layers; its contenders are named ``baseline-*``.
+Rows of contenders beside llama.cpp have a table of their own (bitnet/bench/peers_table.py).
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bitnet.bench.decode_worker import Case, Job, Turn
+from bitnet.bench.decode_worker import LLAMA, Case, Job, Turn
 from bitnet.bench.rows import (
     Figures,
     as_figures,
@@ -30,6 +31,7 @@ from bitnet_kernels.bench.machine import Machine
 from bitnet_kernels.bench.timing import quantile
 
 PATTERN = "decode_*.csv"
+NOTHING = "No figures yet."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +75,22 @@ class Row:
     first_over_baseline: float | None
     """The same for the time to the first token: above 1 is faster."""
     first_over_transformers: float | None
+    over_llama_cpp: float | None
+    """The same to llama.cpp, with the smallest and the largest ratio of a round."""
+    over_llama_cpp_min: float | None
+    over_llama_cpp_max: float | None
+    first_over_llama_cpp: float | None
+    """Of the time to the first token, which is that of the prompt: above 1 is faster."""
+    first_over_llama_cpp_min: float | None
+    first_over_llama_cpp_max: float | None
     agreement: float | None
-    """Mean share of a row's tokens before the first that differs from ours-auto's. Contenders with
-    the same weights agree until rounding changes a close choice; the baseline has other weights."""
+    """Mean share of a row's tokens before the first that differs from ours-auto's, or, without it,
+    from those of the first of ours. Contenders with the same weights agree until rounding changes a
+    close choice; the baseline has other weights."""
     peak_bytes: int | None
     """During generation: memory of the tensors on a GPU, of the process on a CPU."""
+    base_bytes: int | None
+    """Of the process before its model is made: the interpreter and torch."""
     weight_bytes: int
     """Matrices of the layers, and norms."""
     head_bytes: int
@@ -89,6 +102,8 @@ class Row:
     torch: str
     triton: str
     transformers: str
+    llama_cpp: str
+    """Version of llama-cpp-python, which brings its own llama.cpp."""
     driver: str
     commit: str
     code: str
@@ -100,7 +115,7 @@ class Row:
 COLUMNS = tuple(field.name for field in fields(Row))
 KEY = ("device", "threads", "model", "weights", "contender", "batch", "prompt", "new", "rounds")
 """What a row describes: a file has one row for each."""
-VERSION = ("seed", "torch", "triton", "transformers", "driver", "code")
+VERSION = ("seed", "torch", "triton", "transformers", "llama_cpp", "driver", "code")
 """Code and settings: a row of another version is measured again."""
 
 
@@ -121,6 +136,7 @@ class Outcome(NamedTuple):
     memory: dict[str, int]
     peak_bytes: int | None
     joules_token: float | None
+    base_bytes: int | None
 
 
 def code_hash(device: str) -> str:
@@ -140,6 +156,7 @@ def common_columns(here: Machine, rounds: int) -> dict[str, Any]:
         "threads": here.threads,
         "rounds": rounds,
         "transformers": machine.package_version("transformers"),
+        "llama_cpp": machine.package_version("llama-cpp-python"),
         "driver": here.driver,
         "code": code_hash(here.name),
     }
@@ -174,6 +191,7 @@ def figures(
             for suffix, value in zip(("", "_p25", "_p75"), over[:3], strict=True):
                 columns[f"over_{family}{suffix}"] = value
             columns[f"first_over_{family}"] = over[3]
+        columns |= _over_llama_cpp(first, speed, name)
         for suffix, q in (("", 0.5), ("_p25", 0.25), ("_p75", 0.75)):
             columns[f"first_ms{suffix}"] = 1e3 * quantile(first[name], q)
             columns[f"tokens_s{suffix}"] = quantile(speed[name], q)
@@ -185,6 +203,7 @@ def figures(
             dtype=str(job.dtype).removeprefix("torch."),
             agreement=_agreement(outcomes, name),
             peak_bytes=one.peak_bytes,
+            base_bytes=one.base_bytes,
             weight_bytes=one.memory["weights"],
             head_bytes=one.memory["head"] + one.memory["embedding"],
             cache_bytes=one.memory["cache"],
@@ -192,6 +211,20 @@ def figures(
         )
         rows.append(as_figures(asdict(row)))
     return rows
+
+
+def _over_llama_cpp(
+    first: Mapping[str, list[float]], speed: Mapping[str, list[float]], name: str
+) -> dict[str, float | None]:
+    """Columns of a contender beside llama.cpp: medians of the ratios, and their range."""
+    columns: dict[str, float | None] = {}
+    for column, values in (("over_llama_cpp", speed), ("first_over_llama_cpp", first)):
+        pairs = zip(values[name], values.get(LLAMA, ()), strict=LLAMA in values)
+        ratios = [a / b if values is speed else b / a for a, b in pairs]
+        columns[column] = statistics.median(ratios) if ratios else None
+        columns[f"{column}_min"] = min(ratios, default=None)
+        columns[f"{column}_max"] = max(ratios, default=None)
+    return columns
 
 
 def _subject_columns(subject: Subject, case: Case, job: Job) -> dict[str, Any]:
@@ -223,11 +256,13 @@ def stored(
 
 
 def _agreement(outcomes: Mapping[str, Outcome], name: str) -> float | None:
-    if "ours-auto" not in outcomes or name.startswith("baseline"):
+    ours = [one for one in outcomes if one.startswith("ours")]
+    first = "ours-auto" if "ours-auto" in ours else next(iter(ours), "")
+    if not first or name.startswith("baseline"):
         return None
     shares = []
-    for mine, ours in zip(outcomes[name].turns, outcomes["ours-auto"].turns, strict=True):
-        for row, other in zip(mine.tokens, ours.tokens, strict=True):
+    for mine, its in zip(outcomes[name].turns, outcomes[first].turns, strict=True):
+        for row, other in zip(mine.tokens, its.tokens, strict=True):
             same = [a == b for a, b in zip(row, other, strict=True)]
             shares.append([*same, False].index(False) / len(same))
     return statistics.mean(shares)
@@ -239,12 +274,15 @@ def load(folder: Path) -> list[Figures]:
 
 
 def table(rows: Sequence[Figures]) -> str:
-    """Markdown: for each machine and length of a run, a line on both and a table."""
+    """Markdown: for each machine and length of a run, a line on both and a table. Without the rows
+    that stand beside llama.cpp."""
     groups: dict[tuple[str, ...], list[Figures]] = {}
     for row in rows:
+        if row["over_llama_cpp"]:
+            continue
         where = tuple(row[column] for column in ("device", "threads", "new", "rounds"))
         groups.setdefault(where, []).append(row)
-    return "\n\n".join(_section(group) for group in groups.values()) or "No figures yet."
+    return "\n\n".join(_section(group) for group in groups.values()) or NOTHING
 
 
 def _section(rows: Sequence[Figures]) -> str:

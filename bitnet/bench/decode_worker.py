@@ -1,14 +1,16 @@
 """One contender of ``bitnet bench decode``: a model, and a process that generates on request.
 
     ours-auto, ours-dot, ours-addsub     packed ternary layers in bitnet's Engine, by kernel
-    ours-bf16-head                       the same on a CPU, with the head in bf16
+    ours-...-bf16-head, -int8-head       the same on a CPU, with the head in bf16 or int8
+    llama.cpp                            the same weights as GGUF, TQ2_0 with an fp16 head
     baseline-fp32, baseline-bf16         nn.Linear layers of the same shape in the same Engine
     transformers-fp32, -bf16             generate() of BitNetForCausalLM on the ternary weights
     transformers-bf16-static             the same with its static cache
 
 Random weights are drawn from a seed on the device, matrix by matrix: ternary ones as packed codes
 and a scale, others as normal numbers that are cast to their dtype at once, so that fp32 weights of
-the whole model never exist. All ternary contenders have the same weights. transformers holds them
+the whole model never exist. All ternary contenders have the same weights: scales are numbers of
+fp16, and normal numbers are rounded to such as fp16 and bf16 both have. transformers holds them
 as it does when it loads such a checkpoint (``linear_class="autobitlinear"``, offline): codes in the
 model's dtype and a scale, for a dense product with activations quantized and dequantized before.
 
@@ -23,15 +25,18 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from bitnet.bench.peers import LlamaCpp, disagreement, exact_logits
 from bitnet.bench.worker import serve
-from bitnet.engine.decoder import HeadDtype
+from bitnet.engine.decoder import Decoder, HeadDtype
 from bitnet.engine.engine import Engine
 from bitnet.export.folder import load_model
+from bitnet.export.gguf_write import save_gguf
 from bitnet.linear import BitLinear, Kernel, RMSNorm, TernaryLinear, pack
 from bitnet.model import ModelConfig, Transformer, as_transformer
 from bitnet.modules import replace_modules
@@ -40,11 +45,16 @@ from bitnet.training.throughput import peak_memory, reset_peak_memory
 from bitnet_kernels.bench.machine import Meter, find_meter
 
 BF16_HEAD = "ours-bf16-head"
+LLAMA = "llama.cpp"
 CONTENDERS = (
     "ours-auto",
     "ours-dot",
     "ours-addsub",
     BF16_HEAD,
+    LLAMA,
+    "ours-int8-head",
+    "ours-addsub-bf16-head",
+    "ours-dot-bf16-head",
     "baseline-bf16",
     "transformers-bf16",
     "transformers-bf16-static",
@@ -53,6 +63,10 @@ CONTENDERS = (
 )
 """The most important first: where memory is short, the last are left out."""
 STATIC = "-static"
+CHECKED = 16
+"""Tokens of the prompt after which llama.cpp's logits are compared."""
+LONGEST = 2**20
+"""The context that a GGUF file promises: that of the longest case."""
 
 
 class Case(NamedTuple):
@@ -77,10 +91,12 @@ class Job:
     device: str
     threads: int
     """Of the CPU; 0: torch's choice."""
+    gguf: str = ""
+    """The file that llama.cpp reads; :func:`check` writes it."""
 
     @property
     def family(self) -> str:
-        """ "ours", "baseline" or "transformers"."""
+        """ "ours", "baseline", "transformers" or "llama.cpp"."""
         return self.contender.partition("-")[0]
 
     @property
@@ -88,18 +104,21 @@ class Job:
         """Dtype of embedding, head, norms and activations (and of all that is not ternary)."""
         if self.family == "ours":
             return torch.bfloat16 if self.device.startswith("cuda") else torch.float32
+        if self.contender == LLAMA:
+            return torch.float16
         return torch.bfloat16 if "-bf16" in self.contender else torch.float32
 
     @property
     def kernel(self) -> Kernel:
         """Kernel of packed layers; on a CPU every name means the int8 product."""
-        kernels: dict[str, Kernel] = {"ours-dot": "dot", "ours-addsub": "addsub"}
-        return kernels.get(self.contender, "auto")
+        kernels: tuple[Kernel, ...] = ("dot", "addsub")
+        return next((one for one in kernels if one in self.contender.split("-")), "auto")
 
     @property
     def head(self) -> HeadDtype:
         """The head's dtype in our engine; on a CPU "auto" keeps the model's."""
-        return "bf16" if self.contender == BF16_HEAD else "auto"
+        heads: tuple[HeadDtype, ...] = ("bf16", "int8")
+        return next((one for one in heads if self.contender.endswith(f"-{one}-head")), "auto")
 
     def model(self, max_seq_len: int) -> Transformer:
         """Build the model to generate from; that of transformers is made from it."""
@@ -135,7 +154,8 @@ def random_model(
     def normal(like: Tensor) -> nn.Parameter:
         fp32 = torch.float32  # of any dtype the same numbers
         drawn = torch.randn(like.shape, generator=generator, device=device, dtype=fp32)
-        return nn.Parameter(drawn.mul_(0.02).to(dtype), requires_grad=False)
+        drawn = drawn.mul_(0.02).half().bfloat16()  # fp16 has all of them: few digits, coarser step
+        return nn.Parameter(drawn.to(dtype), requires_grad=False)
 
     def fill(name: str, module: nn.Module) -> nn.Module | None:
         if isinstance(module, BitLinear):
@@ -144,8 +164,8 @@ def random_model(
                 -1, 2, shape, generator=generator, device=device, dtype=torch.int8
             )
             gamma = (1.5 / shape[1]) ** 0.5  # codes' variance is 2/3
-            scale = torch.tensor(gamma, device=device, dtype=torch.float32)
-            return TernaryLinear.from_codes(codes, scale, kernel=kernel)
+            scale = torch.tensor(gamma, device=device, dtype=torch.float16)
+            return TernaryLinear.from_codes(codes, scale.float(), kernel=kernel)
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight = normal(module.weight)
         elif isinstance(module, RMSNorm):
@@ -338,6 +358,35 @@ class TransformersRunner:
         return transformers_memory(self.model)
 
 
+class LlamaRunner:
+    """llama.cpp, which chooses greedily from the logits it returns."""
+
+    def __init__(self, job: Job, case: Case, meter: Meter | None) -> None:
+        self._config, self._prompt = ModelConfig(**job.config), case.prompt
+        columns, threads = case.prompt + case.new, torch.get_num_threads()
+        self._llama = LlamaCpp(Path(job.gguf), self._config, case.batch, columns, threads)
+
+    def generate(self, prompts: list[list[int]], new: int) -> Turn:
+        """As the protocol."""
+        clock, tokens = Clock(None), list[list[int]]()
+        logits = self._llama.prefill(prompts)
+        for step in range(new):
+            if step:
+                logits = self._llama.step(tokens[-1], self._prompt + step - 1)
+            tokens.append(logits.argmax(-1).tolist())
+            clock.last = clock.read()
+            if not step:
+                clock.first = clock.last
+        return clock.turn([list(row) for row in zip(*tokens, strict=True)])
+
+    def memory(self) -> dict[str, int]:
+        """The tied head counts as embedding; the file is mapped, so its bytes are resident once."""
+        embedding = 2 * self._config.vocab_size * self._config.d_model
+        weights = self._llama.weight_bytes() - embedding
+        cache = self._llama.cache_bytes
+        return {"weights": weights, "head": 0, "embedding": embedding, "cache": cache}
+
+
 def transformers_memory(model: Any) -> dict[str, int]:
     """Bytes of a transformers model's tensors by kind; a tied head counts as embedding."""
     embedding, head = model.model.embed_tokens.weight, model.lm_head.weight
@@ -350,7 +399,24 @@ def transformers_memory(model: Any) -> dict[str, int]:
 
 def make_runner(job: Job, case: Case, meter: Meter | None) -> Runner:
     """A contender with its model, for this case."""
-    return (TransformersRunner if job.family == "transformers" else EngineRunner)(job, case, meter)
+    makers: dict[str, Callable[[Job, Case, Meter | None], Runner]] = {
+        "transformers": TransformersRunner,
+        LLAMA: LlamaRunner,
+    }
+    return makers.get(job.family, EngineRunner)(job, case, meter)
+
+
+def check(job: Job) -> str:
+    """Write the job's model as GGUF and run llama.cpp on a short prompt. Returns why it cannot be
+    computing our model; "" if it does."""
+    (prompt,) = prompts_of(Case(1, CHECKED, 2), job.config["vocab_size"], job.seed)
+    model = dataclasses.replace(job, contender="ours-auto").model(LONGEST)
+    save_gguf(model, Path(job.gguf))
+    decoder = Decoder(model, 1, CHECKED, head="float")
+    decoder.prefill(torch.tensor([prompt], dtype=torch.int64, device="cpu"), [CHECKED])
+    llama = LlamaCpp(Path(job.gguf), model.config, 1, CHECKED, torch.get_num_threads())
+    theirs = torch.from_numpy(llama.prefill([prompt])[0].copy())
+    return disagreement(decoder.logits[0], theirs, exact_logits(model, prompt))
 
 
 def prompts_of(case: Case, vocab_size: int, seed: int) -> list[list[int]]:
@@ -427,12 +493,15 @@ def main(job: Job) -> None:
     def make() -> dict[str, Callable[..., Any]]:
         if job.threads:
             torch.set_num_threads(job.threads)
+        base = peak_memory(torch.device("cpu")) if reset_peak_memory(torch.device("cpu")) else None
         session = Session(job)
         return {
             "prepare": lambda *case: session.prepare(Case(*case)),
             "turn": lambda number: session.turn(number, session.case.new),
             "joules": session.joules,
             "peak": session.peak,
+            "check": lambda: check(job),
+            "base": lambda: base,
         }
 
     serve(make)

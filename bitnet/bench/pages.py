@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from bitnet.bench import decode_table, train_rows
+from bitnet.bench import decode_table, peers_table, train_rows
 from bitnet.bench.rows import RESULTS
 from bitnet.durable import write_atomic
 from bitnet_kernels.bench import report
@@ -55,8 +55,12 @@ def _regions(root: Path, figures: list[Row]) -> Iterator[Region]:
     counted = partial(report.machine_code, results / "machine_code.csv")
     yield Region("kernels/README.md", *_marks("machine-code"), counted)
     if (root / "docs/decoding.md").exists():
-        decoding = partial(decode_table.table, decode_table.load(results))
+        decoded = decode_table.load(results)
+        pictures = {path.name for path in results.glob("decode_peers_*.png")}
+        decoding = partial(decode_table.table, decoded)
         yield Region("docs/decoding.md", *_marks("decode"), decoding)
+        beside = partial(peers_table.table, decoded, pictures)
+        yield Region("docs/decoding.md", *_marks("peers"), beside)
     if (root / "docs/training.md").exists():
         training = partial(train_rows.table, train_rows.load(results))
         yield Region("docs/training.md", *_marks("training"), training)

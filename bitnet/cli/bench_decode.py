@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -9,7 +10,9 @@ import torch
 import typer
 from rich.console import Console
 
+from bitnet.bench import peers_table
 from bitnet.bench.decode import (
+    PEERS,
     SIZES,
     Inexact,
     Race,
@@ -24,19 +27,19 @@ from bitnet.bench.decode_profile import Profile, measure, write_profile
 from bitnet.bench.decode_table import (
     COLUMNS,
     KEY,
+    NOTHING,
     Subject,
     common_columns,
     figures,
     stored,
     table,
 )
-from bitnet.bench.decode_worker import CONTENDERS, Case, Job
+from bitnet.bench.decode_worker import CONTENDERS, LLAMA, Case, Job
 from bitnet.bench.rows import Figures, merge, read, write
 from bitnet.bench.worker import WorkerDied
 from bitnet.cli.bench_common import (
     NOT_WRITTEN,
     Seed,
-    Threads,
     bench_device,
     ending,
     progress,
@@ -66,7 +69,9 @@ class _Usual(NamedTuple):
 
 CPU = _Usual(("60m", "110m"), (1, 8), (128,), 32, 5)
 GPU = _Usual(("700m", "2b"), (1, 8, 32), (128,), 128, 7)
-ALL = _Usual(tuple(SIZES), (1, 8, 32), (128, 2048), 128, 7)
+_BITNETS = tuple(size for size in SIZES if not size.endswith("-silu"))
+ALL = _Usual(_BITNETS, (1, 8, 32), (128, 2048), 128, 7)
+BESIDE = _Usual(("110m-silu", "730m-silu"), (1,), (128,), 64, 7)
 QUICK = _Usual(("60m",), (1,), (32,), 8, 2)
 PROFILE = _Usual(("110m",), (1,), (128,), 16, 1)
 
@@ -118,6 +123,24 @@ Quick = Annotated[
 Everything = Annotated[
     bool, typer.Option("--all", help="Every size, batch 1, 8, 32, prompt 128 and 2048.")
 ]
+Threads = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Threads of the CPU; repeatable. 0: torch's choice, the default; with --peers 1 "
+        "and 2.",
+        min=0,
+        max=1024,
+        show_default=False,
+    ),
+]
+Peers = Annotated[
+    bool,
+    typer.Option(
+        "--peers",
+        help="Beside llama.cpp, on the same weights: shapes that GGUF carries, 1 and 2 threads. "
+        'Needs pip install "bitnet-train[peers]".',
+    ),
+]
 Profiled = Annotated[
     bool,
     typer.Option("--profile", help="Where the time of one contender's step goes, by operation."),
@@ -142,14 +165,15 @@ def decode_command(
     new: New = 0,
     rounds: Rounds = 0,
     device: Device = "auto",
-    threads: Threads = 0,
+    threads: Threads = None,
     seed: Seed = 0,
     quick: Quick = False,
     everything: Everything = False,
+    peers: Peers = False,
     profile: Profiled = False,
     out: Out = "",
 ) -> None:
-    """Time generation: packed layers, their baseline, and transformers.
+    """Time generation: packed layers, their baseline, transformers, and llama.cpp.
 
     Each contender runs in its own process; they take turns, one generation each, so that a machine
     that slows down slows all alike. Results are the time to the first token, tokens per second
@@ -158,22 +182,29 @@ def decode_command(
     stopped. What the file has already, measured by the same sources, is shown and not measured
     again.
 
-    ours-auto is what `bitnet generate` does; -dot and -addsub force a kernel on a GPU, -bf16-head
-    is --head bf16 on a CPU. baseline is the same shape with nn.Linear layers in the same engine.
-    transformers is generate() of its BitNet class (autobitlinear) on the same ternary weights,
-    greedy.
+    ours-auto is what `bitnet generate` does; -dot and -addsub force a kernel, -bf16-head and
+    -int8-head are --head on a CPU. baseline is the same shape with nn.Linear layers in the same
+    engine. transformers is generate() of its BitNet class (autobitlinear) on the same ternary
+    weights, greedy. llama.cpp (--peers) has them as GGUF, TQ2_0 with an fp16 head; before anything
+    is timed, its logits are compared with ours.
 
     On a GPU: bitnet bench decode --size 700m --size 2b --size 8b
     """
-    if everything + quick + profile > 1:
-        raise UserError("--all, --quick and --profile exclude each other")
+    if everything + quick + peers + profile > 1:
+        raise UserError("--all, --quick, --peers and --profile exclude each other")
+    if peers and model:
+        raise UserError("--peers and --model exclude each other: GGUF has no fp32 scales")
     if model and size:
         raise UserError("--model and --size exclude each other")
-    target = bench_device(device, threads)
+    if profile and len(threads or ()) > 1:
+        raise UserError("--profile: one --threads")
+    target = bench_device(device)
+    counts = tuple(dict.fromkeys(threads or ((1, 2) if peers else (0,))))
     asked = GPU if target.type == "cuda" else CPU
-    for chosen, given in ((everything, ALL), (quick, QUICK), (profile, PROFILE)):
+    for chosen, given in ((everything, ALL), (quick, QUICK), (peers, BESIDE), (profile, PROFILE)):
         asked = given if chosen else asked
-    names, lines = _contenders(contender or [], target, quick, profile)
+    asked_for = [*(contender or PEERS), LLAMA] if peers else contender or []
+    names, lines = _contenders(asked_for, target, quick, profile)
     cases = [
         Case(rows, tokens, new or asked.new)
         for tokens in dict.fromkeys(prompt or asked.prompts)
@@ -183,14 +214,19 @@ def decode_command(
         raise UserError("--new: 1 leaves nothing to time after the first token; the nearest is 2")
     sizes = valid_names("--size", size or [], tuple(SIZES)) or asked.sizes
     subjects = _subjects(model, sizes, cases)
+    if peers:
+        for one in subjects:
+            if why := refusals([LLAMA], target, one.config).get(LLAMA):
+                raise UserError(f"--peers: {one.name}: {why}")
     here = machine.describe(target)
     name = f"{'profile_' if profile else ''}decode_{here.slug}.csv"
     path = results_path(out, name) if out or not quick else None
-    run = _Run(plain_console(), here, names, cases, rounds or asked.rounds, seed, threads, path)
+    run = _Run(plain_console(), here, names, cases, rounds or asked.rounds, seed, path)
     if profile:
+        run.use(counts[0])
         _profile(run, subjects)
     else:
-        run.measure(subjects, lines)
+        run.measure(subjects, counts, lines)
 
 
 def _contenders(
@@ -234,9 +270,12 @@ class _Run:
     cases: list[Case]
     rounds: int
     seed: int
-    threads: int
     path: Path | None
     """None: nothing is written."""
+    threads: int = 0
+    """0: torch's choice."""
+    usual: int = dataclasses.field(default_factory=torch.get_num_threads)
+    """Torch's choice."""
     kept: list[Figures] = dataclasses.field(default_factory=list)
     """The file's rows."""
     shown: list[Figures] = dataclasses.field(default_factory=list)
@@ -246,8 +285,15 @@ class _Run:
         """A line, or several."""
         say(self.console, text)
 
-    def measure(self, subjects: Sequence[Subject], lines: list[str]) -> None:
-        """Measure all models; print ``lines``, then results as they come, then the table."""
+    def use(self, threads: int) -> None:
+        """Measure with so many threads from here on. 0: torch's choice."""
+        self.threads = threads
+        torch.set_num_threads(threads or self.usual)
+        self.here = machine.describe(self.here.device)
+
+    def measure(self, subjects: Sequence[Subject], counts: Sequence[int], lines: list[str]) -> None:
+        """Measure all models with each number of threads; print ``lines``, then results as they
+        come, then the tables."""
         self.kept = read(self.path, COLUMNS) if self.path else []
         _, no_energy = machine.find_meter(self.here.device)
         todo = [
@@ -257,9 +303,12 @@ class _Run:
         for line in filter(None, dict.fromkeys([no_energy, *lines])):  # no argument is wrong
             self.say(line)
         for subject, jobs in todo:
-            self.race(subject, jobs)
+            for count in counts:
+                self.use(count)
+                self.race(subject, [replace(job, threads=count) for job in jobs])
+        drawn = (table(self.shown), peers_table.table(self.shown))
         self.say("")
-        self.say(table(self.shown))
+        self.say("\n\n".join(text for text in drawn if text != NOTHING) or NOTHING)
         self.say("")
         self.say(f"figures: {self.path}" if self.path else NOT_WRITTEN)
 
@@ -340,13 +389,13 @@ def _line(rows: Sequence[Figures]) -> str:
     parts = []
     for row in rows:
         notes = []
-        for family in ("baseline", "transformers"):
+        for family in ("baseline", "transformers", LLAMA):
             base = max(
                 (one for one in rows if one["contender"].startswith(family)),
                 key=lambda one: float(one["tokens_s"]),
                 default=None,
             )
-            ratio = row[f"over_{family}"]
+            ratio = row[f"over_{family.replace('.', '_')}"]
             if base and ratio and row["contender"].startswith("ours"):
                 notes.append(f"{float(ratio):.2f}x {base['contender']}")
         notes.append(f"first token {float(row['first_ms']):,.0f} ms")

@@ -10,11 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bitnet.bench import decode as bench_decode
 from bitnet.bench import decode_table as tables
 from bitnet.bench.decode import Inexact, fitting, held_bytes, refusals
-from bitnet.bench.decode_table import Outcome, Subject
+from bitnet.bench.decode_table import Subject
 from bitnet.bench.decode_worker import (
     Case,
     EngineRunner,
-    Turn,
     as_transformers,
     prompts_of,
     random_model,
@@ -23,7 +22,7 @@ from bitnet.bench.rows import merge
 from bitnet.cli import bench_decode as cli_bench_decode
 from bitnet.linear import TernaryLinear
 from bitnet.model import ModelConfig
-from tests.helpers.decode_bench import job, tiny
+from tests.helpers.decode_bench import job, outcome, tiny, turns
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -99,7 +98,8 @@ def test_transformers_gets_the_same_model(tied: bool) -> None:
 def test_who_cannot_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     names = bench_decode.CONTENDERS
     no = refusals(names, CPU, tiny())
-    assert set(no) == {"ours-dot", "ours-addsub"}
+    kernels = {"ours-dot", "ours-addsub", "ours-dot-bf16-head", "ours-addsub-bf16-head"}
+    assert set(no) == {*kernels, "llama.cpp"}
     assert "no such kernel" in no["ours-dot"]
     for field in ({"norm_placement": "pre_norm"}, {"qk_norm": True}, {"granularity": "row"}):
         no = refusals(names, CPU, tiny(**field))
@@ -110,6 +110,7 @@ def test_who_cannot_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "transformers is not installed" in no["transformers-fp32"]
     assert not set(no) & {"ours-auto", "baseline-fp32", "baseline-bf16"}
     assert "in bf16" in no["ours-bf16-head"]
+    assert "in bf16" in no["ours-int8-head"]
 
 
 def test_a_head_of_fewer_bits_is_another_contender() -> None:
@@ -143,20 +144,13 @@ COMMON = (
     "torch",
     "triton",
     "transformers",
+    "llama_cpp",
     "driver",
     "commit",
     "code",
     "date",
     "command",
 )
-
-
-def turns(*pairs: tuple[float, float]) -> list[Turn]:
-    return [Turn(first, rest, None, [[1, 2, 3], [4, 5, 6]]) for first, rest in pairs]
-
-
-def outcome(made: list[Turn], joules: float | None = None) -> Outcome:
-    return Outcome(made, {"weights": 10, "head": 3, "embedding": 4, "cache": 5}, 99, joules)
 
 
 def test_figures_by_hand() -> None:

@@ -175,7 +175,8 @@ def test_a_dead_worker_is_named_with_its_last_words(
 MISTAKES = [
     (
         ["--size", "110"],
-        "--size: '110' is none of 60m, 110m, 350m, 700m, 2b, 8b, tiny; did you mean 110m?",
+        "--size: '110' is none of 60m, 110m, 350m, 700m, 2b, 8b, 110m-silu, 730m-silu, tiny; did "
+        "you mean 110m?",
     ),
     (["--size", "100m"], "did you mean 110m?"),
     (["--size", "7b"], "did you mean 8b?"),
@@ -188,6 +189,9 @@ MISTAKES = [
     (["--new", "1"], "the nearest is 2"),
     (["--model", "runs/x", "--size", "60m"], "--model and --size exclude each other"),
     (["--all", "--quick"], "exclude each other"),
+    (["--all", "--peers"], "exclude each other"),
+    (["--model", "runs/x", "--peers"], "--peers and --model exclude each other"),
+    (["--profile", "--threads", "1", "--threads", "2"], "--profile: one --threads"),
     (["--profile", "--batch", "1", "--batch", "8"], "--profile: one --contender"),
     (["--batch", "65"], "--batch"),
     (["--device", "tpu"], "expected cpu, cuda"),

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from bitnet.bench import decode as bench_decode
-from bitnet.bench.decode_worker import Job
+from bitnet.bench.decode_table import Outcome
+from bitnet.bench.decode_worker import Job, Turn
 from bitnet.bench.rows import Figures
 from bitnet.model import ModelConfig
 
@@ -48,3 +49,11 @@ def bench(bitnet: Bitnet, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bi
 def read(path: Path) -> list[Figures]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def turns(*pairs: tuple[float, float]) -> list[Turn]:
+    return [Turn(first, rest, None, [[1, 2, 3], [4, 5, 6]]) for first, rest in pairs]
+
+
+def outcome(made: list[Turn], joules: float | None = None) -> Outcome:
+    return Outcome(made, {"weights": 10, "head": 3, "embedding": 4, "cache": 5}, 99, joules, 9)
