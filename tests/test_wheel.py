@@ -1,29 +1,18 @@
-"""The wheel as a stranger gets it: built from the sdist, in a separate environment without Triton.
-
-There is no network in a test, so the new environment borrows the third-party packages of this one
-by links, each but Triton; the project itself is there only as what pip unpacked from the wheel.
-"""
+"""The wheel as a stranger gets it: built from the sdist, in an environment without Triton."""
 
 import email
 import json
-import os
-import shutil
-import subprocess
-import sys
 import sysconfig
 import tarfile
-import venv
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.installs import COMPILER, LIBRARY, ROOT, build, install, new_environment, run
 from tests.helpers.shared import Shared
 
-ROOT = Path(__file__).parents[1]
 PLATFORM = sysconfig.get_platform().translate(str.maketrans("-.", "__"))
-NOT_BORROWED = ("triton", "bitnet", "__editable__", "__pycache__", "pip", "setuptools")
 
 USE = """
 import importlib.util, json, sys
@@ -35,6 +24,7 @@ from torch import nn
 import bitnet
 import bitnet_kernels
 from bitnet import BitLinear, TernaryLinear, pack, replace_linear
+from bitnet_kernels.cpu import native
 
 assert importlib.util.find_spec("triton") is None
 torch.manual_seed(0)
@@ -64,15 +54,9 @@ print(json.dumps({
     "losses": losses,
     "equal": torch.equal(trained, packed),
     "finite": bool(packed.isfinite().all()),
+    "native": native.available(),
 }))
 """
-
-
-def run(*command: str | Path, cwd: Path) -> str:
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    child = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stdout + child.stderr
-    return child.stdout
 
 
 @pytest.fixture(scope="session")
@@ -81,47 +65,11 @@ def built(shared: Shared) -> Path:
     return shared("dist", build)
 
 
-def build(out: Path) -> None:
-    source = out / "source"
-    source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("bitnet", "kernels"):
-        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source, cwd=out)
-
-
 @pytest.fixture(scope="session")
 def environment(built: Path, shared: Shared) -> Path:
     """A fresh environment with the wheel installed."""
-    return shared("environment", partial(install_into, built))
-
-
-def install_into(built: Path, folder: Path) -> None:
-    venv.create(folder, symlinks=True)
-    python = folder / "bin" / "python"
     (wheel,) = built.glob("*.whl")
-    install = (
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--no-deps",
-        "--no-index",
-    )
-    run(*install, "--quiet", wheel, cwd=folder)
-    site_packages = Path(
-        run(
-            python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder
-        ).strip()
-    )
-    for borrowed in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-        for entry in Path(borrowed).iterdir():
-            if not entry.name.startswith(NOT_BORROWED) and entry.suffix != ".pth":
-                (site_packages / entry.name).symlink_to(entry)
+    return shared("environment", lambda folder: install(new_environment(folder), wheel))
 
 
 def test_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:
@@ -134,7 +82,7 @@ def test_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:
         for path in (root / package).rglob("*")
         if path.suffix == ".py" or path.name == "py.typed" or path.parent.name == "tables"
     }
-    assert names == expected | {"bitnet_kernels/cpu/_native.abi3.so"}
+    assert names == expected | ({LIBRARY} if COMPILER else set())
     assert wheel.stem.split("-", 2)[2] == f"cp311-abi3-{PLATFORM}"
 
 
@@ -175,6 +123,7 @@ def test_wheel_trains_and_packs_away_from_the_repository(environment: Path, tmp_
     assert result["losses"][-1] < 0.7 * result["losses"][0]
     assert result["equal"]
     assert result["finite"]
+    assert result["native"][-1:] == (["portable"] if COMPILER else [])
 
 
 def test_console_script(environment: Path, tmp_path: Path) -> None:

@@ -7,11 +7,14 @@ neither Python's headers nor torch's, and one build serves every Python and ever
 One build holds the code of several instruction sets; the best that the CPU runs is chosen when the
 library is first used. ``BITNET_CPU=avx2`` (or another name) forces one, and so does :func:`use`.
 
-Threads are torch's own: see ``native/threads.c``.
+Threads are torch's own: see ``native/threads.c``. A forked child has none of them and runs on one,
+as it does where torch has an OpenMP runtime without GNU's entry points (LLVM's, and so macOS, has
+them).
 """
 
 import ctypes
 import os
+import struct
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -96,6 +99,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
 }
 """Name -> result and arguments, as in ``native/bitnet_cpu.h``."""
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+_PROCESS = os.getpid()
 
 
 class LayerCache(ctypes.Structure):
@@ -125,7 +129,7 @@ def library() -> ctypes.CDLL | None:
         ValueError: ``BITNET_CPU`` names an instruction set that this CPU does not run.
     """
     path = _path()
-    if path is None:
+    if path is None or not _whole(path):
         return None
     try:
         lib = ctypes.CDLL(str(path))
@@ -136,7 +140,7 @@ def library() -> ctypes.CDLL | None:
         return None
     if lib.bn_abi() != ABI:
         return None
-    if (pointers := _openmp()) is not None:
+    if os.getpid() == _PROCESS and (pointers := _openmp()) is not None:
         lib.bn_use_openmp(*pointers)
     if forced := os.environ.get("BITNET_CPU"):
         _use(lib, forced, "BITNET_CPU")
@@ -149,7 +153,9 @@ def missing() -> str:
         return ""
     if _path() is None:
         return "the native CPU library was not built at installation (no C compiler?)"
-    return "the native CPU library was built for another machine or version; reinstall the package"
+    return (
+        "the native CPU library is damaged, or of another machine or version; reinstall the package"
+    )
 
 
 def available() -> tuple[str, ...]:
@@ -200,18 +206,30 @@ def _path() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def _whole(path: Path) -> bool:
+    """Whether a file of Linux's format (ELF, 64 bits) reaches to the end of its last table. To load
+    half of one, which an interrupted copy leaves, would end the process."""
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[:4] != b"\x7fELF":
+        return True
+    if len(head) < 64:
+        return False
+    (table,) = struct.unpack_from("<Q", head, 40)
+    size, count = struct.unpack_from("<HH", head, 58)
+    return path.stat().st_size >= table + size * count
+
+
 def _openmp() -> tuple[int, ...] | None:
     """The addresses of three functions in the OpenMP runtime that torch runs on.
 
     torch's library is linked to the runtime, whatever its file is called (wheels with CUDA rename
     it), so a look-up that starts at torch's library finds that one and no other.
     """
-    folder = Path(torch.__file__).parent / "lib"
-    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-        if not (folder / name).is_file():
-            continue
+    macos = Path(torch.__file__).parent / "lib" / "libtorch_cpu.dylib"
+    for name in ("libtorch_cpu.so", str(macos)):  # Linux finds what is loaded by its bare name
         try:
-            runtime = ctypes.CDLL(str(folder / name))
+            runtime = ctypes.CDLL(name)
             functions = [getattr(runtime, function) for function in _OPENMP]
         except (OSError, AttributeError):
             continue
