@@ -58,7 +58,7 @@ ARROWS = {
         "bitnet.placement",
         "bitnet.quant",
     },
-    "bitnet.loss": {"bitnet.modules", "bitnet.quant"},
+    "bitnet.loss": {"bitnet_kernels", "bitnet.modules", "bitnet.quant"},
     "bitnet.model": {"bitnet.elementwise", "bitnet.linear", "bitnet.loss", "bitnet.quant"},
 }
 """The foundations may import this and bitnet.schema; what stands above them is bound by ABOVE and

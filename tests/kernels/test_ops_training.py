@@ -169,11 +169,10 @@ def test_stochastic_rounding_of_rows_and_columns_that_are_not_finite() -> None:
     assert not codes[2].any()
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [(1, 1, 1), (3, 5, 7), (33, 70, 45), (64, 32, 96), (600, 40, 33), (40, 1100, 65)],
-    ids=str,
-)
+SIZES = [(1, 1, 1), (3, 5, 7), (33, 70, 45), (64, 32, 96), (600, 40, 33), (40, 1100, 65)]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_gradients(sizes: tuple[int, int, int], threads: int) -> None:
     torch.manual_seed(0)
     m, n, k = sizes
@@ -187,6 +186,54 @@ def test_gradients(sizes: tuple[int, int, int], threads: int) -> None:
     scaled = (dy * s_x.unsqueeze(1)).double().t()
     exact, magnitudes = scaled @ x_q.double(), scaled.abs() @ x_q.double().abs()
     assert_sums_agree(OPS.weight_gradient(dy, x_q, s_x), exact, magnitudes)
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, (33, 530, 1100)], ids=str)
+@pytest.mark.parametrize("left_transposed", [False, True])
+@pytest.mark.parametrize("right_transposed", [False, True])
+def test_products(
+    sizes: tuple[int, int, int], left_transposed: bool, right_transposed: bool, threads: int
+) -> None:
+    torch.manual_seed(0)
+    m, k, n = sizes
+    left = randn(k, m).t() if left_transposed else randn(m, k)
+    right = randn(n, k).t() if right_transposed else randn(k, n)
+    exact, magnitudes = left.double() @ right.double(), left.double().abs() @ right.double().abs()
+    out = torch.full((m, n), torch.nan)
+    assert_sums_agree(training.add_product_(out, left, right, False), exact, magnitudes)
+    start = randn(m, n)
+    out = training.add_product_(start.clone(), left, right, True)
+    assert_sums_agree(out, exact + start, magnitudes + start.abs())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("spread", [0.1, 3.0, 100.0])
+def test_cross_entropy(shape: tuple[int, int], spread: float, threads: int) -> None:
+    if native.library() is None:
+        pytest.skip("needs the native library")
+    torch.manual_seed(0)
+    m, n = shape
+    z, targets, losses = torch.randn(shape) * spread, torch.randint(n, (m,)), torch.empty(m)
+    wide = z.double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+    (gradient,) = torch.autograd.grad(expected.sum(), wide)
+    training.cross_entropy_(z, targets, losses)
+    largest = wide.detach().abs().amax(1)
+    assert ((losses - expected).abs() <= 2**-20 * (1 + largest)).all()
+    assert ((z - gradient).abs() <= 2**-20).all()
+
+
+def test_cross_entropy_of_what_is_not_finite_or_no_target() -> None:
+    if native.library() is None:
+        pytest.skip("needs the native library")
+    z, losses = torch.randn(4, 9), torch.empty(4)
+    z[0, 3], z[1, 2], z[2, 5] = torch.nan, torch.inf, -torch.inf
+    training.cross_entropy_(z, torch.tensor([1, 1, 1, 1]), losses)
+    assert losses.isfinite().tolist() == [False, False, True, True]
+    assert z.isfinite().all(1).tolist() == [False, False, True, True]
+    for bad in (-1, 9):
+        with pytest.raises(RuntimeError, match=f"{bad} is out of bounds"):
+            training.cross_entropy_(z, torch.tensor([0, bad, 0, 0]), losses)
 
 
 def test_no_number_of_threads_changes_a_bit() -> None:

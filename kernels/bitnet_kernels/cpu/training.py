@@ -214,7 +214,7 @@ def input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor) -> Tensor:
         return reference.input_gradient(dy, codes, gamma)
     dy, codes, gamma = dy.contiguous(), codes.contiguous(), gamma.contiguous()
     dx, threads = dy.new_empty(m, k), native.threads()
-    scratch = _scratch(lib.bn_tiles_scratch(n, k, threads))
+    scratch = _scratch(lib.bn_tiles_scratch(threads))
     pointers = dy.data_ptr(), codes.data_ptr(), gamma.data_ptr()
     lib.bn_input_gradient(
         *pointers, gamma.dim(), m, n, k, dx.data_ptr(), _aligned(scratch), threads
@@ -230,10 +230,62 @@ def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
         return reference.weight_gradient(dy, x_q, s_x)
     dy, x_q, s_x = dy.contiguous(), x_q.contiguous(), s_x.contiguous()
     dw, threads = dy.new_empty(n, k), native.threads()
-    scratch = _scratch(lib.bn_tiles_scratch(m, k, threads))
+    scratch = _scratch(lib.bn_tiles_scratch(threads))
     pointers = dy.data_ptr(), x_q.data_ptr(), s_x.data_ptr()
     lib.bn_weight_gradient(*pointers, m, n, k, dw.data_ptr(), _aligned(scratch), threads)
     return dw
+
+
+def add_product_(out: Tensor, left: Tensor, right: Tensor, add: bool) -> Tensor:
+    """``left @ right``, written to ``out``, or added to it; by AMX where the CPU has it (sums as in
+    fp32).
+
+    Arguments:
+        out: contiguous fp32 ``[M, N]``. left, right: fp32 ``[M, K]`` and ``[K, N]``, each
+        contiguous or the transpose of what is.
+    """
+    lib = _library(out, left, right)
+    strided = left.is_contiguous() or left.t().is_contiguous()
+    strided = strided and (right.is_contiguous() or right.t().is_contiguous())
+    if lib is None or not lib.bn_has_tiles() or not strided or 0 in (*left.shape, *right.shape):
+        return torch.addmm(out, left, right, beta=1 if add else 0, out=out)
+    threads = native.threads()
+    scratch = _scratch(lib.bn_tiles_scratch(threads))
+    lib.bn_tiles_matmul(
+        left.data_ptr(),
+        not left.is_contiguous(),
+        right.data_ptr(),
+        not right.is_contiguous(),
+        *left.shape,
+        right.shape[1],
+        add,
+        out.data_ptr(),
+        _aligned(scratch),
+        threads,
+    )
+    return out
+
+
+def cross_entropy_(z: Tensor, targets: Tensor, losses: Tensor) -> None:
+    """The losses of tokens, ``logsumexp(z) - z[target]``, and in the memory of their logits the
+    gradients, ``softmax(z) - onehot``. Where a logit is NaN, so is all of its token.
+
+    Arguments:
+        z: contiguous fp32 ``[M, V]``, V >= 1. targets: int64 ``[M]``. losses: fp32 ``[M]``,
+        contiguous; written.
+    Raises:
+        RuntimeError: a target is not in 0 .. V - 1.
+    """
+    lib = native.library()
+    assert lib is not None
+    m, n = z.shape
+    for target in (targets.amin(), targets.amax()) if m else ():
+        if not 0 <= (index := int(target)) < n:
+            raise RuntimeError(f"targets: {index} is out of bounds, expected 0 to {n - 1}")
+    targets = targets.contiguous()
+    lib.bn_cross_entropy(
+        z.data_ptr(), targets.data_ptr(), m, n, losses.data_ptr(), native.threads()
+    )
 
 
 def _scratch(size: int) -> Tensor:

@@ -17,7 +17,7 @@
 #endif
 
 /* Grows with every change of this file; native.py refuses a library of another version. */
-#define BN_ABI 3
+#define BN_ABI 4
 
 BN_API int32_t bn_abi(void);
 
@@ -250,11 +250,23 @@ BN_API void bn_stochastic_columns(
     float *scale, int32_t threads
 );
 
-/* Gradients of a ternary layer on the matrix tiles of Intel's AMX (tiles.c), where bn_has_tiles()
- * is not 0. `scratch` has bn_tiles_scratch(n, k, threads) or, for the weight's, (m, k, threads)
- * bytes, aligned to 64. */
+/* Cross-entropy of each of m tokens, in place: logits z [m, n] become the softmax less 1 at the
+ * target; loss [m] = logsumexp(z) - z[target]. */
+BN_API void bn_cross_entropy(
+    float *z, const int64_t *target, int64_t m, int64_t n, float *loss, int32_t threads
+);
+
+/* fp32 products on the matrix tiles of Intel's AMX (tiles.c), where bn_has_tiles() is not 0.
+ * `scratch` has bn_tiles_scratch(threads) bytes, aligned to 64. */
 BN_API int32_t bn_has_tiles(void);
-BN_API int64_t bn_tiles_scratch(int64_t depth, int64_t columns, int32_t threads);
+BN_API int64_t bn_tiles_scratch(int32_t threads);
+/* out [rows, columns] = left [rows, depth] @ right [depth, columns], or added to it. A matrix that is
+ * `transposed` is stored as [depth, rows] or [columns, depth]. */
+BN_API void bn_tiles_matmul(
+    const float *left, int32_t left_transposed, const float *right, int32_t right_transposed,
+    int64_t rows, int64_t depth, int64_t columns, int32_t add, float *out, void *scratch,
+    int32_t threads
+);
 /* dx [m, k] = (dy * gamma) @ codes: dy [m, n], codes [n, k], gamma one number (stride 0) or [n]
  * (1). */
 BN_API void bn_input_gradient(

@@ -233,6 +233,9 @@ typedef struct {
     void (*gate_backward)(
         const float *dy, const float *gate, const float *up, int64_t n, float *dgate, float *dup
     );
+    /* Cross-entropy of one token, in place: logits z [n] become the softmax less 1 at the target.
+     * Returns logsumexp(z) - z[target]. */
+    float (*cross_entropy)(float *z, int64_t n, int64_t target);
     /* int32 acc [m, n] to fp32 ((acc * s) * scale) (+ bias), in place; s [m] */
     void (*rescale)(
         void *acc, const float *s, const float *scale, int64_t scale_stride, const float *bias,

@@ -1,15 +1,15 @@
-/* fp32 numbers times small integers on the matrix tiles of Intel's AMX (Sapphire Rapids and
- * later).
+/* fp32 products on the matrix tiles of Intel's AMX (Sapphire Rapids and later).
  *
  * The tiles multiply bf16 and add in fp32, some fifteen times as fast as AVX-512 multiplies fp32.
  * A bf16 number has 8 significant bits: enough for a ternary code or an int8 one, and three of
- * them hold the 24 bits of an fp32 number. So a product with integers is three products of tiles,
- * in which every single product is exact, and sums round as in fp32. That is what the backward of
- * a ternary layer needs (products of two fp32 numbers would take six).
+ * them, its terms, hold the 24 bits of an fp32 number. So a product with integers is three products
+ * of tiles, in which every single product is exact, and sums round as in fp32. That is what the
+ * backward of a ternary layer needs. A product of two fp32 matrices is six: of the nine products of
+ * terms, the three smallest are below the last bit.
  *
- * The left matrix, fp32, is cut into terms a block of ROWS rows and DEPTH columns at a time, which
- * stays in the second cache; the right one, int8, is widened once. The sums over DEPTH columns
- * follow each other, so results do not depend on the number of threads.
+ * Both matrices are cut into terms a piece at a time: the right one for all threads, DEPTH rows of
+ * at most WIDTH columns; the left one by each thread, ROWS rows, which stay in its second cache.
+ * The sums over DEPTH follow each other, so results do not depend on the number of threads.
  */
 #define _DEFAULT_SOURCE /* syscall() */
 #include <stdatomic.h>
@@ -30,8 +30,11 @@ enum {
     ROWS = 32, COLUMNS = 32, /* of a block of results: 2 x 2 tiles */
     TERMS = 3, /* bf16 numbers in an fp32 one */
     DEPTH = 512, /* a multiple of STEP */
-    WIDTH = 1024, /* columns of results for which one thread cuts a block */
-    LEFT = DEPTH / STEP * TERMS * 2 * TILE, /* bytes of a block of the left matrix */
+    WIDTH = 512, /* a multiple of COLUMNS */
+    NEAR = 4, /* steps of the left matrix that the first cache holds */
+    LEFT = DEPTH / STEP * TERMS * 2 * TILE, /* bytes of a piece of the left matrix */
+    RIGHT = DEPTH / STEP * WIDTH / COLUMNS * 2 * TILE, /* and of the right one, per term */
+    SUMS = WIDTH / COLUMNS * 4 * TILE, /* of a piece of the left matrix and one of the right */
 };
 
 /* Asks for the tiles, which Linux grants to a process that wants them. */
@@ -104,23 +107,22 @@ static inline void transpose(__m512i row[SIDE]) {
 }
 
 typedef struct {
-    const float *left; /* [rows, depth], or [depth, rows] where it is `transposed` */
-    bool transposed;
-    const float *scale; /* of each of the depth; NULL: `one` for all */
+    const float *left; /* [rows, depth], or [depth, rows] where it is `left_transposed` */
+    const float *scale; /* of each of the depth, multiplied by the left matrix; NULL: `one` */
     float one;
-    const int8_t *right; /* [depth, columns] */
+    const int8_t *codes; /* the right matrix [depth, columns], */
+    const float *right; /* or this one, [columns, depth] where it is `right_transposed` */
     float *out; /* [rows, columns] */
     int64_t rows, depth, columns;
-    uint8_t *packed; /* the right matrix: per COLUMNS columns and STEP of the depth, two tiles */
-    uint8_t *blocks; /* LEFT bytes per thread */
-    int64_t width; /* columns of an item of work, a multiple of COLUMNS */
+    bool left_transposed, right_transposed;
+    bool add; /* to what is in `out` */
+    uint8_t *pieces; /* LEFT + SUMS bytes per thread */
+    uint8_t *packed; /* a piece of the right matrix: per COLUMNS, STEP and term two tiles */
 } job;
 
 static inline float scale_of(const job *job, int64_t depth) {
     return job->scale == NULL ? job->one : job->scale[depth];
 }
-
-static int64_t steps_of(int64_t depth) { return (depth + STEP - 1) / STEP; }
 
 /* Sixteen int8 as the upper halves of fp32: small integers are exact there. */
 static inline __m512i widened(const int8_t *x, __mmask16 mask) {
@@ -128,46 +130,100 @@ static inline __m512i widened(const int8_t *x, __mmask16 mask) {
     return _mm512_castps_si512(_mm512_cvtepi32_ps(wide));
 }
 
-/* COLUMNS columns of the right matrix, number j, as tiles of pairs of rows. */
-static void pack_right(const job *job, int64_t j) {
-    uint8_t *to = job->packed + j * steps_of(job->depth) * 2 * TILE;
-    for (int64_t depth = 0; depth < job->depth; depth += STEP)
+/* COLUMNS columns of int8 from `column` on, `steps` steps of the depth, as tiles of pairs of rows. */
+static void pack_codes(const job *job, int64_t depth, int64_t steps, int64_t column, uint8_t *to) {
+    for (int64_t s = 0; s < steps; s++)
         for (int half = 0; half < 2; half++, to += TILE) {
-            int64_t column = j * COLUMNS + half * SIDE;
-            __mmask16 mask = first(job->columns - column);
-            const int8_t *from = job->right + depth * job->columns + column;
-            for (int i = 0; i < SIDE; i++, from += 2 * job->columns) {
-                int64_t left = job->depth - depth - 2 * i; /* of the depth */
+            __mmask16 mask = first(job->columns - column - half * SIDE);
+            for (int i = 0; i < SIDE; i++) {
+                int64_t row = depth + s * STEP + 2 * i;
+                const int8_t *from = job->codes + row * job->columns + column + half * SIDE;
                 __m512i even = _mm512_setzero_si512(), odd = even;
-                if (left > 0) even = widened(from, mask);
-                if (left > 1) odd = widened(from + job->columns, mask);
+                if (row < job->depth) even = widened(from, mask);
+                if (row + 1 < job->depth) odd = widened(from + job->columns, mask);
                 _mm512_storeu_si512(to + 64 * i, pairs(even, odd));
             }
         }
 }
 
-/* A block of the left matrix: `steps` steps from `depth` on, of ROWS rows, number i. */
-static void pack_left(const job *job, int64_t i, int64_t depth, int64_t steps, uint8_t *to) {
-    const __m512i halves = _mm512_set_epi16(
+/* The same of fp32, cut into terms. */
+static void pack_right(const job *job, int64_t depth, int64_t steps, int64_t column, uint8_t *to) {
+    for (int64_t s = 0; s < steps; s++, to += TERMS * 2 * TILE)
+        for (int half = 0; half < 2; half++) {
+            __mmask16 mask = first(job->columns - column - half * SIDE);
+            for (int i = 0; i < SIDE; i++) {
+                int64_t row = depth + s * STEP + 2 * i;
+                const float *from = job->right + row * job->columns + column + half * SIDE;
+                __m512 x[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+                __m512i term[2][TERMS];
+                if (row < job->depth) x[0] = _mm512_maskz_loadu_ps(mask, from);
+                if (row + 1 < job->depth) x[1] = _mm512_maskz_loadu_ps(mask, from + job->columns);
+                for (int odd = 0; odd < 2; odd++) cut(x[odd], term[odd]);
+                for (int t = 0; t < TERMS; t++)
+                    _mm512_storeu_si512(
+                        to + (t * 2 + half) * TILE + 64 * i, pairs(term[0][t], term[1][t])
+                    );
+            }
+        }
+}
+
+/* The upper halves of 32 fp32 numbers in two vectors. */
+static inline __m512i upper_halves(__m512i low, __m512i high) {
+    const __m512i odd = _mm512_set_epi16(
         63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19,
         17, 15, 13, 11, 9, 7, 5, 3, 1
     );
+    return _mm512_permutex2var_epi16(low, odd, high);
+}
+
+/* STEP numbers from `from` on, of which `count` exist, times their scales, cut into terms. */
+static inline void cut_step(
+    const float *from, const float *scale, float one, int64_t count, __m512i term[TERMS]
+) {
+    __m512i part[2][TERMS];
+    for (int half = 0; half < 2; half++) {
+        __mmask16 mask = first(count - half * 16);
+        __m512 x = _mm512_maskz_loadu_ps(mask, from + half * 16), by = _mm512_set1_ps(one);
+        if (scale != NULL) by = _mm512_maskz_loadu_ps(mask, scale + half * 16);
+        cut(_mm512_mul_ps(x, by), part[half]);
+    }
+    for (int t = 0; t < TERMS; t++) term[t] = upper_halves(part[0][t], part[1][t]);
+}
+
+/* pack_right where the matrix is stored transposed. */
+static void pack_right_transposed(
+    const job *job, int64_t depth, int64_t steps, int64_t column, uint8_t *to
+) {
+    for (int64_t s = 0; s < steps; s++, to += TERMS * 2 * TILE)
+        for (int half = 0; half < 2; half++) {
+            __m512i row[TERMS][SIDE];
+            int64_t start = depth + s * STEP;
+            for (int i = 0; i < SIDE; i++) {
+                __m512i term[TERMS] = {_mm512_setzero_si512()};
+                int64_t c = column + half * SIDE + i, count = c < job->columns ? job->depth - start : 0;
+                cut_step(job->right + c * job->depth + start, NULL, 1.0f, count, term);
+                for (int t = 0; t < TERMS; t++) row[t][i] = term[t];
+            }
+            for (int t = 0; t < TERMS; t++) {
+                transpose(row[t]);
+                for (int i = 0; i < SIDE; i++)
+                    _mm512_storeu_si512(to + (t * 2 + half) * TILE + 64 * i, row[t][i]);
+            }
+        }
+}
+
+/* A piece of the left matrix: `steps` steps from `depth` on, of ROWS rows, number i. */
+static void pack_left(const job *job, int64_t i, int64_t depth, int64_t steps, uint8_t *to) {
     for (int64_t r = 0; r < ROWS; r++) {
         int64_t row = i * ROWS + r;
         for (int64_t s = 0; s < steps; s++) {
-            __m512i term[2][TERMS];
-            for (int half = 0; half < 2; half++) {
-                int64_t column = depth + s * STEP + half * 16;
-                __mmask16 mask = row < job->rows ? first(job->depth - column) : 0;
-                const float *from = job->left + row * job->depth + column;
-                __m512 x = _mm512_maskz_loadu_ps(mask, from), scale = _mm512_set1_ps(job->one);
-                if (job->scale != NULL) scale = _mm512_maskz_loadu_ps(mask, job->scale + column);
-                cut(_mm512_mul_ps(x, scale), term[half]);
-            }
+            __m512i term[TERMS];
+            int64_t start = depth + s * STEP, count = row < job->rows ? job->depth - start : 0;
+            const float *scale = job->scale == NULL ? NULL : job->scale + start;
+            cut_step(job->left + row * job->depth + start, scale, job->one, count, term);
             for (int t = 0; t < TERMS; t++)
                 _mm512_storeu_si512(
-                    to + ((s * TERMS + t) * 2 + r / SIDE) * TILE + r % SIDE * 64,
-                    _mm512_permutex2var_epi16(term[0][t], halves, term[1][t])
+                    to + ((s * TERMS + t) * 2 + r / SIDE) * TILE + r % SIDE * 64, term[t]
                 );
         }
     }
@@ -207,85 +263,131 @@ static void pack_left_transposed(
         }
 }
 
-/* ROWS x COLUMNS sums [., ld], added to what is there unless they are new. */
-static void multiply(
-    const uint8_t *left, const uint8_t *right, int64_t steps, float *sums, int64_t ld, bool fresh
+/* Adds `steps` steps to 2 x 2 tiles of sums. The right matrix has one term, or TERMS. */
+static inline __attribute__((always_inline)) void multiply(
+    const uint8_t *left, const uint8_t *right, int terms, int64_t steps, uint8_t *sums
 ) {
-    size_t bytes = (size_t)ld * sizeof *sums;
-    float *below = sums + SIDE * ld;
-    if (fresh) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, bytes);
-        _tile_loadd(1, sums + SIDE, bytes);
-        _tile_loadd(2, below, bytes);
-        _tile_loadd(3, below + SIDE, bytes);
-    }
-    for (int64_t s = 0; s < steps; s++, right += 2 * TILE) {
-        _tile_loadd(6, right, 64);
-        _tile_loadd(7, right + TILE, 64);
-        for (int t = 0; t < TERMS; t++, left += 2 * TILE) {
-            _tile_loadd(4, left, 64);
-            _tile_loadd(5, left + TILE, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + TILE, 64);
+    _tile_loadd(2, sums + 2 * TILE, 64);
+    _tile_loadd(3, sums + 3 * TILE, 64);
+/* Pairs of terms in an order in which each shares one with the pair before: few loads. */
+#define LOAD_LEFT(t)                        \
+    _tile_loadd(4, left + (t) * 2 * TILE, 64); \
+    _tile_loadd(5, left + ((t) * 2 + 1) * TILE, 64)
+#define LOAD_RIGHT(t)                       \
+    _tile_loadd(6, right + (t) * 2 * TILE, 64); \
+    _tile_loadd(7, right + ((t) * 2 + 1) * TILE, 64)
+#define MULTIPLY              \
+    _tile_dpbf16ps(0, 4, 6);  \
+    _tile_dpbf16ps(1, 4, 7);  \
+    _tile_dpbf16ps(2, 5, 6);  \
+    _tile_dpbf16ps(3, 5, 7)
+    for (int64_t s = 0; s < steps; s++, left += TERMS * 2 * TILE, right += terms * 2 * TILE) {
+        LOAD_LEFT(0);
+        if (terms == TERMS) {
+            LOAD_RIGHT(2);
+            MULTIPLY;
+            LOAD_RIGHT(1);
+            MULTIPLY;
+            LOAD_LEFT(1);
+            MULTIPLY;
+            LOAD_RIGHT(0);
+            MULTIPLY;
+            LOAD_LEFT(0);
+            MULTIPLY;
+        } else {
+            LOAD_RIGHT(0);
+            MULTIPLY;
+            LOAD_LEFT(1);
+            MULTIPLY;
         }
+        LOAD_LEFT(2);
+        MULTIPLY;
     }
-    _tile_stored(0, sums, bytes);
-    _tile_stored(1, sums + SIDE, bytes);
-    _tile_stored(2, below, bytes);
-    _tile_stored(3, below + SIDE, bytes);
+#undef LOAD_LEFT
+#undef LOAD_RIGHT
+#undef MULTIPLY
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + TILE, 64);
+    _tile_stored(2, sums + 2 * TILE, 64);
+    _tile_stored(3, sums + 3 * TILE, 64);
 }
 
-/* A block of the left matrix times the columns from `column` to `end`. */
-static void multiply_columns(
-    const job *job, const uint8_t *left, int64_t i, int64_t column, int64_t end, int64_t depth,
-    int64_t steps
-) {
-    int64_t all = steps_of(job->depth), rows = job->rows - i * ROWS;
-    for (; column < end; column += COLUMNS) {
-        const uint8_t *right = job->packed + (column / COLUMNS * all + depth / STEP) * 2 * TILE;
-        float *out = job->out + i * ROWS * job->columns + column;
-        int64_t columns = job->columns - column;
-        if (rows >= ROWS && columns >= COLUMNS) {
-            multiply(left, right, steps, out, job->columns, depth == 0);
-            continue;
+/* Sums of ROWS rows, number i, and COLUMNS columns from `column` on: written to `out`, or added. */
+static void finish(const job *job, const uint8_t *sums, int64_t i, int64_t column, bool add) {
+    int64_t rows = job->rows - i * ROWS;
+    for (int64_t r = 0; r < ROWS && r < rows; r++)
+        for (int half = 0; half < 2; half++) {
+            int64_t c = column + half * SIDE;
+            float *out = job->out + (i * ROWS + r) * job->columns + c;
+            __mmask16 mask = first(job->columns - c);
+            __m512 sum = _mm512_loadu_ps(sums + (r / SIDE * 2 + half) * TILE + r % SIDE * 64);
+            if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, out));
+            _mm512_mask_storeu_ps(out, mask, sum);
         }
-        float sums[ROWS * COLUMNS]; /* a block that stands out at the edge */
-        if (rows > ROWS) rows = ROWS;
-        if (columns > COLUMNS) columns = COLUMNS;
-        size_t bytes = (size_t)columns * sizeof *sums;
-        memset(sums, 0, sizeof sums);
-        if (depth > 0)
-            for (int64_t r = 0; r < rows; r++)
-                memcpy(sums + r * COLUMNS, out + r * job->columns, bytes);
-        multiply(left, right, steps, sums, COLUMNS, false);
-        for (int64_t r = 0; r < rows; r++)
-            memcpy(out + r * job->columns, sums + r * COLUMNS, bytes);
+}
+
+/* A piece of the left matrix times panels `begin` to `end` of the packed one, which start at
+ * `column`. NEAR steps of the left matrix stay in the first cache for all panels. */
+static void multiply_panels(
+    const job *job, const uint8_t *left, uint8_t *sums, int64_t i, int64_t column, int64_t begin,
+    int64_t end, int64_t steps, bool add
+) {
+    int64_t terms = job->codes != NULL ? 1 : TERMS;
+    memset(sums, 0, (size_t)((end - begin) * 4 * TILE));
+    for (int64_t s = 0; s < steps; s += NEAR) {
+        int64_t near = steps - s < NEAR ? steps - s : NEAR;
+        const uint8_t *piece = left + s * TERMS * 2 * TILE;
+        for (int64_t j = begin; j < end; j++) {
+            const uint8_t *right = job->packed + (j * steps + s) * terms * 2 * TILE;
+            uint8_t *block = sums + (j - begin) * 4 * TILE;
+            if (terms == 1)
+                multiply(piece, right, 1, near, block);
+            else
+                multiply(piece, right, TERMS, near, block);
+        }
     }
+    for (int64_t j = begin; j < end; j++)
+        finish(job, sums + (j - begin) * 4 * TILE, i, column + j * COLUMNS, add);
 }
 
 static void share(const bn_team *team, void *argument) {
     const job *job = argument;
-    int64_t blocks = (job->rows + ROWS - 1) / ROWS, begin, end;
-    bn_share(team, (job->columns + COLUMNS - 1) / COLUMNS, 1, &begin, &end);
-    for (int64_t j = begin; j < end; j++) pack_right(job, j);
-    bn_wait(team);
-    bn_share(team, blocks * ((job->columns + job->width - 1) / job->width), 1, &begin, &end);
-    uint8_t *left = job->blocks + (int64_t)team->index * LEFT;
+    uint8_t *left = job->pieces + (int64_t)team->index * (LEFT + SUMS), *sums = left + LEFT;
+    int64_t blocks = (job->rows + ROWS - 1) / ROWS;
     configure();
-    for (int64_t depth = 0; depth < job->depth; depth += DEPTH) {
-        int64_t steps = steps_of(job->depth - depth < DEPTH ? job->depth - depth : DEPTH);
-        for (int64_t item = begin; item < end; item++) {
-            int64_t i = item % blocks, column = item / blocks * job->width;
-            int64_t past = job->columns - column < job->width ? job->columns : column + job->width;
-            (job->transposed ? pack_left_transposed : pack_left)(job, i, depth, steps, left);
-            multiply_columns(job, left, i, column, past, depth, steps);
+    for (int64_t column = 0; column < job->columns; column += WIDTH) {
+        int64_t wide = job->columns - column < WIDTH ? job->columns - column : WIDTH;
+        int64_t panels = (wide + COLUMNS - 1) / COLUMNS;
+        /* Where there are fewer blocks of rows than threads, each is shared: `parts` of the panels. */
+        int64_t parts = (team->size + blocks - 1) / blocks, begin, end;
+        int64_t most = (panels + parts - 1) / parts;
+        for (int64_t depth = 0; depth < job->depth; depth += DEPTH) {
+            int64_t deep = job->depth - depth < DEPTH ? job->depth - depth : DEPTH;
+            int64_t steps = (deep + STEP - 1) / STEP;
+            int64_t bytes = steps * (job->codes != NULL ? 1 : TERMS) * 2 * TILE; /* of a panel */
+            bn_share(team, panels, 1, &begin, &end);
+            for (int64_t j = begin; j < end; j++)
+                (job->codes != NULL      ? pack_codes
+                 : job->right_transposed ? pack_right_transposed
+                                         : pack_right)(
+                    job, depth, steps, column + j * COLUMNS, job->packed + j * bytes
+                );
+            bn_wait(team);
+            bn_share(team, blocks * parts, 1, &begin, &end);
+            for (int64_t item = begin; item < end; item++) {
+                int64_t i = item % blocks, j = item / blocks * most;
+                int64_t past = j + most < panels ? j + most : panels;
+                if (j >= past) continue;
+                (job->left_transposed ? pack_left_transposed : pack_left)(
+                    job, i, depth, steps, left
+                );
+                multiply_panels(
+                    job, left, sums, i, column, j, past, steps, depth > 0 || job->add
+                );
+            }
+            bn_wait(team);
         }
     }
     _tile_release();
@@ -293,27 +395,30 @@ static void share(const bn_team *team, void *argument) {
 
 BN_TARGET_END
 
-int64_t bn_tiles_scratch(int64_t depth, int64_t columns, int32_t threads) {
-    int64_t panels = (columns + COLUMNS - 1) / COLUMNS;
-    return panels * steps_of(depth) * 2 * TILE + (int64_t)threads * LEFT;
-}
+int64_t bn_tiles_scratch(int32_t threads) { return TERMS * RIGHT + (int64_t)threads * (LEFT + SUMS); }
 
 static void run(job *job, void *scratch, int32_t threads) {
-    int64_t blocks = (job->rows + ROWS - 1) / ROWS;
-    int64_t panels = (job->columns + COLUMNS - 1) / COLUMNS;
-    int64_t groups = (threads + blocks - 1) / blocks; /* of columns, so that all have work */
-    job->width = (panels + groups - 1) / groups * COLUMNS;
-    if (job->width > WIDTH) job->width = WIDTH;
-    job->blocks = scratch;
-    job->packed = job->blocks + (int64_t)threads * LEFT;
+    job->packed = scratch;
+    job->pieces = job->packed + TERMS * RIGHT;
     bn_parallel(share, job, threads);
+}
+
+void bn_tiles_matmul(
+    const float *left, int32_t left_transposed, const float *right, int32_t right_transposed,
+    int64_t rows, int64_t depth, int64_t columns, int32_t add, float *out, void *scratch,
+    int32_t threads
+) {
+    job job = {.left = left, .right = right, .out = out, .one = 1.0f, .rows = rows};
+    job.depth = depth, job.columns = columns, job.add = add;
+    job.left_transposed = left_transposed, job.right_transposed = right_transposed;
+    run(&job, scratch, threads);
 }
 
 void bn_input_gradient(
     const float *dy, const int8_t *codes, const float *gamma, int64_t gamma_stride, int64_t m,
     int64_t n, int64_t k, float *dx, void *scratch, int32_t threads
 ) {
-    job job = {.left = dy, .right = codes, .out = dx, .rows = m, .depth = n, .columns = k};
+    job job = {.left = dy, .codes = codes, .out = dx, .rows = m, .depth = n, .columns = k};
     job.one = *gamma, job.scale = gamma_stride ? gamma : NULL;
     run(&job, scratch, threads);
 }
@@ -322,8 +427,8 @@ void bn_weight_gradient(
     const float *dy, const int8_t *x_q, const float *s_x, int64_t m, int64_t n, int64_t k, float *dw,
     void *scratch, int32_t threads
 ) {
-    job job = {.left = dy, .right = x_q, .out = dw, .rows = n, .depth = m, .columns = k};
-    job.transposed = true, job.scale = s_x;
+    job job = {.left = dy, .codes = x_q, .out = dw, .rows = n, .depth = m, .columns = k};
+    job.left_transposed = true, job.scale = s_x;
     run(&job, scratch, threads);
 }
 
@@ -331,9 +436,18 @@ void bn_weight_gradient(
 
 int32_t bn_has_tiles(void) { return 0; }
 
-int64_t bn_tiles_scratch(int64_t depth, int64_t columns, int32_t threads) {
-    (void)depth, (void)columns, (void)threads;
+int64_t bn_tiles_scratch(int32_t threads) {
+    (void)threads;
     return 0;
+}
+
+void bn_tiles_matmul(
+    const float *left, int32_t left_transposed, const float *right, int32_t right_transposed,
+    int64_t rows, int64_t depth, int64_t columns, int32_t add, float *out, void *scratch,
+    int32_t threads
+) {
+    (void)left, (void)left_transposed, (void)right, (void)right_transposed, (void)rows, (void)depth;
+    (void)columns, (void)add, (void)out, (void)scratch, (void)threads;
 }
 
 void bn_input_gradient(

@@ -93,6 +93,29 @@ void bn_train_gate_backward(
 
 typedef struct {
     const bn_training *isa;
+    float *z;
+    const int64_t *target;
+    int64_t m, n;
+    float *loss;
+} cross_entropy_job;
+
+static void cross_entropy_share(const bn_team *team, void *argument) {
+    const cross_entropy_job *job = argument;
+    int64_t i, end;
+    bn_share(team, job->m, 1, &i, &end);
+    for (; i < end; i++)
+        job->loss[i] = job->isa->cross_entropy(job->z + i * job->n, job->n, job->target[i]);
+}
+
+void bn_cross_entropy(
+    float *z, const int64_t *target, int64_t m, int64_t n, float *loss, int32_t threads
+) {
+    cross_entropy_job job = {bn_isa_current()->training, z, target, m, n, loss};
+    bn_parallel(cross_entropy_share, &job, threads);
+}
+
+typedef struct {
+    const bn_training *isa;
     char *acc;
     const float *s, *scale, *bias;
     int64_t scale_stride, m, n;

@@ -115,6 +115,50 @@ static void gate_backward(
     }
 }
 
+/* e^x of x <= 0, within 2 units of the last bit; 0 below -87, where it would have no normal form. The
+ * polynomial is that of Cephes' expf. */
+static inline float exponential(float x) {
+    float round = x * 1.44269504f + 0x1.8p23f; /* the whole number of halvings, in the last bits */
+    float whole = round - 0x1.8p23f;
+    float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    uint32_t power = (bits_of(round) + 127) << 23;
+    float scale;
+    memcpy(&scale, &power, sizeof scale);
+    return x < -87.0f ? 0.0f : p * scale;
+}
+
+static float cross_entropy(float *z, int64_t n, int64_t target) {
+    float highest[LANES], lane[LANES] = {0}, logit = z[target];
+    int64_t i = 0;
+    for (int j = 0; j < LANES; j++) highest[j] = z[0];
+    for (; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) highest[j] = z[i + j] > highest[j] ? z[i + j] : highest[j];
+    for (; i < n; i++) highest[0] = z[i] > highest[0] ? z[i] : highest[0];
+    for (int j = 1; j < LANES; j++) highest[0] = highest[j] > highest[0] ? highest[j] : highest[0];
+    float top = highest[0];
+    for (i = 0; i + LANES <= n; i += LANES)
+        for (int j = 0; j < LANES; j++) {
+            z[i + j] = exponential(z[i + j] - top);
+            lane[j] += z[i + j];
+        }
+    for (; i < n; i++) {
+        z[i] = exponential(z[i] - top);
+        lane[0] += z[i];
+    }
+    for (int j = 1; j < LANES; j++) lane[0] += lane[j];
+    float share = 1.0f / lane[0];
+    for (i = 0; i < n; i++) z[i] *= share;
+    z[target] -= 1.0f;
+    return logf(lane[0]) + (top - logit);
+}
+
 static void rescale(
     void *acc, const float *s, const float *scale, int64_t scale_stride, const float *bias,
     int64_t m, int64_t n
@@ -194,6 +238,7 @@ const bn_training TABLE = {
     norm,
     norm_backward,
     gate_backward,
+    cross_entropy,
     rescale,
     largest,
     largest_of_columns,
