@@ -50,7 +50,8 @@ void bn_rmsnorm(
     const float *x, const float *weight, float eps, int64_t m, int64_t k, float *y, int32_t threads
 ) {
     token_job job = {
-        .rows = bn_isa_current()->rows, .x = x, .weight = weight, .eps = eps, .m = m, .k = k, .y = y,
+        .rows = bn_isa_current()->rows, .x = x, .weight = weight, .eps = eps, .m = m, .k = k,
+        .y = y,
     };
     bn_parallel(rmsnorm_task, &job, worth(m * k, threads));
 }
@@ -194,7 +195,8 @@ static bn_cache head_of(const bn_layer_cache *cache, int64_t b, int64_t g) {
         (bn_dtype)cache->kind, cache->e, (char *)cache->k + bytes_at, (char *)cache->v + bytes_at,
         NULL, NULL,
     };
-    if (cache->kind == BN_I8) head.k_scale = cache->k_scale + at, head.v_scale = cache->v_scale + at;
+    if (cache->kind == BN_I8)
+        head.k_scale = cache->k_scale + at, head.v_scale = cache->v_scale + at;
     return head;
 }
 
@@ -247,7 +249,8 @@ static void attention_task(const bn_team *team, void *argument) {
     const cache_job *job = argument;
     const bn_layer_cache *cache = job->cache;
     int64_t e = cache->e, g = cache->g, h = job->h, t = job->t, together = h / g, i, end;
-    char *scratch = job->scratch + (size_t)team->index * bn_attend_scratch(cache->columns, INT64_MAX);
+    size_t bytes = bn_attend_scratch(cache->columns, INT64_MAX);
+    char *scratch = job->scratch + (size_t)team->index * bytes;
     int64_t last[BN_TOKENS];
     bool one = t == 1;
     for (bn_share(team, job->b * (one ? g : h), 1, &i, &end); i < end; i++) {

@@ -1,7 +1,7 @@
 /* Everything that is done token by token: bn_rows of internal.h, written once.
  *
- * A rows_*.c includes this file between BN_TARGET_BEGIN and BN_TARGET_END, after it has defined what
- * differs between instruction sets:
+ * A rows_*.c includes this file between BN_TARGET_BEGIN and BN_TARGET_END, after it has defined
+ * what differs between instruction sets:
  *
  *     BN_ROWS_TABLE          the name of the table
  *     LANES                  fp32 numbers of a register
@@ -31,6 +31,8 @@
 typedef double vd __attribute__((vector_size(4 * LANES)));
 typedef float vf_half __attribute__((vector_size(2 * LANES)));
 
+#define AHEAD 4096 /* bytes of the cache that are prefetched before they are read */
+#define AHEAD_DENSE 8192 /* the same of a matrix */
 #define FINITE 0x7f7fffff /* the bits of the largest finite fp32 */
 #define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds half to even, to integers */
 
@@ -56,7 +58,7 @@ INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 
 INLINE vf all(float x) { return x - (vf){0}; }
 
-/* --- Quantization and norms --------------------------------------------------------------------- */
+/* Quantization and norms */
 
 /* The bits of the largest |x|, above FINITE if there is a NaN or an infinity. */
 INLINE int32_t largest(const float *x, int64_t k) {
@@ -223,7 +225,7 @@ static void relu2_mul_rmsnorm_quant(
         norm_quant(RELU2_MUL, true, gate, up, weight, eps, k, codes, stride, scale, sum);
 }
 
-/* --- Gates and rotary positions ----------------------------------------------------------------- */
+/* Gates and rotary positions */
 
 /* y = relu(gate)^2 * up, [k] each; a NaN stays one */
 static void relu2_mul(const float *gate, const float *up, int64_t k, float *y) {
@@ -268,7 +270,7 @@ static void rotate(const float *x, const float *cos, const float *sin, int64_t e
     }
 }
 
-/* --- Numbers in memory -------------------------------------------------------------------------- */
+/* Numbers in memory */
 
 INLINE int64_t size_of(bn_dtype dtype) { return dtype == BN_F32 ? 4 : dtype == BN_I8 ? 1 : 2; }
 
@@ -285,6 +287,11 @@ INLINE vf load_part(bn_dtype dtype, const void *p, int64_t i, int64_t count) {
     float part[LANES] = {0}; /* LANES numbers of any dtype */
     memcpy(part, (const char *)p + i * size_of(dtype), (size_t)(count * size_of(dtype)));
     return load_as(dtype, part, 0);
+}
+
+/* LANES numbers from number i on of a row of k: zeros from k on. */
+INLINE vf load_up_to(bn_dtype dtype, const void *row, int64_t i, int64_t k) {
+    return i + LANES <= k ? load_as(dtype, row, i) : load_part(dtype, row, i, k - i);
 }
 
 INLINE void widen_as(bn_dtype dtype, const void *row, int64_t k, float *x) {
@@ -338,7 +345,7 @@ static void append(const bn_cache *cache, int64_t column, const float *k, const 
     append_one(cache->dtype, v, cache->e, column, cache->v, cache->v_scale);
 }
 
-/* --- Matrices that are not ternary -------------------------------------------------------------- */
+/* Matrices that are not ternary */
 
 /* `rows` rows from w on times `tokens` tokens, rows * tokens a multiple of 8 */
 INLINE void dense_tile(
@@ -351,7 +358,7 @@ INLINE void dense_tile(
     for (; i + LANES <= k; i += LANES) {
         vf weight[8];
         UNROLL for (int r = 0; r < rows; r++) {
-            __builtin_prefetch(w + r * row + i * size_of(dtype) + 4096);
+            __builtin_prefetch(w + r * row + i * size_of(dtype) + AHEAD_DENSE);
             weight[r] = load_as(dtype, w + r * row, i);
         }
         UNROLL for (int m = 0; m < tokens; m++) {
@@ -440,7 +447,7 @@ INLINE void dense_int8_tile(
     for (; i + DOT_BYTES <= k; i += DOT_BYTES)
         UNROLL for (int r = 0; r < rows; r++) {
             const int8_t *at = w + r * k + i;
-            __builtin_prefetch(at + 4096);
+            __builtin_prefetch(at + AHEAD_DENSE);
             UNROLL for (int t = 0; t < tokens; t++)
                 acc[t * rows + r] = DOT(acc[t * rows + r], at, codes + t * x->stride + i);
         }
@@ -480,66 +487,152 @@ static void dense_int8(
     }
 }
 
-/* --- Attention ---------------------------------------------------------------------------------- */
+/* Attention */
+
+#define FEW BN_ATTEND_FEW
+#define TILE BN_ATTEND_TILE
+#define COLUMNS 128 /* that groups of few queries take in turn, from the cache of the core */
+
+/* A row of a head in registers. */
+INLINE int64_t wide(int64_t e) { return (e + LANES - 1) / LANES * LANES; }
 
 /* Few queries: their scores with all columns, softmax, then the sum of values. Keys and values are
  * read once for 1, 2 or 4 queries.
  *
- * s[q * s_stride + c] = q . k[c] for columns 0 to n of a block; q [queries, width], which has zeros
- * from e on */
-INLINE void score_columns(
-    bn_dtype dtype, const int queries, const char *k, const float *k_scale, int64_t e,
-    const float *q, int64_t width, int64_t n, float *s, int64_t s_stride
+ * s[q * ld + c] = q . k[c] for columns 0 to n of k [n, e]; q [queries, width], 0 from e on */
+INLINE void score_few(
+    const bn_dtype dtype, const int queries, const char *k, int64_t n, int64_t e, const float *q,
+    int64_t width, float *s, int64_t ld
 ) {
     const int together = 8 / queries;
-    int64_t row = e * size_of(dtype);
+    const int64_t size = size_of(dtype);
     for (int64_t c = 0; c < n; c += together) {
         const char *at[8];
         vf acc[8];
         UNROLL for (int j = 0; j < 8; j++) acc[j] = (vf){0};
         UNROLL for (int j = 0; j < together; j++) {
-            at[j] = k + (c + j < n ? c + j : n - 1) * row;
+            at[j] = k + (c + j < n ? c + j : n - 1) * e * size;
         }
-        int64_t i = 0;
-        for (; i + LANES <= e; i += LANES) {
+        for (int64_t i = 0; i < together * e * size; i += BN_CACHE_LINE)
+            __builtin_prefetch(at[0] + i + AHEAD);
+        for (int64_t i = 0; i < e; i += LANES) {
             vf query[4];
             UNROLL for (int r = 0; r < queries; r++) query[r] = load(q + r * width + i);
             UNROLL for (int j = 0; j < together; j++) {
-                __builtin_prefetch(at[j] + i * size_of(dtype) + 4096);
-                vf key = load_as(dtype, at[j], i);
+                vf key = load_up_to(dtype, at[j], i, e);
                 UNROLL for (int r = 0; r < queries; r++)
                     acc[r * together + j] = FMA(query[r], key, acc[r * together + j]);
             }
         }
-        if (i < e)
-            UNROLL for (int j = 0; j < together; j++) {
-                vf key = load_part(dtype, at[j], i, e - i);
-                UNROLL for (int r = 0; r < queries; r++)
-                    acc[r * together + j] = FMA(load(q + r * width + i), key, acc[r * together + j]);
-            }
         float sums[8];
         sums8(acc, sums);
         for (int r = 0; r < queries; r++)
-            for (int j = 0; j < together && c + j < n; j++)
-                s[r * s_stride + c + j] =
-                    sums[r * together + j] * (dtype == BN_I8 ? k_scale[c + j] : 1.0f);
+            if (c + together <= n)
+                memcpy(s + r * ld + c, sums + r * together, sizeof(float) * (size_t)together);
+            else
+                memcpy(s + r * ld + c, sums + r * together, sizeof(float) * (size_t)(n - c));
     }
 }
 
-/* s [n] -> its softmax, times the scales of the values if they are int8. */
-INLINE void softmax(float *s, int64_t n, const float *v_scale) {
-    vf most = all(s[0]);
+/* acc[q, j] += p[q * ld] * value, of `vectors` registers from number i on of one column */
+INLINE void add_column(
+    const bn_dtype dtype, const int queries, const int vectors, const char *v, int64_t e, int64_t i,
+    const float *p, int64_t ld, vf *acc
+) {
+    const int64_t size = size_of(dtype);
+    vf weight[4];
+    UNROLL for (int r = 0; r < queries; r++) weight[r] = all(p[r * ld]);
+    UNROLL for (int j = 0; j < vectors; j++) {
+        if (j * LANES * size % BN_CACHE_LINE == 0)
+            __builtin_prefetch(v + (i + j * LANES) * size + AHEAD);
+        vf value = vectors > 1 ? load_as(dtype, v, i + j * LANES) : load_up_to(dtype, v, i, e);
+        UNROLL for (int r = 0; r < queries; r++)
+            acc[r * vectors + j] = FMA(weight[r], value, acc[r * vectors + j]);
+    }
+}
+
+/* y[q] += sum_c p[q * ld + c] v[c], of `vectors` registers from number i on; y [queries, width] */
+INLINE void add_few(
+    const bn_dtype dtype, const int queries, const int vectors, const char *v, int64_t n, int64_t e,
+    int64_t i, const float *p, int64_t ld, float *y, int64_t width
+) {
+    const int64_t row = e * size_of(dtype);
+    vf acc[16], odd[16]; /* one query has too few sums to hide how long an addition takes */
+    int64_t c = 0;
+    UNROLL for (int j = 0; j < queries * vectors; j++) acc[j] = odd[j] = (vf){0};
+    for (; queries == 1 && c + 2 <= n; c += 2) {
+        add_column(dtype, queries, vectors, v + c * row, e, i, p + c, ld, acc);
+        add_column(dtype, queries, vectors, v + (c + 1) * row, e, i, p + c + 1, ld, odd);
+    }
+    for (; c < n; c++) add_column(dtype, queries, vectors, v + c * row, e, i, p + c, ld, acc);
+    UNROLL for (int r = 0; r < queries; r++)
+        UNROLL for (int j = 0; j < vectors; j++) {
+            float *to = y + r * width + i + j * LANES;
+            store(to, load(to) + (acc[r * vectors + j] + odd[r * vectors + j]));
+        }
+}
+
+INLINE void add_few_all(
+    const bn_dtype dtype, const int queries, const char *v, int64_t n, int64_t e, const float *p,
+    int64_t ld, float *y, int64_t width
+) {
+    int64_t i = 0;
+    for (; i + 4 * LANES <= e; i += 4 * LANES)
+        add_few(dtype, queries, 4, v, n, e, i, p, ld, y, width);
+    for (; i < e; i += LANES) add_few(dtype, queries, 1, v, n, e, i, p, ld, y, width);
+}
+
+/* The two, of 1 to FEW queries, and columns c0 to c1 of a cache. s and p [queries, ld] are of all
+ * columns. */
+#define FEW_OF(name, dtype)                                                                        \
+    static __attribute__((noinline)) void score_##name(                                            \
+        const bn_cache *cache, int64_t c0, int64_t c1, const float *q, int64_t queries,            \
+        int64_t width, float *s, int64_t ld                                                        \
+    ) {                                                                                            \
+        const char *k = (const char *)cache->k + c0 * cache->e * size_of(dtype);                   \
+        int64_t e = cache->e, n = c1 - c0, r = 0;                                                  \
+        for (s += c0; r + 4 <= queries; r += 4)                                                    \
+            score_few(dtype, 4, k, n, e, q + r * width, width, s + r * ld, ld);                    \
+        if (r + 2 <= queries) {                                                                    \
+            score_few(dtype, 2, k, n, e, q + r * width, width, s + r * ld, ld);                    \
+            r += 2;                                                                                \
+        }                                                                                          \
+        if (r < queries)                                                                           \
+            score_few(dtype, 1, k, n, e, q + r * width, width, s + r * ld, ld);                    \
+    }                                                                                              \
+    static __attribute__((noinline)) void add_##name(                                              \
+        const bn_cache *cache, int64_t c0, int64_t c1, const float *p, int64_t ld,                 \
+        int64_t queries, float *y, int64_t width                                                   \
+    ) {                                                                                            \
+        const char *v = (const char *)cache->v + c0 * cache->e * size_of(dtype);                   \
+        int64_t e = cache->e, n = c1 - c0, r = 0;                                                  \
+        for (p += c0; r + 4 <= queries; r += 4)                                                    \
+            add_few_all(dtype, 4, v, n, e, p + r * ld, ld, y + r * width, width);                  \
+        if (r + 2 <= queries) {                                                                    \
+            add_few_all(dtype, 2, v, n, e, p + r * ld, ld, y + r * width, width);                  \
+            r += 2;                                                                                \
+        }                                                                                          \
+        if (r < queries) add_few_all(dtype, 1, v, n, e, p + r * ld, ld, y + r * width, width);     \
+    }
+FEW_OF(f32, BN_F32)
+FEW_OF(bf16, BN_BF16)
+FEW_OF(f16, BN_F16)
+FEW_OF(i8, BN_I8)
+
+/* s [n] -> its softmax. An int8 cache has scales: those of the keys come first, those of the values
+ * are multiplied into the result. */
+static void softmax(float *s, int64_t n, const float *k_scale, const float *v_scale) {
+    for (int64_t i = 0; k_scale != NULL && i < n; i++) s[i] *= k_scale[i];
+    float top = s[0], total = 0;
+    vf most = all(top), sums = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) most = MAX(most, load(s + i));
-    float top = s[0];
     for (int j = 0; j < LANES; j++) top = most[j] > top ? most[j] : top;
     for (; i < n; i++) top = s[i] > top ? s[i] : top;
     for (i = 0; i < n; i++) s[i] = exp_of(s[i] - top);
-    vf sums = {0};
-    float total = 0;
     for (i = 0; i + LANES <= n; i += LANES) sums += load(s + i);
-    for (; i < n; i++) total += s[i];
     for (int j = 0; j < LANES; j++) total += sums[j];
+    for (; i < n; i++) total += s[i];
     float norm = 1.0f / total;
     if (v_scale == NULL)
         for (i = 0; i < n; i++) s[i] *= norm;
@@ -547,89 +640,33 @@ INLINE void softmax(float *s, int64_t n, const float *v_scale) {
         for (i = 0; i < n; i++) s[i] *= norm * v_scale[i];
 }
 
-/* y[q] += sum_c p[q * p_stride + c] v[c] for `vectors` registers from number i on of columns 0 to n;
- * the last `part` numbers stand for a whole register if part is not 0. y [queries, width] */
-INLINE void add_values(
-    bn_dtype dtype, const int queries, const int vectors, const char *v, int64_t e, int64_t i,
-    int64_t part, const float *p, int64_t p_stride, int64_t n, float *y, int64_t width
-) {
-    const int sets = queries == 1 ? 2 : 1; /* of accumulators: additions wait for each other */
-    int64_t row = e * size_of(dtype), c = 0;
-    vf acc[32];
-    UNROLL for (int j = 0; j < sets * queries * vectors; j++) acc[j] = (vf){0};
-    for (; c + sets <= n; c += sets)
-        UNROLL for (int set = 0; set < sets; set++) {
-            const char *at = v + (c + set) * row;
-            vf weight[4];
-            UNROLL for (int r = 0; r < queries; r++) weight[r] = all(p[r * p_stride + c + set]);
-            UNROLL for (int j = 0; j < vectors; j++) {
-                __builtin_prefetch(at + (i + j * LANES) * size_of(dtype) + 4096);
-                vf value = part ? load_part(dtype, at, i + j * LANES, part)
-                                : load_as(dtype, at, i + j * LANES);
-                UNROLL for (int r = 0; r < queries; r++) {
-                    vf *to = &acc[(set * queries + r) * vectors + j];
-                    *to = FMA(weight[r], value, *to);
-                }
-            }
-        }
-    for (; c < n; c++)
-        UNROLL for (int j = 0; j < vectors; j++) {
-            const char *at = v + c * row;
-            vf value = part ? load_part(dtype, at, i + j * LANES, part)
-                            : load_as(dtype, at, i + j * LANES);
-            UNROLL for (int r = 0; r < queries; r++) {
-                vf *to = &acc[r * vectors + j];
-                *to = FMA(all(p[r * p_stride + c]), value, *to);
-            }
-        }
-    UNROLL for (int r = 0; r < queries; r++)
-        UNROLL for (int j = 0; j < vectors; j++) {
-            float *to = y + r * width + i + j * LANES;
-            vf total = load(to) + acc[r * vectors + j];
-            if (sets == 2) total += acc[(queries + r) * vectors + j];
-            store(to, total);
-        }
-}
-
-INLINE void add_all_values(
-    bn_dtype dtype, const int queries, const char *v, int64_t e, const float *p, int64_t p_stride,
-    int64_t n, float *y, int64_t width
-) {
-    int64_t i = 0;
-    for (; i + 4 * LANES <= e; i += 4 * LANES)
-        add_values(dtype, queries, 4, v, e, i, 0, p, p_stride, n, y, width);
-    for (; i + LANES <= e; i += LANES)
-        add_values(dtype, queries, 1, v, e, i, 0, p, p_stride, n, y, width);
-    if (i < e) add_values(dtype, queries, 1, v, e, i, e - i, p, p_stride, n, y, width);
-}
-
 /* A NaN or an infinity in a value makes the output of the head NaN, as in the reference. */
 INLINE void write_head(const float *from, float norm, int64_t e, float *y) {
-    float bad = 0;
-    int32_t most = 0;
-    for (int64_t i = 0; i < e; i++) {
-        float x = from[i] * norm;
-        int32_t bits = bits_of(x) & 0x7fffffff;
-        most = bits > most ? bits : most;
-        y[i] = x;
-    }
-    if (most > FINITE) bad = from_bits(0x7fc00000);
-    if (most > FINITE)
-        for (int64_t i = 0; i < e; i++) y[i] = bad;
+    for (int64_t i = 0; i < e; i++) y[i] = from[i] * norm;
+    if (largest(y, e) > FINITE)
+        for (int64_t i = 0; i < e; i++) y[i] = from_bits(0x7fc00000);
 }
 
-INLINE int64_t wide(int64_t e) { return (e + LANES - 1) / LANES * LANES; }
-
-#define FEW BN_ATTEND_FEW
-#define TILE BN_ATTEND_TILE
-#define COLUMNS 128 /* that groups of few queries take in turn, while they are in the cache of a core */
-
 /* 1 to FEW queries */
-INLINE void attend_few(
-    bn_dtype dtype, const bn_cache *cache, const float *q, int64_t q_stride, const int64_t *last,
-    int64_t count, float *y, int64_t y_stride, float *scratch
+static void attend_few(
+    const bn_cache *cache, const float *q, int64_t q_stride, const int64_t *last, int64_t count,
+    float *y, int64_t y_stride, float *scratch
 ) {
-    int64_t e = cache->e, width = wide(e), row = e * size_of(dtype), every = last[0], most = last[0];
+    static const struct few {
+        void (*score)(
+            const bn_cache *, int64_t, int64_t, const float *, int64_t, int64_t, float *, int64_t
+        );
+        void (*add)(
+            const bn_cache *, int64_t, int64_t, const float *, int64_t, int64_t, float *, int64_t
+        );
+    } functions[] = {
+        [BN_F32] = {score_f32, add_f32},
+        [BN_BF16] = {score_bf16, add_bf16},
+        [BN_F16] = {score_f16, add_f16},
+        [BN_I8] = {score_i8, add_i8},
+    };
+    const struct few *of = &functions[cache->dtype];
+    int64_t e = cache->e, width = wide(e), every = last[0], most = last[0];
     float *padded = scratch, *sums = padded + FEW * BN_HEAD, *s = sums + FEW * BN_HEAD;
     float norm = (float)(1.0 / __builtin_sqrt((double)e));
     memset(padded, 0, (size_t)(count * width) * 4);
@@ -640,43 +677,20 @@ INLINE void attend_few(
         most = last[r] > most ? last[r] : most;
     }
     every++, most++; /* columns that every query sees, and that one does */
-    int64_t ld = (most + 15) / 16 * 16;
-    for (int64_t c = 0; c < every; c += COLUMNS) {
-        int64_t n = every - c < COLUMNS ? every - c : COLUMNS, r = 0;
-        const char *k = (const char *)cache->k + c * row;
-        const float *scale = dtype == BN_I8 ? cache->k_scale + c : NULL;
-        for (; r + 4 <= count; r += 4)
-            score_columns(dtype, 4, k, scale, e, padded + r * width, width, n, s + r * ld + c, ld);
-        for (; r + 2 <= count; r += 2)
-            score_columns(dtype, 2, k, scale, e, padded + r * width, width, n, s + r * ld + c, ld);
-        if (r < count)
-            score_columns(dtype, 1, k, scale, e, padded + r * width, width, n, s + r * ld + c, ld);
-    }
+    int64_t ld = (most + 15) / 16 * 16, block = count > 4 ? COLUMNS : every;
+    for (int64_t c = 0; c < every; c += block)
+        of->score(cache, c, c + block < every ? c + block : every, padded, count, width, s, ld);
     for (int64_t r = 0; r < count; r++) {
-        if (last[r] + 1 > every)
-            score_columns(
-                dtype, 1, (const char *)cache->k + every * row,
-                dtype == BN_I8 ? cache->k_scale + every : NULL, e, padded + r * width, width,
-                last[r] + 1 - every, s + r * ld + every, ld
-            );
-        softmax(s + r * ld, last[r] + 1, dtype == BN_I8 ? cache->v_scale : NULL);
+        int64_t n = last[r] + 1;
+        if (n > every) of->score(cache, every, n, padded + r * width, 1, width, s + r * ld, ld);
+        bool scaled = cache->dtype == BN_I8;
+        softmax(s + r * ld, n, scaled ? cache->k_scale : NULL, scaled ? cache->v_scale : NULL);
     }
-    for (int64_t c = 0; c < every; c += COLUMNS) {
-        int64_t n = every - c < COLUMNS ? every - c : COLUMNS, r = 0;
-        const char *v = (const char *)cache->v + c * row;
-        for (; r + 4 <= count; r += 4)
-            add_all_values(dtype, 4, v, e, s + r * ld + c, ld, n, sums + r * width, width);
-        for (; r + 2 <= count; r += 2)
-            add_all_values(dtype, 2, v, e, s + r * ld + c, ld, n, sums + r * width, width);
-        if (r < count)
-            add_all_values(dtype, 1, v, e, s + r * ld + c, ld, n, sums + r * width, width);
-    }
+    for (int64_t c = 0; c < every; c += block)
+        of->add(cache, c, c + block < every ? c + block : every, s, ld, count, sums, width);
     for (int64_t r = 0; r < count; r++) {
-        if (last[r] + 1 > every)
-            add_all_values(
-                dtype, 1, (const char *)cache->v + every * row, e, s + r * ld + every, ld,
-                last[r] + 1 - every, sums + r * width, width
-            );
+        int64_t n = last[r] + 1;
+        if (n > every) of->add(cache, every, n, s + r * ld, ld, 1, sums + r * width, width);
         write_head(sums + r * width, 1.0f, e, y + r * y_stride);
     }
 }
@@ -684,25 +698,31 @@ INLINE void attend_few(
 /* Many queries: LANES or 2 * LANES of them side by side in registers, a tile of TILE columns after
  * the other (online softmax, arXiv 2205.14135). Scores lie [column, query]. */
 /* `n` columns of `matrix` from column c on -> tile [n, width] in fp32 */
-INLINE void widen_tile(
+INLINE void widen_tile_as(
+    const bn_dtype dtype, const void *matrix, const float *scale, int64_t e, int64_t width,
+    int64_t c, int64_t n, float *tile
+) {
+    for (int64_t j = 0; j < n; j++)
+        for (int64_t i = 0; i < e; i += LANES) {
+            const char *row = (const char *)matrix + (c + j) * e * size_of(dtype);
+            vf v = load_up_to(dtype, row, i, e);
+            if (dtype == BN_I8) v = v * scale[c + j];
+            store(tile + j * width + i, v);
+        }
+}
+
+static void widen_tile(
     bn_dtype dtype, const void *matrix, const float *scale, int64_t e, int64_t width, int64_t c,
     int64_t n, float *tile
 ) {
-    for (int64_t j = 0; j < n; j++) {
-        const char *row = (const char *)matrix + (c + j) * e * size_of(dtype);
-        float *to = tile + j * width;
-        int64_t i = 0;
-        for (; i + LANES <= e; i += LANES) {
-            vf v = load_as(dtype, row, i);
-            if (dtype == BN_I8) v = v * scale[c + j];
-            store(to + i, v);
-        }
-        if (i < e) {
-            vf v = load_part(dtype, row, i, e - i);
-            if (dtype == BN_I8) v = v * scale[c + j];
-            store(to + i, v);
-        }
-    }
+    if (dtype == BN_F32)
+        widen_tile_as(BN_F32, matrix, scale, e, width, c, n, tile);
+    else if (dtype == BN_BF16)
+        widen_tile_as(BN_BF16, matrix, scale, e, width, c, n, tile);
+    else if (dtype == BN_F16)
+        widen_tile_as(BN_F16, matrix, scale, e, width, c, n, tile);
+    else
+        widen_tile_as(BN_I8, matrix, scale, e, width, c, n, tile);
 }
 
 /* s[c, query] of n columns for `vectors` registers of queries; q [e, vectors * LANES] */
@@ -749,7 +769,7 @@ INLINE void add_tile(
 
 /* 1 to `vectors` * LANES queries */
 INLINE void attend_many(
-    bn_dtype dtype, const int vectors, const bn_cache *cache, const float *q, int64_t q_stride,
+    const int vectors, const bn_cache *cache, const float *q, int64_t q_stride,
     const int64_t *last, int64_t count, float *y, int64_t y_stride, float *scratch
 ) {
     const int side = vectors * LANES;
@@ -772,7 +792,7 @@ INLINE void attend_many(
     }
     for (int64_t c = 0; c <= most; c += TILE) {
         int64_t n = most + 1 - c < TILE ? most + 1 - c : TILE, j = 0;
-        widen_tile(dtype, cache->k, cache->k_scale, e, width, c, n, tile);
+        widen_tile(cache->dtype, cache->k, cache->k_scale, e, width, c, n, tile);
         for (; j + SCORE_COLUMNS <= n; j += SCORE_COLUMNS)
             score_tile(vectors, SCORE_COLUMNS, turned, tile + j * width, e, width, s + j * side);
         for (; j < n; j++) score_tile(vectors, 1, turned, tile + j * width, e, width, s + j * side);
@@ -798,7 +818,7 @@ INLINE void attend_many(
             store(total + v * LANES, sum);
         }
 
-        widen_tile(dtype, cache->v, cache->v_scale, e, width, c, n, tile);
+        widen_tile(cache->dtype, cache->v, cache->v_scale, e, width, c, n, tile);
         /* 0 * NaN is NaN: what a column must not show to those that do not see it is taken out. */
         for (j = every + 1 > c ? every + 1 - c : 0; j < n; j++)
             if (largest(tile + j * width, e) > FINITE) {
@@ -819,36 +839,20 @@ INLINE void attend_many(
         write_head(sums + r * width, 1.0f / total[r], e, y + r * y_stride);
 }
 
-INLINE void attend_as(
-    bn_dtype dtype, const bn_cache *cache, const float *q, int64_t q_stride, const int64_t *last,
-    int64_t count, float *y, int64_t y_stride, void *scratch
-) {
-    while (count > 0) {
-        int64_t n = count;
-        if (count <= FEW) {
-            attend_few(dtype, cache, q, q_stride, last, n, y, y_stride, scratch);
-        } else if (count <= LANES) {
-            attend_many(dtype, 1, cache, q, q_stride, last, n, y, y_stride, scratch);
-        } else {
-            n = count < 2 * LANES ? count : 2 * LANES;
-            attend_many(dtype, 2, cache, q, q_stride, last, n, y, y_stride, scratch);
-        }
-        q += n * q_stride, y += n * y_stride, last += n, count -= n;
-    }
-}
-
 static void attend(
     const bn_cache *cache, const float *q, int64_t q_stride, const int64_t *last, int64_t count,
     float *y, int64_t y_stride, void *scratch
 ) {
-    if (cache->dtype == BN_F32)
-        attend_as(BN_F32, cache, q, q_stride, last, count, y, y_stride, scratch);
-    else if (cache->dtype == BN_BF16)
-        attend_as(BN_BF16, cache, q, q_stride, last, count, y, y_stride, scratch);
-    else if (cache->dtype == BN_F16)
-        attend_as(BN_F16, cache, q, q_stride, last, count, y, y_stride, scratch);
-    else
-        attend_as(BN_I8, cache, q, q_stride, last, count, y, y_stride, scratch);
+    while (count > 0) {
+        int64_t n = count < 2 * LANES ? count : 2 * LANES;
+        if (n <= FEW)
+            attend_few(cache, q, q_stride, last, n, y, y_stride, scratch);
+        else if (n <= LANES)
+            attend_many(1, cache, q, q_stride, last, n, y, y_stride, scratch);
+        else
+            attend_many(2, cache, q, q_stride, last, n, y, y_stride, scratch);
+        q += n * q_stride, y += n * y_stride, last += n, count -= n;
+    }
 }
 
 const bn_rows BN_ROWS_TABLE = {

@@ -13,10 +13,12 @@ BN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 typedef __m512 vf;
 #define FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define MAX(a, b) _mm512_max_ps(a, b)
-#define BF16_LOAD(p) \
-    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
-#define I8_LOAD(p) \
-    _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p))))
+static inline vf BF16_LOAD(const void *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));
+}
+static inline vf I8_LOAD(const void *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p)));
+}
 #define F16_LOAD(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #define F16_STORE(p, v) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph(v, 0))
 
@@ -38,10 +40,10 @@ static inline void sums8(const vf *a, float *out) {
 #define DOT_BYTES 64
 #define DOT_BIAS 128
 typedef __m512i vdot;
-#define DOT(acc, w, x)                                                                             \
-    _mm512_dpbusd_epi32(                                                                           \
-        acc, _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8(-128)), _mm512_loadu_si512(x) \
-    )
+static inline vdot DOT(vdot acc, const void *w, const void *x) {
+    __m512i biased = _mm512_xor_si512(_mm512_loadu_si512(w), _mm512_set1_epi8(-128));
+    return _mm512_dpbusd_epi32(acc, biased, _mm512_loadu_si512(x));
+}
 static inline int32_t dot_sum(vdot acc) { return _mm512_reduce_add_epi32(acc); }
 
 #include "rows.inc.h"
