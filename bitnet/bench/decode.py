@@ -40,6 +40,7 @@ from bitnet.bench.decode_worker import (
 from bitnet.bench.worker import Worker
 from bitnet.export.gguf_write import unfit
 from bitnet.model import ModelConfig
+from bitnet_kernels.cpu import native
 
 _OURS, _LLAMA = {"vocab_size": 32_768}, {"vocab_size": 128_256}
 _GGUF = {"norm_placement": "pre_norm", "activation": "silu", "vocab_size": 32_000}
@@ -147,8 +148,10 @@ def held_bytes(job: Job, config: ModelConfig, cases: Sequence[Case]) -> int:
     if job.contender == LLAMA:
         each = 66 / 256
     elif job.family == "ours":
-        on_gpu = job.device.startswith("cuda")
-        each = 0.25 * (3 if job.kernel == "addsub" else 2) if on_gpu else 1.25
+        layouts = 1 + job.device.startswith("cuda") + (job.kernel == "addsub")
+        each = 0.25 * layouts
+        if job.device == "cpu" and native.library() is None:
+            each += 1  # codes, unpacked
     if job.head != "auto":
         sizes["total"] += config.vocab_size * config.d_model // 2  # beside the embedding in fp32
     cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * width
