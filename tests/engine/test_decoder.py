@@ -30,6 +30,7 @@ from tests.helpers.decoding import (
     prefill,
     small_model,
 )
+from tests.helpers.native_reference import compare
 from tests.helpers.runners import RUNNERS, Runner, runner
 
 __all__ = ["runner"]  # a fixture
@@ -68,6 +69,40 @@ def test_a_decoder_computes_what_the_model_does(name: str, variant: str, packed:
             for row, (prompt, tokens) in enumerate(zip(batch, texts, strict=True)):
                 assert tokens == logits[row].argmax(-1).tolist()
                 runner.check(model, prompt + tokens[:-1], decoder, row, logits[row])
+
+
+@pytest.mark.parametrize("cache_dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("name", [name for name in RUNNERS if name != "modules"])
+def test_a_native_step_attends_as_the_reference(name: str, cache_dtype: Any) -> None:
+    """Softly, in one layer, where bounds are tight enough to be sure of half of the tokens' codes;
+    with every instruction set that this CPU runs."""
+    model, prompts = packed_model(**VARIANTS["row"], n_layers=1), make_prompts([3, 20, 50])
+    before = native.used()
+    try:
+        for instructions in native.available():
+            native.use(instructions)
+            decoder = RUNNERS[name].decoder(model, 3, chunk=16, cache_dtype=cache_dtype)
+            texts, logits = greedy(decoder, prompts, 20)
+            for row, (prompt, tokens) in enumerate(zip(prompts, texts, strict=True)):
+                ids = prompt + tokens[:-1]
+                compare(model, ids, decoder._state, row, logits[row], sure=0.4)
+    finally:
+        native.use(before)
+
+
+@pytest.mark.parametrize("cache_dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("head", ["float", "bf16", "int8"])
+@pytest.mark.parametrize("name", [name for name in RUNNERS if name != "modules"])
+def test_a_native_step_in_fewer_bits(name: str, head: Any, cache_dtype: Any) -> None:
+    """Keys, values and the weights of the head are rounded; activations only for a head of int8."""
+    model, prompts = RUNNERS[name].model(), make_prompts([3, 20, 50])
+    decoder = RUNNERS[name].decoder(model, 3, head=head, chunk=16, cache_dtype=cache_dtype)
+    texts, logits = greedy(decoder, prompts, 20)
+    if head == "bf16":
+        with torch.no_grad():
+            model.lm_head.weight.copy_(model.lm_head.weight.bfloat16())
+    for row, (prompt, tokens) in enumerate(zip(prompts, texts, strict=True)):
+        compare(model, prompt + tokens[:-1], decoder._state, row, logits[row], 0.8, head == "int8")
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

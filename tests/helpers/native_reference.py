@@ -58,20 +58,26 @@ class Near(NamedTuple):
 
 @torch.no_grad()
 def hard_attention(model: Transformer) -> Transformer:
-    """Multiply all scores of a model by 2^16, in place."""
+    """Multiply all scores of a model by 2^24, in place."""
     for block in model.layers:
         attention = block.self_attn
         layers = attention.q_proj, attention.k_proj
         if attention.q_norm is not None and attention.k_norm is not None:
             layers = attention.q_norm, attention.k_norm
         for layer in layers:
-            (layer.scale if isinstance(layer, TernaryLinear) else layer.weight).mul_(256)
+            (layer.scale if isinstance(layer, TernaryLinear) else layer.weight).mul_(2**12)
     return model
 
 
 @torch.no_grad()
 def compare(
-    model: Transformer, ids: list[int], state: State, row: int, logits: Tensor, sure: float
+    model: Transformer,
+    ids: list[int],
+    state: State,
+    row: int,
+    logits: Tensor,
+    sure: float,
+    int8_head: bool = False,
 ) -> None:
     """Compare what a program computed for the tokens ``ids`` of one row, at any time and in any
     pieces, with the reference.
@@ -82,10 +88,11 @@ def compare(
         logits: fp32 ``[n, V]``, after the last n tokens.
         sure: the least share of the n tokens whose codes must be sure to be equal, so that their
             logits are compared by the bound.
+        int8_head: the inputs and weights of the head are rounded to int8.
     Raises:
         AssertionError: something is farther off than it may be.
     """
-    _Comparison(model, ids, state, row).logits(logits, sure)
+    _Comparison(model, ids, state, row).logits(logits, sure, int8_head)
 
 
 class _Comparison:
@@ -107,13 +114,19 @@ class _Comparison:
             )
             self._add(self._mlp(block.mlp, self._norm(block.post_attention_layernorm, self.stream)))
 
-    def logits(self, logits: Tensor, least: float) -> None:
+    def logits(self, logits: Tensor, least: float, int8_head: bool) -> None:
         """Compare the logits after the last n tokens."""
-        n = len(logits)
-        expected = self._product(self.model.lm_head, self._norm(self.model.norm, self.stream))
-        x, off, sure = expected.x[-n:], expected.off[-n:], self.sure[-n:]
-        _within(logits[sure], x[sure], off[sure], "logits")
-        error = (logits - x).norm(dim=-1) / x.norm(dim=-1)
+        n, x = len(logits), self._norm(self.model.norm, self.stream)
+        if int8_head:
+            x_q, s_x, relative = self._quantized(x)
+            codes, scale = reference.absmax_int8(self.model.lm_head.weight)
+            y = reference.int8_linear(x_q, s_x, codes, scale, None, torch.float32)
+            expected = Near(y, relative.unsqueeze(-1) * y.double().abs())
+        else:
+            expected = self._product(self.model.lm_head, x)
+        y, off, sure = expected.x[-n:], expected.off[-n:], self.sure[-n:]
+        _within(logits[sure], y[sure], off[sure], "logits")
+        error = (logits - y).norm(dim=-1) / y.norm(dim=-1)
         assert (error < 0.1).all(), f"logits of unsure tokens are off by {float(error.max()):.3g}"
         share = float(sure.float().mean())
         assert share >= least, f"only {share:.0%} of the tokens are sure to have the same codes"
