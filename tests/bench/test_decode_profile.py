@@ -11,6 +11,7 @@ from rich.console import Console
 
 from bitnet.bench import decode_profile as profiling
 from bitnet.bench.decode_worker import Case
+from bitnet_kernels.cpu import native
 from tests.helpers.decode_bench import TINY, Bitnet, bench, job, read, tiny
 
 __all__ = ["bench"]  # a fixture
@@ -86,7 +87,11 @@ def test_bytes_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("contender", ["ours-auto", "baseline-fp32"])
-def test_a_profile_is_kept_and_adds_up(bench: Bitnet, tmp_path: Path, contender: str) -> None:
+def test_a_profile_is_kept_and_adds_up(
+    bench: Bitnet, tmp_path: Path, contender: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a step by modules."""
+    monkeypatch.setattr(native, "library", lambda: None)
     asked = ("--profile", "--size", "tiny", "--contender", contender, "--prompt", "6")
     code, said, err = bench(*asked, "--batch", "2")
     assert code == 0, err
@@ -103,6 +108,17 @@ def test_a_profile_is_kept_and_adds_up(bench: Bitnet, tmp_path: Path, contender:
     kept = read(tmp_path / "decode.csv")
     assert {row["batch"] for row in kept} == {"1", "2"}
     assert len({(row["batch"], row["name"]) for row in kept}) == len(kept)
+
+
+def test_a_native_step_is_one_row(bench: Bitnet, tmp_path: Path) -> None:
+    if native.library() is None:
+        pytest.skip("needs the native library")
+    asked = ("--profile", "--size", "tiny", "--contender", "ours-auto", "--prompt", "6")
+    code, said, err = bench(*asked)
+    assert code == 0, err
+    assert "a step takes" in said
+    rows = read(tmp_path / "decode.csv")
+    assert float(next(row["share"] for row in rows if row["name"] == profiling.REST)) > 0.5
 
 
 def of_profile(step_us: float, profiled_us: float, bandwidth: float) -> profiling.Profile:
