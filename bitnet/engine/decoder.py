@@ -1,4 +1,4 @@
-"""A model as static memory and one step; the loop is the engine's, the arithmetic a runner's.
+"""A model, its cache and one step; the loop is the engine's, the arithmetic a runner's.
 
     decoder = Decoder(model, max_batch=8, max_len=2048)
     decoder.prefill(tokens, n_valid)        # prompts; logits and the chosen token of each row
@@ -9,8 +9,9 @@ lengths are allocated once. A greedy step feeds itself: it writes the chosen tok
 step reads its inputs, so the host only reads them. Rows fill independently, each from column 0: no
 padding and no shared position, so a row's tokens depend on no other row.
 
-On a GPU a step is one CUDA graph per batch size (:mod:`bitnet.engine.cuda`), on a CPU the model's
-layers called one by one (:mod:`bitnet.engine.modules`).
+On a GPU a step is one CUDA graph per batch size (:mod:`bitnet.engine.cuda`); on a CPU one call of
+the native library (:mod:`bitnet.engine.cpu`) or, where that is missing or does not take the model,
+the model's own layers called one by one (:mod:`bitnet.engine.modules`).
 
 S rows, T tokens, V vocabulary.
 """
@@ -60,7 +61,8 @@ class Decoder:
             keeps one scale per head and token.
         head: dtype of the output head. "float": the model's. "auto": the model's on a CPU, bf16 on
             CUDA. "int8": absmax codes, one scale per row, for weights and activations.
-        kernel: of packed layers on CUDA.
+        kernel: of packed layers, on CUDA and in native steps. "reference" on a CPU: the model's own
+            layers.
     Attributes:
         device, vocab_size, max_batch, max_len, chunk.
         modules: the layers that are neither ternary nor plain; usually none.
