@@ -171,7 +171,8 @@ void bn_int8_linear(
 ) {
     dense_job job = {
         .rows = bn_isa_current()->rows, .w = {n, k, BN_I8, weight, scale},
-        .tokens = {bn_padded(k), (int8_t *)codes, (float *)s_x, (int32_t *)sum}, .m = m, .y = y,
+        .tokens = {bn_padded(k), (int8_t *)codes, (float *)s_x, (int32_t *)sum, NULL}, .m = m,
+        .y = y,
     };
     bn_parallel(dense_task, &job, worth(n * k / 4, threads));
 }

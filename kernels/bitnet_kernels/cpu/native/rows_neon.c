@@ -1,14 +1,9 @@
 #if defined(__aarch64__)
-#include <arm_neon.h>
 #include <string.h>
 
-#include "internal.h"
+#include "neon.h"
 
-#if defined(__clang__)
-BN_TARGET_BEGIN("dotprod")
-#else
-BN_TARGET_BEGIN("arch=armv8.2-a+dotprod")
-#endif
+BN_NEON_BEGIN
 
 #define BN_ROWS_TABLE bn_rows_neon
 #define LANES 4
@@ -35,7 +30,7 @@ static inline void sums8(const vf *a, float *out) {
 #define DOT_BYTES 16
 #define DOT_BIAS 0
 typedef int32x4_t vdot;
-#define DOT(acc, w, x) vdotq_s32(acc, vld1q_s8(w), vld1q_s8(x))
+#define DOT(acc, w, x) bn_dot16(acc, vld1q_s8(w), vld1q_s8(x))
 static inline int32_t dot_sum(vdot acc) { return vaddvq_s32(acc); }
 
 #include "rows.inc.h"

@@ -1,0 +1,69 @@
+"""Every function of every instruction set equals plain C: on this CPU, on an emulated one, under
+sanitizers. ``tests/native/`` holds the references; ``.ci/run`` installs the compilers."""
+
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitnet_kernels.cpu import native
+from tests.helpers.installs import LIBRARY, ROOT, copy_source, run
+from tests.helpers.native_checks import compile_native, needs, run_checks
+
+OPERATORS = ("tests/kernels/test_native_rows.py", "tests/kernels/test_ops_training.py")
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("compiler", ["gcc", "clang"])
+def test_each_instruction_set_of_this_cpu(compiler: str, tmp_path: Path) -> None:
+    needs(compiler)
+    found = run_checks(compile_native(tmp_path / "check", compiler, "-O3"), 1000)
+    assert found == [*native.available(), "threads"]
+
+
+def test_neon_in_an_emulator(tmp_path: Path) -> None:
+    needs("aarch64-linux-gnu-gcc", "qemu-aarch64")
+    program = compile_native(tmp_path / "check", "aarch64-linux-gnu-gcc", "-O3", "-static")
+    assert run_checks(program, 1000, "qemu-aarch64") == ["neon", "portable", "threads"]
+
+
+def test_neon_by_clang_in_an_emulator(tmp_path: Path) -> None:
+    """It takes intrinsics and targets in other words than gcc."""
+    needs("clang", "aarch64-linux-gnu-gcc", "qemu-aarch64")
+    clang = ("clang", "--target=aarch64-linux-gnu", "-O2", "-static")
+    program = compile_native(tmp_path / "check", *clang)
+    assert run_checks(program, 100, "qemu-aarch64") == ["neon", "portable", "threads"]
+
+
+def test_no_access_or_operation_is_undefined(tmp_path: Path) -> None:
+    needs("gcc")
+    program = compile_native(tmp_path / "check", "gcc", "-O1", *SANITIZE)
+    assert run_checks(program, 300) == [*native.available(), "threads"]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs ThreadSanitizer on x86-64")
+def test_no_two_threads_race(tmp_path: Path) -> None:
+    needs("gcc")
+    program = compile_native(tmp_path / "check", "gcc", "-O1", "-fsanitize=thread")
+    assert run_checks(program, 30) == [*native.available(), "threads"]
+
+
+def test_the_operators_run_clean_under_sanitizers(tmp_path: Path) -> None:
+    """The tests that compare the operators with the reference, on a library with AddressSanitizer
+    and UndefinedBehaviorSanitizer, which end the process at the first finding."""
+    needs("gcc")
+    source = copy_source(tmp_path)
+    library = source / "kernels" / LIBRARY
+    compile_native(library, "gcc", "-O1", *SANITIZE, "-shared", "-fPIC", checks=False)
+    environment = {
+        "PYTHONPATH": f"{source / 'kernels'}:{ROOT}",
+        "LD_PRELOAD": run("gcc", "-print-file-name=libasan.so", cwd=tmp_path).strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps what it has allocated
+    }
+    show = "from bitnet_kernels.cpu import native; print(native.library()._name)"
+    used = run(sys.executable, "-c", show, cwd=tmp_path, **environment)
+    assert used.strip() == str(library)
+    pytest_ = Path(sys.executable).with_name("pytest")
+    run(pytest_, "-q", "-p", "no:cacheprovider", *OPERATORS, cwd=ROOT, **environment)
