@@ -78,7 +78,8 @@ def test_norm_inside() -> None:
 def test_training_and_packed_agree_to_the_bit(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """60 random shapes an option: the accumulators of both forwards, and an int64 oracle."""
+    """60 random shapes an option: the accumulators of the trained layer are those of an int64
+    oracle, and the packed layer has the same, or no torch operator computes them."""
     accumulators: list[Tensor] = []
     exact = int_mm.codes_matmul
 
@@ -103,8 +104,11 @@ def test_training_and_packed_agree_to_the_bit(
         first = list(accumulators)
         accumulators.clear()
         packed = pack(copy.deepcopy(layer))(x)
-        assert len(first) == len(accumulators) > 0
-        assert all(torch.equal(a, b) for a, b in zip(first, accumulators, strict=True)), (m, n, k)
+        assert len(first) > 0
+        assert len(accumulators) in (0, len(first))
+        if accumulators:
+            same = [torch.equal(a, b) for a, b in zip(first, accumulators, strict=True)]
+            assert all(same), (m, n, k)
         assert torch.equal(trained, packed), (m, n, k)
 
 

@@ -1,4 +1,5 @@
-"""Whether Triton kernels can run: this module alone decides it, for every operator and tool.
+"""Whether Triton kernels, and those of the native CPU library, can run: this module alone decides
+it, for every operator and tool.
 
 Triton is imported only when one of its kernels runs. Without it everything works on any device,
 except a Triton kernel that is asked for by name.
@@ -7,6 +8,8 @@ except a Triton kernel that is asked for by name.
 from importlib.util import find_spec
 
 import torch
+
+from bitnet_kernels.cpu import native
 
 
 def triton_installed() -> bool:
@@ -37,6 +40,13 @@ def triton_by_default(device: torch.device) -> bool:
     return device.type == "cuda" and not why_not_triton(device)
 
 
+def takes_native(kernel: str, device: torch.device) -> bool:
+    """Whether ``kernel`` runs in the native library: on a CPU, a family or ``auto``, where there is
+    a library. Formulations are Triton's."""
+    named = kernel in ("auto", "addsub", "dot")
+    return named and device.type == "cpu" and native.library() is not None
+
+
 def takes_triton(kernel: str, device: torch.device) -> bool:
     """Whether ``kernel``, one of :data:`bitnet_kernels.KERNELS`, is a Triton kernel on a device.
 
@@ -44,7 +54,7 @@ def takes_triton(kernel: str, device: torch.device) -> bool:
     """
     if kernel == "auto":
         return triton_by_default(device)
-    if kernel == "reference":
+    if kernel == "reference" or takes_native(kernel, device):
         return False
     if reason := why_not_triton(device):
         raise ValueError(f"kernel: {kernel!r} {reason}")

@@ -13,8 +13,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bitnet_kernels import reference
 from bitnet_kernels.cpu import native
 from bitnet_kernels.packing import plane_words
+
+_CACHE = 32 << 20
+"""Bytes of weights from which a product runs at the speed of memory, whatever it computes."""
+_PER_THREAD = 1 << 18
+"""Multiply-adds that are worth waking a thread for: a few microseconds."""
+
+
+def takes_addsub(kernel: str, m: int, packed: Tensor, planes: Tensor | None) -> bool:
+    """Whether ``kernel``, a family or ``"auto"``, means addsub for M tokens.
+
+    ``auto`` means dot, except for one token and weights that no cache holds: there both families
+    wait for memory, and addsub was the faster by a tenth on an Ice Lake (57 against 48 G weights/s
+    at 55 MB) and equal on a Sapphire Rapids. In a cache dot leads for one token (156 against 97)
+    and the more so for more (128 tokens: 250 against 94).
+    """
+    if kernel == "auto":
+        return planes is not None and m == 1 and packed.nbytes > _CACHE
+    return kernel == "addsub"
 
 
 def matmul(x_q: Tensor, packed: Tensor, planes: Tensor | None, addsub: bool) -> Tensor:
@@ -50,6 +69,28 @@ def quantized_linear(
     return y
 
 
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    planes: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    addsub: bool,
+) -> Tensor:
+    """fp32 ``[M, N]`` of float tokens x ``[M, K]``, which it quantizes; the rest as above."""
+    if x.dtype != torch.float32:
+        x_q, s_x = reference.absmax_int8(x)
+        return quantized_linear(x_q, s_x, packed, planes, scale, bias, addsub)
+    (m, k), n = x.shape, packed.shape[0]
+    y = x.new_empty((m, n))
+    if m and n:
+        weights = _weights(packed, planes, addsub)
+        added = None if bias is None else bias.float()
+        rescale: list[Tensor | int | None] = [scale, scale.dim(), added, y]
+        _call("bn_ternary_linear", addsub, m, n, k, [x], weights, rescale)
+    return y
+
+
 def bit_planes(packed: Tensor) -> Tensor:
     """:func:`bitnet_kernels.packing.bit_planes` of packed uint8 ``[N, P]``, unchecked."""
     lib = native.library()
@@ -80,7 +121,7 @@ def _call(
     workspace."""
     lib = native.library()
     assert lib is not None
-    threads = native.threads()
+    threads = max(1, min(native.threads(), m * n * k // _PER_THREAD))
     size = lib.bn_ternary_workspace(threads, m, k)
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     kept = [

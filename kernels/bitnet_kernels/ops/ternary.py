@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitnet_kernels import reference
-from bitnet_kernels.available import takes_triton
+from bitnet_kernels.available import takes_native, takes_triton
 from bitnet_kernels.checks import (
     check_bias,
     check_choice,
@@ -26,6 +26,7 @@ from bitnet_kernels.checks import (
     check_x_q,
 )
 from bitnet_kernels.cpu import int_mm
+from bitnet_kernels.cpu import ternary as native_ternary
 from bitnet_kernels.dispatch import KERNELS
 from bitnet_kernels.ops.register import register, reshaped, rows
 from bitnet_kernels.packing import check_packed, codes_of, packed_columns, plane_words
@@ -41,8 +42,9 @@ def ternary_matmul(
         packed: uint8 ``[N, P]`` from :func:`bitnet_kernels.packing.pack_ternary`.
         kernel: one of :data:`bitnet_kernels.KERNELS`.
         planes: :func:`bitnet_kernels.packing.bit_planes` of ``packed``, a second layout that
-            ``"popcount"`` reads. Without it ``"addsub"`` is ``"sad"``. Nothing checks that they
-            belong to ``packed``.
+            ``"popcount"`` reads, and ``"addsub"`` on a CPU. Without it ``"addsub"`` is ``"sad"`` on
+            a GPU, and a CPU makes them for each call. Nothing checks that they belong to
+            ``packed``.
     Returns:
         int32 ``[M, N]``.
     Raises:
@@ -170,6 +172,9 @@ def _matmul_by_kernel(x_q: Tensor, packed: Tensor, kernel: str, planes: Tensor |
         return matmul(*plan(kernel, m, n, k, planes is not None, x_q.device), x_q, packed, planes)
     if kernel == "reference":
         return reference.ternary_matmul(x_q, packed)
+    if takes_native(kernel, x_q.device):
+        addsub = native_ternary.takes_addsub(kernel, x_q.shape[0], packed, planes)
+        return native_ternary.matmul(x_q, packed, planes, addsub)
     return int_mm.codes_matmul(x_q, codes_of(packed, x_q.shape[1]))
 
 
@@ -202,6 +207,10 @@ def _quantized_by_kernel(
         y = matmul(*choice, tokens, packed, planes, row_sum.contiguous(), rescale)
     elif kernel == "reference":
         y = reference.quantized_linear(tokens, s_x, packed, scale, bias, out_dtype)
+    elif takes_native(kernel, x_q.device):
+        addsub = native_ternary.takes_addsub(kernel, m, packed, planes)
+        y = native_ternary.quantized_linear(tokens, s_x, packed, planes, scale, bias, addsub)
+        y = y.to(out_dtype)
     else:
         y = int_mm.scaled_matmul(tokens, s_x, codes_of(packed, k), scale, bias, out_dtype)
     return reshaped(y, *x_q.shape[:-1], n)
@@ -239,6 +248,9 @@ def _linear_by_kernel(
         y = matmul(*choice, x_q, packed, planes, row_sum, rescale, full_range=False)
     elif kernel == "reference":
         y = reference.ternary_linear(tokens, packed, scale, bias, group_size, out_dtype)
+    elif scale.dim() < 2 and takes_native(kernel, x.device):
+        addsub = native_ternary.takes_addsub(kernel, m, packed, planes)
+        y = native_ternary.linear(tokens, packed, planes, scale, bias, addsub).to(out_dtype)
     else:
         x_q, s_x = reference.absmax_int8(tokens)
         codes = codes_of(packed, k)

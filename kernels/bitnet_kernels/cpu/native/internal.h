@@ -131,7 +131,7 @@ typedef struct {
 
 /* The functions of portable C, for tables that have none of their own. */
 bn_product bn_dot_portable, bn_addsub_portable;
-void bn_bits_portable(const bn_tokens *x, int64_t m0, int64_t m1);
+void bn_addsub_bits_portable(const bn_tokens *x, int64_t m0, int64_t m1);
 void bn_rescale_portable(
     const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     const int32_t *acc, int64_t ld, bool add, float *out, int64_t out_ld

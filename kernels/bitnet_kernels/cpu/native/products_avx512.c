@@ -85,7 +85,7 @@ INLINE void addsub_rows(
     }
 }
 
-static void addsub(
+static __attribute__((noinline)) void addsub_avx512(
     const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     int32_t *acc, int64_t ld, void *scratch
 ) {
@@ -109,7 +109,7 @@ static void addsub(
     }
 }
 
-static void bits(const bn_tokens *x, int64_t m0, int64_t m1) {
+static void addsub_bits_avx512(const bn_tokens *x, int64_t m0, int64_t m1) {
     int64_t chunks = x->stride / 64;
     for (int64_t c = m0 * chunks; c < m1 * chunks; c++) {
         __m512i v = _mm512_loadu_si512(x->codes + 64 * c);
@@ -400,7 +400,7 @@ static void multiply(
         }
 }
 
-static void dot(
+static void dot_avx512(
     const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     int32_t *acc, int64_t ld, void *scratch
 ) {
@@ -433,9 +433,9 @@ static void rescale(
 BN_TARGET_END
 
 const bn_products bn_products_avx512 = {
-    .dot = dot,
-    .addsub = addsub,
-    .bits = bits,
+    .dot = dot_avx512,
+    .addsub = addsub_avx512,
+    .bits = addsub_bits_avx512,
     .rescale = rescale,
 };
 #endif

@@ -130,7 +130,7 @@ static uint64_t transpose8(uint64_t v) {
     return v ^ t ^ (t << 28);
 }
 
-void bn_bits_portable(const bn_tokens *x, int64_t m0, int64_t m1) {
+void bn_addsub_bits_portable(const bn_tokens *x, int64_t m0, int64_t m1) {
     for (int64_t c = m0 * (x->stride / 64); c < m1 * (x->stride / 64); c++) {
         uint64_t out[8] = {0};
         for (int i = 0; i < 8; i++) {
@@ -153,6 +153,6 @@ void bn_rescale_portable(
 const bn_products bn_products_portable = {
     .dot = bn_dot_portable,
     .addsub = bn_addsub_portable,
-    .bits = bn_bits_portable,
+    .bits = bn_addsub_bits_portable,
     .rescale = bn_rescale_portable,
 };
