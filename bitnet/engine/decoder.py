@@ -61,8 +61,9 @@ class Decoder:
             keeps one scale per head and token.
         head: dtype of the output head. "float": the model's. "auto": the model's on a CPU, bf16 on
             CUDA. "int8": absmax codes, one scale per row, for weights and activations.
-        kernel: of packed layers, on CUDA and in native steps. "reference" on a CPU: the model's own
-            layers.
+        kernel: of packed layers. "dot" and "addsub" are families of kernels (kernels/README.md);
+            "addsub" multiplies nothing, and reads bit planes, which are made now. "reference"
+            computes layer by layer with the model's own modules, on a CPU.
     Attributes:
         device, vocab_size, max_batch, max_len, chunk.
         modules: the layers that are neither ternary nor plain; usually none.
