@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet_kernels import KERNELS, bit_planes, pack_ternary, ternary_linear, ternary_matmul
+from bitnet_kernels.available import takes_native
 from bitnet_kernels.bench.timing import CALL
 from bitnet_kernels.dispatch import FORMULATIONS
 from bitnet_kernels.packing import packed_columns
@@ -126,7 +127,10 @@ def _ours(kernel: str, what: str, dtype: str) -> Callable[[Problem, int], CALL]:
     def build(problem: Problem, copies: int) -> CALL:
         packed = [problem.packed.clone() for _ in range(copies)]
         # auto gets no planes, like a caller who keeps only one layout
-        planes = [problem.planes.clone() if kernel == "popcount" else None for _ in range(copies)]
+        reads = kernel == "popcount" or (
+            takes_native(kernel, problem.device) and kernel == "addsub"
+        )
+        planes = [problem.planes.clone() if reads else None for _ in range(copies)]
         if what == "matmul":
             x_q = problem.x_q
             return lambda i: ternary_matmul(x_q, packed[i], kernel, planes[i])
@@ -239,12 +243,14 @@ def contenders(
 ) -> list[Contender]:
     """Everything to be timed at M = ``m``, the baselines first.
 
-    On a CPU only the reference and ``auto`` run. Triton's interpreter is not timed.
+    On a CPU the reference, ``auto`` and the families of the native library run. Triton's
+    interpreter is not timed.
     """
     found = baselines(device, dtypes)
     ours = {"auto": "auto", "reference": "reference"}
     if device.type == "cuda":
         ours |= FORMULATIONS
+    ours |= {name: name for name in ("addsub", "dot") if takes_native(name, device)}
     for kernel, family in ours.items():
         asked = kernel in kernels or family in kernels
         if not asked or not few_enough(kernel, m):

@@ -1,16 +1,11 @@
 /* Ternary products with NEON and its dot product: the codes of some rows are laid out as bytes (dot),
  * or bits are counted (addsub). */
 #if defined(__aarch64__)
-#include <arm_neon.h>
 #include <string.h>
 
-#include "internal.h"
+#include "neon.h"
 
-#if defined(__clang__)
-BN_TARGET_BEGIN("dotprod")
-#else
-BN_TARGET_BEGIN("arch=armv8.2-a+dotprod")
-#endif
+BN_NEON_BEGIN
 #include "products.inc.h"
 
 #define INLINE static inline __attribute__((always_inline))
@@ -84,8 +79,8 @@ INLINE void multiply(const int8_t *const w[4], const int8_t *x0, const int8_t *x
         int8x16_t u = vld1q_s8(x0 + c), v = vld1q_s8(x1 + c);
         for (int r = 0; r < 4; r++) {
             int8x16_t code = vld1q_s8(w[r] + c);
-            a[r] = vdotq_s32(a[r], code, u);
-            b[r] = vdotq_s32(b[r], code, v);
+            a[r] = bn_dot16(a[r], code, u);
+            b[r] = bn_dot16(b[r], code, v);
         }
     }
     vst1q_s32(y[0], vpaddq_s32(vpaddq_s32(a[0], a[1]), vpaddq_s32(a[2], a[3])));
