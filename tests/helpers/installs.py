@@ -22,9 +22,7 @@ NOT_BORROWED = ("triton", "bitnet", "__editable__", "__pycache__", "pip")
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
     """The standard output of a command that succeeds."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    child = subprocess.run(
-        command, cwd=cwd, env=environment | env, capture_output=True, text=True, timeout=600
-    )
+    child = subprocess.run(command, cwd=cwd, env=environment | env, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout + child.stderr
     return child.stdout
 

@@ -11,9 +11,13 @@ from bitnet_kernels.cpu import native
 from tests.helpers.installs import LIBRARY, ROOT, copy_source, run
 from tests.helpers.native_checks import compile_native, needs, run_checks
 
-OPERATORS = ("tests/kernels/test_native_rows.py", "tests/kernels/test_ops_training.py")
+OPERATORS = (
+    "tests/kernels/test_native_products.py",
+    "tests/kernels/test_native_rows.py",
+    "tests/kernels/test_ops_training.py",
+)
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # beside other tests, on two cores
 
 
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
