@@ -196,6 +196,7 @@ class CudaRunner:
         """``[..., K]`` -> ``[..., N]``."""
         if isinstance(matrix, Ternary):
             assert isinstance(read, tuple)
+            assert matrix.packed is not None
             return quantized_linear(
                 *read,
                 matrix.packed,

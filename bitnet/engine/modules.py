@@ -5,8 +5,9 @@ group, layers of QAT, adapters) is called as the model itself calls it, and the 
 model's, in its dtype. The native step (:mod:`bitnet.engine.cpu`) is many times as fast, and takes
 fewer models.
 
-A packed layer would unpack its codes in every call, which for one token takes several times as long
-as their product. They are unpacked once, to int8, and kept beside the packed ones.
+A packed layer whose product the native library does not compute would unpack its codes in every
+call, which for one token takes several times as long as the product. They are unpacked once, to
+int8, and kept beside the packed ones.
 
 B rows, T tokens of each, G key-value heads, C columns read, E head_dim, D d_model, V vocabulary.
 """
@@ -24,7 +25,7 @@ from bitnet.linear import TernaryLinear
 from bitnet.model import Transformer
 from bitnet.modules import hooked
 from bitnet.quant import output_dtype
-from bitnet_kernels.cpu import int_mm
+from bitnet_kernels.cpu import int_mm, native
 from bitnet_kernels.reference import absmax_int8
 
 
@@ -67,6 +68,8 @@ class ModuleRunner:
 
     def _unpack(self, layer: nn.Module) -> nn.Module | None:
         if type(layer) is not TernaryLinear or hooked(layer):
+            return None
+        if native.library() is not None and layer.granularity != "group":
             return None
         self._unpacked.append(_Unpacked(layer))
         return self._unpacked[-1]

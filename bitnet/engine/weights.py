@@ -44,9 +44,10 @@ class Norm(NamedTuple):
 class Ternary(NamedTuple):
     """A ternary matrix: ``packed`` uint8 ``[N, ceil(K/64)*16]``
     (:func:`bitnet_kernels.pack_ternary`); ``scale`` fp32 ``[]`` or ``[N]``; ``planes`` the same
-    codes as bit planes (:func:`bitnet_kernels.bit_planes`), for the kernel that reads those."""
+    codes as bit planes (:func:`bitnet_kernels.bit_planes`), for the kernel that reads those. On a
+    CPU one of the two is None."""
 
-    packed: Tensor
+    packed: Tensor | None
     scale: Tensor
     planes: Tensor | None = None
 
@@ -134,7 +135,7 @@ class ModelWeights:
                 any.
             fused: fuse matrices that share an input (for CUDA), instead of sharing the model's own
                 tensors (for a CPU).
-            planes: keep ternary weights as bit planes as well.
+            planes: keep ternary weights as bit planes; where they are fused, packed as well.
         Raises:
             ValueError: a module (named) whose arithmetic a step does not know, or whose shape or
                 dtype is not the model's.
@@ -153,7 +154,7 @@ class ModelWeights:
                 shape = next(shape for key, shape in shapes.items() if path.endswith(key))
                 _check_matrix(path, module, shape, embedding.dtype)
             groups = [modules] if fused else [[module] for module in modules]
-            return tuple(_matrix(group, planes) for group in groups)
+            return tuple(_matrix(group, planes, fused) for group in groups)
 
         layers = tuple(
             _layer(f"layers.{i}", block, config, read) for i, block in enumerate(model.layers)
@@ -364,19 +365,21 @@ def _check_matrix(name: str, module: nn.Module, shape: tuple[int, int], dtype: t
         )
 
 
-def _matrix(modules: Sequence[nn.Module], planes: bool) -> Matrix:
-    """Layers that read the same input as one matrix; a single one shares its tensors."""
+def _matrix(modules: Sequence[nn.Module], planes: bool, both: bool) -> Matrix:
+    """Layers that read the same input as one matrix; a single one shares its tensors. ``planes``:
+    as bit planes; ``both``: and packed too."""
     if all(_is_matrix(module) for module in modules):
         ternary = [module for module in modules if isinstance(module, TernaryLinear)]
         if len(ternary) == len(modules):
             scales = [one.scale for one in ternary]
             if len(modules) > 1:
                 scales = [one.scale.expand(one.out_features) for one in ternary]
-            packed = _stack([one.packed for one in ternary])
+            packed, scale = _stack([one.packed for one in ternary]), _stack(scales)
+            if not planes:
+                return Ternary(packed, scale)
             made = ternary[0].planes if len(modules) == 1 else None
-            if planes and made is None:
-                made = bit_planes(packed)
-            return Ternary(packed, _stack(scales), made if planes else None)
+            made = bit_planes(packed) if made is None else made
+            return Ternary(packed if both else None, scale, made)
         dense = [module.weight.detach() for module in modules if isinstance(module, nn.Linear)]
         if len(dense) == len(modules):
             return Dense(_stack(dense))
