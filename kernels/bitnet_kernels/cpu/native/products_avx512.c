@@ -20,6 +20,9 @@ BN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vpopcntdq,a
  * sums between registers, and to the stack and back. */
 #define DOT4(sum, u, s) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s))
 
+/* Bytes of weights that are fetched into the L2 cache beyond the next four rows. */
+#define AHEAD 8192
+
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* The sums of the 16 lanes of a, b, c and d. */
@@ -95,7 +98,7 @@ static __attribute__((noinline)) void addsub_avx512(
         const uint8_t *rows[4];
         for (int r = 0; r < 4; r++)
             rows[r] = (const uint8_t *)w->planes + 2 * bytes * least(n + r, n1 - 1);
-        int64_t some = least(n1 - n, 4), ahead = 8 * bytes;
+        int64_t some = least(n1 - n, 4), ahead = 8 * bytes + AHEAD;
         for (int64_t m = m0; m < m1; m += 4) {
             const uint64_t *bits = x->bits + 8 * chunks * m;
             int32_t *at = acc + (m - m0) * ld + n - n0;
@@ -217,7 +220,7 @@ static void dot_few(
     const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     int32_t *acc, int64_t ld
 ) {
-    int64_t bytes = x->stride / 4, ahead = 4 * bytes;
+    int64_t bytes = x->stride / 4, ahead = 4 * bytes + AHEAD;
     const int8_t *codes = x->codes + m0 * x->stride;
     const int32_t *sum = x->sum + m0;
     for (int64_t n = n0; n < n1; n += 4) {
