@@ -330,7 +330,7 @@ INLINE void append_one(
         int64_t i = 0;
         for (; i + LANES <= e; i += LANES) F16_STORE((char *)at + i * 2, load(x + i));
         if (i < e) {
-            char part[2 * LANES];
+            uint16_t part[LANES];
             F16_STORE(part, load_part(BN_F32, x, i, e - i));
             memcpy((char *)at + i * 2, part, (size_t)(e - i) * 2);
         }
