@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from bitnet.modules import is_plain
 from bitnet.quant import output_dtype
-from bitnet_kernels.cpu.training import add_product_, cross_entropy_, takes
+from bitnet_kernels.cpu.training import cross_entropy_, takes
 
 _CPU_CHUNK, _GPU_CHUNK = (2**22, 128), (2**27, 1024)
 """Logits per chunk, and its smallest number of tokens. CPU: 16 MiB in fp32 stay in a level-3 cache,
@@ -196,23 +196,19 @@ def _add_chunk(
 ) -> None:
     """Fill a chunk's ``loss_M`` and ``dh_MD``, and add to ``dw_VD``."""
     dtype, precise = h_MD.dtype, loss_M.dtype
-    if takes(h_MD, w_VD) and not torch._C._len_torch_dispatch_stack():  # a mode wants to see all
-        z_MV = add_product_(h_MD.new_empty(len(h_MD), len(w_VD)), h_MD, w_VD.t(), False)
-        cross_entropy_(z_MV, target_M, loss_M)
-        if dh_MD is not None:
-            add_product_(dh_MD, z_MV, w_VD, False)
-        if dw_VD is not None:
-            add_product_(dw_VD, z_MV.t(), h_MD, True)
-        return
-    target_M1 = target_M.unsqueeze(1)
     z_MV = h_MD @ w_VD.t()
-    p_MV = z_MV.softmax(1, dtype=precise)
-    # logsumexp(z) = max(z) - log(max(p)): one pass of exponentials, and no overflow
-    below_top_M = z_MV.amax(1).to(precise) - z_MV.gather(1, target_M1).squeeze(1).to(precise)
-    loss_M.copy_(below_top_M - p_MV.amax(1).log())
-    if dh_MD is None and dw_VD is None:
-        return
-    dz_MV = p_MV.scatter_add_(1, target_M1, p_MV.new_full(target_M1.shape, -1)).to(dtype)
+    if takes(z_MV):
+        cross_entropy_(z_MV, target_M, loss_M)
+        dz_MV = z_MV
+    else:
+        target_M1 = target_M.unsqueeze(1)
+        p_MV = z_MV.softmax(1, dtype=precise)
+        # logsumexp(z) = max(z) - log(max(p)): one pass of exponentials, and no overflow
+        below_top_M = z_MV.amax(1).to(precise) - z_MV.gather(1, target_M1).squeeze(1).to(precise)
+        loss_M.copy_(below_top_M - p_MV.amax(1).log())
+        if dh_MD is None and dw_VD is None:
+            return
+        dz_MV = p_MV.scatter_add_(1, target_M1, p_MV.new_full(target_M1.shape, -1)).to(dtype)
     if dh_MD is not None:
         torch.mm(dz_MV, w_VD, out=dh_MD)
     if dw_VD is not None and dtype == precise:

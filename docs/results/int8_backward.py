@@ -33,7 +33,7 @@ VARIANTS = {
     "both": {"model.int8_backward": "both"},
 }
 SEEDS = (0, 1, 2)
-STEPS, EVERY = 300, 5
+STEPS, EVERY = 200, 5
 LAST = 50
 """Steps at the end whose mean loss the table shows."""
 

@@ -188,24 +188,6 @@ def test_gradients(sizes: tuple[int, int, int], threads: int) -> None:
     assert_sums_agree(OPS.weight_gradient(dy, x_q, s_x), exact, magnitudes)
 
 
-@pytest.mark.parametrize("sizes", [*SIZES, (33, 530, 1100)], ids=str)
-@pytest.mark.parametrize("left_transposed", [False, True])
-@pytest.mark.parametrize("right_transposed", [False, True])
-def test_products(
-    sizes: tuple[int, int, int], left_transposed: bool, right_transposed: bool, threads: int
-) -> None:
-    torch.manual_seed(0)
-    m, k, n = sizes
-    left = randn(k, m).t() if left_transposed else randn(m, k)
-    right = randn(n, k).t() if right_transposed else randn(k, n)
-    exact, magnitudes = left.double() @ right.double(), left.double().abs() @ right.double().abs()
-    out = torch.full((m, n), torch.nan)
-    assert_sums_agree(training.add_product_(out, left, right, False), exact, magnitudes)
-    start = randn(m, n)
-    out = training.add_product_(start.clone(), left, right, True)
-    assert_sums_agree(out, exact + start, magnitudes + start.abs())
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("spread", [0.1, 3.0, 100.0])
 def test_cross_entropy(shape: tuple[int, int], spread: float, threads: int) -> None:

@@ -89,10 +89,6 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "bn_has_tiles": (_I32, ()),
     "bn_cross_entropy": (None, (_POINTER, _POINTER, _I64, _I64, _POINTER, _I32)),
     "bn_tiles_scratch": (_I64, (_I32,)),
-    "bn_tiles_matmul": (
-        None,
-        (_POINTER, _I32, _POINTER, _I32, *3 * (_I64,), _I32, _POINTER, _POINTER, _I32),
-    ),
     "bn_input_gradient": (
         None,
         (_POINTER, _POINTER, _POINTER, _I64, _I64, _I64, _I64, _POINTER, _POINTER, _I32),

@@ -236,36 +236,6 @@ def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
     return dw
 
 
-def add_product_(out: Tensor, left: Tensor, right: Tensor, add: bool) -> Tensor:
-    """``left @ right``, written to ``out``, or added to it; by AMX where the CPU has it (sums as in
-    fp32).
-
-    Arguments:
-        out: contiguous fp32 ``[M, N]``. left, right: fp32 ``[M, K]`` and ``[K, N]``, each
-        contiguous or the transpose of what is.
-    """
-    lib = _library(out, left, right)
-    strided = left.is_contiguous() or left.t().is_contiguous()
-    strided = strided and (right.is_contiguous() or right.t().is_contiguous())
-    if lib is None or not lib.bn_has_tiles() or not strided or 0 in (*left.shape, *right.shape):
-        return torch.addmm(out, left, right, beta=1 if add else 0, out=out)
-    threads = native.threads()
-    scratch = _scratch(lib.bn_tiles_scratch(threads))
-    lib.bn_tiles_matmul(
-        left.data_ptr(),
-        not left.is_contiguous(),
-        right.data_ptr(),
-        not right.is_contiguous(),
-        *left.shape,
-        right.shape[1],
-        add,
-        out.data_ptr(),
-        _aligned(scratch),
-        threads,
-    )
-    return out
-
-
 def cross_entropy_(z: Tensor, targets: Tensor, losses: Tensor) -> None:
     """The losses of tokens, ``logsumexp(z) - z[target]``, and in the memory of their logits the
     gradients, ``softmax(z) - onehot``. Where a logit is NaN, so is all of its token.

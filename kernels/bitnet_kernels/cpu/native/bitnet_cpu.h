@@ -256,17 +256,10 @@ BN_API void bn_cross_entropy(
     float *z, const int64_t *target, int64_t m, int64_t n, float *loss, int32_t threads
 );
 
-/* fp32 products on the matrix tiles of Intel's AMX (tiles.c), where bn_has_tiles() is not 0.
- * `scratch` has bn_tiles_scratch(threads) bytes, aligned to 64. */
+/* Products of fp32 numbers and small integers on the matrix tiles of Intel's AMX (tiles.c), where
+ * bn_has_tiles() is not 0. * `scratch` has bn_tiles_scratch(threads) bytes, aligned to 64. */
 BN_API int32_t bn_has_tiles(void);
 BN_API int64_t bn_tiles_scratch(int32_t threads);
-/* out [rows, columns] = left [rows, depth] @ right [depth, columns], or added to it. A matrix that is
- * `transposed` is stored as [depth, rows] or [columns, depth]. */
-BN_API void bn_tiles_matmul(
-    const float *left, int32_t left_transposed, const float *right, int32_t right_transposed,
-    int64_t rows, int64_t depth, int64_t columns, int32_t add, float *out, void *scratch,
-    int32_t threads
-);
 /* dx [m, k] = (dy * gamma) @ codes: dy [m, n], codes [n, k], gamma one number (stride 0) or [n]
  * (1). */
 BN_API void bn_input_gradient(

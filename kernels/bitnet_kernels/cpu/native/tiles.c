@@ -1,14 +1,14 @@
-/* fp32 products on the matrix tiles of Intel's AMX (Sapphire Rapids and later).
+/* fp32 numbers times small integers on the matrix tiles of Intel's AMX (Sapphire Rapids and later).
  *
  * The tiles multiply bf16 and add in fp32, some fifteen times as fast as AVX-512 multiplies fp32.
  * A bf16 number has 8 significant bits: enough for a ternary code or an int8 one, and three of
  * them, its terms, hold the 24 bits of an fp32 number. So a product with integers is three products
  * of tiles, in which every single product is exact, and sums round as in fp32. That is what the
- * backward of a ternary layer needs. A product of two fp32 matrices is six: of the nine products of
- * terms, the three smallest are below the last bit.
+ * backward of a ternary layer needs. (A product of two fp32 matrices would take six. Measured: no
+ * faster than MKL's once the tiles' unit is shared with a busy neighbour.)
  *
- * Both matrices are cut into terms a piece at a time: the right one for all threads, DEPTH rows of
- * at most WIDTH columns; the left one by each thread, ROWS rows, which stay in its second cache.
+ * Matrices are packed a piece at a time: the right one for all threads, DEPTH rows of at most WIDTH
+ * columns; the left one, cut into terms, by each thread, ROWS rows, which stay in its second cache.
  * The sums over DEPTH follow each other, so results do not depend on the number of threads.
  */
 #define _DEFAULT_SOURCE /* syscall() */
@@ -33,7 +33,7 @@ enum {
     WIDTH = 512, /* a multiple of COLUMNS */
     NEAR = 4, /* steps of the left matrix that the first cache holds */
     LEFT = DEPTH / STEP * TERMS * 2 * TILE, /* bytes of a piece of the left matrix */
-    RIGHT = DEPTH / STEP * WIDTH / COLUMNS * 2 * TILE, /* and of the right one, per term */
+    RIGHT = DEPTH / STEP * WIDTH / COLUMNS * 2 * TILE, /* and of the right one */
     SUMS = WIDTH / COLUMNS * 4 * TILE, /* of a piece of the left matrix and one of the right */
 };
 
@@ -110,14 +110,12 @@ typedef struct {
     const float *left; /* [rows, depth], or [depth, rows] where it is `left_transposed` */
     const float *scale; /* of each of the depth, multiplied by the left matrix; NULL: `one` */
     float one;
-    const int8_t *codes; /* the right matrix [depth, columns], */
-    const float *right; /* or this one, [columns, depth] where it is `right_transposed` */
+    const int8_t *right; /* [depth, columns] */
     float *out; /* [rows, columns] */
     int64_t rows, depth, columns;
-    bool left_transposed, right_transposed;
-    bool add; /* to what is in `out` */
+    bool left_transposed;
     uint8_t *pieces; /* LEFT + SUMS bytes per thread */
-    uint8_t *packed; /* a piece of the right matrix: per COLUMNS, STEP and term two tiles */
+    uint8_t *packed; /* a piece of the right matrix: per COLUMNS and STEP two tiles */
 } job;
 
 static inline float scale_of(const job *job, int64_t depth) {
@@ -131,38 +129,17 @@ static inline __m512i widened(const int8_t *x, __mmask16 mask) {
 }
 
 /* COLUMNS columns of int8 from `column` on, `steps` steps of the depth, as tiles of pairs of rows. */
-static void pack_codes(const job *job, int64_t depth, int64_t steps, int64_t column, uint8_t *to) {
+static void pack_right(const job *job, int64_t depth, int64_t steps, int64_t column, uint8_t *to) {
     for (int64_t s = 0; s < steps; s++)
         for (int half = 0; half < 2; half++, to += TILE) {
             __mmask16 mask = first(job->columns - column - half * SIDE);
             for (int i = 0; i < SIDE; i++) {
                 int64_t row = depth + s * STEP + 2 * i;
-                const int8_t *from = job->codes + row * job->columns + column + half * SIDE;
+                const int8_t *from = job->right + row * job->columns + column + half * SIDE;
                 __m512i even = _mm512_setzero_si512(), odd = even;
                 if (row < job->depth) even = widened(from, mask);
                 if (row + 1 < job->depth) odd = widened(from + job->columns, mask);
                 _mm512_storeu_si512(to + 64 * i, pairs(even, odd));
-            }
-        }
-}
-
-/* The same of fp32, cut into terms. */
-static void pack_right(const job *job, int64_t depth, int64_t steps, int64_t column, uint8_t *to) {
-    for (int64_t s = 0; s < steps; s++, to += TERMS * 2 * TILE)
-        for (int half = 0; half < 2; half++) {
-            __mmask16 mask = first(job->columns - column - half * SIDE);
-            for (int i = 0; i < SIDE; i++) {
-                int64_t row = depth + s * STEP + 2 * i;
-                const float *from = job->right + row * job->columns + column + half * SIDE;
-                __m512 x[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-                __m512i term[2][TERMS];
-                if (row < job->depth) x[0] = _mm512_maskz_loadu_ps(mask, from);
-                if (row + 1 < job->depth) x[1] = _mm512_maskz_loadu_ps(mask, from + job->columns);
-                for (int odd = 0; odd < 2; odd++) cut(x[odd], term[odd]);
-                for (int t = 0; t < TERMS; t++)
-                    _mm512_storeu_si512(
-                        to + (t * 2 + half) * TILE + 64 * i, pairs(term[0][t], term[1][t])
-                    );
             }
         }
 }
@@ -188,28 +165,6 @@ static inline void cut_step(
         cut(_mm512_mul_ps(x, by), part[half]);
     }
     for (int t = 0; t < TERMS; t++) term[t] = upper_halves(part[0][t], part[1][t]);
-}
-
-/* pack_right where the matrix is stored transposed. */
-static void pack_right_transposed(
-    const job *job, int64_t depth, int64_t steps, int64_t column, uint8_t *to
-) {
-    for (int64_t s = 0; s < steps; s++, to += TERMS * 2 * TILE)
-        for (int half = 0; half < 2; half++) {
-            __m512i row[TERMS][SIDE];
-            int64_t start = depth + s * STEP;
-            for (int i = 0; i < SIDE; i++) {
-                __m512i term[TERMS] = {_mm512_setzero_si512()};
-                int64_t c = column + half * SIDE + i, count = c < job->columns ? job->depth - start : 0;
-                cut_step(job->right + c * job->depth + start, NULL, 1.0f, count, term);
-                for (int t = 0; t < TERMS; t++) row[t][i] = term[t];
-            }
-            for (int t = 0; t < TERMS; t++) {
-                transpose(row[t]);
-                for (int i = 0; i < SIDE; i++)
-                    _mm512_storeu_si512(to + (t * 2 + half) * TILE + 64 * i, row[t][i]);
-            }
-        }
 }
 
 /* A piece of the left matrix: `steps` steps from `depth` on, of ROWS rows, number i. */
@@ -263,51 +218,24 @@ static void pack_left_transposed(
         }
 }
 
-/* Adds `steps` steps to 2 x 2 tiles of sums. The right matrix has one term, or TERMS. */
-static inline __attribute__((always_inline)) void multiply(
-    const uint8_t *left, const uint8_t *right, int terms, int64_t steps, uint8_t *sums
-) {
+/* Adds `steps` steps to 2 x 2 tiles of sums. */
+static void multiply(const uint8_t *left, const uint8_t *right, int64_t steps, uint8_t *sums) {
     _tile_loadd(0, sums, 64);
     _tile_loadd(1, sums + TILE, 64);
     _tile_loadd(2, sums + 2 * TILE, 64);
     _tile_loadd(3, sums + 3 * TILE, 64);
-/* Pairs of terms in an order in which each shares one with the pair before: few loads. */
-#define LOAD_LEFT(t)                        \
-    _tile_loadd(4, left + (t) * 2 * TILE, 64); \
-    _tile_loadd(5, left + ((t) * 2 + 1) * TILE, 64)
-#define LOAD_RIGHT(t)                       \
-    _tile_loadd(6, right + (t) * 2 * TILE, 64); \
-    _tile_loadd(7, right + ((t) * 2 + 1) * TILE, 64)
-#define MULTIPLY              \
-    _tile_dpbf16ps(0, 4, 6);  \
-    _tile_dpbf16ps(1, 4, 7);  \
-    _tile_dpbf16ps(2, 5, 6);  \
-    _tile_dpbf16ps(3, 5, 7)
-    for (int64_t s = 0; s < steps; s++, left += TERMS * 2 * TILE, right += terms * 2 * TILE) {
-        LOAD_LEFT(0);
-        if (terms == TERMS) {
-            LOAD_RIGHT(2);
-            MULTIPLY;
-            LOAD_RIGHT(1);
-            MULTIPLY;
-            LOAD_LEFT(1);
-            MULTIPLY;
-            LOAD_RIGHT(0);
-            MULTIPLY;
-            LOAD_LEFT(0);
-            MULTIPLY;
-        } else {
-            LOAD_RIGHT(0);
-            MULTIPLY;
-            LOAD_LEFT(1);
-            MULTIPLY;
+    for (int64_t s = 0; s < steps; s++, right += 2 * TILE) {
+        _tile_loadd(6, right, 64);
+        _tile_loadd(7, right + TILE, 64);
+        for (int t = 0; t < TERMS; t++, left += 2 * TILE) {
+            _tile_loadd(4, left, 64);
+            _tile_loadd(5, left + TILE, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
         }
-        LOAD_LEFT(2);
-        MULTIPLY;
     }
-#undef LOAD_LEFT
-#undef LOAD_RIGHT
-#undef MULTIPLY
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + TILE, 64);
     _tile_stored(2, sums + 2 * TILE, 64);
@@ -334,18 +262,13 @@ static void multiply_panels(
     const job *job, const uint8_t *left, uint8_t *sums, int64_t i, int64_t column, int64_t begin,
     int64_t end, int64_t steps, bool add
 ) {
-    int64_t terms = job->codes != NULL ? 1 : TERMS;
     memset(sums, 0, (size_t)((end - begin) * 4 * TILE));
     for (int64_t s = 0; s < steps; s += NEAR) {
         int64_t near = steps - s < NEAR ? steps - s : NEAR;
         const uint8_t *piece = left + s * TERMS * 2 * TILE;
         for (int64_t j = begin; j < end; j++) {
-            const uint8_t *right = job->packed + (j * steps + s) * terms * 2 * TILE;
-            uint8_t *block = sums + (j - begin) * 4 * TILE;
-            if (terms == 1)
-                multiply(piece, right, 1, near, block);
-            else
-                multiply(piece, right, TERMS, near, block);
+            const uint8_t *right = job->packed + (j * steps + s) * 2 * TILE;
+            multiply(piece, right, near, sums + (j - begin) * 4 * TILE);
         }
     }
     for (int64_t j = begin; j < end; j++)
@@ -366,14 +289,11 @@ static void share(const bn_team *team, void *argument) {
         for (int64_t depth = 0; depth < job->depth; depth += DEPTH) {
             int64_t deep = job->depth - depth < DEPTH ? job->depth - depth : DEPTH;
             int64_t steps = (deep + STEP - 1) / STEP;
-            int64_t bytes = steps * (job->codes != NULL ? 1 : TERMS) * 2 * TILE; /* of a panel */
             bn_share(team, panels, 1, &begin, &end);
-            for (int64_t j = begin; j < end; j++)
-                (job->codes != NULL      ? pack_codes
-                 : job->right_transposed ? pack_right_transposed
-                                         : pack_right)(
-                    job, depth, steps, column + j * COLUMNS, job->packed + j * bytes
-                );
+            for (int64_t j = begin; j < end; j++) {
+                uint8_t *panel = job->packed + j * steps * 2 * TILE;
+                pack_right(job, depth, steps, column + j * COLUMNS, panel);
+            }
             bn_wait(team);
             bn_share(team, blocks * parts, 1, &begin, &end);
             for (int64_t item = begin; item < end; item++) {
@@ -383,9 +303,7 @@ static void share(const bn_team *team, void *argument) {
                 (job->left_transposed ? pack_left_transposed : pack_left)(
                     job, i, depth, steps, left
                 );
-                multiply_panels(
-                    job, left, sums, i, column, j, past, steps, depth > 0 || job->add
-                );
+                multiply_panels(job, left, sums, i, column, j, past, steps, depth > 0);
             }
             bn_wait(team);
         }
@@ -395,30 +313,19 @@ static void share(const bn_team *team, void *argument) {
 
 BN_TARGET_END
 
-int64_t bn_tiles_scratch(int32_t threads) { return TERMS * RIGHT + (int64_t)threads * (LEFT + SUMS); }
+int64_t bn_tiles_scratch(int32_t threads) { return RIGHT + (int64_t)threads * (LEFT + SUMS); }
 
 static void run(job *job, void *scratch, int32_t threads) {
     job->packed = scratch;
-    job->pieces = job->packed + TERMS * RIGHT;
+    job->pieces = job->packed + RIGHT;
     bn_parallel(share, job, threads);
-}
-
-void bn_tiles_matmul(
-    const float *left, int32_t left_transposed, const float *right, int32_t right_transposed,
-    int64_t rows, int64_t depth, int64_t columns, int32_t add, float *out, void *scratch,
-    int32_t threads
-) {
-    job job = {.left = left, .right = right, .out = out, .one = 1.0f, .rows = rows};
-    job.depth = depth, job.columns = columns, job.add = add;
-    job.left_transposed = left_transposed, job.right_transposed = right_transposed;
-    run(&job, scratch, threads);
 }
 
 void bn_input_gradient(
     const float *dy, const int8_t *codes, const float *gamma, int64_t gamma_stride, int64_t m,
     int64_t n, int64_t k, float *dx, void *scratch, int32_t threads
 ) {
-    job job = {.left = dy, .codes = codes, .out = dx, .rows = m, .depth = n, .columns = k};
+    job job = {.left = dy, .right = codes, .out = dx, .rows = m, .depth = n, .columns = k};
     job.one = *gamma, job.scale = gamma_stride ? gamma : NULL;
     run(&job, scratch, threads);
 }
@@ -427,7 +334,7 @@ void bn_weight_gradient(
     const float *dy, const int8_t *x_q, const float *s_x, int64_t m, int64_t n, int64_t k, float *dw,
     void *scratch, int32_t threads
 ) {
-    job job = {.left = dy, .codes = x_q, .out = dw, .rows = n, .depth = m, .columns = k};
+    job job = {.left = dy, .right = x_q, .out = dw, .rows = n, .depth = m, .columns = k};
     job.left_transposed = true, job.scale = s_x;
     run(&job, scratch, threads);
 }
@@ -439,15 +346,6 @@ int32_t bn_has_tiles(void) { return 0; }
 int64_t bn_tiles_scratch(int32_t threads) {
     (void)threads;
     return 0;
-}
-
-void bn_tiles_matmul(
-    const float *left, int32_t left_transposed, const float *right, int32_t right_transposed,
-    int64_t rows, int64_t depth, int64_t columns, int32_t add, float *out, void *scratch,
-    int32_t threads
-) {
-    (void)left, (void)left_transposed, (void)right, (void)right_transposed, (void)rows, (void)depth;
-    (void)columns, (void)add, (void)out, (void)scratch, (void)threads;
 }
 
 void bn_input_gradient(

@@ -191,13 +191,15 @@ static void ternary(const float *x, int64_t n, float threshold, int8_t *codes) {
         codes[i] = (int8_t)((x[i] > threshold) - (x[i] < -threshold));
 }
 
-/* floor(x / scale + u) */
+/* floor(x / scale + u) within +-127. Adding 1.5 * 2^23 leaves the nearest whole number in the last
+ * bits, without a conversion, which a NaN would not allow; what comes of a NaN is not used. */
 static inline int8_t rounded(float x, float scale, uint64_t row_key, int64_t column) {
     float value = x / scale + bn_uniform(row_key, (uint32_t)column);
-    value = value > -127 ? value : -127; /* a NaN too, before it is converted */
-    value = value < 127 ? value : 127;
-    int32_t code = (int32_t)value;
-    code -= (float)code > value;
+    float nearest = value + 0x1.8p23f;
+    int32_t code = (int32_t)(bits_of(nearest) - 0x4b400000u);
+    code -= nearest - 0x1.8p23f > value;
+    code = code > -127 ? code : -127;
+    code = code < 127 ? code : 127;
     return (int8_t)code;
 }
 
