@@ -132,8 +132,9 @@ def test_third_party_imports(module: str) -> None:
         *(names(extra) for extra in project["optional-dependencies"].values())
     )
     ours = {"bitnet", "bitnet_kernels"}
+    renamed = {"llama_cpp": "llama_cpp_python"}
     for name, inside in imports(module):
-        package = root_of(name)
+        package = renamed.get(root_of(name), root_of(name))
         assert package != "kernels"
         if package in sys.stdlib_module_names or package in ours:
             continue

@@ -121,9 +121,8 @@ def decode_attention(
     q, lengths = q.contiguous(), lengths.long().contiguous()
     y = q.new_empty(b, t, h * e)
     cache = _cache(k_cache, v_cache, k_scale, v_scale)
-    scratch = torch.empty(
-        threads, lib.bn_decode_attention_scratch(k_cache.shape[2]), dtype=torch.uint8
-    )
+    size = lib.bn_decode_attention_scratch(k_cache.shape[2])
+    scratch = q.new_empty(threads, size, dtype=torch.uint8)
     lib.bn_decode_attention(
         ctypes.byref(cache), *_pointers(q, lengths), b, t, h, *_pointers(y, scratch), threads
     )
@@ -133,9 +132,9 @@ def decode_attention(
 def _quantized(x: Tensor) -> Quantized:
     """Empty codes, scale and sum of x's tokens."""
     return (
-        torch.empty(x.shape, dtype=torch.int8),
-        torch.empty(x.shape[:-1]),
-        torch.empty(x.shape[:-1], dtype=torch.int32),
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(x.shape[:-1]),
+        x.new_empty(x.shape[:-1], dtype=torch.int32),
     )
 
 
