@@ -31,6 +31,7 @@ from bitnet.bench.decode_worker import (
     BF16_HEAD,
     CONTENDERS,
     LLAMA,
+    LLAMA_FA,
     STATIC,
     Case,
     Job,
@@ -92,7 +93,14 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 """Shapes: those of configs/, of BERT-base, of BitNet 2B4T (arXiv 2504.12285) and of Llama 3 8B
 (arXiv 2407.21783), with BitNet's norms and activation; and two with Llama's, which GGUF carries."""
-PEERS = (BF16_HEAD, "ours-int8-head", "ours-dot-bf16-head", "ours-addsub-bf16-head", LLAMA)
+PEERS = (
+    BF16_HEAD,
+    "ours-int8-head",
+    "ours-dot-bf16-head",
+    "ours-addsub-bf16-head",
+    LLAMA,
+    LLAMA_FA,
+)
 """Contenders of a comparison with llama.cpp, whose head has 16 bits."""
 ENERGY_SECONDS = 2.0
 """Seconds of decoding over which the joules per token are measured."""
@@ -120,7 +128,7 @@ def refusals(names: Sequence[str], device: torch.device, config: ModelConfig) ->
                 found[name] = "Triton is not installed"
         if name.endswith("-head") and device.type == "cuda":
             found[name] = "on a GPU the head of every contender is in bf16"
-        if name == LLAMA and (why := _no_llama(device, config)):
+        if name in (LLAMA, LLAMA_FA) and (why := _no_llama(device, config)):
             found[name] = why
         if name.startswith("transformers"):
             missing = [name for name in ("transformers", "accelerate") if find_spec(name) is None]
@@ -145,7 +153,7 @@ def held_bytes(job: Job, config: ModelConfig, cases: Sequence[Case]) -> int:
     """Estimate the bytes that a contender holds in its largest case."""
     sizes, width = config.num_parameters(), job.dtype.itemsize
     each: float = width
-    if job.contender == LLAMA:
+    if job.family == LLAMA:
         each = 66 / 256
     elif job.family == "ours":
         layouts = 1 + job.device.startswith("cuda") + (job.kernel == "addsub")
@@ -203,9 +211,8 @@ class Race:
         folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="bench-decode-")))
         try:
             jobs = [replace(job, gguf=str(folder / "model.gguf")) for job in self._jobs]
-            for job in jobs:
-                if job.contender == LLAMA:
-                    self._check(job, folder)
+            for job in [job for job in jobs if job.family == LLAMA][:1]:
+                self._check(job, folder)
             for job in jobs:
                 self._workers[job.contender] = worker = _worker(job, job.contender, folder)
                 self._stack.callback(worker.close)

@@ -76,11 +76,13 @@ class Row:
     """The same for the time to the first token: above 1 is faster."""
     first_over_transformers: float | None
     over_llama_cpp: float | None
-    """The same to llama.cpp, with the smallest and the largest ratio of a round."""
+    """The same to the fastest contender of llama.cpp, with the smallest and the largest ratio of a
+    round."""
     over_llama_cpp_min: float | None
     over_llama_cpp_max: float | None
     first_over_llama_cpp: float | None
-    """Of the time to the first token, which is that of the prompt: above 1 is faster."""
+    """Of the time to the first token, which is that of the prompt, to the contender of llama.cpp
+    that is the fastest there: above 1 is faster."""
     first_over_llama_cpp_min: float | None
     first_over_llama_cpp_max: float | None
     agreement: float | None
@@ -218,9 +220,13 @@ def _over_llama_cpp(
 ) -> dict[str, float | None]:
     """Columns of a contender beside llama.cpp: medians of the ratios, and their range."""
     columns: dict[str, float | None] = {}
-    for column, values in (("over_llama_cpp", speed), ("first_over_llama_cpp", first)):
-        pairs = zip(values[name], values.get(LLAMA, ()), strict=LLAMA in values)
-        ratios = [a / b if values is speed else b / a for a, b in pairs]
+    rates = {one: [1 / seconds for seconds in values] for one, values in first.items()}
+    for column, values in (("over_llama_cpp", speed), ("first_over_llama_cpp", rates)):
+        medians = {
+            one: statistics.median(mine) for one, mine in values.items() if one.startswith(LLAMA)
+        }
+        base = max(medians, key=medians.__getitem__, default="")
+        ratios = [a / b for a, b in zip(values[name], values[base], strict=True)] if base else []
         columns[column] = statistics.median(ratios) if ratios else None
         columns[f"{column}_min"] = min(ratios, default=None)
         columns[f"{column}_max"] = max(ratios, default=None)

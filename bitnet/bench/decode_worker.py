@@ -2,7 +2,8 @@
 
     ours-auto, ours-dot, ours-addsub     packed ternary layers in bitnet's Engine, by kernel
     ours-...-bf16-head, -int8-head       the same on a CPU, with the head in bf16 or int8
-    llama.cpp                            the same weights as GGUF, TQ2_0 with an fp16 head
+    llama.cpp, llama.cpp-fa              the same weights as GGUF, TQ2_0 with an fp16 head, without
+                                         and with flash attention
     baseline-fp32, baseline-bf16         nn.Linear layers of the same shape in the same Engine
     transformers-fp32, -bf16             generate() of BitNetForCausalLM on the ternary weights
     transformers-bf16-static             the same with its static cache
@@ -45,13 +46,14 @@ from bitnet.training.throughput import peak_memory, reset_peak_memory
 from bitnet_kernels.bench.machine import Meter, find_meter
 
 BF16_HEAD = "ours-bf16-head"
-LLAMA = "llama.cpp"
+LLAMA, LLAMA_FA = "llama.cpp", "llama.cpp-fa"
 CONTENDERS = (
     "ours-auto",
     "ours-dot",
     "ours-addsub",
     BF16_HEAD,
     LLAMA,
+    LLAMA_FA,
     "ours-int8-head",
     "ours-addsub-bf16-head",
     "ours-dot-bf16-head",
@@ -104,7 +106,7 @@ class Job:
         """Dtype of embedding, head, norms and activations (and of all that is not ternary)."""
         if self.family == "ours":
             return torch.bfloat16 if self.device.startswith("cuda") else torch.float32
-        if self.contender == LLAMA:
+        if self.family == LLAMA:
             return torch.float16
         return torch.bfloat16 if "-bf16" in self.contender else torch.float32
 
@@ -363,8 +365,14 @@ class LlamaRunner:
 
     def __init__(self, job: Job, case: Case, meter: Meter | None) -> None:
         self._config, self._prompt = ModelConfig(**job.config), case.prompt
-        columns, threads = case.prompt + case.new, torch.get_num_threads()
-        self._llama = LlamaCpp(Path(job.gguf), self._config, case.batch, columns, threads)
+        self._llama = LlamaCpp(
+            Path(job.gguf),
+            self._config,
+            case.batch,
+            case.prompt + case.new,
+            torch.get_num_threads(),
+            flash=job.contender == LLAMA_FA,
+        )
 
     def generate(self, prompts: list[list[int]], new: int) -> Turn:
         """As the protocol."""
@@ -407,16 +415,21 @@ def make_runner(job: Job, case: Case, meter: Meter | None) -> Runner:
 
 
 def check(job: Job) -> str:
-    """Write the job's model as GGUF and run llama.cpp on a short prompt. Returns why it cannot be
-    computing our model; "" if it does."""
+    """Write the job's model as GGUF and run llama.cpp on a short prompt, in both ways. Returns why
+    it cannot be computing our model; "" if it does."""
     (prompt,) = prompts_of(Case(1, CHECKED, 2), job.config["vocab_size"], job.seed)
     model = dataclasses.replace(job, contender="ours-auto").model(LONGEST)
     save_gguf(model, Path(job.gguf))
     decoder = Decoder(model, 1, CHECKED, head="float")
     decoder.prefill(torch.tensor([prompt], dtype=torch.int64, device="cpu"), [CHECKED])
-    llama = LlamaCpp(Path(job.gguf), model.config, 1, CHECKED, torch.get_num_threads())
-    theirs = torch.from_numpy(llama.prefill([prompt])[0].copy())
-    return disagreement(decoder.logits[0], theirs, exact_logits(model, prompt))
+    exact = exact_logits(model, prompt)
+    for flash in (False, True):
+        threads = torch.get_num_threads()
+        llama = LlamaCpp(Path(job.gguf), model.config, 1, CHECKED, threads, flash=flash)
+        theirs = torch.from_numpy(llama.prefill([prompt])[0].copy())
+        if why := disagreement(decoder.logits[0], theirs, exact):
+            return why
+    return ""
 
 
 def prompts_of(case: Case, vocab_size: int, seed: int) -> list[list[int]]:

@@ -34,19 +34,26 @@ VACUOUS = 0.5
 
 
 class LlamaCpp:
-    """A model in llama.cpp, with its defaults: flash attention where it likes, fp16 keys and
-    values, the file mapped into memory.
+    """A model in llama.cpp, with its defaults: fp16 keys and values, the file mapped into memory.
 
     Arguments:
         path: of the file, which must stay. config: of its model.
         rows: sequences decoded together. columns: tokens per sequence, prompt and new ones.
         threads: for prompts and for single tokens.
+        flash: whether attention is fused, its default; on CPUs, decoding is faster without.
     Raises:
         RuntimeError: llama.cpp refuses the file.
     """
 
     def __init__(
-        self, path: Path, config: ModelConfig, rows: int, columns: int, threads: int
+        self,
+        path: Path,
+        config: ModelConfig,
+        rows: int,
+        columns: int,
+        threads: int,
+        *,
+        flash: bool,
     ) -> None:
         import llama_cpp
 
@@ -58,6 +65,7 @@ class LlamaCpp:
         settings.n_ctx = rows * (-(-columns // 256) * 256)  # in steps of 256 for each sequence
         settings.n_batch = rows * columns
         settings.n_seq_max = rows
+        settings.flash_attn_type = int(flash)
         settings.n_threads = settings.n_threads_batch = threads
         context = self._model and llama_cpp.llama_init_from_model(self._model, settings)
         if not context:

@@ -99,7 +99,7 @@ def test_who_cannot_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
     names = bench_decode.CONTENDERS
     no = refusals(names, CPU, tiny())
     kernels = {"ours-dot", "ours-addsub", "ours-dot-bf16-head", "ours-addsub-bf16-head"}
-    assert set(no) == {*kernels, "llama.cpp"}
+    assert set(no) == {*kernels, "llama.cpp", "llama.cpp-fa"}
     assert "no such kernel" in no["ours-dot"]
     for field in ({"norm_placement": "pre_norm"}, {"qk_norm": True}, {"granularity": "row"}):
         no = refusals(names, CPU, tiny(**field))

@@ -15,6 +15,7 @@ from bitnet.bench.decode import Inexact, Race, refusals
 from bitnet.bench.decode_table import Subject
 from bitnet.bench.decode_worker import (
     LLAMA,
+    LLAMA_FA,
     Case,
     LlamaRunner,
     check,
@@ -128,22 +129,24 @@ def test_the_shapes_threads_and_contenders_of_the_comparison(
 
 
 def test_figures_by_hand() -> None:
-    names = ("ours-bf16-head", LLAMA)
+    names = ("ours-bf16-head", LLAMA, LLAMA_FA)
     outcomes = {
         "ours-bf16-head": outcome(turns((1, 2), (2, 4), (1, 1))),
-        LLAMA: outcome(turns((4, 8), (8, 20), (2, 3))),
+        LLAMA: outcome(turns((16, 8), (32, 20), (8, 3))),  # the faster decoder
+        LLAMA_FA: outcome(turns((4, 16), (8, 40), (2, 6))),  # the faster with prompts
     }
     common = ("device", "torch", "triton", "transformers", "llama_cpp", "driver", "commit", "code")
     shared: dict[str, Any] = {**dict.fromkeys((*common, "date", "command"), "x"), "threads": 2}
     jobs = [job(name, carried()) for name in names]
     subject, case = Subject("110m-silu", carried(), ""), Case(2, 5, 3)
     rows = tables.figures(subject, case, jobs, outcomes, {**shared, "rounds": 3})
-    ours, theirs = rows
+    ours, theirs, fa = rows
     found = [ours[f"over_llama_cpp{part}"] for part in ("", "_min", "_max")]
     assert found == ["4", "3", "5"]  # of 4, 5 and 3
     found = [ours[f"first_over_llama_cpp{part}"] for part in ("", "_min", "_max")]
     assert found == ["4", "2", "4"]  # of 4, 4 and 2
-    assert theirs["over_llama_cpp"] == theirs["first_over_llama_cpp_max"] == "1"
+    assert theirs["over_llama_cpp"] == fa["first_over_llama_cpp_max"] == "1"
+    assert (fa["over_llama_cpp"], theirs["first_over_llama_cpp"]) == ("0.5", "0.25")
     assert (ours["agreement"], theirs["agreement"], theirs["dtype"]) == ("1", "1", "float16")
     assert peers_table.prefill(ours) == 2 * 5 / 1
     title, _, _, _, *lines = peers_table.table(rows).splitlines()
