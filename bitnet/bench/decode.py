@@ -122,9 +122,9 @@ def refusals(names: Sequence[str], device: torch.device, config: ModelConfig) ->
     found = {}
     for name in names:
         if {"addsub", "dot"} & set(name.split("-")):
-            if device.type != "cuda":
-                found[name] = "a CPU has no such kernel; its int8 product is ours-auto"
-            elif find_spec("triton") is None:
+            if device.type != "cuda" and (why := native.missing()):
+                found[name] = why
+            elif device.type == "cuda" and find_spec("triton") is None:
                 found[name] = "Triton is not installed"
         if name.endswith("-head") and device.type == "cuda":
             found[name] = "on a GPU the head of every contender is in bf16"

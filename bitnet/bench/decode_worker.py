@@ -112,7 +112,7 @@ class Job:
 
     @property
     def kernel(self) -> Kernel:
-        """Kernel of packed layers; on a CPU every name means the int8 product."""
+        """Kernel of packed layers."""
         kernels: tuple[Kernel, ...] = ("dot", "addsub")
         return next((one for one in kernels if one in self.contender.split("-")), "auto")
 
