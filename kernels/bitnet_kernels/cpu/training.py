@@ -146,7 +146,7 @@ def rescale_(acc: Tensor, s_x: Tensor, scale: Tensor, bias: Tensor | None) -> Te
     """:func:`bitnet_kernels.reference.rescale` to fp32 of contiguous int32 ``[M, N]``, in its
     memory. ``bias``: fp32."""
     lib = _library(s_x, scale, *([] if bias is None else [bias]))
-    if lib is None:
+    if lib is None or not acc.numel():  # an empty tensor has no address
         # Half of the time goes into touching new memory, so the memory of acc is taken here too.
         y = acc.view(torch.float32).copy_(acc)
         return reference.rescale_(y, s_x, scale, bias, torch.float32)
