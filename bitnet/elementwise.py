@@ -4,9 +4,7 @@ Composed of torch's operators, each operator saves the tensors that its backward
 input and the normalized input, the gate relu, relu^2 and ``up``. The inputs alone are enough. In a
 small model on a CPU memory traffic costs more than arithmetic, and touching new memory costs most.
 So each is one autograd function that saves its inputs and recomputes the rest in the backward, in
-place. The forward gives the same bits as the composition. Only the norm of fp32 on a CPU with the
-native library differs: it gives those of :func:`bitnet_kernels.reference.rmsnorm`, as a packed
-model does, with or without gradients.
+place. The forward gives the same bits as the composition.
 
 The functions serve plain training: eager, reverse mode. Everything else (no gradients,
 torch.compile, torch.func, forward mode, tracing, double backward) uses the composition. Only
@@ -38,14 +36,9 @@ class RMSNorm(nn.RMSNorm):
         if eps is None:
             eps = torch.finfo(torch.float32).eps
         # A GPU's own operator is fused already.
-        if x.device.type == "cpu" and x.shape[-1:] == weight.shape:
-            y: Tensor
-            if _trains(x, weight):
-                y = _RMSNorm.apply(x, weight, eps)[0]
-                return y
-            if not torch.is_grad_enabled() and takes(x, weight):
-                y = _ops.norm(x, weight, eps)[0]
-                return y
+        if x.device.type == "cpu" and _trains(x, weight) and x.shape[-1:] == weight.shape:
+            y: Tensor = _RMSNorm.apply(x, weight, eps)[0]
+            return y
         return _rms_norm(x, weight, eps)
 
 
@@ -78,9 +71,6 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        if takes(x, weight):
-            y, r = _ops.norm(x, weight, eps)
-            return y, r
         wide = _wide(x)
         r = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
         return (wide * r).mul_(weight.to(wide.dtype)).to(x.dtype), r
@@ -98,8 +88,7 @@ class _RMSNorm(torch.autograd.Function):
             eps = ctx.eps
             return *_gradients(lambda x, w: _rms_norm(x, w, eps), (x, weight), dy), None
         if takes(dy, x, weight):
-            return *_ops.norm_backward(dy, x, weight, r), None
-        r = r if r.dim() == x.dim() else r.unsqueeze(-1)
+            return *_ops.norm_backward(dy, x, weight, r.squeeze(-1)), None
         dy, wide_weight = dy.to(r.dtype), weight.to(r.dtype)
         n = _wide(x) * r
         dx = dw = None

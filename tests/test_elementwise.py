@@ -1,5 +1,4 @@
-"""RMSNorm and the squared-ReLU gate: the bits of torch or of the reference forward, torch's
-gradients, less kept."""
+"""RMSNorm and the squared-ReLU gate: torch's bits forward, torch's gradients, less kept."""
 
 from collections.abc import Callable
 
@@ -9,8 +8,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitnet.elementwise import RMSNorm, relu2_mul
-from bitnet_kernels import reference
-from bitnet_kernels.cpu import native
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [(3, 5, 48), (7,), (2, 1), (0, 4), (1, 0, 3), (4, 1000)]
@@ -45,22 +42,14 @@ def assert_gradients_agree(ours: list[Tensor], theirs: list[Tensor], n_tokens: i
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_norm_has_exact_bits_and_torchs_gradients(
-    dtype: torch.dtype, shape: tuple[int, ...]
-) -> None:
+def test_the_norm_has_torchs_bits_and_gradients(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     for weight_dtype in {dtype, torch.promote_types(dtype, torch.float32)}:
         norm = norm_of(shape[-1], weight_dtype)
         x = torch.randn(shape, dtype=dtype, requires_grad=True)
         y, expected = norm(x), torch_norm(x, norm)
         assert y.dtype == dtype
-        if {dtype, weight_dtype} == {torch.float32} and native.library() is not None:
-            assert torch.equal(y, reference.rmsnorm(x, norm.weight, 1e-5))
-            torch.testing.assert_close(y, expected)
-        else:
-            assert torch.equal(y, expected)
-        with torch.no_grad():
-            assert torch.equal(norm(x), y)
+        assert torch.equal(y, expected)
         dy = torch.randn_like(y)
         ours, theirs = (torch.autograd.grad(z, [x, norm.weight], dy) for z in (y, expected))
         assert_gradients_agree(list(ours), list(theirs), x.shape[:-1].numel())

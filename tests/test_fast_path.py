@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bitnet.quant
+import bitnet_kernels
 from bitnet.linear import BitLinear, pack, shared_input
 from bitnet.model import Transformer
 from bitnet.quant import (
@@ -72,6 +73,7 @@ def test_each_weight_and_each_input_is_quantized_once(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(bitnet.quant, "absmean_ternary", counted("weights", absmean_ternary))
     monkeypatch.setattr(bitnet.quant, "absmax_int8", counted("tokens", reference.absmax_int8))
+    monkeypatch.setattr(bitnet_kernels, "quant", counted("tokens", bitnet_kernels.quant))
     train(small(), 1, fast=True)
     assert calls == {"weights": 2 * 7, "tokens": 2 * 2 * 4}  # 2 layers; 2 micro-batches
     train(small(), 1, fast=False)

@@ -285,7 +285,7 @@ def test_compiled_layers_allow_changes_in_place(kind: str) -> None:
     for m in (model, compiled):
         m(x).square().sum().backward()
     for p, q in zip(model.parameters(), compiled.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
+        torch.testing.assert_close(p.grad, q.grad)  # native sums have an order of their own
 
 
 def test_a_residual_network_trains() -> None:
@@ -339,5 +339,7 @@ def test_a_subclass_of_tensor_goes_through(kind: str) -> None:
         assert x.grad is not None
         results.append([y.as_subclass(Tensor), x.grad, *(p.grad for p in layer.parameters())])
         layer.zero_grad()
+    assert torch.equal(results[0][0], results[1][0])
     for of_tensor, of_subclass in zip(*results, strict=True):
-        assert (of_tensor is of_subclass is None) or torch.equal(of_tensor, of_subclass)
+        if of_tensor is not None or of_subclass is not None:  # native sums have their own order
+            torch.testing.assert_close(of_tensor, of_subclass)

@@ -116,6 +116,8 @@ def test_a_limit_is_loud(limit: str, mesh: DeviceMesh) -> None:
 
 
 def test_what_the_text_says_works() -> None:
+    """The gradients of transforms are sums in another order than those of native code."""
+    close = torch.testing.assert_close
     layer = BitLinear(4, 3)
     x = X.clone().requires_grad_()
     y = layer(x)
@@ -123,13 +125,13 @@ def test_what_the_text_says_works() -> None:
     (weight,) = torch.autograd.grad(y.sum(), layer.weight)
     checkpointed = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
     assert torch.equal(torch.autograd.grad(checkpointed.sum(), x)[0], expected)
-    assert torch.equal(torch.func.jacrev(layer)(X).sum((0, 1)), expected)
-    assert torch.equal(torch.func.vjp(layer, X)[1](torch.ones(2, 3))[0], expected)
+    close(torch.func.jacrev(layer)(X).sum((0, 1)), expected)
+    close(torch.func.vjp(layer, X)[1](torch.ones(2, 3))[0], expected)
 
     def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
         return torch.func.functional_call(layer, parameters, X).sum()
 
-    assert torch.equal(torch.func.grad(loss)(dict(layer.named_parameters()))["weight"], weight)
+    close(torch.func.grad(loss)(dict(layer.named_parameters()))["weight"], weight)
 
 
 def test_a_sharded_model_trains_and_says_to_gather_first(mesh: DeviceMesh) -> None:

@@ -160,6 +160,8 @@ def test_greedy_tokens(device: torch.device, name: str) -> None:
     """One row, three in a bucket of four, and eight; by every family of kernels the same bits."""
     model, prompts = model_on(device, SETUPS[name]), make_prompts([1, 17, 50, 3, 9, 30, 64, 5])
     kernels = ("auto", "addsub", "dot", "reference") if name == "ternary" else ("auto",)
+    if device.type == "cpu":  # where the reference goes by the model's own modules
+        kernels = kernels[:3]
     for batch in (1, 3, 8):
         runs = []
         for kernel in kernels:

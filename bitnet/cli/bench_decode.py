@@ -126,11 +126,7 @@ Everything = Annotated[
 Threads = Annotated[
     list[int] | None,
     typer.Option(
-        help="Threads of the CPU; repeatable. 0: torch's choice, the default; with --peers 1 "
-        "and 2.",
-        min=0,
-        max=1024,
-        show_default=False,
+        help="Threads of the CPU. 0: torch's choice.", min=0, max=1024, show_default=False
     ),
 ]
 Peers = Annotated[
@@ -173,7 +169,7 @@ def decode_command(
     profile: Profiled = False,
     out: Out = "",
 ) -> None:
-    """Time generation: packed layers, their baseline, transformers, and llama.cpp.
+    """Time generation beside baseline, transformers, llama.cpp.
 
     Each contender runs in its own process; they take turns, one generation each, so that a machine
     that slows down slows all alike. Results are the time to the first token, tokens per second
@@ -186,7 +182,8 @@ def decode_command(
     -int8-head are --head on a CPU. baseline is the same shape with nn.Linear layers in the same
     engine. transformers is generate() of its BitNet class (autobitlinear) on the same ternary
     weights, greedy. llama.cpp (--peers) has them as GGUF, TQ2_0 with an fp16 head, without and with
-    (-fa) flash attention; before anything is timed, its logits are compared with ours.
+    (-fa) flash attention; before anything is timed, its logits are compared with ours. --threads
+    can be repeated; --peers takes 1 and 2.
 
     On a GPU: bitnet bench decode --size 700m --size 2b --size 8b
     """

@@ -10,6 +10,7 @@ import torch
 
 import bitnet.loss
 import bitnet.quant
+import bitnet_kernels
 
 
 @contextmanager
@@ -28,6 +29,7 @@ def counting() -> Iterator[Counter[str]]:
         for what, owner, name in (
             ("weights quantized", bitnet.quant, "absmean_ternary"),
             ("inputs quantized", bitnet.quant, "absmax_int8"),
+            ("inputs quantized", bitnet_kernels, "quant"),  # in one pass, where there is a kernel
             ("losses without logits", bitnet.loss, "linear_cross_entropy"),
             ("losses of logits", torch.nn.functional, "cross_entropy"),
         ):
