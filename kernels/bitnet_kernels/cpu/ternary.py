@@ -27,9 +27,9 @@ def takes_addsub(kernel: str, m: int, packed: Tensor, planes: Tensor | None) -> 
     """Whether ``kernel``, a family or ``"auto"``, means addsub for M tokens.
 
     ``auto`` means dot, except for one token and weights that no cache holds: there both families
-    wait for memory, and addsub was the faster by a tenth on an Ice Lake (57 against 48 G weights/s
-    at 55 MB) and equal on a Sapphire Rapids. In a cache dot leads for one token (156 against 97)
-    and the more so for more (128 tokens: 250 against 94).
+    wait for memory. addsub was the faster by a tenth on an Ice Lake (57 against 48 G weights/s at
+    55 MB) and the slower by 6% on a busy Sapphire Rapids. In a cache dot leads for one token (156
+    against 97) and the more so for more (128 tokens: 250 against 94).
     """
     if kernel == "auto":
         return planes is not None and m == 1 and packed.nbytes > _CACHE
