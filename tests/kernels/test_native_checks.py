@@ -70,4 +70,7 @@ def test_the_operators_run_clean_under_sanitizers(tmp_path: Path) -> None:
     used = run(sys.executable, "-c", show, cwd=tmp_path, **environment)
     assert used.strip() == str(library)
     pytest_ = Path(sys.executable).with_name("pytest")
-    run(pytest_, "-q", "-p", "no:cacheprovider", *OPERATORS, cwd=ROOT, **environment)
+    # What reads the machine code would find the sanitizers' own.
+    skipped = ("--deselect", f"{OPERATORS[0]}::test_addsub_multiplies_nothing")
+    options = ("-q", "-p", "no:cacheprovider", *skipped)
+    run(pytest_, *options, *OPERATORS, cwd=ROOT, **environment)
