@@ -7,8 +7,8 @@ and ternary products have the reference's bits, while attention, silu and matric
 are float sums in an order of their own.
 
 Two families of kernels multiply (kernels/README.md). ``dot`` reads the packed weights where they
-are. ``addsub`` reads them as bit planes, which are made here and take as much memory again; the
-model's own packed weights may be dropped with the model.
+are. ``addsub`` reads bit planes, a second layout of the same size. The decoder then holds no packed
+weights, so these are freed if the model is dropped.
 """
 
 import torch

@@ -161,7 +161,7 @@ static float float_of(uint32_t bits) {
     return x;
 }
 
-/* bitnet.quant._clamped_mean: each magnitude is cut to a whole number of units, so that the sum is
+/* reference.clamped_mean: each magnitude is cut to a whole number of units, so that the sum is
  * exact in any order. */
 static void absmean_share(const bn_team *team, void *argument) {
     absmean_job *job = argument;
