@@ -63,6 +63,7 @@ from bitnet.schema import (
 )
 from bitnet.training.checkpoint import CheckpointConfig
 from bitnet.training.distill import DistillConfig
+from bitnet.training.distributed import DistributedConfig
 from bitnet.training.metrics import LogConfig
 from bitnet.training.optim import OptimConfig
 
@@ -125,6 +126,7 @@ class Config:
     qat: QATConfig = QATConfig()
     distill: DistillConfig = DistillConfig()
     adapter: AdapterConfig = AdapterConfig()
+    distributed: DistributedConfig = DistributedConfig()
 
     @property
     def run_dir(self) -> Path:

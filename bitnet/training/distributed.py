@@ -1,15 +1,98 @@
 """The processes that train one model: which one this is, and what they compute together.
 
-Every process holds the whole model and takes its share of each batch. A wrapper around the model
-(DistributedDataParallel) averages the gradients, and :class:`World` the loss. With one process,
-which is all that train.py starts, everything here is the identity.
+torchrun starts them, and says in the environment which is which (:class:`Launch`). Each takes its
+share of every batch. A wrapper around the model averages the gradients, and :class:`World` the
+loss; what is decided by a number (a step that is not finite, a signal to stop) is decided from one
+number that all of them have. The main process, of rank 0, prepares data and writes files.
+
+With one process, everything here is the identity and no process group is made.
 """
 
 import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
-import torch.distributed
+import torch.distributed as dist
+from pydantic.dataclasses import dataclass
 from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from bitnet.schema import STRICT, Positive, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_T = TypeVar("_T")
+_POLL = 0.1
+"""Seconds between looks at the store while other processes wait for the main one."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class DistributedConfig:
+    """The ``[distributed]`` section: how several processes train one model."""
+
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
+    """ddp: a whole model per process; auto chooses it"""
+    timeout: Positive = 600
+    """seconds that a process waits for the others in a step before the run ends"""
+
+
+class Launch(NamedTuple):
+    """What torchrun says of this process; without torchrun, that it is the only one."""
+
+    rank: int = 0
+    """Its number, from 0, among all of the run."""
+    size: int = 1
+    """The number of processes."""
+    local_rank: int = 0
+    """Its number among those of this machine."""
+    local_size: int = 1
+    """The number of processes of this machine."""
+
+    @classmethod
+    def from_environment(cls) -> "Launch":
+        """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
+
+        Raises:
+            UserError: some are missing, or one is no number.
+        """
+        names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+        values = [os.environ.get(name) for name in names]
+        if not any(value is not None for value in values[:2]):
+            return cls()
+        for name, value in zip(names, values, strict=True):
+            if value is None or not value.isdecimal():
+                raise UserError(
+                    f"{name} = {value!r} in the environment: torchrun sets all of "
+                    f"{', '.join(names)}; start train.py with it, or unset them"
+                )
+        return cls(*(int(value) for value in values if value is not None))
+
+    def device_name(self, name: str) -> str:
+        """``train.device`` for this process: each of a machine has a GPU of its own.
+
+        Raises:
+            UserError: ``name`` is one GPU for several processes, or there are fewer than processes.
+        """
+        if self.size == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+            return name
+        if name not in ("auto", "cuda"):
+            raise UserError(
+                f"train.device = {name!r} is one device for {self.local_size} processes; "
+                '"cuda" gives each its own'
+            )
+        if (n_gpus := torch.cuda.device_count()) < self.local_size:
+            raise UserError(
+                f"{self.local_size} processes on this machine, {n_gpus} GPUs: start torchrun with "
+                f"--nproc-per-node {n_gpus}, or set train.device = cpu"
+            )
+        return f"cuda:{self.local_rank}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +108,15 @@ class World:
     """The number of this process, from 0."""
     size: int = 1
     """The number of processes."""
+    mesh: "DeviceMesh | None" = None
+    """The processes as a mesh, where parameters are sharded over it; else None."""
+    store: Any = None
+    """The key-value store of the process group (``torch.distributed.Store``)."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files and the console."""
+        return self.rank == 0
 
     def share(self, batch: Tensor) -> Tensor:
         """The rows of a whole batch that this process trains on: ``[B, ...]`` ->
@@ -34,8 +126,79 @@ class World:
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over all processes, on each of them."""
+        return value if self.size == 1 else self.sum(value) / self.size
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes, on each of them."""
         if self.size == 1:
             return value
         total = value.clone()
-        torch.distributed.all_reduce(total)
-        return total / self.size
+        dist.all_reduce(total)
+        return total
+
+    def maximum(self, number: int) -> int:
+        """The largest of the processes' numbers, on each of them."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number, device=self.device, dtype=torch.int64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return int(largest)
+
+    def from_main(self, value: _T) -> _T:
+        """The main process's value (anything that pickles), on each process."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until all processes are here, at most ``distributed.timeout`` seconds."""
+        if self.size > 1:
+            dist.barrier()
+
+    @contextmanager
+    def main_first(self, what: str) -> Iterator[None]:
+        """Run a block on the main process, and after it on the others, which wait without a limit:
+        preparing data may take hours.
+
+        Arguments:
+            what: names the block, once per run.
+        """
+        if self.size > 1 and not self.is_main:
+            while not self.store.check([what]):  # waiting in the store would keep signals out
+                time.sleep(_POLL)
+        yield
+        if self.size > 1 and self.is_main:
+            self.store.set(what, "done")
+
+
+@contextmanager
+def joined(config: DistributedConfig, launch: Launch, device: torch.device) -> Iterator[World]:
+    """The processes of a run within the block, in a process group: NCCL on GPUs (and gloo for what
+    is on the CPU), gloo on CPUs. One process makes none.
+
+    Raises:
+        UserError: the processes do not find each other.
+    """
+    if launch.size == 1:
+        yield World(device)
+        return
+    timeout = timedelta(seconds=config.timeout)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"rank {launch.rank} of {launch.size} found no others: {error}") from error
+    try:
+        yield World(device, rank, size, store=PrefixStore("run", store))
+    finally:
+        dist.destroy_process_group()
