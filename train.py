@@ -31,6 +31,7 @@ from bitnet.build import as_saved, build_model
 from bitnet.cli.common import config_help, pick_device, split_args
 from bitnet.config import Config, load_config, to_dict, to_toml
 from bitnet.data.loader import INDEX, Loader, TokenDataset, sequential_windows
+from bitnet.data.prefetch import Prefetcher
 from bitnet.data.prepare import prepare
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.durable import sha256, write_atomic
@@ -90,7 +91,9 @@ def train(config: Config, command: str) -> None:
     watch, flops_per_token = CoreWatch(), config.model.flops_per_token(config.data.seq_len)
     meter = Meter(device, bf16, flops_per_token)
 
-    with log, stop_signals() as stop:
+    make = partial(loader.batch, rank=world.rank, world_size=world.size)
+    batches = Prefetcher(make, device, run.step, total_steps)
+    with batches, log, stop_signals() as stop:
         announce(log, run, warnings, meter, data.train.n_tokens, data.val.n_tokens)
         log.track(config.run.name, to_dict(config))
 
@@ -99,8 +102,7 @@ def train(config: Config, command: str) -> None:
             compiles = config.train.compile and run.step == first_step
             log.doing(f"step {run.step + 1}{', which compiles' if compiles else ''}")
             watch.begin()
-            tokens, targets = (world.share(part) for part in loader.batch(run.step))
-            micro_batches = split(tokens, targets, config.train.micro_batch)
+            micro_batches = split(*batches.take(run.step), config.train.micro_batch)
             sample = micro_batches[0][0]
             model.train()
             schedule = {}
@@ -112,7 +114,7 @@ def train(config: Config, command: str) -> None:
             when = run.step, total_steps, config.optim
             result = train_step(stepped, optimizers, micro_batches, *when, autocast, world, losses)
             run.count(result.finite)
-            meter.step(config.train.batch_tokens)
+            meter.step(config.train.batch_tokens, batches.waited)
             row: dict[str, Any] = {
                 "step": run.step,
                 "tokens": run.tokens,

@@ -302,8 +302,9 @@ class Loader:
         windows_BT = np.empty((rows, span + 1), dtype=np.int64)
         for row, window in enumerate(self._windows(first, rows)):
             windows_BT[row] = self._dataset.tokens(window * span, window * span + span + 1)
-        batch_BT = torch.from_numpy(windows_BT)
-        return batch_BT[:, :-1].contiguous(), batch_BT[:, 1:].contiguous()
+        inputs_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
+        # copied by numpy: in the thread that prefetches, torch's operators would start OpenMP's
+        return torch.from_numpy(inputs_BT.copy()), torch.from_numpy(targets_BT.copy())
 
     def _windows(self, first: int, count: int) -> Iterator[int]:
         while count:

@@ -235,6 +235,10 @@ _CONTROL_CODES = (*range(9), *range(11, 32), *range(127, 160))  # all but tab an
 _PRINTABLE = dict.fromkeys(_CONTROL_CODES, "\N{REPLACEMENT CHARACTER}")
 
 
+_LONG_WAIT = 0.01
+"""Share of the time, spent waiting for data, from which it is shown."""
+
+
 class Console:
     """A live line on a terminal; elsewhere (a pipe, a CI log) a plain line every ``every`` steps.
 
@@ -285,7 +289,8 @@ class Console:
 
     def progress(self, step: int, row: Mapping[str, Any]) -> None:
         """Show a step, once or more; uses ``loss``, ``val_bpb`` (the last one seen stays),
-        ``tokens_per_second`` and ``lr`` of the row, whichever are there."""
+        ``tokens_per_second``, ``data_wait`` (where it is 1% or more) and ``lr`` of the row,
+        whichever are there."""
         self._val_bpb = row.get("val_bpb", self._val_bpb)
         done = step - self.start_step
         seconds = (self._clock() - self._start) * (self.total_steps - step) / max(done, 1)
@@ -296,7 +301,9 @@ class Console:
         if not math.isnan(self._val_bpb):
             fields.append(f"val {self._val_bpb:.3f} bpb")
         if "tokens_per_second" in row:
-            fields.append(f"{row['tokens_per_second']:,.0f} tok/s")
+            wait = row.get("data_wait", 0.0)
+            waits = f", {wait:.0%} of the time waiting for data" if wait >= _LONG_WAIT else ""
+            fields.append(f"{row['tokens_per_second']:,.0f} tok/s{waits}")
         if "lr" in row:
             fields.append(f"lr {row['lr']:.2e}")
         if self._live is None:

@@ -23,12 +23,13 @@ class Throughput:
 
     def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock, self._mark = clock, clock()
-        self._steps: deque[tuple[float, int]] = deque(maxlen=window)
+        self._steps: deque[tuple[float, int, float]] = deque(maxlen=window)
 
-    def step(self, tokens: int) -> None:
-        """Count a step of ``tokens`` tokens that has just ended."""
+    def step(self, tokens: int, waited: float = 0.0) -> None:
+        """Count a step of ``tokens`` tokens that has just ended; for ``waited`` seconds of it there
+        was no batch yet."""
         now = self._clock()
-        self._steps.append((now - self._mark, tokens))
+        self._steps.append((now - self._mark, tokens, waited))
         self._mark = now
 
     @contextmanager
@@ -43,8 +44,14 @@ class Throughput:
     @property
     def tokens_per_second(self) -> float:
         """0.0 before the first step."""
-        seconds = sum(seconds for seconds, _ in self._steps)
-        return sum(tokens for _, tokens in self._steps) / seconds if seconds > 0 else 0.0
+        seconds = sum(seconds for seconds, _, _ in self._steps)
+        return sum(tokens for _, tokens, _ in self._steps) / seconds if seconds > 0 else 0.0
+
+    @property
+    def data_wait(self) -> float:
+        """The share of those steps' time in which there was no batch yet; 0.0 before the first."""
+        seconds = sum(seconds for seconds, _, _ in self._steps)
+        return sum(waited for _, _, waited in self._steps) / seconds if seconds > 0 else 0.0
 
 
 _BF16_PEAKS = (
@@ -96,7 +103,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 class Meter:
-    """A run's speed, as numbers for a line of metrics: tokens per second, MFU, peak memory.
+    """A run's speed, as numbers for a line of metrics: :meth:`readings`.
 
     Arguments:
         bf16: whether the run computes in bf16, else fp32.
@@ -113,10 +120,12 @@ class Meter:
         self.step, self.pause = self._throughput.step, self._throughput.pause
 
     def readings(self) -> dict[str, float]:
-        """``tokens_per_second``, ``mfu`` and ``peak_memory_bytes``."""
+        """``tokens_per_second``, ``data_wait`` (a share of the time), ``mfu`` and
+        ``peak_memory_bytes``."""
         speed = self._throughput.tokens_per_second
         return {
             "tokens_per_second": speed,
+            "data_wait": self._throughput.data_wait,
             "mfu": mfu(self._flops_per_token, speed, self.peak),
             "peak_memory_bytes": peak_memory(self.device),
         }

@@ -24,7 +24,7 @@ _spec.loader.exec_module(train)
 
 Run = Callable[..., list[dict[str, Any]]]
 """Trains with overrides of the config; returns the lines of metrics."""
-TIMED = ("tokens_per_second", "mfu", "peak_memory_bytes")
+TIMED = ("tokens_per_second", "data_wait", "mfu", "peak_memory_bytes")
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -360,6 +360,15 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     ]
 
 
+def test_a_long_wait_for_data_is_shown() -> None:
+    out = io.StringIO()
+    console = Console(3, file=out)
+    for step, wait in enumerate((0.0, 0.009, 0.25), 1):
+        console.progress(step, {"tokens_per_second": 100.0, "data_wait": wait})
+    endings = [line.partition("100 tok/s")[2] for line in out.getvalue().splitlines()]
+    assert endings == ["", "", ", 25% of the time waiting for data"]
+
+
 def test_plain_lines_come_every_so_often() -> None:
     out = io.StringIO()
     console = Console(7, file=out, every=3)

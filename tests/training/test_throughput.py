@@ -133,6 +133,18 @@ def test_throughput_leaves_pauses_out() -> None:
     assert meter.tokens_per_second == 1000
 
 
+def test_the_wait_for_data_is_a_share_of_the_steps() -> None:
+    clock = Clock()
+    meter = Throughput(window=2, clock=clock)
+    assert meter.data_wait == 0
+    for seconds, waited in ((60, 50.0), (1, 0.5), (3, 0.25)):
+        clock.now += seconds
+        meter.step(100, waited)
+        with meter.pause():
+            clock.now += 9
+    assert meter.data_wait == pytest.approx(0.75 / 4)
+
+
 def test_throughput_forgets_beyond_its_window() -> None:
     clock = Clock()
     meter = Throughput(window=2, clock=clock)
