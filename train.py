@@ -2,6 +2,7 @@
 
     python train.py configs/quickstart.toml
     python train.py configs/15m.toml optim.lr=2e-3 run.name=my-run
+    torchrun --nproc-per-node 2 train.py configs/15m.toml
 
 This file is the whole run: set up, resume, loop, save. The functions that it calls are in bitnet/,
 one subject per file. A run lives in runs/NAME/; the same command again resumes it, from the newest
@@ -11,6 +12,9 @@ A step, in order: set how far the model is quantized ([qat]); quantize each weig
 and backward over the micro-batches; clip; update, unless a number is not finite
 (bitnet/training/step.py). Telemetry, the line in metrics.jsonl and evaluation follow. The
 checkpoint comes last, so metrics.jsonl is never behind it.
+
+Under torchrun each process runs this file (bitnet/training/distributed.py). They share each batch
+and each evaluation; the main one prepares the data, writes the files and speaks.
 """
 
 from bitnet.cli.shell import run, start
@@ -18,14 +22,16 @@ from bitnet.cli.shell import run, start
 if __name__ == "__main__":  # Ctrl-C during the imports below shows no traceback
     start()
 
-import shlex
+import os
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from bitnet.build import as_saved, build_model
 from bitnet.cli.common import config_help, pick_device, split_args
@@ -45,7 +51,7 @@ from bitnet.qat.schedule import set_step
 from bitnet.run import Run, announce, find_saved, locked, stop_signals
 from bitnet.schema import UserError
 from bitnet.training.distill import Distiller, load_teacher
-from bitnet.training.distributed import World
+from bitnet.training.distributed import Launch, World, joined, one_report, parallel
 from bitnet.training.metrics import RunLog
 from bitnet.training.optim import build_optimizer
 from bitnet.training.step import compiled, cross_entropy, split, train_step
@@ -53,30 +59,33 @@ from bitnet.training.telemetry import Telemetry, undisturbed
 from bitnet.training.throughput import CoreWatch, Meter
 
 
-def train(config: Config, command: str) -> None:
+def train(config: Config, command: str, world: World) -> None:
     """Run ``config`` (resolved) to its end, or until SIGINT, SIGTERM or SIGHUP.
 
     Arguments:
         command: resumes the run.
+        world: this process among those that train.
     Raises:
         typer.Exit: a signal, after the checkpoint; the code is 128 + its number.
     """
     # -- Set up: device, data, model, optimizer -----------------------------------------------
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    device = pick_device(config.train.device, "train.device")
-    world = World(device)
+    device, micro_batch = world.device, config.micro_batch(world.size)
     bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and device.type == "cuda")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    data = open_data(config)
+    with world.main_first("data"):
+        data = open_data(config, told=world.is_main)
     loader = Loader(data.train, config.data.seq_len, config.batch_sequences, config.run.seed)
 
-    saved, warnings = find_saved(config)
+    with world.main_first("checkpoint"):
+        saved, warnings = find_saved(config)
     torch.manual_seed(config.run.seed)
     model = build_model(config, data.tokenizer.hash, fresh=saved is None).to(device)
     optimizers, telemetry = build_optimizer(model, config.optim), Telemetry(model)
     distiller, teacher_hash = open_teacher(config, model, data.tokenizer, bf16)
     stepped = compiled(model) if config.train.compile else model
+    stepped = parallel(stepped, world, idle_parameters=config.quant.enabled)
     losses = cross_entropy if distiller is None else distiller.losses
 
     # -- Resume, if this run has begun ---------------------------------------------------------
@@ -84,25 +93,29 @@ def train(config: Config, command: str) -> None:
     if saved is not None:
         run.restore(saved)
     first_step, total_steps = run.step, config.train.steps
-    log = RunLog(config.log, config.run_dir, saved.step if saved is not None else None, total_steps)
-    if run.step < total_steps:  # a finished run keeps the record of what it was trained with
+    resumed_at = saved.step if saved is not None else None
+    log = RunLog(config.log, config.run_dir, resumed_at, total_steps, silent=not world.is_main)
+    # a finished run keeps the record of what it was trained with
+    if run.step < total_steps and world.is_main:
         write_atomic(config.run_dir / "config.toml", to_toml(config).encode())
 
     watch, flops_per_token = CoreWatch(), config.model.flops_per_token(config.data.seq_len)
-    meter = Meter(device, bf16, flops_per_token)
+    meter = Meter(device, bf16, flops_per_token / world.size)
 
     make = partial(loader.batch, rank=world.rank, world_size=world.size)
     batches = Prefetcher(make, device, run.step, total_steps)
     with batches, log, stop_signals() as stop:
         announce(log, run, warnings, meter, data.train.n_tokens, data.val.n_tokens)
+        if world.size > 1:
+            log.print(f"{world.size} processes, {micro_batch} sequences per forward of each")
         log.track(config.run.name, to_dict(config))
 
         # -- The loop ---------------------------------------------------------------------------
-        while run.step < total_steps and not stop:
+        while run.step < total_steps and not (ended := world.maximum(max(stop, default=0))):
             compiles = config.train.compile and run.step == first_step
             log.doing(f"step {run.step + 1}{', which compiles' if compiles else ''}")
             watch.begin()
-            micro_batches = split(*batches.take(run.step), config.train.micro_batch)
+            micro_batches = split(*batches.take(run.step), micro_batch)
             sample = micro_batches[0][0]
             model.train()
             schedule = {}
@@ -132,7 +145,8 @@ def train(config: Config, command: str) -> None:
             last = run.step == total_steps
             with meter.pause():
                 forward = partial(forward_only, model, sample, autocast)
-                if device.type == "cpu" and (hint := watch.end(forward)):
+                alone = device.type == "cpu" and world.size == 1
+                if alone and (hint := watch.end(forward)):
                     log.warn(hint)
                 if config.log.telemetry_every and run.step % config.log.telemetry_every == 0:
                     with autocast:
@@ -142,18 +156,21 @@ def train(config: Config, command: str) -> None:
                 run.check_finite(log, result)
                 val_loss = None
                 if last or run.step % config.eval.every == 0:
-                    val_loss = validate(log, run, data, autocast)
-                run.save_if_due(log, val_loss)
+                    val_loss = validate(log, run, data, autocast, world)
+                if world.is_main:
+                    run.save_if_due(log, val_loss)
 
         # -- Done, or asked to stop --------------------------------------------------------------
-        if run.saved_step != run.step:
+        if run.saved_step != run.step and world.is_main:
             run.save(log, None)
         if run.step < total_steps:
             log.print(f"stopped at step {run.step} and saved; resume with\n  {command}")
         else:
-            save_trained(log, run, data, autocast)
+            save_trained(log, run, data, autocast, world)
+    with world.main_first("end"):  # else torchrun would end the main process while it writes
+        pass
     if run.step < total_steps:
-        raise typer.Exit(128 + stop[0])
+        raise typer.Exit(128 + ended)
 
 
 class Data(NamedTuple):
@@ -168,9 +185,9 @@ class Data(NamedTuple):
     """``eval.sample_prompt`` as tokens."""
 
 
-def open_data(config: Config) -> Data:
-    """Open the prepared data, after preparing them if they are missing."""
-    path = prepare(config.data)
+def open_data(config: Config, told: bool) -> Data:
+    """Open the prepared data, after preparing them if they are missing; ``told``: say so."""
+    path = prepare(config.data, progress=told)
     train_set, val_set = TokenDataset(path, "train"), TokenDataset(path, "val")
     tokenizer = train_set.tokenizer()
     prompt = encode_prompt(tokenizer, config.eval.sample_prompt)
@@ -204,20 +221,20 @@ def forward_only(model: Transformer, tokens_BT: torch.Tensor, autocast: torch.au
         model(tokens_BT)
 
 
-def evaluate(run: Run, data: Data, autocast: torch.autocast) -> EvalResult:
+def evaluate(run: Run, data: Data, autocast: torch.autocast, world: World) -> EvalResult:
     """Evaluate the model on the validation split."""
     config = run.config
     windows = sequential_windows(data.val, config.data.seq_len, config.eval.max_tokens)
     with autocast:
         return evaluate_windows(
-            run.model, windows, data.tokenizer.count_bytes, config.eval.micro_batch
+            run.model, windows, data.tokenizer.count_bytes, config.eval.micro_batch, world
         )
 
 
-def validate(log: RunLog, run: Run, data: Data, autocast: torch.autocast) -> float:
+def validate(log: RunLog, run: Run, data: Data, autocast: torch.autocast, world: World) -> float:
     """Evaluate, sample and log; returns the validation loss, in nats."""
     log.doing(f"step {run.step}: evaluation")
-    result = evaluate(run, data, autocast)
+    result = evaluate(run, data, autocast, world)
     with autocast:
         sample = sample_text(run.model, data, run.config.eval.sample_tokens)
     row = {
@@ -246,13 +263,15 @@ def sample_text(model: Transformer, data: Data, n_tokens: int) -> str:
     return data.tokenizer.decode([*data.sample_prompt, *new])
 
 
-def save_trained(log: RunLog, run: Run, data: Data, autocast: torch.autocast) -> None:
+def save_trained(log: RunLog, run: Run, data: Data, autocast: torch.autocast, world: World) -> None:
     """Write the model folder of a run that is done, with its adapters merged."""
     config = run.config
     if config.adapter.kind != "none":
-        before, report = evaluate(run, data, autocast).loss, merge_adapters(run.model)
-        after = evaluate(run, data, autocast).loss
+        before, report = evaluate(run, data, autocast, world).loss, merge_adapters(run.model)
+        after = evaluate(run, data, autocast, world).loss
         log.print(f"{report}\nvalidation loss {before:.4f} adapted, {after:.4f} merged")
+    if not world.is_main:
+        return
     trained, quant = as_saved(run.model, config.quant)
     folder = save_model(config.run_dir / "model", trained, data.tokenizer, quant=quant)
     integers = quant.enabled or trained.config.linear == "ternary"
@@ -277,18 +296,26 @@ def main(
     paths, overrides = split_args(args)
     if not paths:
         raise UserError("no config given: python train.py configs/quickstart.toml")
-    config = load_config(paths, overrides).resolve()
-    if config.distill.teacher:  # a mistake shows before a run folder is made
-        read_config(Path(config.distill.teacher))
-    with locked(config.run_dir):
-        train(config, shlex.join(["python", *sys.argv]))
+    launch = Launch.from_environment()
+    with one_report(launch):
+        config = load_config(paths, overrides).resolve()
+        if config.distill.teacher:  # a mistake shows before a run folder is made
+            read_config(Path(config.distill.teacher))
+        config.micro_batch(launch.size)
+        device = pick_device(launch.device_name(config.train.device), "train.device")
+        with (
+            joined(config.distributed, launch, device) as world,
+            locked(config.run_dir) if world.is_main else nullcontext(),
+        ):
+            train(config, launch.command(sys.argv), world)
 
 
 def command() -> None:
     """The command line; bitnet/cli/shell.py handles errors and exit codes."""
     app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     app.command(epilog=config_help())(main)
-    run(app)
+    several = "TORCHELASTIC_ERROR_FILE" in os.environ
+    run(record(app) if several else app)  # with each traceback in the table that torchrun prints
 
 
 if __name__ == "__main__":

@@ -138,6 +138,24 @@ class Config:
         """Sequences per optimizer step (of a resolved config)."""
         return self.train.batch_tokens // self.data.seq_len
 
+    def micro_batch(self, n_processes: int) -> int:
+        """Sequences per forward of each process (of a resolved config): ``train.micro_batch``, or
+        a divisor of it that divides the share of a process.
+
+        Raises:
+            UserError: the processes cannot share the batch equally.
+        """
+        share, rest = divmod(self.batch_sequences, n_processes)
+        if rest:
+            tokens = math.lcm(n_processes, self.train.micro_batch) * self.data.seq_len
+            raise UserError(
+                f"train.batch_tokens = {self.train.batch_tokens} is {self.batch_sequences} "
+                f"sequences of data.seq_len = {self.data.seq_len}, which {n_processes} processes "
+                "cannot share equally; the nearest that they can: "
+                f"{max(1, round(self.train.batch_tokens / tokens)) * tokens}"
+            )
+        return math.gcd(share, self.train.micro_batch)
+
     def resolve(self) -> "Config":
         """Fill every 0 that has a rule; raises UserError for an impossible config."""
         _check_name(self.run.name)

@@ -20,6 +20,7 @@ import lzma
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from bitnet.data.windows import text_windows
 from bitnet.linear import weights_quantized
 from bitnet.model import Transformer
 from bitnet.schema import STRICT, Count, Positive, UserError
+from bitnet.training.distributed import World
 
 _CPU_LOGITS, _GPU_LOGITS = 2**23, 2**28
 """Logits computed together if no batch size is given: 32 MiB and 1 GiB in fp32, and the softmax
@@ -79,6 +81,7 @@ def evaluate_windows(
     windows: Iterable[Tensor],
     count_bytes: Callable[[Tensor], int],
     batch_size: int = 0,
+    world: World | None = None,
 ) -> EvalResult:
     """Evaluate on windows of tokens, as ``bitnet.data.loader.sequential_windows`` cuts them.
 
@@ -93,6 +96,7 @@ def evaluate_windows(
         batch_size: windows at once; 0 = as many as keep the logits within 32 MiB on a CPU, 1 GiB
             elsewhere. A single window with more logits goes to the model with its targets, and the
             model's forward computes its loss in parts (:func:`bitnet.loss.head_loss`).
+        world: the processes that divide the work, each with all windows; all get the result.
 
     Raises:
         UserError: the windows hold nothing to predict.
@@ -105,7 +109,7 @@ def evaluate_windows(
             n_bytes += count_bytes(window)
             yield window
 
-    nats, tokens = _negative_log_likelihood(model, counted(), batch_size)
+    nats, tokens = _negative_log_likelihood(model, counted(), batch_size, world)
     return _result(nats, tokens, n_bytes)
 
 
@@ -188,24 +192,39 @@ def _result(nats: float, tokens: int, n_bytes: int) -> EvalResult:
 
 
 def _negative_log_likelihood(
-    model: Transformer, windows: Iterable[Tensor], batch_size: int
+    model: Transformer, windows: Iterable[Tensor], batch_size: int, world: World | None = None
 ) -> tuple[float, int]:
     """The sum of the loss of all predictions, in nats, and their number."""
     device = model.norm.weight.device
+    world = world or World(device)
     total = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
     logits_at_once = _CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS
     max_predictions = logits_at_once // model.config.vocab_size
     with evaluation_mode(model):
-        for batch in _batches(windows, batch_size, max_predictions):
+        for batch, counts in _share(_batches(windows, batch_size, max_predictions), world):
             batch_BT = batch.to(device, torch.int64)
             inputs, targets = batch_BT[:, :-1], batch_BT[:, 1:]
             if batch_size or inputs.numel() <= max_predictions:
-                total += _nats(model(inputs), targets)
+                nats = _nats(model(inputs), targets)
             else:  # a single window with too many logits: the forward computes its loss in parts
-                total += model(inputs, targets).double() * targets.numel()
-            tokens += targets.numel()
+                nats = model(inputs, targets).double() * targets.numel()
+            if counts:
+                total += nats
+                tokens += targets.numel()
+    if world.size > 1:
+        total, count = world.sum(torch.stack([total, total.new_tensor(tokens)]))
+        tokens = int(count)
     return float(total), tokens
+
+
+def _share(batches: Iterator[Tensor], world: World) -> Iterator[tuple[Tensor, bool]]:
+    """This process's batches, dealt in turns, and whether each counts. Where the last do not go
+    round, the processes without one compute the main one's, which counts only there: weights that
+    are sharded need all processes in each forward."""
+    while dealt := list(islice(batches, world.size)):
+        mine = world.rank < len(dealt)
+        yield dealt[world.rank if mine else 0], mine
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:

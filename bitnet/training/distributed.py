@@ -10,18 +10,20 @@ With one process, everything here is the identity and no process group is made.
 
 import dataclasses
 import os
+import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from pydantic.dataclasses import dataclass
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from bitnet.schema import STRICT, Positive, UserError
 
@@ -30,7 +32,11 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 _POLL = 0.1
-"""Seconds between looks at the store while other processes wait for the main one."""
+"""Seconds between looks at the store while a process waits for others."""
+_ANSWER = 5.0
+"""Seconds in which each process says that it, too, waited in vain for another."""
+_MAIN_SPEAKS = 2.0
+"""Seconds after which a process reports a mistake that the main one should have reported."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -73,6 +79,15 @@ class Launch(NamedTuple):
                     f"{', '.join(names)}; start train.py with it, or unset them"
                 )
         return cls(*(int(value) for value in values if value is not None))
+
+    def command(self, argv: list[str]) -> str:
+        """The command that started this run, to be shown."""
+        start = ["python"]
+        if self.size > 1:
+            start = ["torchrun", "--nproc-per-node", str(self.local_size)]
+            if (machines := self.size // self.local_size) > 1:
+                start += ["--nnodes", str(machines)]
+        return shlex.join([*start, *argv])
 
     def device_name(self, name: str) -> str:
         """``train.device`` for this process: each of a machine has a GPU of its own.
@@ -179,7 +194,8 @@ def joined(config: DistributedConfig, launch: Launch, device: torch.device) -> I
     is on the CPU), gloo on CPUs. One process makes none.
 
     Raises:
-        UserError: the processes do not find each other.
+        UserError: the processes do not find each other, or one ended or did not answer for
+            ``timeout`` seconds; the error names it. (NCCL's watchdog ends a process itself.)
     """
     if launch.size == 1:
         yield World(device)
@@ -198,7 +214,64 @@ def joined(config: DistributedConfig, launch: Launch, device: torch.device) -> I
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"rank {launch.rank} of {launch.size} found no others: {error}") from error
+    world = World(device, rank, size, store=PrefixStore("run", store))
     try:
-        yield World(device, rank, size, store=PrefixStore("run", store))
+        yield world
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise UserError(f"{_missing(world)} ({str(error).splitlines()[0]})") from error
     finally:
         dist.destroy_process_group()
+
+
+def _missing(world: World) -> str:
+    """Who is missing, in words, after an exchange failed: those that do not say within
+    :data:`_ANSWER` seconds that it failed for them too."""
+    deadline = time.monotonic() + _ANSWER
+    world.store.set(f"failed/{world.rank}", "")
+    missing = set(range(world.size)) - {world.rank}
+    while missing and time.monotonic() < deadline:
+        time.sleep(_POLL)
+        missing = {rank for rank in missing if not world.store.check([f"failed/{rank}"])}
+    if not missing:
+        return "an exchange between the processes failed, though all of them are there"
+    names = ", ".join(map(str, sorted(missing)))
+    return f"rank {names} of {world.size} ended or hangs: the others waited for it in vain"
+
+
+@contextmanager
+def one_report(launch: Launch) -> Iterator[None]:
+    """Have a mistake that all processes find reported once: others than the main one wait a moment,
+    in which torchrun ends them, and name their rank."""
+    try:
+        yield
+    except UserError as error:
+        if launch.rank == 0:
+            raise
+        time.sleep(_MAIN_SPEAKS)
+        raise UserError(f"rank {launch.rank}: {error}") from error
+
+
+def parallel(model: nn.Module, world: World, idle_parameters: bool = False) -> nn.Module:
+    """The model to train: wrapped so that each backward averages the gradients over all processes;
+    with one process the model itself.
+
+    Arguments:
+        model: whole, on the device of this process.
+        idle_parameters: some may be in no step's graph, such as scales of quantizers that do not
+            quantize yet.
+    """
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(
+        model, gradient_as_bucket_view=True, find_unused_parameters=idle_parameters
+    )
+
+
+def exchange(model: nn.Module, last: bool) -> AbstractContextManager[object]:
+    """Around the forward and the backward of a micro-batch: after the ``last`` of a step gradients
+    are averaged over the processes, after others they only accumulate."""
+    if isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()

@@ -345,13 +345,22 @@ class RunLog:
         config: of the run. folder: of the run.
         step: completed steps; lines of metrics.jsonl past them are deleted. None: the run begins.
         total_steps: of the run.
+        silent: write and print nothing, as all processes of a run but the main one.
     """
 
-    def __init__(self, config: LogConfig, folder: Path, step: int | None, total_steps: int) -> None:
+    def __init__(
+        self,
+        config: LogConfig,
+        folder: Path,
+        step: int | None,
+        total_steps: int,
+        silent: bool = False,
+    ) -> None:
         self._config, self._folder = config, folder
-        self._file = MetricsFile(folder / "metrics.jsonl")
-        self._file.rewind(-1 if step is None else step)
-        self._console = Console(total_steps, step or 0, every=config.every)
+        self._file = None if silent else MetricsFile(folder / "metrics.jsonl")
+        if self._file is not None:
+            self._file.rewind(-1 if step is None else step)
+        self._console = Console(total_steps, step or 0, every=config.every, quiet=silent)
         self._tracker: Tracker | None = None
         self._shown: dict[str, Any] = {}
         self.print, self.warn = self._console.print, self._console.warn
@@ -370,7 +379,8 @@ class RunLog:
 
     def track(self, name: str, settings: Mapping[str, Any]) -> None:
         """Start wandb, under the run's name and with its resolved config."""
-        self._tracker = Tracker(self._config, self._folder, name, settings, self.warn)
+        if self._file is not None:
+            self._tracker = Tracker(self._config, self._folder, name, settings, self.warn)
 
     def row(self, row: Mapping[str, Any], *, record: bool) -> None:
         """Show numbers of ``row["step"]``, beside those shown before.
@@ -379,7 +389,7 @@ class RunLog:
             record: also write a line of metrics.jsonl, and to wandb.
         """
         step = row["step"]
-        if record:
+        if record and self._file is not None:
             self._file.append(row)
             if self._tracker is not None:
                 self._tracker.log(row, step)
@@ -388,7 +398,8 @@ class RunLog:
 
     def sync(self) -> None:
         """Wait until every line of metrics.jsonl is on disk; call before a checkpoint."""
-        self._file.sync()
+        if self._file is not None:
+            self._file.sync()
 
 
 def _duration(seconds: float) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.linear import weights_quantized
-from bitnet.training.distributed import World
+from bitnet.training.distributed import World, exchange
 from bitnet.training.optim import (
     OptimConfig,
     Optimizers,
@@ -108,11 +108,12 @@ def add_gradients(
     """
     n, parts = len(micro_batches), list[Tensor]()
     with weights_quantized(model):
-        for tokens_BT, targets_BT in micro_batches:
-            with autocast:
-                loss, objective = losses(model, tokens_BT, targets_BT)
-            parts.append(loss.detach() / n)
-            (objective / n).backward()
+        for i, (tokens_BT, targets_BT) in enumerate(micro_batches, 1):
+            with exchange(model, last=i == n):
+                with autocast:
+                    loss, objective = losses(model, tokens_BT, targets_BT)
+                parts.append(loss.detach() / n)
+                (objective / n).backward()
     return reduce(torch.add, parts)
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bitnet.config import load_config
 from bitnet.data.prepare import prepare
+from bitnet.training.distributed import World
 from tests.helpers.shared import Shared
 from tests.helpers.training_script import Run, read_metrics, train
 
@@ -81,7 +83,7 @@ def run(config_file: Path, tmp_path: Path) -> Run:
     def run(*overrides: str) -> list[dict[str, Any]]:
         config = load_config([config_file], [f"run.dir={tmp_path}", *overrides]).resolve()
         with train.locked(config.run_dir):
-            train.train(config, "the command")
+            train.train(config, "the command", World(torch.device("cpu")))
         return read_metrics(config.run_dir)
 
     return run

@@ -21,6 +21,7 @@ from bitnet.qat.prepare import prepare as quantize
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import optimal_share
 from bitnet.schema import UserError
+from bitnet.training.distributed import World
 from bitnet.training.optim import OptimConfig, param_groups
 from tests.helpers.shared import Shared
 from tests.helpers.training_script import Run, exact, kill_at, read_metrics, spawn, train
@@ -38,7 +39,7 @@ def pretrained(config_file: Path, shared: Shared) -> Path:
     def make(folder: Path) -> None:
         config = load_config([config_file], [f"run.dir={folder}", "run.name=fp", *FP]).resolve()
         with train.locked(config.run_dir):
-            train.train(config, "the command")
+            train.train(config, "the command", World(torch.device("cpu")))
 
     return shared("pretrained", make) / "fp" / "model"
 
