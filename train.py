@@ -33,7 +33,7 @@ import torch
 import typer
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from bitnet.build import as_saved, build_model
+from bitnet.build import as_saved, build_model, undivided
 from bitnet.cli.common import config_help, pick_device, split_args
 from bitnet.config import Config, load_config, to_dict, to_toml
 from bitnet.data.loader import INDEX, Loader, TokenDataset, sequential_windows
@@ -41,20 +41,28 @@ from bitnet.data.prefetch import Prefetcher
 from bitnet.data.prepare import prepare
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.durable import sha256, write_atomic
-from bitnet.evaluate import EvalResult, evaluate_windows
+from bitnet.evaluate import EvalResult, evaluate_windows, evaluation_mode
 from bitnet.export.folder import read_config, save_model
 from bitnet.generate import encode_prompt, generate
-from bitnet.model import Transformer
+from bitnet.model import KVCache, Transformer
 from bitnet.progress import reporting
 from bitnet.qat.adapters import merge_adapters
 from bitnet.qat.schedule import set_step
 from bitnet.run import Run, announce, find_saved, locked, stop_signals
 from bitnet.schema import UserError
 from bitnet.training.distill import Distiller, load_teacher
-from bitnet.training.distributed import Launch, World, joined, one_report, parallel
+from bitnet.training.distributed import (
+    Launch,
+    World,
+    joined,
+    one_report,
+    parallel,
+    place,
+    recompute,
+)
 from bitnet.training.metrics import RunLog
 from bitnet.training.optim import build_optimizer
-from bitnet.training.step import compiled, cross_entropy, split, train_step
+from bitnet.training.step import compile_blocks, compiled, cross_entropy, split, train_step
 from bitnet.training.telemetry import Telemetry, undisturbed
 from bitnet.training.throughput import CoreWatch, Meter
 
@@ -81,10 +89,14 @@ def train(config: Config, command: str, world: World) -> None:
     with world.main_first("checkpoint"):
         saved, warnings = find_saved(config)
     torch.manual_seed(config.run.seed)
-    model = build_model(config, data.tokenizer.hash, fresh=saved is None).to(device)
+    model = build_model(config, data.tokenizer.hash, fresh=saved is None)
+    if config.train.compile and world.mesh is not None:
+        compile_blocks(model.layers)
+    recompute(model.layers, config.distributed.activation_checkpointing)
+    place(model, model.layers, world)
     optimizers, telemetry = build_optimizer(model, config.optim), Telemetry(model)
     distiller, teacher_hash = open_teacher(config, model, data.tokenizer, bf16)
-    stepped = compiled(model) if config.train.compile else model
+    stepped = compiled(model) if config.train.compile and world.mesh is None else model
     stepped = parallel(stepped, world, idle_parameters=config.quant.enabled)
     losses = cross_entropy if distiller is None else distiller.losses
 
@@ -236,7 +248,7 @@ def validate(log: RunLog, run: Run, data: Data, autocast: torch.autocast, world:
     log.doing(f"step {run.step}: evaluation")
     result = evaluate(run, data, autocast, world)
     with autocast:
-        sample = sample_text(run.model, data, run.config.eval.sample_tokens)
+        sample = sample_text(run.model, data, run.config.eval.sample_tokens, world)
     row = {
         "step": run.step,
         "tokens": run.tokens,
@@ -252,15 +264,34 @@ def validate(log: RunLog, run: Run, data: Data, autocast: torch.autocast, world:
     return result.loss
 
 
-def sample_text(model: Transformer, data: Data, n_tokens: int) -> str:
+def sample_text(model: Transformer, data: Data, n_tokens: int, world: World) -> str:
     """A greedy continuation of ``eval.sample_prompt``, to see what a loss means."""
     if not n_tokens:
         return ""
+    if world.mesh is not None:
+        new = continued(model, data.sample_prompt, n_tokens, data.tokenizer.eos_ids)
+        return data.tokenizer.decode([*data.sample_prompt, *new])
     try:
         (new,) = generate(model, [data.sample_prompt], n_tokens, eos_id=data.tokenizer.eos_ids)
     except UserError as error:  # logits that are not finite: the loss says so too
         return f"(no sample: {error})"
     return data.tokenizer.decode([*data.sample_prompt, *new])
+
+
+def continued(model: Transformer, prompt: list[int], n_tokens: int, eos_ids: Any) -> list[int]:
+    """Greedy tokens by the model's own forward, in which all processes gather its weights; an
+    engine takes only a whole model."""
+    device, new = model.norm.weight.device, list[int]()
+    with evaluation_mode(model):
+        cache = KVCache(model.config, 1, model.config.max_seq_len, device)
+        tokens = prompt
+        while len(new) < n_tokens and cache.length + len(tokens) < cache.max_len:
+            logits_1TV = model(torch.tensor([tokens], device=device), cache=cache)
+            tokens = [int(logits_1TV[0, -1].argmax())]
+            if tokens[0] in eos_ids:
+                break
+            new += tokens
+    return new
 
 
 def save_trained(log: RunLog, run: Run, data: Data, autocast: torch.autocast, world: World) -> None:
@@ -270,9 +301,10 @@ def save_trained(log: RunLog, run: Run, data: Data, autocast: torch.autocast, wo
         before, report = evaluate(run, data, autocast, world).loss, merge_adapters(run.model)
         after = evaluate(run, data, autocast, world).loss
         log.print(f"{report}\nvalidation loss {before:.4f} adapted, {after:.4f} merged")
+    model = undivided(run.model)
     if not world.is_main:
         return
-    trained, quant = as_saved(run.model, config.quant)
+    trained, quant = as_saved(model, config.quant)
     folder = save_model(config.run_dir / "model", trained, data.tokenizer, quant=quant)
     integers = quant.enabled or trained.config.linear == "ternary"
     then = f"pack {folder}" if integers else f"ptq {folder} --data {config.data.path}"
@@ -303,8 +335,9 @@ def main(
             read_config(Path(config.distill.teacher))
         config.micro_batch(launch.size)
         device = pick_device(launch.device_name(config.train.device), "train.device")
+        n_parameters = config.model.num_parameters()["total"]
         with (
-            joined(config.distributed, launch, device) as world,
+            joined(config.distributed, launch, device, n_parameters) as world,
             locked(config.run_dir) if world.is_main else nullcontext(),
         ):
             train(config, launch.command(sys.argv), world)

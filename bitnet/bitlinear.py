@@ -218,7 +218,7 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
     try:
         for name, layer in model.named_modules():
             bare = isinstance(layer, BitLinear) and layer._cached_codes is None
-            if bare and not computed_parameter(layer):
+            if bare and not computed_parameter(layer) and not hasattr(layer.weight, "full_tensor"):
                 layer._cached_codes = _CachedCodes.of(layer, name)
                 entered.append(layer)
         yield

@@ -10,6 +10,7 @@ with everything that the layers learned or observed.
 import dataclasses
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from bitnet.config import Config
@@ -56,6 +57,23 @@ def build_model(config: Config, tokenizer_hash: str, fresh: bool) -> Transformer
     except ValueError as error:
         raise UserError(f"[{section}]: {error}") from error
     return model
+
+
+def undivided(model: Transformer) -> Transformer:
+    """A model whose weights are divided over processes, whole on the CPU of the main one; the
+    others get a model without values. Any other model as it is. All processes call it."""
+    if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        return model
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    with torch.device("meta"):
+        gathered = Transformer(model.config)
+    gathered.load_state_dict(weights, assign=True, strict=bool(weights))
+    if model.config.tie_embeddings:
+        gathered.lm_head.weight = gathered.embed_tokens.weight
+    return gathered
 
 
 def as_saved(model: Transformer, quant: Recipe) -> tuple[Transformer, Recipe]:

@@ -9,28 +9,33 @@ With one process, everything here is the identity and no process group is made.
 """
 
 import dataclasses
+import math
 import os
 import shlex
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
-from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from bitnet.schema import STRICT, Positive, UserError
+from bitnet.schema import STRICT, Count, Positive, UserError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _T = TypeVar("_T")
+_LARGE = 10**9
+"""Parameters up to which "auto" keeps a whole model per process: 16 bytes each in training."""
 _POLL = 0.1
 """Seconds between looks at the store while a process waits for others."""
 _ANSWER = 5.0
@@ -44,7 +49,14 @@ class DistributedConfig:
     """The ``[distributed]`` section: how several processes train one model."""
 
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
-    """ddp: a whole model per process; auto chooses it"""
+    """ddp: a whole model per process; fsdp: weights, gradients and optimizer state divided over all
+    processes; hsdp: divided over those of a machine, and so on each machine; auto: ddp up to 1B
+    parameters, else fsdp"""
+    shard_size: Count = 0
+    """hsdp: processes over which one model is divided; 0 = those of a machine"""
+    activation_checkpointing: Count = 0
+    """every n-th block keeps only its input for the backward, which computes the rest again; 0 =
+    none, 1 = all, with a third more time per step"""
     timeout: Positive = 600
     """seconds that a process waits for the others in a step before the run ends"""
 
@@ -189,22 +201,32 @@ class World:
 
 
 @contextmanager
-def joined(config: DistributedConfig, launch: Launch, device: torch.device) -> Iterator[World]:
+def joined(
+    config: DistributedConfig, launch: Launch, device: torch.device, n_parameters: int
+) -> Iterator[World]:
     """The processes of a run within the block, in a process group: NCCL on GPUs (and gloo for what
-    is on the CPU), gloo on CPUs. One process makes none.
+    is on the CPU), gloo on CPUs. One process makes none, unless its strategy divides weights.
 
+    Arguments:
+        n_parameters: of the model, for the strategy "auto".
     Raises:
         UserError: the processes do not find each other, or one ended or did not answer for
             ``timeout`` seconds; the error names it. (NCCL's watchdog ends a process itself.)
     """
-    if launch.size == 1:
+    strategy = config.strategy
+    if strategy == "auto":
+        strategy = "ddp" if launch.size == 1 or n_parameters <= _LARGE else "fsdp"
+    if launch.size == 1 and strategy == "ddp":
         yield World(device)
         return
     timeout = timedelta(seconds=config.timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        if launch.size == 1:
+            store, rank, size = HashStore(), 0, 1
+        else:
+            store, rank, size = next(rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("group", store),
@@ -214,8 +236,9 @@ def joined(config: DistributedConfig, launch: Launch, device: torch.device) -> I
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"rank {launch.rank} of {launch.size} found no others: {error}") from error
-    world = World(device, rank, size, store=PrefixStore("run", store))
     try:
+        mesh = None if strategy == "ddp" else _mesh(config, launch, strategy, device)
+        world = World(device, rank, size, mesh, PrefixStore("run", store))
         yield world
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
@@ -223,6 +246,24 @@ def joined(config: DistributedConfig, launch: Launch, device: torch.device) -> I
         raise UserError(f"{_missing(world)} ({str(error).splitlines()[0]})") from error
     finally:
         dist.destroy_process_group()
+
+
+def _mesh(
+    config: DistributedConfig, launch: Launch, strategy: str, device: torch.device
+) -> "DeviceMesh":
+    """All processes as a mesh: of one dimension, or for hsdp of copies and parts of them."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    if strategy == "fsdp":
+        return init_device_mesh(device.type, (launch.size,), mesh_dim_names=("shard",))
+    shard_size = config.shard_size or launch.local_size
+    if launch.size % shard_size:
+        raise UserError(
+            f"distributed.shard_size = {shard_size} does not divide {launch.size} processes; the "
+            f"nearest that does: {math.gcd(shard_size, launch.size)}"
+        )
+    shape = launch.size // shard_size, shard_size
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def _missing(world: World) -> str:
@@ -253,25 +294,68 @@ def one_report(launch: Launch) -> Iterator[None]:
         raise UserError(f"rank {launch.rank}: {error}") from error
 
 
-def parallel(model: nn.Module, world: World, idle_parameters: bool = False) -> nn.Module:
-    """The model to train: wrapped so that each backward averages the gradients over all processes;
-    with one process the model itself.
+def place(model: nn.Module, blocks: Iterable[nn.Module], world: World) -> None:
+    """Bring a model to the device of this process: whole, or this process's part of it (FSDP2).
+
+    Each block is gathered before it computes and freed after it, in the forward and again in the
+    backward. What is left, such as embeddings, stays from the forward to the backward. Weights are
+    gathered in their own dtype and gradients averaged in it: autocast casts after the gather, so
+    the numbers are those of one process.
 
     Arguments:
-        model: whole, on the device of this process.
+        blocks: the parts to gather one after the other.
+    """
+    if world.mesh is None:
+        model.to(world.device)
+        return
+    from torch.distributed.fsdp import fully_shard
+
+    for block in blocks:
+        fully_shard(block, mesh=world.mesh)
+    fully_shard(model, mesh=world.mesh)
+
+
+def parallel(model: nn.Module, world: World, idle_parameters: bool = False) -> nn.Module:
+    """The model to train, from :func:`place`: where it is whole on each of several processes,
+    wrapped so that each backward averages the gradients; else itself.
+
+    Arguments:
         idle_parameters: some may be in no step's graph, such as scales of quantizers that do not
             quantize yet.
     """
-    if world.size == 1:
+    if world.size == 1 or world.mesh is not None:
         return model
     return DistributedDataParallel(
         model, gradient_as_bucket_view=True, find_unused_parameters=idle_parameters
     )
 
 
-def exchange(model: nn.Module, last: bool) -> AbstractContextManager[object]:
+@contextmanager
+def exchange(model: nn.Module, last: bool) -> Iterator[None]:
     """Around the forward and the backward of a micro-batch: after the ``last`` of a step gradients
     are averaged over the processes, after others they only accumulate."""
-    if isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
-    return nullcontext()
+    if isinstance(model, DistributedDataParallel):
+        with nullcontext() if last else model.no_sync():
+            yield
+        return
+    if (set_sync := getattr(model, "set_requires_gradient_sync", None)) is not None:  # FSDP2
+        set_sync(last)
+    yield
+
+
+def recompute(blocks: Iterable[nn.Module], every: int) -> None:
+    """Have every n-th block, from the first on, keep only its input for the backward, which then
+    computes the block again; 0 = none. Call before :func:`place`."""
+    for block in list(blocks)[::every] if every else ():
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+        )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that is divided over processes, gathered on each; any other as it is. All processes
+    call it."""
+    if (gather := getattr(tensor, "full_tensor", None)) is None:
+        return tensor
+    gathered: Tensor = gather()
+    return gathered

@@ -29,6 +29,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from bitnet.schema import STRICT, Count
+from bitnet.training.muon import ShardedMuon
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -268,7 +269,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizers:
         )
         optimizers.add(adamw, config.lr, decay_scales)
     if groups["muon"]:
-        muon = torch.optim.Muon(
+        sharded = hasattr(groups["muon"][0], "full_tensor")
+        muon = (ShardedMuon if sharded else torch.optim.Muon)(
             groups["muon"],
             lr=config.muon_lr,
             momentum=config.muon_momentum,
@@ -294,6 +296,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     """
     with_grad = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None])
+    if hasattr(norm, "full_tensor"):  # of sharded gradients: each process has a part of the sum
+        norm = norm.full_tensor()
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
     return norm

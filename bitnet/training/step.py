@@ -9,7 +9,7 @@ ternary step fast works inside a wrapper too: each weight is quantized once, for
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import reduce
 from typing import NamedTuple
@@ -123,7 +123,23 @@ def split(tokens_BT: Tensor, targets_BT: Tensor, size: int) -> list[MicroBatch]:
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """A model whose forward, with the loss in it, is one compiled graph; the weights are shared.
+    """A model whose forward, with the loss in it, is one compiled graph; the weights are shared."""
+    _name_cpu_in_cache()
+    wrapped = torch.compile(model, fullgraph=True)
+    assert isinstance(wrapped, nn.Module)
+    return wrapped
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Compile the forward of each block by itself, in place: what divides the weights over
+    processes runs before and after a block."""
+    _name_cpu_in_cache()
+    for block in blocks:
+        block.forward = torch.compile(block.forward, fullgraph=True)
+
+
+def _name_cpu_in_cache() -> None:
+    """Have torch keep compiled graphs apart by the vector width of the CPU.
 
     torch (2.13) keeps compiled graphs in a folder, under a key that does not include the vector
     width of the CPU. A graph compiled for AVX-512 would then run, with wrong numbers or a
@@ -133,6 +149,3 @@ def compiled(model: nn.Module) -> nn.Module:
     width, tag = torch.backends.cpu.get_cpu_capability(), torch.compiler.config.cache_key_tag
     if width not in tag.split():
         torch.compiler.config.cache_key_tag = f"{tag} {width}".strip()
-    wrapped = torch.compile(model, fullgraph=True)
-    assert isinstance(wrapped, nn.Module)
-    return wrapped

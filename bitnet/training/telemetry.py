@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from bitnet.linear import BitLinear
 from bitnet.qat.layers import QATLinear
-from bitnet.quant import QuantizedInput, quantize_input, spread_groups
+from bitnet.quant import QuantizedInput, absmean_ternary, quantize_input, spread_groups
+from bitnet.training.distributed import whole
 from bitnet_kernels import pack_ternary, unpack_ternary
 
 DEAD_ZONE = 0.05
@@ -59,7 +60,8 @@ class Telemetry:
 
     @torch.no_grad()
     def read(self, inputs: Tensor) -> dict[str, Any]:
-        """Take a reading.
+        """Take a reading. All processes of a run take it together, each of its own inputs; the
+        numbers of the weights are the same on all.
 
         Arguments:
             inputs: what the model's forward takes, one micro-batch.
@@ -115,7 +117,11 @@ class Telemetry:
         return self._layers[name].weight.numel()
 
     def _read_weights(self, name: str, layer: BitLinear | QATLinear) -> dict[str, Tensor]:
-        codes, gamma = layer.quantize()[:2]
+        weight = whole(layer.weight)
+        if isinstance(layer, BitLinear):
+            codes, gamma = absmean_ternary(weight, layer.granularity, layer.group_size)
+        else:
+            codes, gamma = layer.quantize()[:2]
         size = self._size(name)
         numbers = {"zeros": (codes == 0).sum().float() / size}
         if name in self._packed:
@@ -128,7 +134,7 @@ class Telemetry:
         elif gamma.dim() == 2:
             options = layer if isinstance(layer, BitLinear) else layer.recipe
             threshold = spread_groups(threshold, options.group_size, layer.in_features)
-        distance = (layer.weight.float().abs() - threshold).abs()
+        distance = (weight.float().abs() - threshold).abs()
         numbers["dead_zone"] = (distance <= DEAD_ZONE * threshold).sum().float() / size
         numbers["gamma"] = gamma.mean()
         first = self._first_gamma.setdefault(name, numbers["gamma"])
