@@ -286,7 +286,9 @@ def continued(model: Transformer, prompt: list[int], n_tokens: int, eos_ids: Any
         cache = KVCache(model.config, 1, model.config.max_seq_len, device)
         tokens = prompt
         while len(new) < n_tokens and cache.length + len(tokens) < cache.max_len:
-            logits_1TV = model(torch.tensor([tokens], device=device), cache=cache)
+            logits_1TV = model(
+                torch.tensor([tokens], device=device, dtype=torch.int64), cache=cache
+            )
             tokens = [int(logits_1TV[0, -1].argmax())]
             if tokens[0] in eos_ids:
                 break
