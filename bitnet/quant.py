@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 import bitnet_kernels
 from bitnet_kernels import reference
 from bitnet_kernels.cpu.int_mm import scaled_matmul
-from bitnet_kernels.cpu.training import rescale_, takes, takes_tiles
+from bitnet_kernels.cpu.training import rescale_, takes, takes_input_gradient, takes_tiles
 from bitnet_kernels.reference import absmax_int8, clamped_mean
 
 Granularity = Literal["tensor", "row", "group"]
@@ -268,7 +268,7 @@ def _input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, group_size: int) -
     """``dy @ W_hat`` in the dtype of ``dy``. W_hat is exact in fp32. In 16 bits gamma would be
     rounded, in the same direction for every token, while the codes are exact. So gamma multiplies
     the result, or dy: in fp16 always dy, since the sum of N unscaled gradients may overflow."""
-    if gamma.dim() < 2 and takes_tiles(dy):
+    if gamma.dim() < 2 and takes_input_gradient(dy):
         dx: Tensor = _ops.input_gradient(dy, codes, gamma)
         return dx
     if dy.dtype.itemsize >= 4 or gamma.dim() == 2:

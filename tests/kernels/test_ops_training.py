@@ -188,6 +188,25 @@ def test_gradients(sizes: tuple[int, int, int], threads: int) -> None:
     assert_sums_agree(OPS.weight_gradient(dy, x_q, s_x), exact, magnitudes)
 
 
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_input_gradient_of_integers_is_exact(sizes: tuple[int, int, int], threads: int) -> None:
+    torch.manual_seed(0)
+    m, n, k = sizes
+    dy = torch.randint(-1000, 1001, (m, n))
+    codes = torch.randint(-1, 2, (n, k), dtype=torch.int8)
+    for gamma in (torch.tensor(2.0), 2.0 ** torch.randint(-1, 2, (n,))):
+        exact = (dy * gamma).double() @ codes.double()
+        assert torch.equal(OPS.input_gradient(dy.float(), codes, gamma).double(), exact)
+
+
+def test_a_gradient_that_is_not_finite_stays_in_its_token() -> None:
+    torch.manual_seed(0)
+    dy, codes = torch.randn(9, 8), torch.randint(-1, 2, (8, 5), dtype=torch.int8)
+    dy[2, 3], dy[6, 7] = torch.nan, torch.inf
+    finite = OPS.input_gradient(dy, codes, torch.tensor(0.5)).isfinite()
+    assert finite.all(1).tolist() == [i not in (2, 6) for i in range(9)]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("spread", [0.1, 3.0, 100.0])
 def test_cross_entropy(shape: tuple[int, int], spread: float, threads: int) -> None:
@@ -233,13 +252,11 @@ def test_no_number_of_threads_changes_a_bit() -> None:
             *OPS.stochastic_int8(dy),
             *OPS.stochastic_int8_columns(dy, s_x),
             *(
-                [
-                    OPS.input_gradient(dy, codes, torch.tensor(0.5)),
-                    OPS.weight_gradient(dy, x_q, s_x),
-                ]
-                if training.takes_tiles(dy)
+                [OPS.input_gradient(dy, codes, torch.tensor(0.5))]
+                if training.takes_input_gradient(dy)
                 else []
             ),
+            *([OPS.weight_gradient(dy, x_q, s_x)] if training.takes_tiles(dy) else []),
         ]
 
     before = torch.get_num_threads()

@@ -32,10 +32,15 @@ def takes(*tensors: Tensor) -> bool:
 
 def takes_tiles(*tensors: Tensor) -> bool:
     """:func:`takes`, where the CPU also has Intel's AMX."""
+    return takes(*tensors) and (lib := native.library()) is not None and bool(lib.bn_has_tiles())
+
+
+def takes_input_gradient(*tensors: Tensor) -> bool:
+    """:func:`takes`, where :func:`input_gradient` is faster than torch: with AMX or AVX-512."""
     if not takes(*tensors):
         return False
     lib = native.library()
-    return lib is not None and bool(lib.bn_has_tiles())
+    return lib is not None and bool(lib.bn_has_tiles() or lib.bn_has_lookup())
 
 
 def _library(*tensors: Tensor) -> CDLL | None:
@@ -206,19 +211,21 @@ def _seed() -> int:
 
 
 def input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor) -> Tensor:
-    """:func:`bitnet_kernels.reference.input_gradient`, by AMX where the CPU has it: each product is
-    exact, sums are rounded as in fp32."""
+    """:func:`bitnet_kernels.reference.input_gradient` with sums in another order: by AMX where the
+    CPU has it, each product exact and sums rounded as in fp32; else with AVX-512 by additions."""
     lib = _library(dy, gamma)
     m, n, k = *dy.shape, codes.shape[1]
-    if lib is None or not lib.bn_has_tiles() or 0 in (m, n):
+    if lib is None or 0 in (m, n) or not (lib.bn_has_tiles() or lib.bn_has_lookup()):
         return reference.input_gradient(dy, codes, gamma)
     dy, codes, gamma = dy.contiguous(), codes.contiguous(), gamma.contiguous()
     dx, threads = dy.new_empty(m, k), native.threads()
-    scratch = _scratch(lib.bn_tiles_scratch(threads))
-    pointers = dy.data_ptr(), codes.data_ptr(), gamma.data_ptr()
-    lib.bn_input_gradient(
-        *pointers, gamma.dim(), m, n, k, dx.data_ptr(), _aligned(scratch), threads
-    )
+    arguments = dy.data_ptr(), codes.data_ptr(), gamma.data_ptr(), gamma.dim(), m, n, k
+    if lib.bn_has_tiles():
+        scratch = _scratch(lib.bn_tiles_scratch(threads))
+        lib.bn_input_gradient(*arguments, dx.data_ptr(), _aligned(scratch), threads)
+    else:
+        scratch = _scratch(lib.bn_lookup_scratch(n, k, threads))
+        lib.bn_lookup_gradient(*arguments, dx.data_ptr(), _aligned(scratch), threads)
     return dx
 
 

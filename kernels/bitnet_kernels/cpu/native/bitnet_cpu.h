@@ -17,7 +17,7 @@
 #endif
 
 /* Grows with every change of this file; native.py refuses a library of another version. */
-#define BN_ABI 4
+#define BN_ABI 5
 
 BN_API int32_t bn_abi(void);
 
@@ -257,7 +257,7 @@ BN_API void bn_cross_entropy(
 );
 
 /* Products of fp32 numbers and small integers on the matrix tiles of Intel's AMX (tiles.c), where
- * bn_has_tiles() is not 0. * `scratch` has bn_tiles_scratch(threads) bytes, aligned to 64. */
+ * bn_has_tiles() is not 0. `scratch` has bn_tiles_scratch(threads) bytes, aligned to 64. */
 BN_API int32_t bn_has_tiles(void);
 BN_API int64_t bn_tiles_scratch(int32_t threads);
 /* dx [m, k] = (dy * gamma) @ codes: dy [m, n], codes [n, k], gamma one number (stride 0) or [n]
@@ -270,6 +270,15 @@ BN_API void bn_input_gradient(
 BN_API void bn_weight_gradient(
     const float *dy, const int8_t *x_q, const float *s_x, int64_t m, int64_t n, int64_t k, float *dw,
     void *scratch, int32_t threads
+);
+
+/* bn_input_gradient by additions alone (lookup.c), where bn_has_lookup() is not 0. `scratch` has
+ * bn_lookup_scratch(n, k, threads) bytes, aligned to 64. */
+BN_API int32_t bn_has_lookup(void);
+BN_API int64_t bn_lookup_scratch(int64_t n, int64_t k, int32_t threads);
+BN_API void bn_lookup_gradient(
+    const float *dy, const int8_t *codes, const float *gamma, int64_t gamma_stride, int64_t m,
+    int64_t n, int64_t k, float *dx, void *scratch, int32_t threads
 );
 
 #endif
