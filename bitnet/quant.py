@@ -33,7 +33,12 @@ from torch.autograd.function import once_differentiable
 import bitnet_kernels
 from bitnet_kernels import reference
 from bitnet_kernels.cpu.int_mm import scaled_matmul
-from bitnet_kernels.cpu.training import rescale_, takes, takes_input_gradient, takes_tiles
+from bitnet_kernels.cpu.training import (
+    rescale_,
+    takes,
+    takes_input_gradient,
+    takes_weight_gradient,
+)
 from bitnet_kernels.reference import absmax_int8, clamped_mean
 
 Granularity = Literal["tensor", "row", "group"]
@@ -252,7 +257,7 @@ class _TernaryLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             if ctx.int8_backward == "both":
                 dw = _int8_weight_gradient(dy, x_q, s_x)
-            elif takes_tiles(dy):
+            elif takes_weight_gradient(dy):
                 dw = _ops.weight_gradient(dy, x_q, s_x)
             else:
                 dw = dy.t() @ x_q.float().mul_(s_x.unsqueeze(1)).to(dy.dtype)

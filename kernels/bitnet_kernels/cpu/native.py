@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 5
+ABI = 6
 """BN_ABI of ``native/bitnet_cpu.h``."""
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _NORM = (_POINTER, _POINTER, _F32, _I64, _I64)
@@ -86,6 +86,8 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (_POINTER, _POINTER, _I64, _I64, _U64, _POINTER, _POINTER, _I32),
     ),
+    "bn_digits_columns": (None, (_POINTER, _POINTER, _I64, _I64, _POINTER, _POINTER, _I32)),
+    "bn_sum_of_digits": (None, (_POINTER, _POINTER, _I64, _I64, _POINTER, _I32)),
     "bn_has_tiles": (_I32, ()),
     "bn_cross_entropy": (None, (_POINTER, _POINTER, _I64, _I64, _POINTER, _I32)),
     "bn_tiles_scratch": (_I64, (_I32,)),

@@ -16,6 +16,8 @@ from bitnet_kernels.cpu import native
 _BLOCK = 32
 """NORM_BLOCK of ``native/train.c``."""
 _ALIGNED = 64
+_TOKENS = 2**16
+"""Most tokens of a sum of products of int8 numbers, which reaches half of int32's range."""
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -30,17 +32,27 @@ def takes(*tensors: Tensor) -> bool:
     return plain and not tracing and _library(*tensors) is not None
 
 
-def takes_tiles(*tensors: Tensor) -> bool:
-    """:func:`takes`, where the CPU also has Intel's AMX."""
-    return takes(*tensors) and (lib := native.library()) is not None and bool(lib.bn_has_tiles())
-
-
 def takes_input_gradient(*tensors: Tensor) -> bool:
     """:func:`takes`, where :func:`input_gradient` is faster than torch: with AMX or AVX-512."""
     if not takes(*tensors):
         return False
     lib = native.library()
     return lib is not None and bool(lib.bn_has_tiles() or lib.bn_has_lookup())
+
+
+def takes_weight_gradient(*tensors: Tensor) -> bool:
+    """:func:`takes`, where :func:`weight_gradient` is faster than torch: with AMX or VNNI."""
+    if not takes(*tensors):
+        return False
+    lib = native.library()
+    return lib is not None and bool(lib.bn_has_tiles() or _multiplies_digits(tensors[0].shape[0]))
+
+
+def _multiplies_digits(tokens: int) -> bool:
+    """Whether three integer products are exact and faster than one of floats."""
+    from bitnet_kernels.cpu.int_mm import int_mm_takes_any_int8  # which imports this module
+
+    return native.used() == "avx512" and tokens <= _TOKENS and int_mm_takes_any_int8()
 
 
 def _library(*tensors: Tensor) -> CDLL | None:
@@ -230,16 +242,26 @@ def input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor) -> Tensor:
 
 
 def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
-    """:func:`bitnet_kernels.reference.weight_gradient`, by AMX as :func:`input_gradient`."""
+    """:func:`bitnet_kernels.reference.weight_gradient` by AMX as :func:`input_gradient`, or where
+    the CPU has VNNI by whole numbers: ``dy * s_x`` is rounded to 2^-23 of the largest of its column
+    and cut into three digits of 8 bits, whose products with ``x_q`` are exact, and their sums."""
     lib = _library(dy, s_x)
     m, n, k = *dy.shape, x_q.shape[1]
-    if lib is None or not lib.bn_has_tiles() or 0 in (m, n):
+    if lib is None or 0 in (m, n) or not (lib.bn_has_tiles() or _multiplies_digits(m)):
         return reference.weight_gradient(dy, x_q, s_x)
     dy, x_q, s_x = dy.contiguous(), x_q.contiguous(), s_x.contiguous()
     dw, threads = dy.new_empty(n, k), native.threads()
-    scratch = _scratch(lib.bn_tiles_scratch(threads))
-    pointers = dy.data_ptr(), x_q.data_ptr(), s_x.data_ptr()
-    lib.bn_weight_gradient(*pointers, m, n, k, dw.data_ptr(), _aligned(scratch), threads)
+    if lib.bn_has_tiles():
+        scratch = _scratch(lib.bn_tiles_scratch(threads))
+        pointers = dy.data_ptr(), x_q.data_ptr(), s_x.data_ptr()
+        lib.bn_weight_gradient(*pointers, m, n, k, dw.data_ptr(), _aligned(scratch), threads)
+        return dw
+    digits, scale = dy.new_empty((3 * n, m), dtype=torch.int8), dy.new_empty(n)
+    lib.bn_digits_columns(
+        dy.data_ptr(), s_x.data_ptr(), m, n, digits.data_ptr(), scale.data_ptr(), threads
+    )
+    acc = torch.ops.bitnet.int8_matmul(digits, x_q.t())
+    lib.bn_sum_of_digits(acc.data_ptr(), scale.data_ptr(), n, k, dw.data_ptr(), threads)
     return dw
 
 

@@ -17,7 +17,7 @@
 #endif
 
 /* Grows with every change of this file; native.py refuses a library of another version. */
-#define BN_ABI 5
+#define BN_ABI 6
 
 BN_API int32_t bn_abi(void);
 
@@ -248,6 +248,16 @@ BN_API void bn_stochastic(
 BN_API void bn_stochastic_columns(
     const float *x, const float *s, int64_t m, int64_t n, uint64_t seed, int8_t *codes,
     float *scale, int32_t threads
+);
+/* The columns of x [m, n] times s [m] as whole numbers of scale [n], below 2^22, in three digits of
+ * base 256, lowest first: codes [3, n, m]. */
+BN_API void bn_digits_columns(
+    const float *x, const float *s, int64_t m, int64_t n, int8_t *codes, float *scale,
+    int32_t threads
+);
+/* y [m, n] of three such products: acc int32 [3, m, n], scale [m]. */
+BN_API void bn_sum_of_digits(
+    const int32_t *acc, const float *scale, int64_t m, int64_t n, float *y, int32_t threads
 );
 
 /* Cross-entropy of each of m tokens, in place: logits z [m, n] become the softmax less 1 at the

@@ -260,6 +260,15 @@ typedef struct {
         const float *x, int64_t ld, const float *s, int64_t m, int64_t n, const float *scale,
         uint64_t seed, int64_t column, int8_t *codes, int64_t stride
     );
+    /* The nearest whole numbers of x * s / scale, below 2^22, of n columns of x [m, ld] and s [m],
+     * in three digits of base 256, lowest first, each in a plane of codes [n, stride]; 0 where the
+     * scale is NaN */
+    void (*digits_of_columns)(
+        const float *x, int64_t ld, const float *s, int64_t m, int64_t n, const float *scale,
+        int8_t *codes, int64_t stride, int64_t plane
+    );
+    /* y [n] = (acc + 256 acc' + 256^2 acc'') * scale, of three planes of acc */
+    void (*sum_of_digits)(const int32_t *acc, int64_t plane, int64_t n, float scale, float *y);
 } bn_training;
 
 typedef struct {

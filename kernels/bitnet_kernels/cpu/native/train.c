@@ -228,22 +228,29 @@ void bn_stochastic(
     bn_parallel(stochastic_share, &job, threads);
 }
 
+/* The scales of this thread's columns [*begin, *end): `scale_of` their largest magnitudes. */
+static void scale_columns(
+    const bn_team *team, const stochastic_job *job, float (*scale_of)(uint32_t), int64_t *begin,
+    int64_t *end
+) {
+    enum { COLUMNS = 512 };
+    uint32_t seen[COLUMNS];
+    bn_share(team, job->n, 64, begin, end);
+    for (int64_t j = *begin; j < *end; j += COLUMNS) {
+        int64_t columns = *end - j < COLUMNS ? *end - j : COLUMNS;
+        memset(seen, 0, sizeof seen);
+        job->isa->largest_of_columns(job->x + j, job->n, job->s, job->m, columns, seen);
+        for (int64_t c = 0; c < columns; c++) job->scale[j + c] = scale_of(seen[c]);
+    }
+}
+
 static void stochastic_columns_share(const bn_team *team, void *argument) {
     const stochastic_job *job = argument;
-    enum { COLUMNS = 64 };
-    uint32_t seen[COLUMNS];
     int64_t j, end, m = job->m, n = job->n;
-    bn_share(team, n, COLUMNS, &j, &end);
-    for (; j < end; j += COLUMNS) {
-        int64_t columns = end - j < COLUMNS ? end - j : COLUMNS;
-        memset(seen, 0, sizeof seen);
-        job->isa->largest_of_columns(job->x + j, n, job->s, m, columns, seen);
-        for (int64_t c = 0; c < columns; c++) job->scale[j + c] = stochastic_scale(seen[c]);
-        job->isa->stochastic_columns(
-            job->x + j, n, job->s, m, columns, job->scale + j, job->seed, j,
-            job->codes + j * m, m
-        );
-    }
+    scale_columns(team, job, stochastic_scale, &j, &end);
+    job->isa->stochastic_columns(
+        job->x + j, n, job->s, m, end - j, job->scale + j, job->seed, j, job->codes + j * m, m
+    );
 }
 
 void bn_stochastic_columns(
@@ -252,4 +259,51 @@ void bn_stochastic_columns(
 ) {
     stochastic_job job = {bn_isa_current()->training, x, s, m, n, seed, codes, scale};
     bn_parallel(stochastic_columns_share, &job, threads);
+}
+
+/* max / (63 * 256^2), at least the smallest normal number; NaN where the largest is not finite. */
+static float digits_scale(uint32_t largest) {
+    float scale = float_of(largest) / 4128768.0f;
+    if (largest > 0x7f7fffff) return NAN;
+    return scale > 0x1p-126f ? scale : 0x1p-126f;
+}
+
+static void digits_share(const bn_team *team, void *argument) {
+    const stochastic_job *job = argument;
+    int64_t j, end, m = job->m, n = job->n;
+    scale_columns(team, job, digits_scale, &j, &end);
+    job->isa->digits_of_columns(
+        job->x + j, n, job->s, m, end - j, job->scale + j, job->codes + j * m, m, n * m
+    );
+}
+
+void bn_digits_columns(
+    const float *x, const float *s, int64_t m, int64_t n, int8_t *codes, float *scale,
+    int32_t threads
+) {
+    stochastic_job job = {bn_isa_current()->training, x, s, m, n, 0, codes, scale};
+    bn_parallel(digits_share, &job, threads);
+}
+
+typedef struct {
+    const bn_training *isa;
+    const int32_t *acc;
+    const float *scale;
+    int64_t m, n;
+    float *y;
+} digits_job;
+
+static void sum_of_digits_share(const bn_team *team, void *argument) {
+    const digits_job *job = argument;
+    int64_t i, end, n = job->n;
+    bn_share(team, job->m, 1, &i, &end);
+    for (; i < end; i++)
+        job->isa->sum_of_digits(job->acc + i * n, job->m * n, n, job->scale[i], job->y + i * n);
+}
+
+void bn_sum_of_digits(
+    const int32_t *acc, const float *scale, int64_t m, int64_t n, float *y, int32_t threads
+) {
+    digits_job job = {bn_isa_current()->training, acc, scale, m, n, y};
+    bn_parallel(sum_of_digits_share, &job, threads);
 }

@@ -215,12 +215,12 @@ static void stochastic_columns(
     const float *x, int64_t ld, const float *s, int64_t m, int64_t n, const float *scale,
     uint64_t seed, int64_t column, int8_t *codes, int64_t stride
 ) {
-    enum { SIDE = 64 }; /* of a block, which is transposed in the first cache */
-    int8_t block[SIDE][SIDE];
-    for (int64_t i0 = 0; i0 < m; i0 += SIDE)
-        for (int64_t j0 = 0; j0 < n; j0 += SIDE) {
-            int64_t rows = m - i0 < SIDE ? m - i0 : SIDE;
-            int64_t columns = n - j0 < SIDE ? n - j0 : SIDE;
+    enum { ROWS = 64, COLUMNS = 512 }; /* of a block, which is transposed in the first cache */
+    int8_t block[ROWS][COLUMNS + 64]; /* rows of one column in different sets of the cache */
+    for (int64_t j0 = 0; j0 < n; j0 += COLUMNS)
+        for (int64_t i0 = 0; i0 < m; i0 += ROWS) {
+            int64_t rows = m - i0 < ROWS ? m - i0 : ROWS;
+            int64_t columns = n - j0 < COLUMNS ? n - j0 : COLUMNS;
             for (int64_t i = 0; i < rows; i++) {
                 const float *row = x + (i0 + i) * ld + j0;
                 float token = s[i0 + i];
@@ -236,6 +236,47 @@ static void stochastic_columns(
         }
 }
 
+/* The nearest whole number of x / scale, below 2^22, as three digits of base 256, -128 to 127. */
+static void digits_of_columns(
+    const float *x, int64_t ld, const float *s, int64_t m, int64_t n, const float *scale,
+    int8_t *codes, int64_t stride, int64_t plane
+) {
+    enum { ROWS = 64, COLUMNS = 512 }; /* of a block, which is transposed in the second cache */
+    int32_t block[ROWS][COLUMNS + 16]; /* rows of one column in different sets of the cache */
+    for (int64_t j0 = 0; j0 < n; j0 += COLUMNS)
+        for (int64_t i0 = 0; i0 < m; i0 += ROWS) {
+            int64_t rows = m - i0 < ROWS ? m - i0 : ROWS;
+            int64_t columns = n - j0 < COLUMNS ? n - j0 : COLUMNS;
+            for (int64_t i = 0; i < rows; i++) {
+                const float *row = x + (i0 + i) * ld + j0;
+                float token = s[i0 + i];
+                for (int64_t j = 0; j < columns; j++) {
+                    float nearest = row[j] * token / scale[j0 + j] + 0x1.8p23f;
+                    block[i][j] = (int32_t)(bits_of(nearest) - 0x4b400000u);
+                }
+            }
+            for (int64_t j = 0; j < columns; j++) {
+                int8_t *to = codes + (j0 + j) * stride + i0;
+                int32_t column[ROWS], keep = scale[j0 + j] == scale[j0 + j] ? -1 : 0;
+                for (int64_t i = 0; i < rows; i++) column[i] = block[i][j] & keep;
+                for (int64_t i = 0; i < rows; i++) { /* + 128: halves that round up go up */
+                    int32_t high = (column[i] + 128) >> 8;
+                    to[i] = (int8_t)column[i];
+                    to[i + plane] = (int8_t)high;
+                    to[i + 2 * plane] = (int8_t)((high + 128) >> 8);
+                }
+            }
+        }
+}
+
+/* Numbers of three digits, `plane` apart, times a scale: as whole numbers they are exact. */
+static void sum_of_digits(const int32_t *acc, int64_t plane, int64_t n, float scale, float *y) {
+    for (int64_t i = 0; i < n; i++) {
+        double high = (double)acc[i + 2 * plane] * 65536 + (double)acc[i + plane] * 256;
+        y[i] = (float)((high + acc[i]) * scale);
+    }
+}
+
 const bn_training TABLE = {
     norm,
     norm_backward,
@@ -248,4 +289,6 @@ const bn_training TABLE = {
     ternary,
     stochastic,
     stochastic_columns,
+    digits_of_columns,
+    sum_of_digits,
 };
