@@ -86,8 +86,7 @@ def train(config: Config, command: str, world: World) -> None:
         data = open_data(config, told=world.is_main)
     loader = Loader(data.train, config.data.seq_len, config.batch_sequences, config.run.seed)
 
-    with world.main_first("checkpoint"):
-        saved, warnings = find_saved(config)
+    saved, warnings = find_saved(config, world)
     torch.manual_seed(config.run.seed)
     model = build_model(config, data.tokenizer.hash, fresh=saved is None)
     if config.train.compile and world.mesh is not None:
@@ -101,7 +100,7 @@ def train(config: Config, command: str, world: World) -> None:
     losses = cross_entropy if distiller is None else distiller.losses
 
     # -- Resume, if this run has begun ---------------------------------------------------------
-    run = Run(config, model, optimizers, telemetry, distiller, data.hash, teacher_hash)
+    run = Run(config, model, optimizers, telemetry, distiller, data.hash, teacher_hash, world)
     if saved is not None:
         run.restore(saved)
     first_step, total_steps = run.step, config.train.steps
@@ -116,7 +115,7 @@ def train(config: Config, command: str, world: World) -> None:
 
     make = partial(loader.batch, rank=world.rank, world_size=world.size)
     batches = Prefetcher(make, device, run.step, total_steps)
-    with batches, log, stop_signals() as stop:
+    with batches, log, run.saver, stop_signals() as stop:
         announce(log, run, warnings, meter, data.train.n_tokens, data.val.n_tokens)
         if world.size > 1:
             log.print(f"{world.size} processes, {micro_batch} sequences per forward of each")
@@ -169,12 +168,10 @@ def train(config: Config, command: str, world: World) -> None:
                 val_loss = None
                 if last or run.step % config.eval.every == 0:
                     val_loss = validate(log, run, data, autocast, world)
-                if world.is_main:
-                    run.save_if_due(log, val_loss)
+                run.save_if_due(log, val_loss)
 
         # -- Done, or asked to stop --------------------------------------------------------------
-        if run.saved_step != run.step and world.is_main:
-            run.save(log, None)
+        run.finish_saving(log)
         if run.step < total_steps:
             log.print(f"stopped at step {run.step} and saved; resume with\n  {command}")
         else:

@@ -23,7 +23,7 @@ from tempfile import NamedTemporaryFile
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitnet.schema import check_file, user_input
 
@@ -34,7 +34,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,7 +48,7 @@ def _make_folder(path: Path) -> None:
     missing = takewhile(lambda folder: not folder.is_dir(), (path, *path.parents))
     for folder in reversed(list(missing)):
         folder.mkdir(exist_ok=True)
-        _fsync(folder.parent)
+        fsync(folder.parent)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -66,7 +67,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
 def check_output(option: str, path: Path) -> None:
@@ -105,8 +106,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         mode = aside.stat().st_mode & 0o666  # safetensors creates files that only the owner reads
         for file in aside.iterdir():
             file.chmod(mode)
-            _fsync(file)
-        _fsync(aside)
+            fsync(file)
+        fsync(aside)
         if path.exists():
             if old.exists():
                 shutil.rmtree(old)
@@ -117,7 +118,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             old.rename(path)
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    _fsync(path.parent)
+    fsync(path.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -144,6 +145,20 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(aside)
 
 
+def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> an earlier name of the same object or the same view of the same memory: a tied
+    weight."""
+    aliases: dict[str, str] = {}
+    first: dict[object, str] = {}
+    for name, tensor in tensors.items():
+        key: object = id(tensor)
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():  # others hide their memory
+            key = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if (earlier := first.setdefault(key, name)) != name:
+            aliases[name] = earlier
+    return aliases
+
+
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Write a safetensors file, which can hold neither shared nor strided memory.
 
@@ -158,13 +173,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         OSError: with the errno of a full disk, say, which safetensors hides in its own error.
     """
     stored: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[tuple[object, ...], str] = {}
+    aliases = find_aliases(tensors)
     storages: set[tuple[torch.device, int]] = set()
     for name, tensor in tensors.items():
-        view = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and first.setdefault(view, name) != name:
-            aliases[name] = first[view]
+        if name in aliases:
             continue
         contiguous = tensor.detach().contiguous()
         storage = (contiguous.device, contiguous.untyped_storage().data_ptr())

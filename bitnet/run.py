@@ -32,10 +32,12 @@ from bitnet.schema import UserError, check_file, user_input, with_new_keys
 from bitnet.signals import drop_closed_terminal, ending_signals
 from bitnet.summary import human, one_line, quantization_lines
 from bitnet.training import checkpoint
-from bitnet.training.checkpoint import Checkpoint
+from bitnet.training.checkpoint import Checkpoint, Saver
 from bitnet.training.distill import Distiller
+from bitnet.training.distributed import World
 from bitnet.training.metrics import RunLog
 from bitnet.training.optim import Optimizers
+from bitnet.training.state import load_optimizer, optimizer_tensors, rng_state, set_rng_state
 from bitnet.training.step import StepResult
 from bitnet.training.telemetry import Telemetry
 from bitnet.training.throughput import Meter
@@ -64,6 +66,8 @@ class Run:
     """Hash of the prepared data's index."""
     teacher_hash: str
     """Hash of the teacher's config; "" without distillation."""
+    world: World
+    """The processes that train; each has a Run."""
     step: int = 0
     """Steps completed."""
     tokens: int = 0
@@ -76,6 +80,9 @@ class Run:
     """Lowest validation loss, in nats."""
     saved_step: int = -1
     """Step of the newest checkpoint; -1: there is none."""
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.checkpoints, self.config.checkpoint, self.world)
 
     @property
     def checkpoints(self) -> Path:
@@ -101,32 +108,36 @@ class Run:
                     "run began; bring the old one back, or give the new run another run.name"
                 )
             self.distiller.load_state(state["distill"])
-        self.model.load_state_dict(saved.tensors["model"])
-        self.telemetry.load_state(saved.tensors["telemetry"])
+        weights = self.model.state_dict()
+        saved.read_into("model", weights)
+        self.model.load_state_dict(weights)  # in place already; the layers' hooks run
+        self.telemetry.load_state(saved.read("telemetry"))
         for i, optimizer in enumerate(self.optimizers.optimizers):
-            tensors, structure = saved.tensors[f"optimizer_{i}"], state["optimizers"][i]
-            checkpoint.load_optimizer(optimizer, tensors, structure)
-        checkpoint.set_rng_state(state["rng"])
+            structure = state["optimizers"][i]
+            load_optimizer(optimizer, self.model, saved, f"optimizer_{i}", structure)
+        ranks = state.get("ranks") or [state]  # older checkpoints have those of one process
+        set_rng_state(ranks[self.world.rank % len(ranks)]["rng"])
         self.step = self.saved_step = saved.step
         self.tokens, self.skipped = state["tokens"], state["skipped"]
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
 
     def save(self, log: RunLog, val_loss: float | None) -> None:
-        """Write a checkpoint of this step, once its metrics are on disk, and delete old ones.
+        """Write a checkpoint of this step, once its metrics are on disk, and delete old ones. All
+        processes call it. It may be written while training goes on (:class:`Saver`).
 
         Arguments:
             val_loss: validation loss of this step, in nats; None where it was not measured.
         """
         log.sync()
-        groups = {"model": self.model.state_dict(), "telemetry": self.telemetry.state()}
+        weights = self.model.state_dict(keep_vars=True)  # so that a tied weight is one object
+        groups = {"model": weights, "telemetry": self.telemetry.state()}
         structures = []
         for i, optimizer in enumerate(self.optimizers.optimizers):
-            groups[f"optimizer_{i}"], structure = checkpoint.optimizer_tensors(optimizer)
+            groups[f"optimizer_{i}"], structure = optimizer_tensors(optimizer, self.model)
             structures.append(structure)
         state = {
             "config": to_dict(self.config),
             "optimizers": structures,
-            "rng": checkpoint.rng_state(),
             "tokens": self.tokens,
             "skipped": self.skipped,
             "data": self.data_hash,
@@ -134,10 +145,15 @@ class Run:
             "distill": self.distiller.state() if self.distiller is not None else {},
             "best_loss": self.best_loss if math.isfinite(self.best_loss) else None,
         }
-        checkpoint.save(self.checkpoints, self.step, groups, state, val_loss)
-        keep = self.config.checkpoint
-        checkpoint.prune(self.checkpoints, keep.keep_last, keep.keep_best)
+        self.saver.save(self.step, groups, state, {"rng": rng_state()}, val_loss)
         self.saved_step = self.step
+
+    def finish_saving(self, log: RunLog) -> None:
+        """At the end of a run, or where it stops: save this step if it is not saved yet, and return
+        when its checkpoint is on the disk."""
+        if self.saved_step != self.step:
+            self.save(log, None)
+        self.saver.wait()
 
     def count(self, finite: bool) -> None:
         """Count a step that has just ended."""
@@ -167,6 +183,7 @@ class Run:
         """Save every ``checkpoint.every`` steps, at the end, and where the validation loss is the
         lowest yet; but not after a step that was not finite: the weights may be the reason."""
         config = self.config
+        self.saver.check()
         if self.skipped_in_a_row:
             return
         due = self.step % config.checkpoint.every == 0 or self.step == config.train.steps
@@ -181,13 +198,14 @@ def _checkpoints(config: Config) -> Path:
     return config.run_dir / "checkpoints"
 
 
-def find_saved(config: Config) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint of a run (None if the run is new), and lines to warn with.
+def find_saved(config: Config, world: World) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint of a run (None if the run is new), and lines to warn with. All
+    processes call it and get the same.
 
     Raises:
         UserError: no checkpoint is whole, or the config has a change that a run cannot take.
     """
-    saved = checkpoint.resume(_checkpoints(config))
+    saved = checkpoint.resume(_checkpoints(config), world)
     if saved is None:
         return None, []
     changes = allowed_changes(saved.state["config"], to_dict(config), config.run_dir)

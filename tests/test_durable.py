@@ -214,7 +214,7 @@ def test_the_order_that_survives_a_power_cut(
 ) -> None:
     """Each file, then the folder of their names, then the rename, then the folder it is in."""
     events: list[str] = []
-    fsync, rename = durable._fsync, Path.rename
+    fsync, rename = durable.fsync, Path.rename
 
     def recorded_fsync(path: Path) -> None:
         events.append(f"fsync {path.name}")
@@ -224,7 +224,7 @@ def test_the_order_that_survives_a_power_cut(
         events.append(f"rename {self.name} {target.name}")
         return rename(self, target)
 
-    monkeypatch.setattr(durable, "_fsync", recorded_fsync)
+    monkeypatch.setattr(durable, "fsync", recorded_fsync)
     monkeypatch.setattr(Path, "rename", recorded_rename)
     with durable.new_folder(tmp_path / "new") as folder:
         (folder / "a").write_text("a")

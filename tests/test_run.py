@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from bitnet.config import load_config, to_dict
 from bitnet.run import FIXED, FREE, Run, allowed_changes, locked, stop_signals
 from bitnet.schema import UserError
+from bitnet.training.distributed import World
 
 
 @pytest.mark.parametrize(
@@ -76,7 +78,7 @@ def test_a_loss_after_a_bad_step_is_not_the_best(monkeypatch: pytest.MonkeyPatch
     """Nothing is saved then, so the next lower loss than the saved one must be."""
     config = load_config([], ["model.depth=2", "checkpoint.every=100"]).resolve()
     nothing = cast(Any, None)
-    run = Run(config, nothing, nothing, nothing, None, "", "")
+    run = Run(config, nothing, nothing, nothing, None, "", "", World(torch.device("cpu")))
     saved: list[float | None] = []
     monkeypatch.setattr(run, "save", lambda log, val_loss: saved.append(val_loss))
     for finite, val_loss in ((True, 3.0), (False, 2.5), (True, math.nan), (True, 2.7)):

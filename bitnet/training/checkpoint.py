@@ -5,46 +5,74 @@ code):
 
     checkpoints/step_00000100/
         model.safetensors, optimizer_0.safetensors, ...    one file per named group of tensors
+        tensors.json                                       tensor -> its parts and their files
         state.json                                         counters, generators, config, ...
         manifest.json                                      size and sha256 of each; written last
 
+Several processes write the parts that each holds (shards.py), in files of their own:
+model.00000.safetensors, model.00001.safetensors, ... Whoever wrote a checkpoint, it loads into any
+number of processes and any sharding, with the same values.
+
 **It appears whole or not at all** (written under another name, fsynced, renamed: durable.py). Old
-checkpoints are deleted only when the new one is durable.
+checkpoints are deleted only when the new one is durable. Processes share the work, and the main
+one makes, names and deletes folders: so the folder must be one that all of them see.
 
 **It is checked before it is used.** Loading compares every file with the manifest, and the
 manifest with its own canonical spelling, so that any flipped bit is found. A damaged checkpoint is
 reported and the next older one is used. If none is whole, that is an error, never a fresh start.
+Processes divide the files among them, and what one of them finds counts for all.
 
 **Best needs no marker.** Each manifest carries the validation loss, and the best checkpoint is the
 smallest of them: there is no second file to fall out of step with the folders in a crash.
 
 The alternative, `torch.save`, is one pickle: it executes code when loaded, and a torn write is
-found only where unpickling happens to fail.
+found only where unpickling happens to fail. So does PyTorch's distributed checkpoint, whose list of
+parts is a pickle; its planners are used here, and its storage is not.
 """
 
 import dataclasses
 import json
 import math
-import random
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from types import TracebackType
+from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from torch import Tensor
 
-from bitnet.durable import load_tensors, new_folder, recover, remove_folder, save_tensors, sha256
+from bitnet.durable import (
+    find_aliases,
+    fsync,
+    new_folder,
+    recover,
+    remove_folder,
+    save_tensors,
+    sha256,
+)
 from bitnet.schema import STRICT, Positive, UserError, check_file, read_file
+from bitnet.training import shards
+from bitnet.training.distributed import World
+from bitnet.training.shards import Contents, Groups, Headers
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-_MAX_BYTES = 2**26
+TENSORS = "tensors.json"
+_MAX_BYTES = 2**28
 """Largest file that is read, except tensors."""
+_PATIENCE = timedelta(hours=1)
+"""How long a process waits for the others to have written their parts."""
+_ALONE = World(torch.device("cpu"))
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -57,6 +85,9 @@ class CheckpointConfig:
     """How many of the newest are kept. If the newest is damaged, a run resumes from the second."""
     keep_best: bool = True
     """Also keep the one with the lowest validation loss."""
+    async_save: bool = True
+    """On a GPU, train on while a checkpoint is written; its copy takes CPU memory, all of what this
+    process writes. On a CPU a save is never asynchronous."""
 
 
 class DamagedError(UserError):
@@ -65,15 +96,47 @@ class DamagedError(UserError):
 
 @dataclasses.dataclass
 class Checkpoint:
-    """What :func:`load` returns. Tensors are on the CPU and own their memory."""
+    """A checkpoint that is whole. Its tensors are read when they are asked for."""
 
     path: Path
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    contents: Contents
+    """Where each tensor is, aliases too."""
+    aliases: dict[str, dict[str, str]]
+    """Group -> name -> the name under which the same memory (a tied weight) is stored."""
     state: dict[str, Any]
     val_loss: float | None
     damaged: list[str] = dataclasses.field(default_factory=list)
     """One message for each newer checkpoint that :func:`load_newest` had to skip."""
+
+    def read_into(self, group: str, targets: Mapping[str, Tensor]) -> None:
+        """Fill tensors in place: whole ones, or of DTensors the parts of this process. No other
+        process is waited for.
+
+        Raises:
+            UserError: the group has other tensors than ``targets``, or others by shape or dtype.
+        """
+        aliases = self.aliases[group]
+        if missing := sorted(self.contents[group].keys() ^ targets.keys()):
+            raise UserError(f"{self.path}: {group}: {missing[0]!r} is not in both it and the run")
+        stored = [(aliases.get(name, name), tensor) for name, tensor in targets.items()]
+        try:
+            shards.read_into(self.path, self.contents[group], stored)
+        except ValueError as error:
+            raise UserError(f"{self.path}: {group}: {error}") from error
+
+    def read(self, group: str) -> dict[str, Tensor]:
+        """The whole tensors of a group, on the CPU."""
+        contents, aliases = self.contents[group], self.aliases[group]
+        named = {name: contents[name].zeros(None) for name in contents if name not in aliases}
+        named |= {alias: named[stored] for alias, stored in aliases.items()}
+        self.read_into(group, named)
+        return named
+
+    @cached_property
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Group -> name -> whole tensor, on the CPU."""
+        return {group: self.read(group) for group in self.contents}
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -87,13 +150,68 @@ class _Manifest:
     step: int
     val_loss: float | None
     aliases: dict[str, dict[str, str]]
-    """Group -> name -> the name under which the same memory (a tied weight) is stored."""
+    """Version 1: as in :class:`_Tensors`. Nothing would find a flipped bit in a name here."""
     files: dict[str, _File]
     format: Literal["bitnet-checkpoint"] = "bitnet-checkpoint"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
+    """1: of one process, without :data:`TENSORS`."""
 
 
-_MANIFEST = TypeAdapter(_Manifest)
+@dataclass(frozen=True, config=STRICT)
+class _Tensors:
+    contents: Contents
+    """Group -> name -> where it is."""
+    aliases: dict[str, dict[str, str]]
+    """Group -> name -> the name under which the same memory (a tied weight) is stored."""
+
+
+_MANIFEST, _TENSORS = TypeAdapter(_Manifest), TypeAdapter(_Tensors)
+
+
+class _Ranks:
+    """The processes of a run where they work on one checkpoint together.
+
+    Arguments:
+        own: make a group of them for this alone, so that a thread may use it; all processes have to
+            make it, in the same order.
+    """
+
+    def __init__(self, world: World = _ALONE, own: bool = False) -> None:
+        self.rank, self.size = world.rank, world.size
+        self._group: dist.ProcessGroup | None = None
+        if own and self.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+    def all(self, part: Callable[[], _T]) -> list[_T]:
+        """Do something on every process; returns what each returned, by rank.
+
+        Raises:
+            Exception: what it raised on the process of the lowest rank where it did; on others than
+                that one as a UserError.
+        """
+        result: _T | None = None
+        error: Exception | None = None
+        try:
+            result = part()
+        except Exception as caught:
+            error = caught
+        if self.size == 1:
+            everyone = [(result, error)]
+        else:
+            told = error
+            if error is not None and not isinstance(error, UserError):
+                told = UserError(f"rank {self.rank}: {str(error) or type(error).__name__}")
+            everyone = [(None, None)] * self.size
+            dist.all_gather_object(everyone, (result, told), self._group)
+        for rank, (_, failed) in enumerate(everyone):
+            if failed is not None:
+                raise error if rank == self.rank and error is not None else failed
+        return [value for value, _ in everyone]  # type: ignore[misc]
+
+    def main(self, part: Callable[[], _T]) -> _T:
+        """Do something on the main process; returns what it returned, or raises, on each."""
+        value, *_ = self.all(part if self.rank == 0 else lambda: None)
+        return value  # type: ignore[return-value]
 
 
 def _steps(root: Path) -> dict[int, Path]:
@@ -106,14 +224,108 @@ def _steps(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Ready:
+    """A checkpoint to be written: what this process adds to it, and what all of them share."""
+
+    path: Path
+    step: int
+    parts: Groups
+    """Plain tensors that this process writes."""
+    contents: Contents | None
+    """Of all processes; None with one, whose tensors are whole."""
+    aliases: dict[str, dict[str, str]]
+    state: Mapping[str, Any]
+    val_loss: float | None
+
+
+def _prepare(
+    root: Path,
+    step: int,
+    tensors: Groups,
+    state: Mapping[str, Any],
+    val_loss: float | None,
+    ranks: _Ranks,
+) -> _Ready:
+    for group in tensors:
+        if not group.isidentifier():
+            raise ValueError(f"tensors: a group's name must be an identifier, got {group!r}")
+    aliases = {group: find_aliases(named) for group, named in tensors.items()}
+    stored = {
+        group: {name: tensor for name, tensor in named.items() if name not in aliases[group]}
+        for group, named in tensors.items()
+    }
+    contents = None
+    if ranks.size == 1:
+        parts = shards.local_parts(stored)
+    else:
+        parts, contents = shards.plan(stored, ranks.rank, lambda mine: ranks.all(lambda: mine))
+    loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
+    return _Ready(root / f"step_{step:08d}", step, parts, contents, aliases, state, loss)
+
+
+def _write(ready: _Ready, ranks: _Ranks) -> None:
+    """Write a checkpoint, by all processes; when it returns, it is durable."""
+    with ExitStack() as stack:
+        folder = ranks.main(lambda: stack.enter_context(new_folder(ready.path)))
+        written = ranks.all(lambda: _write_parts(folder, ready, ranks))
+
+        def finish() -> None:
+            _write_rest(folder, ready, written)
+            stack.close()  # here the folder gets its name
+
+        ranks.main(finish)
+
+
+_Written = tuple[dict[str, _File], Headers]
+
+
+def _write_parts(folder: Path, ready: _Ready, ranks: _Ranks) -> _Written:
+    files, headers = dict[str, _File](), Headers()
+    for group, named in ready.parts.items():
+        name = f"{group}.safetensors"
+        if ready.contents is not None:
+            name = shards.file_name(group, ranks.rank)
+            if not named:
+                continue
+        save_tensors(folder / name, named)
+        if ranks.size > 1:  # of another machine, where the main process cannot do it
+            fsync(folder / name)
+        files[name], headers[name] = _describe(folder / name), shards.read_header(folder / name)
+    return files, headers
+
+
+def _describe(path: Path) -> _File:
+    return _File(path.stat().st_size, sha256(path))
+
+
+def _write_rest(folder: Path, ready: _Ready, written: Sequence[_Written]) -> None:
+    files = {name: file for part, _ in written for name, file in part.items()}
+    headers = {name: header for _, part in written for name, header in part.items()}
+    (folder / STATE).write_text(json.dumps(ready.state, indent=1), encoding="utf-8")
+    files[STATE] = _describe(folder / STATE)
+    contents = ready.contents
+    if contents is None:
+        contents = shards.whole_files(
+            {group: f"{group}.safetensors" for group in ready.parts}, headers
+        )
+    shards.check(contents, headers)
+    (folder / TENSORS).write_bytes(_TENSORS.dump_json(_Tensors(contents, ready.aliases)))
+    files[TENSORS] = _describe(folder / TENSORS)
+    sorted_files = dict(sorted(files.items()))
+    manifest = _Manifest(step=ready.step, val_loss=ready.val_loss, aliases={}, files=sorted_files)
+    (folder / MANIFEST).write_bytes(_MANIFEST.dump_json(manifest, indent=1))
+
+
 def save(
     root: Path,
     step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    tensors: Groups,
     state: Mapping[str, Any],
     val_loss: float | None = None,
 ) -> Path:
-    """Write the checkpoint of ``step``, durably. One that exists already is replaced.
+    """Write the checkpoint of ``step``, durably, by one process. One that exists already is
+    replaced.
 
     Arguments:
         root: the folder of checkpoints; created where missing.
@@ -126,83 +338,211 @@ def save(
     Raises:
         OSError: the disk is full, ...; earlier checkpoints are untouched, nothing is left behind.
     """
-    path = root / f"step_{step:08d}"
-    for group in tensors:
-        if not group.isidentifier():
-            raise ValueError(f"tensors: a group's name must be an identifier, got {group!r}")
-    with new_folder(path) as folder:
-        aliases = {}
-        for group, named in tensors.items():
-            aliases[group] = save_tensors(folder / f"{group}.safetensors", named)
-        (folder / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        files = {f.name: _File(f.stat().st_size, sha256(f)) for f in sorted(folder.iterdir())}
-        loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
-        manifest = _Manifest(step=step, val_loss=loss, aliases=aliases, files=files)
-        (folder / MANIFEST).write_bytes(_MANIFEST.dump_json(manifest, indent=1))
-    return path
+    ranks = _Ranks()
+    ready = _prepare(root, step, tensors, state, val_loss, ranks)
+    _write(ready, ranks)
+    return ready.path
+
+
+class Saver:
+    """Writes the checkpoints of a run, by all its processes, and deletes old ones.
+
+    With a GPU (``checkpoint.async_save``) a save copies what it writes to the CPU, and a thread
+    writes it while training goes on. The next save waits for the last. A failure is raised by
+    whatever is called next. A crash in the meantime loses that checkpoint and no other.
+
+    On a CPU a save writes before it returns: the thread would take its time from the step's own
+    threads, and the copy more memory. In a ``with`` block, the end of the block waits.
+
+    Arguments:
+        root: the folder of checkpoints, which all processes see.
+        world: its processes; all of them make a Saver and call its methods in the same order.
+        background: whether a thread writes; None: where that helps.
+    """
+
+    def __init__(
+        self, root: Path, config: CheckpointConfig, world: World, background: bool | None = None
+    ) -> None:
+        self._root, self._config = root, config
+        self._ranks = _Ranks(world, own=True)
+        if background is None:
+            background = config.async_save and world.device.type != "cpu"
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+        if error is None:
+            self.wait()
+
+    def save(
+        self,
+        step: int,
+        tensors: Groups,
+        state: Mapping[str, Any],
+        of_each: Mapping[str, Any],
+        val_loss: float | None = None,
+    ) -> None:
+        """Write the checkpoint of ``step``; all processes call it.
+
+        Arguments:
+            tensors: as in :func:`save`; DTensors, or tensors that are equal on all processes.
+            state: JSON, the main process's.
+            of_each: JSON of this process; ``state["ranks"]`` will have every process's.
+            val_loss: as in :func:`save`.
+        Raises:
+            OSError, UserError: it could not be written, or the last one could not; earlier ones
+                are untouched.
+        """
+        self.wait()
+        whole = {**state, "ranks": self._ranks.all(lambda: of_each)}
+        ready = _prepare(self._root, step, tensors, whole, val_loss, self._ranks)
+        if self._thread is None:
+            self._finish(ready)
+            return
+        parts = {
+            group: {name: shards.copied(tensor) for name, tensor in named.items()}
+            for group, named in ready.parts.items()
+        }
+        ready = dataclasses.replace(ready, parts=parts)
+        self._writing = self._thread.submit(self._finish, ready)
+
+    def check(self) -> None:
+        """Raise what a save in the background failed with, if it has; wait for nothing."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is durable. Raises as :meth:`save` does."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _finish(self, ready: _Ready) -> None:
+        _write(ready, self._ranks)
+        keep = self._config
+        self._ranks.main(lambda: prune(self._root, keep.keep_last, keep.keep_best))
+
+
+def _parse(adapter: TypeAdapter[_T], data: bytes) -> _T:
+    try:
+        return adapter.validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(".".join(map(str, (*first["loc"], first["msg"])))) from error
 
 
 def _read_manifest(path: Path) -> _Manifest:
     data = read_file(path / MANIFEST, _MAX_BYTES)
-    try:
-        manifest = _MANIFEST.validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(".".join(map(str, (*first["loc"], first["msg"])))) from error
+    manifest = _parse(_MANIFEST, data)
     if _MANIFEST.dump_json(manifest, indent=1) != data:
         raise ValueError("it is not spelled as it was written")
+    if manifest.version == 2 and manifest.aliases:
+        raise ValueError("it has aliases, whose place is in " + TENSORS)
     if path.name != f"step_{manifest.step:08d}":
         raise ValueError(f"it is the manifest of step {manifest.step}")
     return manifest
 
 
-def load(path: Path) -> Checkpoint:
-    """Load one checkpoint folder, having checked every file of it.
+def load(path: Path, ranks: _Ranks | None = None) -> Checkpoint:
+    """Open one checkpoint folder, having checked every file of it.
 
     Raises:
         DamagedError: a file is missing, added, truncated, altered or unreadable.
     """
-    name = MANIFEST
+    ranks = _Ranks() if ranks is None else ranks
+    manifest, tensors, state = ranks.main(lambda: _open(path))
+    files = sorted(manifest.files, key=lambda name: (-manifest.files[name].bytes, name))
+    mine = files[ranks.rank :: ranks.size]
+    found = ranks.all(lambda: _check_files(path, manifest, mine))
+    headers = {name: header for part in found for name, header in part.items()}
+    with _damage(path) as at:
+        at.append(MANIFEST if manifest.version == 1 else TENSORS)
+        if tensors is None:
+            whole = {group: f"{group}.safetensors" for group in manifest.aliases}
+            tensors = _Tensors(shards.whole_files(whole, headers), manifest.aliases)
+        contents, aliases = tensors.contents, tensors.aliases
+        if contents.keys() != aliases.keys():
+            raise ValueError("the groups of tensors are not those of aliases")
+        shards.check(contents, headers)
+        for group, stored in contents.items():
+            contents[group] = stored | {alias: stored[to] for alias, to in aliases[group].items()}
+    return Checkpoint(path, manifest.step, contents, aliases, state, manifest.val_loss)
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[list[str]]:
+    """Turn what goes wrong in the block into a DamagedError. The block appends the name of the file
+    that it is at to the list."""
+    at: list[str] = []
     try:
+        yield at
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path}: damaged: {at[-1]}: it is missing") from error
+    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise DamagedError(f"{path}: damaged: {at[-1]}: {reason}") from error
+
+
+def _open(path: Path) -> tuple[_Manifest, _Tensors | None, dict[str, Any]]:
+    """The manifest, the list of tensors (None in version 1) and the state."""
+    with _damage(path) as at:
+        at.append(MANIFEST)
         present = {entry.name for entry in path.iterdir()}
         if MANIFEST not in present:
             raise ValueError("it is missing")
         manifest = _read_manifest(path)
-        for name in sorted(present ^ {*manifest.files, MANIFEST}):
-            raise ValueError("it is not in the manifest" if name in present else "it is missing")
-        for name, expected in manifest.files.items():
-            check_file(path / name, None if name.endswith(".safetensors") else _MAX_BYTES)
-            if (size := (path / name).stat().st_size) != expected.bytes:
+        expected = {*manifest.files, MANIFEST}
+        needed = {STATE, TENSORS} if manifest.version == 2 else {STATE}
+        if manifest.version == 1:
+            needed |= {f"{group}.safetensors" for group in manifest.aliases}
+        for name in sorted((present ^ expected) | (needed - expected)):
+            at.append(name)
+            raise ValueError("it is missing" if name in expected else "it is not in the manifest")
+        tensors = None
+        if manifest.version == 2:
+            at.append(TENSORS)
+            tensors = _parse(_TENSORS, read_file(path / TENSORS, _MAX_BYTES))
+        at.append(STATE)
+        return manifest, tensors, json.loads(read_file(path / STATE, _MAX_BYTES))
+
+
+def _check_files(path: Path, manifest: _Manifest, names: Sequence[str]) -> Headers:
+    """Compare files with the manifest; returns what the files of tensors hold."""
+    headers: Headers = {}
+    with _damage(path) as at:
+        for name in names:
+            at.append(name)
+            is_tensors = name.endswith(".safetensors")
+            check_file(path / name, None if is_tensors else _MAX_BYTES)
+            expected, size = manifest.files[name], (path / name).stat().st_size
+            if size != expected.bytes:
                 raise ValueError(f"it has {size} bytes, {expected.bytes} were written")
             if sha256(path / name) != expected.sha256:
                 raise ValueError("its sha256 is not that of what was written")
-        tensors: dict[str, dict[str, Tensor]] = {}
-        for group, aliases in manifest.aliases.items():
-            if (name := f"{group}.safetensors") not in manifest.files:
-                raise ValueError("it is not in the manifest")
-            named = load_tensors(path / name)
-            tensors[group] = named | {alias: named[stored] for alias, stored in aliases.items()}
-        name = STATE
-        state = json.loads(read_file(path / name, _MAX_BYTES))
-    except FileNotFoundError as error:
-        raise DamagedError(f"{path}: damaged: {name}: it is missing") from error
-    except (OSError, ValueError, KeyError, RecursionError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise DamagedError(f"{path}: damaged: {name}: {reason}") from error
-    return Checkpoint(path, manifest.step, tensors, state, manifest.val_loss)
+            if is_tensors:
+                headers[name] = shards.read_header(path / name)
+    return headers
 
 
-def load_newest(root: Path) -> Checkpoint | None:
+def load_newest(root: Path, ranks: _Ranks | None = None) -> Checkpoint | None:
     """The newest whole checkpoint, with a message in ``damaged`` for each that was skipped; None
     where there are no checkpoints. Changes nothing on the disk.
 
     Raises:
         UserError: there are checkpoints and none is whole.
     """
+    ranks = _Ranks() if ranks is None else ranks
     damaged: list[str] = []
-    for path in _steps(root).values():
+    for path in ranks.main(lambda: list(_steps(root).values())):
         try:
-            checkpoint = load(path)
+            checkpoint = load(path, ranks)
         except DamagedError as error:
             damaged.append(str(error))
             continue
@@ -216,20 +556,27 @@ def load_newest(root: Path) -> Checkpoint | None:
     return None
 
 
-def resume(root: Path) -> Checkpoint | None:
+def resume(root: Path, world: World = _ALONE) -> Checkpoint | None:
     """:func:`recover` the folder, :func:`load_newest`, and rename damaged checkpoints to
     `damaged-step_...`: they do not count as kept, and are not lost. A run calls this at its
-    start."""
-    recover(root)
-    checkpoint = load_newest(root)
+    start, on each of its processes; all of them get the same checkpoint."""
+    ranks = _Ranks(world)
+    ranks.main(lambda: recover(root))
+    checkpoint = load_newest(root, ranks)
     if checkpoint is not None:
-        for step, path in _steps(root).items():
-            if step > checkpoint.step:
-                aside = path.with_name(f"damaged-{path.name}")
-                if aside.exists():
-                    remove_folder(aside)
-                path.rename(aside)
+        step = checkpoint.step
+        ranks.main(lambda: _set_aside(root, step))
     return checkpoint
+
+
+def _set_aside(root: Path, newest: int) -> None:
+    """Rename the checkpoints of later steps."""
+    for step, path in _steps(root).items():
+        if step > newest:
+            aside = path.with_name(f"damaged-{path.name}")
+            if aside.exists():
+                remove_folder(aside)
+            path.rename(aside)
 
 
 def best(root: Path) -> Path | None:
@@ -252,101 +599,3 @@ def prune(root: Path, keep_last: int, keep_best: bool) -> None:
     for path in list(_steps(root).values())[keep_last:]:
         if path not in kept:
             remove_folder(path)
-
-
-class Stateful(Protocol):
-    """Anything with PyTorch's state-dict methods, such as an optimizer."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nested dicts, lists and tuples of tensors and plain values."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse."""
-        ...
-
-
-def _flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON of the same structure: tensors go to ``tensors`` under their path; tuples and dicts
-    (whose keys may be integers) are tagged, since JSON has neither."""
-    if isinstance(value, Tensor):
-        assert name not in tensors, name
-        tensors[name] = value.detach()
-        return {"tensor": name}
-    if isinstance(value, dict):
-        items = [[key, _flatten(item, f"{name}.{key}", tensors)] for key, item in value.items()]
-        return {"dict": items}
-    if isinstance(value, list | tuple):
-        items = [_flatten(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
-        return items if isinstance(value, list) else {"tuple": items}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{name}: cannot be saved without pickle: {type(value).__name__}")
-
-
-def _unflatten(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_unflatten(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    ((tag, content),) = value.items()
-    if tag == "tensor":
-        return tensors[content]
-    if tag == "tuple":
-        return tuple(_unflatten(item, tensors) for item in content)
-    assert tag == "dict", tag
-    return {key: _unflatten(item, tensors) for key, item in content}
-
-
-def optimizer_tensors(optimizer: Stateful) -> tuple[dict[str, Tensor], Any]:
-    """An optimizer's state as tensors (its own memory, not copies) and JSON (all else, exactly)."""
-    tensors: dict[str, Tensor] = {}
-    return tensors, _flatten(optimizer.state_dict(), "optimizer", tensors)
-
-
-def load_optimizer(optimizer: Stateful, tensors: Mapping[str, Tensor], structure: Any) -> None:
-    """The inverse of :func:`optimizer_tensors`. The optimizer may keep the tensors it is given.
-
-    Raises:
-        ValueError: the state is of other parameters, or PyTorch cast it (it gives a state its
-            parameter's dtype), so that training would not go on exactly.
-    """
-    optimizer.load_state_dict(_unflatten(structure, tensors))
-    loaded, _ = optimizer_tensors(optimizer)
-    for name, tensor in tensors.items():
-        if loaded[name].dtype != tensor.dtype:
-            raise ValueError(f"{name}: saved as {tensor.dtype}, loaded as {loaded[name].dtype}")
-
-
-def _to_hex(state: Tensor) -> str:
-    return state.numpy().tobytes().hex()
-
-
-def _from_hex(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-
-
-def rng_state() -> dict[str, Any]:
-    """State of Python's, numpy's (global) and torch's generators (CPU, every CUDA device), as
-    JSON."""
-    version, words, gauss = random.getstate()
-    numpy: Any = np.random.get_state(legacy=False)
-    numpy["state"]["key"] = numpy["state"]["key"].tolist()
-    return {
-        "python": [version, list(words), gauss],
-        "numpy": numpy,
-        "torch": _to_hex(torch.get_rng_state()),
-        "cuda": [_to_hex(state) for state in torch.cuda.get_rng_state_all()],
-    }
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    """The inverse of :func:`rng_state`. States of CUDA devices beyond those here are left out:
-    nothing draws from them."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
-    np.random.set_state(state["numpy"] | {"state": state["numpy"]["state"] | {"key": key}})
-    torch.set_rng_state(_from_hex(state["torch"]))
-    for device, saved in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(_from_hex(saved), device)

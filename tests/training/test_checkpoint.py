@@ -52,7 +52,9 @@ def test_round_trip(tmp_path: Path) -> None:
     path = save(tmp_path / "run" / "checkpoints", 100, groups, state, val_loss=1 / 3)
     assert path.name == "step_00000100"
     assert names(path.parent) == {path.name}
-    expected = {"manifest.json", "state.json"} | {f"{group}.safetensors" for group in groups}
+    expected = {"manifest.json", "state.json", "tensors.json"} | {
+        f"{group}.safetensors" for group in groups
+    }
     assert names(path) == expected
 
     loaded = load_newest(path.parent)
@@ -303,9 +305,13 @@ def test_a_group_outside_the_folder_is_not_read(tmp_path: Path) -> None:
     path, outside = write(tmp_path, 1), write(tmp_path / "outside", 2)
     for group in (f"../outside/{outside.name}/model", str(outside / "model"), "", "other"):
         manifest = json.loads((path / "manifest.json").read_text())
-        manifest["aliases"] = {group: {}}
+        manifest |= {"aliases": {group: {}}, "version": 1}
         (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
         with pytest.raises(DamagedError, match=r"safetensors: it is not in the manifest"):
+            load(path)
+        manifest["version"] = 2
+        (path / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        with pytest.raises(DamagedError, match=r"manifest\.json: it has aliases"):
             load(path)
 
 

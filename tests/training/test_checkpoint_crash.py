@@ -17,10 +17,10 @@ from bitnet.training.checkpoint import load_newest, resume, save
 from tests.helpers.checkpoints import is_whole, names, write
 
 
-@pytest.mark.parametrize("nth", range(6))
+@pytest.mark.parametrize("nth", range(7))
 @pytest.mark.parametrize("again", [False, True])
 def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int, again: bool) -> None:
-    """The n-th fsync of a save (4 files, 2 folders) finds the disk full."""
+    """The n-th fsync of a save (5 files, 2 folders) finds the disk full."""
     write(tmp_path, 1)
     write(tmp_path, 2)
     fsync, calls = os.fsync, iter(range(100))
@@ -34,7 +34,7 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int, ag
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path, 2 if again else 3)
     monkeypatch.undo()
-    written = nth == 5 and not again  # only the last fsync failed, after the rename
+    written = nth == 6 and not again  # only the last fsync failed, after the rename
     resumed = resume(tmp_path)
     assert resumed is not None
     assert resumed.step == (3 if written else 2)

@@ -5,21 +5,20 @@ import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from bitnet.training.checkpoint import (
-    load,
-    load_newest,
+from bitnet.training.checkpoint import load, load_newest, save
+from bitnet.training.state import (
+    flatten,
     load_optimizer,
     optimizer_tensors,
     rng_state,
-    save,
     set_rng_state,
+    unflatten,
 )
 
 MakeOptimizer = Callable[..., torch.optim.Optimizer]
@@ -37,12 +36,12 @@ def train(make: MakeOptimizer, root: Path) -> tuple[nn.Module, torch.optim.Optim
     start, losses = 0, []
     if (loaded := load_newest(root)) is not None:
         model.load_state_dict(loaded.tensors["model"])
-        load_optimizer(optimizer, loaded.tensors["optim"], loaded.state["optim"])
+        load_optimizer(optimizer, model, loaded, "optim", loaded.state["optim"])
         set_rng_state(loaded.state["rng"])
         start = loaded.step
     for step in range(start, 6):
         if step == 3 and loaded is None:
-            tensors, structure = optimizer_tensors(optimizer)
+            tensors, structure = optimizer_tensors(optimizer, model)
             groups = {"model": model.state_dict(), "optim": tensors}
             save(root, step, groups, {"optim": structure, "rng": rng_state()})
         for group in optimizer.param_groups:
@@ -69,24 +68,11 @@ def test_resumed_training_is_bit_identical(tmp_path: Path, make: MakeOptimizer) 
     assert resumed_losses == losses[3:]
     for whole, resumed in zip(model.parameters(), resumed_model.parameters(), strict=True):
         assert torch.equal(whole, resumed)
-    tensors, structure = optimizer_tensors(optimizer)
-    resumed_tensors, resumed_structure = optimizer_tensors(resumed_optimizer)
+    tensors, structure = optimizer_tensors(optimizer, model)
+    resumed_tensors, resumed_structure = optimizer_tensors(resumed_optimizer, resumed_model)
     assert resumed_structure == structure
     assert resumed_tensors.keys() == tensors.keys()
     assert all(torch.equal(resumed_tensors[name], tensor) for name, tensor in tensors.items())
-
-
-class Anything:
-    """A state dict of every kind of value."""
-
-    def __init__(self, state: dict[str, Any]) -> None:
-        self.state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.state
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.state = state_dict
 
 
 def test_state_dicts_are_exact(tmp_path: Path) -> None:
@@ -97,33 +83,34 @@ def test_state_dicts_are_exact(tmp_path: Path) -> None:
         "ints": [2**80, -1, True],
         "same names": {"a.b": 1, "a": {"b": 2}, "dict": {}, "tensor": "text", "tuple": 3},
     }
-    tensors, structure = optimizer_tensors(Anything(state))
+    tensors: dict[str, Tensor] = {}
+    structure = flatten(state, "state", tensors)
     save(tmp_path, 1, {"optim": tensors}, {"optim": structure})
     loaded = load(tmp_path / "step_00000001")
-    other = Anything({})
-    load_optimizer(other, loaded.tensors["optim"], loaded.state["optim"])
-    assert repr(other.state) == repr(state), "types and signs of zero too"
+    back = unflatten(loaded.state["optim"], loaded.tensors["optim"])
+    assert repr(back) == repr(state), "types and signs of zero too"
 
 
 def test_what_needs_pickle_is_refused() -> None:
     with pytest.raises(TypeError, match=r"optimizer\.groups\.0\.hook: .* function"):
-        optimizer_tensors(Anything({"groups": [{"hook": lambda: None}]}))
+        flatten({"groups": [{"hook": lambda: None}]}, "optimizer", {})
 
 
-def test_a_cast_of_the_state_is_refused() -> None:
+def test_a_cast_of_the_state_is_refused(tmp_path: Path) -> None:
     """PyTorch gives a state its parameter's dtype, silently."""
 
-    def adam(dtype: torch.dtype) -> torch.optim.Optimizer:
-        weight = nn.Parameter(torch.ones(3, dtype=dtype))
-        weight.grad = torch.ones_like(weight)
-        optimizer = torch.optim.AdamW([weight])
+    def adam(dtype: torch.dtype) -> tuple[torch.optim.Optimizer, nn.Module]:
+        model = nn.Linear(3, 1, bias=False, dtype=dtype)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(3, dtype=dtype)).backward()
         optimizer.step()
-        return optimizer
+        return optimizer, model
 
-    saved = optimizer_tensors(adam(torch.bfloat16))
-    load_optimizer(adam(torch.bfloat16), *saved)
+    tensors, structure = optimizer_tensors(*adam(torch.bfloat16))
+    loaded = load(save(tmp_path, 1, {"optim": tensors}, {}))
+    load_optimizer(*adam(torch.bfloat16), loaded, "optim", structure)
     with pytest.raises(ValueError, match=r"exp_avg: saved as torch\.bfloat16, loaded as"):
-        load_optimizer(adam(torch.float32), *saved)
+        load_optimizer(*adam(torch.float32), loaded, "optim", structure)
 
 
 def test_generators_go_on_where_they_were() -> None:

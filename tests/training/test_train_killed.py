@@ -28,14 +28,14 @@ from tests.helpers.training_script import TRAIN, Run, exact, kill_at, read_metri
 KILLED_INSIDE_A_SAVE = """
 import os, runpy, signal, sys
 import bitnet.durable as durable
-calls, fsync = 0, durable._fsync
+calls, fsync = 0, durable.fsync
 def deadly(path):
     global calls
     calls += 1
     if calls == int(os.environ["FSYNCS"]):
         os.kill(os.getpid(), signal.SIGKILL)
     fsync(path)
-durable._fsync = deadly
+durable.fsync = deadly
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
