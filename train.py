@@ -36,12 +36,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from bitnet.build import as_saved, build_model, undivided
 from bitnet.cli.common import config_help, pick_device, split_args
 from bitnet.config import Config, load_config, to_dict, to_toml
-from bitnet.data.loader import INDEX, Loader, TokenDataset, sequential_windows
+from bitnet.data.loader import Loader, sequential_windows
+from bitnet.data.parts import Part, hash_of, loader_of, open_parts
 from bitnet.data.prefetch import Prefetcher
-from bitnet.data.prepare import prepare
 from bitnet.data.tokenizer import Tokenizer
-from bitnet.durable import sha256, write_atomic
-from bitnet.evaluate import EvalResult, evaluate_windows, evaluation_mode
+from bitnet.durable import write_atomic
+from bitnet.evaluate import EvalResult, evaluate_windows, evaluation_mode, mixed
 from bitnet.export.folder import read_config, save_model
 from bitnet.generate import encode_prompt, generate
 from bitnet.model import KVCache, Transformer
@@ -84,7 +84,6 @@ def train(config: Config, command: str, world: World) -> None:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with world.main_first("data"):
         data = open_data(config, told=world.is_main)
-    loader = Loader(data.train, config.data.seq_len, config.batch_sequences, config.run.seed)
 
     saved, warnings = find_saved(config, world)
     torch.manual_seed(config.run.seed)
@@ -113,10 +112,10 @@ def train(config: Config, command: str, world: World) -> None:
     watch, flops_per_token = CoreWatch(), config.model.flops_per_token(config.data.seq_len)
     meter = Meter(device, bf16, flops_per_token / world.size)
 
-    make = partial(loader.batch, rank=world.rank, world_size=world.size)
+    make = partial(data.loader.batch, rank=world.rank, world_size=world.size)
     batches = Prefetcher(make, device, run.step, total_steps)
     with batches, log, run.saver, stop_signals() as stop:
-        announce(log, run, warnings, meter, data.train.n_tokens, data.val.n_tokens)
+        announce(log, run, warnings, meter, data.parts, data.loader.epochs(total_steps))
         if world.size > 1:
             log.print(f"{world.size} processes, {micro_batch} sequences per forward of each")
         log.track(config.run.name, to_dict(config))
@@ -185,27 +184,28 @@ def train(config: Config, command: str, world: World) -> None:
 class Data(NamedTuple):
     """The prepared data of a run."""
 
-    train: TokenDataset
-    val: TokenDataset
+    parts: list[Part]
+    """One, or those of a mixture."""
+    loader: Loader
     tokenizer: Tokenizer
     hash: str
-    """Hash of the index, which contains the hashes of all files."""
+    """Of the parts."""
     sample_prompt: list[int]
     """``eval.sample_prompt`` as tokens."""
 
 
 def open_data(config: Config, told: bool) -> Data:
     """Open the prepared data, after preparing them if they are missing; ``told``: say so."""
-    path = prepare(config.data, progress=told)
-    train_set, val_set = TokenDataset(path, "train"), TokenDataset(path, "val")
-    tokenizer = train_set.tokenizer()
+    parts = open_parts(config.data, progress=told)
+    loader = loader_of(parts, config.data.seq_len, config.batch_sequences, config.run.seed)
+    tokenizer = parts[0].train.tokenizer()
     prompt = encode_prompt(tokenizer, config.eval.sample_prompt)
     if len(prompt) >= config.model.max_seq_len:
         raise UserError(
             f"eval.sample_prompt has {len(prompt)} tokens, which leaves no room in the "
             f"context of {config.model.max_seq_len}"
         )
-    return Data(train_set, val_set, tokenizer, sha256(path / INDEX), prompt)
+    return Data(parts, loader, tokenizer, hash_of(parts), prompt)
 
 
 def open_teacher(
@@ -230,20 +230,27 @@ def forward_only(model: Transformer, tokens_BT: torch.Tensor, autocast: torch.au
         model(tokens_BT)
 
 
-def evaluate(run: Run, data: Data, autocast: torch.autocast, world: World) -> EvalResult:
-    """Evaluate the model on the validation split."""
-    config = run.config
-    windows = sequential_windows(data.val, config.data.seq_len, config.eval.max_tokens)
-    with autocast:
-        return evaluate_windows(
-            run.model, windows, data.tokenizer.count_bytes, config.eval.micro_batch, world
-        )
+def evaluate(run: Run, data: Data, autocast: torch.autocast, world: World) -> list[EvalResult]:
+    """Evaluate the model on the validation split of each part."""
+    config, results = run.config, []
+    for part in data.parts:
+        windows = sequential_windows(part.val, config.data.seq_len, config.eval.max_tokens)
+        measure, batch = data.tokenizer.count_bytes, config.eval.micro_batch
+        with autocast:
+            results.append(evaluate_windows(run.model, windows, measure, batch, world))
+    return results
+
+
+def overall(data: Data, results: list[EvalResult]) -> EvalResult:
+    """One result for the parts mixed as in training."""
+    return mixed(results, [part.weight for part in data.parts])
 
 
 def validate(log: RunLog, run: Run, data: Data, autocast: torch.autocast, world: World) -> float:
     """Evaluate, sample and log; returns the validation loss, in nats."""
     log.doing(f"step {run.step}: evaluation")
-    result = evaluate(run, data, autocast, world)
+    results = evaluate(run, data, autocast, world)
+    result = overall(data, results)
     with autocast:
         sample = sample_text(run.model, data, run.config.eval.sample_tokens, world)
     row = {
@@ -253,10 +260,19 @@ def validate(log: RunLog, run: Run, data: Data, autocast: torch.autocast, world:
         "val_bpb": result.bits_per_byte,
         "sample": sample,
     }
+    each = ""
+    if len(data.parts) > 1:
+        for part, of_part, epochs in zip(
+            data.parts, results, data.loader.epochs(run.step), strict=True
+        ):
+            row[f"val_loss/{part.name}"] = of_part.loss
+            row[f"val_bpb/{part.name}"] = of_part.bits_per_byte
+            row[f"epochs/{part.name}"] = epochs
+            each += f"\n  {part.name} {of_part.loss:.4f}, {of_part.bits_per_byte:.4f} bits per byte"
     log.row(row, record=True)
     log.print(
         f"step {run.step}: validation loss {result.loss:.4f}, "
-        f"{result.bits_per_byte:.4f} bits per byte" + (f"\n{sample}" if sample else "")
+        f"{result.bits_per_byte:.4f} bits per byte{each}" + (f"\n{sample}" if sample else "")
     )
     return result.loss
 
@@ -297,8 +313,9 @@ def save_trained(log: RunLog, run: Run, data: Data, autocast: torch.autocast, wo
     """Write the model folder of a run that is done, with its adapters merged."""
     config = run.config
     if config.adapter.kind != "none":
-        before, report = evaluate(run, data, autocast, world).loss, merge_adapters(run.model)
-        after = evaluate(run, data, autocast, world).loss
+        before = overall(data, evaluate(run, data, autocast, world)).loss
+        report = merge_adapters(run.model)
+        after = overall(data, evaluate(run, data, autocast, world)).loss
         log.print(f"{report}\nvalidation loss {before:.4f} adapted, {after:.4f} merged")
     model = undivided(run.model)
     if not world.is_main:
@@ -306,7 +323,7 @@ def save_trained(log: RunLog, run: Run, data: Data, autocast: torch.autocast, wo
     trained, quant = as_saved(model, config.quant)
     folder = save_model(config.run_dir / "model", trained, data.tokenizer, quant=quant)
     integers = quant.enabled or trained.config.linear == "ternary"
-    then = f"pack {folder}" if integers else f"ptq {folder} --data {config.data.path}"
+    then = f"pack {folder}" if integers else f"ptq {folder} --data {data.parts[0].train.path}"
     log.print(
         f"done: the model is in {folder}\n"
         f"  bitnet generate {folder} --prompt TEXT      bitnet {then}"

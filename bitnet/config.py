@@ -35,7 +35,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tomli_w
 import torch
@@ -167,6 +167,7 @@ class Config:
             return config._resolve()
 
     def _resolve(self) -> "Config":
+        self.data.mixture()  # checks its tables
         vocab_size = self.data.vocab_size
         if self.data.tokenizer:
             with user_input(f"data.tokenizer = {self.data.tokenizer}"):
@@ -223,7 +224,16 @@ def _check_encoding(config: "Config") -> None:
     for section, table in to_dict(config).items():
         for key, value in table.items():
             with user_input(f"{section}.{key}"):
-                ("".join(value) if isinstance(value, list) else str(value)).encode()
+                "".join(_texts(value)).encode()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """The strings in a value, in lists and tables too."""
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def _check_name(name: str) -> None:
@@ -484,7 +494,8 @@ def _override(values: dict[str, Any], origins: dict[str, str], override: str) ->
     value = _toml_value(text)
     if hint is str and not isinstance(value, str):
         value = text
-    if get_origin(hint) is list and not isinstance(value, list):  # all lists are of strings
+    lists = [get_origin(kind) is list for kind in (hint, *get_args(hint))]
+    if any(lists) and not isinstance(value, list):  # all lists are of strings, or may be
         value = [value if isinstance(value, str) else text]
     values.setdefault(section, {})[key] = value
     origins[section] = origins[f"{section}.{key}"] = "command line"

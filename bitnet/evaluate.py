@@ -18,7 +18,7 @@ softmax in fp32; the result depends on the batch size only by rounding.
 import gzip
 import lzma
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import NamedTuple
@@ -49,7 +49,8 @@ class EvalConfig:
     every: Positive = 250
     """steps between evaluations (the last step is always evaluated)"""
     max_tokens: Count = 0
-    """validation tokens predicted in an evaluation, in windows spread over the split; 0 = all"""
+    """validation tokens predicted in an evaluation, in windows spread over the split (of each part
+    of a mixture); 0 = all"""
     micro_batch: Count = 0
     """sequences at once; 0 = as many as keep the logits within 32 MiB (CPU) or 1 GiB (GPU)"""
     sample_prompt: str = ""
@@ -111,6 +112,25 @@ def evaluate_windows(
 
     nats, tokens = _negative_log_likelihood(model, counted(), batch_size, world)
     return _result(nats, tokens, n_bytes)
+
+
+def mixed(results: Sequence[EvalResult], weights: Sequence[float]) -> EvalResult:
+    """The result on a text whose tokens come from several sources, mixed as they are in training.
+
+    Its loss is the mean of their losses, and its bytes per token the mean of theirs, both by
+    weight; it has the tokens and bytes of all.
+
+    Arguments:
+        results: of each source; of one it is returned. weights: as many, positive; their sum need
+            not be 1.
+    """
+    if len(results) == 1:
+        return results[0]
+    shares = [weight / sum(weights) for weight in weights]
+    loss = sum(p * result.loss for p, result in zip(shares, results, strict=True))
+    token_bytes = sum(p * r.bytes / r.tokens for p, r in zip(shares, results, strict=True))
+    tokens, n_bytes = sum(r.tokens for r in results), sum(r.bytes for r in results)
+    return EvalResult(loss, loss / math.log(2) / token_bytes, tokens, n_bytes)
 
 
 def evaluate_text(

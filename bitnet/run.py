@@ -15,7 +15,7 @@ last codes, the balance of a distillation and a few counters are all that a chec
 import dataclasses
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from bitnet.config import Config, differences, to_dict
+from bitnet.data.mixture import MAX_EPOCHS
+from bitnet.data.parts import Part
 from bitnet.export.folder import read_config
 from bitnet.model import Transformer
 from bitnet.qat.recipe import Recipe
@@ -214,22 +216,36 @@ def find_saved(config: Config, world: World) -> tuple[Checkpoint | None, list[st
 
 
 def announce(
-    log: RunLog, run: Run, warnings: list[str], meter: Meter, train_tokens: int, val_tokens: int
+    log: RunLog,
+    run: Run,
+    warnings: list[str],
+    meter: Meter,
+    parts: Sequence[Part],
+    epochs: Sequence[float],
 ) -> None:
     """Print the first lines of a run, with warnings.
 
     Arguments:
         warnings: of :func:`find_saved`.
-        train_tokens, val_tokens: sizes of the data.
+        parts: of the data. epochs: how often the whole run reads each of them.
     """
     config, total_steps = run.config, run.config.train.steps
     log.print(one_line(config))
+    train_tokens = sum(part.train.n_tokens for part in parts)
     log.print(
         f"on {meter.device}, {'bf16 autocast' if meter.bf16 else 'fp32'}; "
         f"{human(train_tokens)} training tokens, so "
         f"{config.train.tokens / train_tokens:.2g} epochs; "
         f"MFU against {human(meter.peak, 'FLOP/s')} ({meter.peak_source})"
     )
+    if len(parts) > 1:
+        log.print("\n".join(mixture_lines(parts, epochs)))
+        for part, times in zip(parts, epochs, strict=True):
+            if times > MAX_EPOCHS:
+                log.warn(
+                    f"data.sources: {part.name} is read {times:.1f} times: beyond {MAX_EPOCHS} a "
+                    "repeated text teaches much less than a new one; lower its weight"
+                )
     if run.step:
         nothing = "" if run.step < total_steps else f" of {total_steps}: nothing is left to train"
         log.print(f"resumed at step {run.step}{nothing}")
@@ -246,11 +262,23 @@ def announce(
                 f"[quant] is not that of {config.train.init_from} ({source}), whose learned "
                 "scales and ranges are therefore left behind"
             )
-    if val_tokens < 10_000:
-        log.warn(
-            f"only {val_tokens} validation tokens: val_loss will be noisy; a larger "
-            "data.val_fraction, in another data.path, steadies it"
-        )
+    for part in parts:
+        if part.val.n_tokens < 10_000:
+            which, name = (f" of {part.name}", f"/{part.name}") if len(parts) > 1 else ("", "")
+            log.warn(
+                f"only {part.val.n_tokens} validation tokens{which}: val_loss{name} will be noisy; "
+                "a larger data.val_fraction, in another data.path, steadies it"
+            )
+
+
+def mixture_lines(parts: Sequence[Part], epochs: Sequence[float]) -> list[str]:
+    """A line per part: its share of the sequences, its size, and how often the run reads it."""
+    total = sum(part.weight for part in parts)
+    return [
+        f"  {part.name}: {part.weight / total:.1%} of the sequences, "
+        f"{human(part.train.n_tokens)} tokens, {times:.2g} epochs"
+        for part, times in zip(parts, epochs, strict=True)
+    ]
 
 
 def allowed_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> list[str]:

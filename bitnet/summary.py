@@ -1,8 +1,12 @@
 """A config's shapes, parameters, FLOPs, bytes and energy, computed without building the model."""
 
+from pathlib import Path
+
 from rich.table import Table
 
 from bitnet.config import Config
+from bitnet.data.loader import INDEX, read_index
+from bitnet.data.mixture import shares
 from bitnet.energy import (
     EXPECTED_ZEROS,
     MATRICES,
@@ -90,6 +94,8 @@ def tables(asked: Config) -> list[Table]:
     """The tables of ``bitnet inspect`` for a config as it was given (not resolved)."""
     config = asked.resolve()
     found = [_settings(asked, config), _shapes(config), _costs(config)]
+    if config.data.is_mixture:
+        found.insert(1, _mixture(config))
     if config.quant.enabled and not config.quant.quantizer.ternary:
         return found  # multiplications of other widths have no table
     return found + energy_tables(config.model, config.data.seq_len)
@@ -110,6 +116,21 @@ def _settings(asked: Config, config: Config) -> Table:
     warmup = warmup_steps(config.train.steps, config.optim)
     chosen_by = "config" if asked.optim.warmup_steps else "model.depth"
     table.add_row("warmup", f"{warmup:,} steps", chosen_by)
+    return table
+
+
+def _mixture(config: Config) -> Table:
+    table = Table(
+        *("source", "folder", "share", "tokens of the run", "epochs"),
+        title="Mixture",
+        caption="epochs: how often the run reads the source, where it is prepared",
+    )
+    sources = config.data.mixture()
+    for source, share in zip(sources, shares([source.weight for source in sources]), strict=True):
+        tokens, epochs = float(share) * config.train.steps * config.train.batch_tokens, ""
+        if (Path(source.path) / INDEX).is_file():
+            epochs = f"{tokens / read_index(Path(source.path)).splits['train'].n_tokens:.3g}"
+        table.add_row(source.name, source.path, f"{float(share):.2%}", human(tokens), epochs)
     return table
 
 

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from bitnet.config import load_config
 from bitnet.data.loader import TokenDataset
-from bitnet.data.prepare import prepare
+from bitnet.data.prepare import prepare_all
 from bitnet.progress import plain_console
 from bitnet.schema import UserError
 
@@ -37,7 +37,8 @@ def prepare_command(
 
     A tokenizer is trained, unless one is named; documents are tokenized, and some are split off
     for validation. The result is checked as a whole: an interrupted run leaves nothing that
-    loads. train.py does the same when its config's data.path is missing.
+    loads. train.py does the same when its config's data.path is missing. A config with
+    tables [[data.sources]], a mixture, has each of its sources prepared.
 
     Example: bitnet prepare my-texts/ --path data/my-texts --vocab-size 8192
     """
@@ -54,10 +55,10 @@ def prepare_command(
         "text_field": text_field,
     }
     data = {key: value for key, value in given.items() if value}
-    folder = prepare(load_config([config] if config else [], data=data).data)
-    table = Table("split", "documents", "tokens", "bytes", "bytes per token", title=str(folder))
-    for split in ("train", "val"):
-        dataset = TokenDataset(folder, split)
-        row = (dataset.n_documents, dataset.n_tokens, dataset.n_bytes)
-        table.add_row(split, *(f"{n:,}" for n in row), f"{row[2] / row[1]:.2f}")
-    plain_console().print(table)
+    for part in prepare_all(load_config([config] if config else [], data=data).data):
+        table = Table("split", "documents", "tokens", "bytes", "bytes per token", title=part.path)
+        for split in ("train", "val"):
+            dataset = TokenDataset(part.path, split)
+            row = (dataset.n_documents, dataset.n_tokens, dataset.n_bytes)
+            table.add_row(split, *(f"{n:,}" for n in row), f"{row[2] / row[1]:.2f}")
+        plain_console().print(table)

@@ -9,7 +9,8 @@ A prepared set (prepare.py writes it) is a folder:
 
 Training reads windows of ``seq_len + 1`` tokens at a stride of ``seq_len`` (inputs, and the same
 tokens shifted by one as targets), so in an epoch each token is a target once. Documents are neither
-padded nor kept apart: the model learns the meaning of EOS.
+padded nor kept apart: the model learns the meaning of EOS. A run may mix several sets, each with a
+share of the sequences (mixture.py).
 
 The order of the windows is a keyed permutation of their numbers, another one in each epoch,
 computed for the windows that a batch needs and never stored. So a batch is a pure function of
@@ -21,16 +22,17 @@ until the result is below n. It uses only integer arithmetic, so it is the same 
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from bitnet.data.mixture import Schedule, Source, completed, source_tables
 from bitnet.data.tokenizer import Tokenizer, read_model
 from bitnet.data.tokenizer_json import load_tokenizer, tokenizer_path
 from bitnet.durable import sha256
@@ -48,12 +50,15 @@ class DataConfig:
 
     path: Annotated[str, Field(min_length=1)] = "data/python-stdlib"
     """folder of the prepared data; made (as by `bitnet prepare`) if it is missing"""
-    sources: Annotated[list[str], Field(min_length=1)] = Field(
-        default_factory=lambda: ["python-stdlib"]
-    )
+    sources: Annotated[
+        list[str] | list[Source], BeforeValidator(source_tables), Field(min_length=1)
+    ] = Field(default_factory=lambda: ["python-stdlib"])
     """files, globs and folders of .txt, .md, .py, .jsonl (each also .gz, .xz, .zst) and .parquet;
     "python-stdlib", the standard library's own source; "hf:NAME" or "hf:NAME:CONFIG", the train
-    split of a Hugging Face dataset, streamed"""
+    split of a Hugging Face dataset, streamed. Or a mixture: a table [[data.sources]] for each part,
+    with name, path (of prepared data) or texts (a list as above, prepared in path or in
+    data.path/NAME), weight (its share of the training sequences, relative to the others) and
+    text_field"""
     text_field: str = "text"
     """the field of .jsonl, .parquet and Hugging Face rows that holds the text"""
     tokenizer: str = ""
@@ -72,6 +77,26 @@ class DataConfig:
     """tokens in a training sequence"""
     threads: Count = 0
     """threads for tokenization; 0 = one per core"""
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the sources are tables."""
+        return isinstance(self.sources[0], Source)
+
+    @property
+    def texts(self) -> list[str]:
+        """The sources of a config without tables."""
+        return [source for source in self.sources if isinstance(source, str)]
+
+    def mixture(self) -> list[Source]:
+        """The sources as parts of a mixture, complete; without tables, data.path is its only one.
+
+        Raises:
+            UserError: as :func:`bitnet.data.mixture.completed`.
+        """
+        tables = [source for source in self.sources if isinstance(source, Source)]
+        only = Source(name=Path(self.path).name, path=self.path, texts=self.texts)
+        return completed(tables, Path(self.path)) if tables else [only]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -247,37 +272,45 @@ def _open_shard(folder: Path, shard: Shard, dtype: np.dtype, verify: bool) -> np
 class Loader:
     """Training batches as a pure function of (seed, step), divided among ranks.
 
-    Batch ``step`` holds windows number ``step * B .. step * B + B - 1`` of an endless sequence:
-    epoch after epoch, each a permutation of all windows. A batch may span two epochs. Tokens after
-    the last whole window are left out of every epoch.
-
-    Attributes:
-        n_windows: windows in an epoch.
+    Batch ``step`` holds sequences number ``step * B .. step * B + B - 1`` of an endless row of
+    them. Of one set: epoch after epoch, each a permutation of all windows; a batch may span two.
+    Tokens after the last whole window are left out of every epoch. Of several sets: the sequences
+    of each, in that order, at the places that :class:`bitnet.data.mixture.Schedule` gives it.
 
     Arguments:
-        dataset: the split to read.
+        datasets: the split to read, or one for each part of a mixture.
         seq_len: T, tokens per sequence.
         batch_sequences: B, sequences of the global batch.
         seed: seed of the order.
+        weights: of several datasets; their sum need not be 1.
     Raises:
-        UserError: the split has too few tokens for one window.
+        UserError: a split has too few tokens for one window.
     """
 
     def __init__(
-        self, dataset: TokenDataset, seq_len: int, batch_sequences: int, seed: int
+        self,
+        datasets: TokenDataset | Sequence[TokenDataset],
+        seq_len: int,
+        batch_sequences: int,
+        seed: int,
+        weights: Sequence[float] = (1.0,),
     ) -> None:
         if seq_len < 1 or batch_sequences < 1:
             raise ValueError(
                 f"seq_len and batch_sequences: expected 1 or more, got {seq_len}, {batch_sequences}"
             )
-        self.n_windows = (dataset.n_tokens - 1) // seq_len
-        if self.n_windows < 1:
-            raise UserError(
-                f"{dataset.path}: split {dataset.split} has {dataset.n_tokens} tokens, one "
-                f"sequence of data.seq_len = {seq_len} needs {seq_len + 1}; shorten it or add text"
-            )
-        self._dataset, self._seq_len, self._batch = dataset, seq_len, batch_sequences
-        self._seed = seed
+        if isinstance(datasets, TokenDataset):
+            datasets = [datasets]
+        if len(datasets) != len(weights):
+            raise ValueError(f"weights: expected one per dataset, got {len(weights)}")
+        self._parts = [_Windows(dataset, seq_len, seed) for dataset in datasets]
+        self._schedule = Schedule(weights, seed)
+        self._seq_len, self._batch = seq_len, batch_sequences
+
+    def epochs(self, step: int) -> list[float]:
+        """How often each set has been read before ``step``, in epochs."""
+        counts = self._schedule.counts(step * self._batch)
+        return [n / part.n_windows for n, part in zip(counts, self._parts, strict=True)]
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a step.
@@ -298,21 +331,44 @@ class Loader:
             raise ValueError(f"step {step}, rank {rank} of {world_size}: out of range")
         rows = self._batch // world_size
         first = step * self._batch + rank * rows
-        span = self._seq_len
-        windows_BT = np.empty((rows, span + 1), dtype=np.int64)
-        for row, window in enumerate(self._windows(first, rows)):
-            windows_BT[row] = self._dataset.tokens(window * span, window * span + span + 1)
+        windows_BT = np.empty((rows, self._seq_len + 1), dtype=np.int64)
+        sources_B = self._schedule.sources(first, rows)
+        for number, begun in enumerate(self._schedule.counts(first)):
+            places = np.flatnonzero(sources_B == number)
+            windows = self._parts[number].read(begun, len(places))
+            for row, window in zip(places, windows, strict=True):
+                windows_BT[row] = window
         inputs_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
         # copied by numpy: in the thread that prefetches, torch's operators would start OpenMP's
         return torch.from_numpy(inputs_BT.copy()), torch.from_numpy(targets_BT.copy())
 
-    def _windows(self, first: int, count: int) -> Iterator[int]:
+
+class _Windows:
+    """The windows of one split in an endless row of epochs.
+
+    Attributes:
+        n_windows: windows in an epoch.
+    """
+
+    def __init__(self, dataset: TokenDataset, seq_len: int, seed: int) -> None:
+        self.n_windows = (dataset.n_tokens - 1) // seq_len
+        if self.n_windows < 1:
+            raise UserError(
+                f"{dataset.path}: split {dataset.split} has {dataset.n_tokens} tokens, one "
+                f"sequence of data.seq_len = {seq_len} needs {seq_len + 1}; shorten it or add text"
+            )
+        self._dataset, self._seq_len, self._seed = dataset, seq_len, seed
+
+    def read(self, first: int, count: int) -> Iterator[np.ndarray]:
+        """Windows ``first`` to ``first + count - 1``: int64 ``[T + 1]`` each."""
         while count:
             epoch, start = divmod(first, self.n_windows)
             taken = min(count, self.n_windows - start)
             key = f"{self._seed}/{epoch}".encode()
             positions = np.arange(start, start + taken, dtype=np.uint64)
-            yield from permute(positions, self.n_windows, key).tolist()
+            for window in permute(positions, self.n_windows, key).tolist():
+                begin = window * self._seq_len
+                yield self._dataset.tokens(begin, begin + self._seq_len + 1)
             first, count = first + taken, count - taken
 
 

@@ -19,14 +19,22 @@ An interrupted preparation starts anew, and removes the files of the old one.
 *Reuse.* A finished set is used again if its settings are the same, and refused otherwise. Changed
 source files are only reported: a set does not depend on them any more, and a resumed run must see
 the same data as before.
+
+*Mixtures.* Each part is a set of its own, and all share a tokenizer: ``data.tokenizer``, or that of
+the first part that is prepared already, or one trained on a sample of all texts, by their weights.
+
+*Memory* does not grow with the text: the sample for the tokenizer (``max_tokenizer_mb``) and a
+batch of documents are all that is held.
 """
 
+import dataclasses
 import hashlib
 import heapq
 import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -49,9 +57,10 @@ from bitnet.data.loader import (
     SplitName,
     read_index,
 )
+from bitnet.data.mixture import Source, shares
 from bitnet.data.sources import HUB, cut, documents, local_files
 from bitnet.data.tokenizer import Tokenizer, train_tokenizer
-from bitnet.data.tokenizer_json import load_tokenizer
+from bitnet.data.tokenizer_json import load_tokenizer, tokenizer_path
 from bitnet.durable import new_folder
 from bitnet.progress import Reports, plain_console
 from bitnet.schema import UserError, check_file, user_input
@@ -66,7 +75,7 @@ _HUB_SURVEY = 4
 
 
 def prepare(config: DataConfig, *, progress: bool = True) -> Path:
-    """Make the prepared set that a config describes, unless it exists.
+    """Make the prepared set that a config without tables describes, unless it exists.
 
     Arguments:
         config: the ``[data]`` section.
@@ -78,15 +87,110 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
             or ``data.path`` holds something else.
         OSError: a file (named) cannot be written.
     """
+    assert not config.is_mixture, "prepare_all() makes the sets of a mixture"
+    _prepare(config, _given(config), _console(progress))
+    return Path(config.path)
+
+
+def prepare_all(config: DataConfig, *, progress: bool = True) -> list[Source]:
+    """Make all prepared sets that a config describes, those that do not exist yet.
+
+    Arguments: those of :func:`prepare`.
+    Returns:
+        ``config.mixture()``; each path is a prepared set.
+    Raises:
+        UserError: as :func:`prepare`; or the sets have several tokenizers.
+        OSError: a file (named) cannot be written.
+    """
+    if not config.is_mixture:
+        prepare(config, progress=progress)
+        return config.mixture()
+    console, parts, path = _console(progress), config.mixture(), Path(config.path)
+    for part in parts:
+        if not part.texts and not _exists(part):
+            raise UserError(
+                f"data.sources: {part.name!r}: {part.path} is not a prepared set, and there are no "
+                "texts to make it from"
+            )
+        if Path(part.path).parent == path and (path / INDEX).exists():
+            raise UserError(
+                f"data.path: {path} is a prepared set; a mixture needs a folder of its own"
+            )
+    whole = all(_exists(part) for part in parts)
+    with nullcontext() if whole else _locked(path, "mixture.lock", console):
+        tokenizer = _given(config) or _common_tokenizer(config, parts, console)
+        for part in parts:
+            if part.texts:
+                _prepare(_part_config(config, part), tokenizer, console)
+            elif read_index(Path(part.path)).tokenizer_sha256 != tokenizer.hash:
+                raise UserError(
+                    f"data.sources: {part.name!r}: {part.path} has another tokenizer than "
+                    f"{tokenizer.path}; the sets of a mixture share one: prepare it again with "
+                    "that as data.tokenizer"
+                )
+    return parts
+
+
+def _console(progress: bool) -> Console:
+    return plain_console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
+
+
+def _given(config: DataConfig) -> Tokenizer | None:
+    return load_tokenizer(config.tokenizer) if config.tokenizer else None
+
+
+def _exists(part: Source) -> bool:
+    return (Path(part.path) / INDEX).is_file()
+
+
+def _part_config(config: DataConfig, part: Source) -> DataConfig:
+    """A part of a mixture as a config of its own."""
+    field = part.text_field or config.text_field
+    return dataclasses.replace(config, path=part.path, sources=part.texts, text_field=field)
+
+
+def _common_tokenizer(config: DataConfig, parts: list[Source], console: Console) -> Tokenizer:
+    """The tokenizer of the first part that is prepared, or one trained on the texts of all.
+
+    Raises:
+        UserError: its vocabulary is not ``data.vocab_size``.
+    """
+    if found := next((part for part in parts if _exists(part)), None):
+        tokenizer = load_tokenizer(tokenizer_path(Path(found.path)))
+        if tokenizer.vocab_size != config.vocab_size:
+            raise UserError(
+                f"data.vocab_size = {config.vocab_size}, but {found.path} was prepared with "
+                f"{tokenizer.vocab_size} tokens: set data.vocab_size = {tokenizer.vocab_size}, or "
+                f"data.tokenizer = {str(tokenizer.path)!r}"
+            )
+        return tokenizer
+    with _bars(console) as bars, tempfile.TemporaryDirectory() as folder:
+        sample = list[str]()
+        for part, share in zip(parts, shares([part.weight for part in parts]), strict=True):
+            n_bytes = int(config.max_tokenizer_mb * 10**6 * share)
+            sample += _survey(_part_config(config, part), n_bytes, bars).training_sample()
+        return _trained(iter(sample), config, Path(folder) / Tokenizer.file_name, bars)
+
+
+def _prepare(config: DataConfig, given: Tokenizer | None, console: Console) -> None:
+    """Make one set, unless it exists."""
     path = Path(config.path)
-    console = plain_console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
-    given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     if _is_prepared(path, config, given, console):
-        return path
+        return
+    with _locked(path, "lock", console):
+        if not _is_prepared(path, config, given, console):
+            with new_folder(path) as folder:
+                index = _make(folder, config, given, console)
+            console.print(f"prepared {_summary(path, index)}")
+
+
+@contextmanager
+def _locked(path: Path, ending: str, console: Console) -> Iterator[None]:
+    """Hold a lock beside a folder; where another process has it, wait."""
     with user_input(f"data.path: {path}"):
         place = path.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock_path = place.with_name(f".{place.name}.lock")
+        lock_path = place.with_name(f".{place.name}.{ending}")
         lock_path.touch()  # an unwritable folder is an error here, not a wait below
         check_file(lock_path)
     lock = FileLock(lock_path)
@@ -96,13 +200,9 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
         console.print(f"waiting for another process that prepares {path}")
         lock.acquire()
     try:
-        if not _is_prepared(path, config, given, console):
-            with new_folder(path) as folder:
-                index = _make(folder, config, given, console)
-            console.print(f"prepared {_summary(path, index)}")
+        yield
     finally:
         lock.release()
-    return path
 
 
 def _is_prepared(path: Path, config: DataConfig, given: Tokenizer | None, console: Console) -> bool:
@@ -114,11 +214,13 @@ def _is_prepared(path: Path, config: DataConfig, given: Tokenizer | None, consol
             f"data.path: {path} exists and is not a prepared set; choose another data.path"
         )
     index = read_index(path)
-    settings = _settings(config, given)
+    settings, there = _settings(config, given), index.settings
+    if given and not there.get("tokenizer"):  # its own, which may be the given one
+        there = there | {"tokenizer": index.tokenizer_sha256}
     differences = [
-        f"{key} is {index.settings[key]!r} there and {settings[key]!r} here"
+        f"{key} is {there[key]!r} there and {settings[key]!r} here"
         for key in settings
-        if key in index.settings and index.settings[key] != settings[key]
+        if key in there and there[key] != settings[key]
     ]
     if differences:
         raise UserError(
@@ -127,7 +229,7 @@ def _is_prepared(path: Path, config: DataConfig, given: Tokenizer | None, consol
         )
     console.print(f"using {_summary(path, index)}")
     try:
-        changed = _digest(local_files(config.sources)) != index.sources_digest
+        changed = _digest(local_files(config.texts)) != index.sources_digest
     except UserError:  # the sources are gone, and are not needed
         changed = False
     if changed:
@@ -144,7 +246,7 @@ def _settings(config: DataConfig, given: Tokenizer | None) -> dict[str, Any]:
         return name.encode(errors="backslashreplace").decode()
 
     settings: dict[str, Any] = {
-        "sources": [text(source) for source in config.sources],
+        "sources": [text(source) for source in config.texts],
         "text_field": text(config.text_field),
         "val_fraction": config.val_fraction,
         "tokenizer": given.hash if given else "",
@@ -172,28 +274,18 @@ def _summary(path: Path, index: Index) -> str:
 def _make(folder: Path, config: DataConfig, given: Tokenizer | None, console: Console) -> Index:
     """Write a whole set into an empty folder, its index last."""
     left_out: Counter[str] = Counter()
-    digest = _digest(local_files(config.sources, left_out))
+    digest = _digest(local_files(config.texts, left_out))
     if left_out.total():
         kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(8) if count)
         console.print(f"note: not read in the folders of data.sources: {kinds}")
-    with Reports(
-        TextColumn("{task.description:>18}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        console=console,
-    ) as bars:
+    with _bars(console) as bars:
         survey = _survey(config, 0 if given else config.max_tokenizer_mb * 10**6, bars)
         model = folder / (given or Tokenizer).file_name
         if given:
             model.write_bytes(given.model_bytes)
             tokenizer = load_tokenizer(model)
         else:
-            bar = bars.add_task("training tokenizer", total=None)
-            parts = (part for text in survey.sample for part in survey.held_out.divide(text))
-            training = (text for split, text in parts if split == "train")
-            tokenizer = train_tokenizer(training, config.vocab_size, model, config.threads)
-            bars.remove_task(bar)
+            tokenizer = _trained(survey.training_sample(), config, model, bars)
         dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         splits = _tokenize(folder, config, tokenizer, np.dtype(dtype), survey, bars)
     index = Index(
@@ -210,6 +302,23 @@ def _make(folder: Path, config: DataConfig, given: Tokenizer | None, console: Co
     with _naming(folder / INDEX):
         (folder / INDEX).write_bytes(TypeAdapter(Index).dump_json(index, indent=1))
     return index
+
+
+def _bars(console: Console) -> Reports:
+    return Reports(
+        TextColumn("{task.description:>18}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+    )
+
+
+def _trained(texts: Iterator[str], config: DataConfig, model: Path, bars: Progress) -> Tokenizer:
+    bar = bars.add_task("training tokenizer", total=None)
+    tokenizer = train_tokenizer(texts, config.vocab_size, model, config.threads)
+    bars.remove_task(bar)
+    return tokenizer
 
 
 @dataclass(frozen=True)
@@ -234,6 +343,11 @@ class _Survey:
     held_out: _HeldOut
     sample: list[str]
 
+    def training_sample(self) -> Iterator[str]:
+        """The sample without what is held out."""
+        parts = (part for text in self.sample for part in self.held_out.divide(text))
+        return (text for split, text in parts if split == "train")
+
 
 def _survey(config: DataConfig, sample_bytes: int, bars: Progress) -> _Survey:
     """Read all local documents, and the first ones of a Hugging Face dataset.
@@ -248,7 +362,7 @@ def _survey(config: DataConfig, sample_bytes: int, bars: Progress) -> _Survey:
     lowest, highest = _HASHES, -1
     kept: list[tuple[int, str]] = []  # a heap, the greatest hash first
     left_out: Counter[str] = Counter()
-    for text in documents(config.sources, config.text_field, hub_bytes, left_out):
+    for text in documents(config.texts, config.text_field, hub_bytes, left_out):
         size = len(text.encode())
         n_bytes += size
         held_out_bytes += size if _hash(text) < threshold else 0
@@ -262,7 +376,7 @@ def _survey(config: DataConfig, sample_bytes: int, bars: Progress) -> _Survey:
                 kept_bytes -= greatest
         bars.advance(bar, size)
     if not n_bytes:
-        raise UserError(f"data.sources: there is no text in {', '.join(config.sources)}")
+        raise UserError(f"data.sources: there is no text in {', '.join(config.texts)}")
     bars.update(bar, total=n_bytes)
     if without_text := left_out["without text"]:
         bars.console.print(f"note: {without_text} documents have no text (blanks or null)")
@@ -295,13 +409,13 @@ def _tokenize(
     survey: _Survey,
     bars: Progress,
 ) -> dict[SplitName, Split]:
-    streamed = any(source.startswith(HUB) for source in config.sources)
+    streamed = any(source.startswith(HUB) for source in config.texts)
     bar = bars.add_task("tokenizing", total=None if streamed else survey.n_bytes)
     with (
         _SplitWriter(folder, "train", dtype, config.shard_tokens) as train,
         _SplitWriter(folder, "val", dtype, config.shard_tokens) as val,
     ):
-        texts = documents(config.sources, config.text_field)
+        texts = documents(config.texts, config.text_field)
         for batch in _batches(part for text in texts for part in survey.held_out.divide(text)):
             encoded = tokenizer.encode_batch([text for _, text in batch], config.threads)
             for (split, text), tokens in zip(batch, encoded, strict=True):

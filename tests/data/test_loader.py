@@ -1,6 +1,5 @@
 """A prepared set loads whole or not at all; batches are a pure function of (seed, step)."""
 
-import hashlib
 import json
 import random
 from pathlib import Path
@@ -9,56 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from bitnet.data.loader import DataConfig, Loader, TokenDataset, permute, sequential_windows
 from bitnet.schema import UserError
-
-
-def write_set(
-    folder: Path, n_tokens: int, shard_tokens: int = 10**9, dtype: str = "uint16"
-) -> Path:
-    """Write a prepared set: token number i of train is i, val is 0..9."""
-    folder.mkdir()
-    splits: dict[str, Any] = {}
-    for split, count in {"train": n_tokens, "val": 10}.items():
-        tokens = np.arange(count).astype(np.dtype(dtype).newbyteorder("<"))
-        shards = []
-        for start in range(0, count, shard_tokens):
-            part = tokens[start : start + shard_tokens].tobytes()
-            file = f"{split}_{len(shards):05d}.bin"
-            (folder / file).write_bytes(part)
-            shards.append(
-                {
-                    "file": file,
-                    "n_tokens": len(tokens[start : start + shard_tokens]),
-                    "sha256": hashlib.sha256(part).hexdigest(),
-                }
-            )
-        splits[split] = {"n_tokens": count, "n_bytes": 7, "n_documents": 1, "shards": shards}
-    index = {
-        "version": 1,
-        "dtype": dtype,
-        "vocab_size": 300,
-        "eos_id": 2,
-        "tokenizer_sha256": "00",
-        "held_out": "documents",
-        "sources_digest": "",
-        "settings": {},
-        "splits": splits,
-    }
-    (folder / "index.json").write_text(json.dumps(index))
-    return folder
+from tests.helpers.prepared_sets import windows_of, write_set
 
 
 def change_index(folder: Path, **changes: Any) -> None:
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps(index | changes))
-
-
-def windows_of(inputs: Tensor) -> list[int]:
-    """The windows of a batch: each token is its own position."""
-    return [int(first) // inputs.shape[1] for first in inputs[:, 0]]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +128,6 @@ def test_an_index_that_is_no_utf8_or_no_object(tmp_path: Path) -> None:
 
 def test_targets_are_the_inputs_one_token_later(tmp_path: Path) -> None:
     loader = Loader(TokenDataset(write_set(tmp_path / "set", 1000, 64), "train"), 16, 5, seed=1)
-    assert loader.n_windows == 62
     for step in range(40):
         inputs, targets = loader.batch(step)
         assert inputs.dtype == targets.dtype == torch.int64
@@ -240,7 +197,7 @@ def test_batches_that_cannot_be(tmp_path: Path) -> None:
 
 def test_fewer_tokens_than_a_window_are_refused(tmp_path: Path) -> None:
     dataset = TokenDataset(write_set(tmp_path / "set", 100), "train")
-    assert Loader(dataset, 99, 4, seed=0).n_windows == 1
+    assert Loader(dataset, 99, 4, seed=0).epochs(3) == [12]
     with pytest.raises(UserError, match=r"has 100 tokens, .* data\.seq_len = 100 needs 101"):
         Loader(dataset, 100, 4, seed=0)
 

@@ -272,12 +272,16 @@ def test_other_settings_are_refused(prepared: Path) -> None:
             {"text_field": "x", "max_tokenizer_mb": 7},
             "text_field is 'text' .*; max_tokenizer_mb is",
         ),
-        ({"tokenizer": str(prepared / "tokenizer.model")}, "tokenizer is '' there"),
     ]:
         with pytest.raises(UserError, match=message):
             make(prepared, source, **options | changed)
     with pytest.raises(UserError, match=r"sources is \['.*docs\.jsonl'\] there and \['x'\] here"):
         make(prepared, "x", **options)
+    own = str(prepared / "tokenizer.model")
+    assert make(prepared, source, **options, tokenizer=own) == prepared
+    other = train_tokenizer(["some other words " * 50], 270, prepared.parent / "other.model")
+    with pytest.raises(UserError, match=r"tokenizer is '\w{64}' there and '\w{64}' here"):
+        make(prepared, source, **options, tokenizer=str(other.path))
 
 
 def test_folders_of_others_are_left_alone(tmp_path: Path, many: list[str]) -> None:
