@@ -87,6 +87,22 @@ def test_a_loss_after_a_bad_step_is_not_the_best(monkeypatch: pytest.MonkeyPatch
     assert saved == [3.0, 2.7]
 
 
+def test_a_checkpoint_that_failed_in_the_background_ends_the_run_at_the_next_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = load_config([], ["model.depth=2", "checkpoint.every=100"]).resolve()
+    nothing = cast(Any, None)
+    run = Run(config, nothing, nothing, nothing, None, "", "", World(torch.device("cpu")))
+
+    def fail() -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(run.saver, "check", fail)
+    run.count(finite=False)  # a step that would not save
+    with pytest.raises(OSError, match="No space left"):
+        run.save_if_due(nothing, None)
+
+
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "mine"
     with (

@@ -35,11 +35,11 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 from typing import Any, Literal, TypeVar
 
@@ -70,7 +70,9 @@ TENSORS = "tensors.json"
 _MAX_BYTES = 2**28
 """Largest file that is read, except tensors."""
 _PATIENCE = timedelta(hours=1)
-"""How long a process waits for the others to have written their parts."""
+"""How long a thread waits for the other processes to have written their parts."""
+_LAST_WAIT = 60.0
+"""Seconds that a run which ends by an error waits for a thread that writes."""
 _ALONE = World(torch.device("cpu"))
 _T = TypeVar("_T")
 
@@ -364,11 +366,12 @@ class Saver:
         self, root: Path, config: CheckpointConfig, world: World, background: bool | None = None
     ) -> None:
         self._root, self._config = root, config
-        self._ranks = _Ranks(world, own=True)
+        self._ranks = _Ranks(world)
         if background is None:
             background = config.async_save and world.device.type != "cpu"
-        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
-        self._writing: Future[None] | None = None
+        self._thread_ranks = _Ranks(world, own=True) if background else None
+        self._thread: Thread | None = None
+        self._failure: BaseException | None = None
 
     def __enter__(self) -> "Saver":
         return self
@@ -376,10 +379,10 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if self._thread is not None:
-            self._thread.shutdown()
         if error is None:
             self.wait()
+        elif self._thread is not None:
+            self._thread.join(_LAST_WAIT)
 
     def save(
         self,
@@ -403,31 +406,41 @@ class Saver:
         self.wait()
         whole = {**state, "ranks": self._ranks.all(lambda: of_each)}
         ready = _prepare(self._root, step, tensors, whole, val_loss, self._ranks)
-        if self._thread is None:
-            self._finish(ready)
+        if self._thread_ranks is None:
+            self._finish(ready, self._ranks)
             return
         parts = {
             group: {name: shards.copied(tensor) for name, tensor in named.items()}
             for group, named in ready.parts.items()
         }
-        ready = dataclasses.replace(ready, parts=parts)
-        self._writing = self._thread.submit(self._finish, ready)
+        copy = dataclasses.replace(ready, parts=parts)
+        # A daemon: where the other processes hang, this one can end nevertheless.
+        self._thread = Thread(target=self._write, args=(copy, self._thread_ranks), daemon=True)
+        self._thread.start()
 
     def check(self) -> None:
         """Raise what a save in the background failed with, if it has; wait for nothing."""
-        if self._writing is not None and self._writing.done():
+        if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
         """Wait until the last checkpoint is durable. Raises as :meth:`save` does."""
-        writing, self._writing = self._writing, None
-        if writing is not None:
-            writing.result()
+        if self._thread is not None:
+            self._thread.join()
+        failure, self._thread, self._failure = self._failure, None, None
+        if failure is not None:
+            raise failure
 
-    def _finish(self, ready: _Ready) -> None:
-        _write(ready, self._ranks)
+    def _write(self, ready: _Ready, ranks: _Ranks) -> None:
+        try:
+            self._finish(ready, ranks)
+        except BaseException as error:
+            self._failure = error
+
+    def _finish(self, ready: _Ready, ranks: _Ranks) -> None:
+        _write(ready, ranks)
         keep = self._config
-        self._ranks.main(lambda: prune(self._root, keep.keep_last, keep.keep_best))
+        ranks.main(lambda: prune(self._root, keep.keep_last, keep.keep_best))
 
 
 def _parse(adapter: TypeAdapter[_T], data: bytes) -> _T:

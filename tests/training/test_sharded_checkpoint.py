@@ -131,7 +131,7 @@ def test_one_process_to_two_and_back(tmp_path: Path) -> None:
 
 def load_old(world: World, root: Path, expected: dict[str, Any]) -> None:
     fsdp = build(sharded)
-    restore(fsdp, resume(root, world))  # type: ignore[arg-type]
+    restore(fsdp, load(root / "step_00000002", checkpoint._Ranks(world)))
     assert_same(whole(fsdp), expected)
 
 
