@@ -32,13 +32,9 @@ from torch.autograd.function import once_differentiable
 
 import bitnet_kernels
 from bitnet_kernels import reference
+from bitnet_kernels.cpu.gradients import takes_input_gradient, takes_weight_gradient
 from bitnet_kernels.cpu.int_mm import scaled_matmul
-from bitnet_kernels.cpu.training import (
-    rescale_,
-    takes,
-    takes_input_gradient,
-    takes_weight_gradient,
-)
+from bitnet_kernels.cpu.training import rescale_, takes
 from bitnet_kernels.reference import absmax_int8, clamped_mean
 
 Granularity = Literal["tensor", "row", "group"]

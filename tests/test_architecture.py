@@ -34,6 +34,12 @@ ARROWS = {
     "bitnet_kernels.packing": {"bitnet_kernels.checks"},
     "bitnet_kernels.reference": {"bitnet_kernels.packing"},
     "bitnet_kernels.cpu.training": {"bitnet_kernels.cpu.native", "bitnet_kernels.reference"},
+    "bitnet_kernels.cpu.gradients": {
+        "bitnet_kernels.cpu.int_mm",
+        "bitnet_kernels.cpu.native",
+        "bitnet_kernels.cpu.training",
+        "bitnet_kernels.reference",
+    },
     "bitnet_kernels.cpu.int_mm": {"bitnet_kernels.cpu.training", "bitnet_kernels.reference"},
     "bitnet_kernels.ops.register": {"bitnet_kernels.available", "bitnet_kernels.checks"},
     "bitnet.schema": set[str](),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bitnet_kernels import reference
-from bitnet_kernels.cpu import native, training
+from bitnet_kernels.cpu import gradients, native, training
 
 OPS = torch.ops.bitnet
 SHAPES = [(1, 1), (3, 5), (33, 64), (70, 257), (2, 1000), (129, 31), (64, 384)]
@@ -293,10 +293,10 @@ def test_no_number_of_threads_changes_a_bit() -> None:
             *OPS.stochastic_int8_columns(dy, s_x),
             *(
                 [OPS.input_gradient(dy, codes, torch.tensor(0.5))]
-                if training.takes_input_gradient(dy)
+                if gradients.takes_input_gradient(dy)
                 else []
             ),
-            *([OPS.weight_gradient(dy, x_q, s_x)] if training.takes_weight_gradient(dy) else []),
+            *([OPS.weight_gradient(dy, x_q, s_x)] if gradients.takes_weight_gradient(dy) else []),
         ]
 
     before = torch.get_num_threads()

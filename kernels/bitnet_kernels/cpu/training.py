@@ -15,9 +15,6 @@ from bitnet_kernels.cpu import native
 
 _BLOCK = 32
 """NORM_BLOCK of ``native/train.c``."""
-_ALIGNED = 64
-_TOKENS = 2**16
-"""Most tokens of a sum of products of int8 numbers, which reaches half of int32's range."""
 
 
 def takes(*tensors: Tensor) -> bool:
@@ -29,33 +26,10 @@ def takes(*tensors: Tensor) -> bool:
         return False
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
     plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    return plain and not tracing and _library(*tensors) is not None
+    return plain and not tracing and library_of(*tensors) is not None
 
 
-def takes_input_gradient(*tensors: Tensor) -> bool:
-    """:func:`takes`, where :func:`input_gradient` is faster than torch: with AMX or AVX-512."""
-    if not takes(*tensors):
-        return False
-    lib = native.library()
-    return lib is not None and bool(lib.bn_has_tiles() or lib.bn_has_lookup())
-
-
-def takes_weight_gradient(*tensors: Tensor) -> bool:
-    """:func:`takes`, where :func:`weight_gradient` is faster than torch: with AMX or VNNI."""
-    if not takes(*tensors):
-        return False
-    lib = native.library()
-    return lib is not None and bool(lib.bn_has_tiles() or _multiplies_digits(tensors[0].shape[0]))
-
-
-def _multiplies_digits(tokens: int) -> bool:
-    """Whether three integer products are exact and faster than one of floats."""
-    from bitnet_kernels.cpu.int_mm import int_mm_takes_any_int8  # which imports this module
-
-    return native.used() == "avx512" and tokens <= _TOKENS and int_mm_takes_any_int8()
-
-
-def _library(*tensors: Tensor) -> CDLL | None:
+def library_of(*tensors: Tensor) -> CDLL | None:
     """The library, if there is one and all tensors are fp32 in this machine's memory."""
     for tensor in tensors:
         if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
@@ -67,7 +41,7 @@ def _library(*tensors: Tensor) -> CDLL | None:
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """:func:`bitnet_kernels.reference.norm`."""
-    lib = _library(x, weight)
+    lib = library_of(x, weight)
     if lib is None:
         return reference.norm(x, weight, eps)
     x, weight = x.contiguous(), weight.contiguous()
@@ -88,7 +62,7 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`bitnet_kernels.reference.norm_backward`, with sums in another order."""
-    lib = _library(dy, x, weight, r)
+    lib = library_of(dy, x, weight, r)
     if lib is None:
         return reference.norm_backward(dy, x, weight, r)
     dy, x, weight, r = dy.contiguous(), x.contiguous(), weight.contiguous(), r.contiguous()
@@ -112,7 +86,7 @@ def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Ten
 
 def gate(gate: Tensor, up: Tensor) -> Tensor:
     """:func:`bitnet_kernels.reference.gate`."""
-    lib = _library(gate, up)
+    lib = library_of(gate, up)
     if lib is None:
         return reference.gate(gate, up)
     gate, up = gate.contiguous(), up.contiguous()
@@ -124,7 +98,7 @@ def gate(gate: Tensor, up: Tensor) -> Tensor:
 
 def gate_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`bitnet_kernels.reference.gate_backward`."""
-    lib = _library(dy, gate, up)
+    lib = library_of(dy, gate, up)
     if lib is None:
         return reference.gate_backward(dy, gate, up)
     dy, gate, up = dy.contiguous(), gate.contiguous(), up.contiguous()
@@ -143,7 +117,7 @@ def gate_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
 
 def absmean(weight: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """:func:`bitnet_kernels.reference.absmean`."""
-    lib = _library(weight)
+    lib = library_of(weight)
     if lib is None or not weight.numel():
         return reference.absmean(weight, alpha)
     weight = weight.contiguous()
@@ -162,7 +136,7 @@ def absmean(weight: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 def rescale_(acc: Tensor, s_x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """:func:`bitnet_kernels.reference.rescale` to fp32 of contiguous int32 ``[M, N]``, in its
     memory. ``bias``: fp32."""
-    lib = _library(s_x, scale, *([] if bias is None else [bias]))
+    lib = library_of(s_x, scale, *([] if bias is None else [bias]))
     if lib is None or not acc.numel():  # an empty tensor has no address
         # Half of the time goes into touching new memory, so the memory of acc is taken here too.
         y = acc.view(torch.float32).copy_(acc)
@@ -185,7 +159,7 @@ def stochastic_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`bitnet_kernels.reference.stochastic_int8` with other random numbers: a counter-based
     generator, whose seed is drawn from torch's global one. So ``torch.manual_seed`` decides them,
     and a run that restores torch's generator repeats them, with any number of threads."""
-    lib = _library(x)
+    lib = library_of(x)
     if lib is None:
         return reference.stochastic_int8(x)
     x = x.contiguous()
@@ -199,7 +173,7 @@ def stochastic_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 def stochastic_int8_columns(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`bitnet_kernels.reference.stochastic_int8_columns`; random numbers as in
     :func:`stochastic_int8`."""
-    lib = _library(x, s)
+    lib = library_of(x, s)
     if lib is None:
         return reference.stochastic_int8_columns(x, s)
     x, s = x.contiguous(), s.contiguous()
@@ -222,49 +196,6 @@ def _seed() -> int:
     return int(torch.randint(2**63 - 1, (), device="cpu"))
 
 
-def input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor) -> Tensor:
-    """:func:`bitnet_kernels.reference.input_gradient` with sums in another order: by AMX where the
-    CPU has it, each product exact and sums rounded as in fp32; else with AVX-512 by additions."""
-    lib = _library(dy, gamma)
-    m, n, k = *dy.shape, codes.shape[1]
-    if lib is None or 0 in (m, n) or not (lib.bn_has_tiles() or lib.bn_has_lookup()):
-        return reference.input_gradient(dy, codes, gamma)
-    dy, codes, gamma = dy.contiguous(), codes.contiguous(), gamma.contiguous()
-    dx, threads = dy.new_empty(m, k), native.threads()
-    arguments = dy.data_ptr(), codes.data_ptr(), gamma.data_ptr(), gamma.dim(), m, n, k
-    if lib.bn_has_tiles():
-        scratch = _scratch(lib.bn_tiles_scratch(threads))
-        lib.bn_input_gradient(*arguments, dx.data_ptr(), _aligned(scratch), threads)
-    else:
-        scratch = _scratch(lib.bn_lookup_scratch(n, k, threads))
-        lib.bn_lookup_gradient(*arguments, dx.data_ptr(), _aligned(scratch), threads)
-    return dx
-
-
-def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
-    """:func:`bitnet_kernels.reference.weight_gradient` by AMX as :func:`input_gradient`, or where
-    the CPU has VNNI by whole numbers: ``dy * s_x`` is rounded to 2^-23 of the largest of its column
-    and cut into three digits of 8 bits, whose products with ``x_q`` are exact, and their sums."""
-    lib = _library(dy, s_x)
-    m, n, k = *dy.shape, x_q.shape[1]
-    if lib is None or 0 in (m, n) or not (lib.bn_has_tiles() or _multiplies_digits(m)):
-        return reference.weight_gradient(dy, x_q, s_x)
-    dy, x_q, s_x = dy.contiguous(), x_q.contiguous(), s_x.contiguous()
-    dw, threads = dy.new_empty(n, k), native.threads()
-    if lib.bn_has_tiles():
-        scratch = _scratch(lib.bn_tiles_scratch(threads))
-        pointers = dy.data_ptr(), x_q.data_ptr(), s_x.data_ptr()
-        lib.bn_weight_gradient(*pointers, m, n, k, dw.data_ptr(), _aligned(scratch), threads)
-        return dw
-    digits, scale = dy.new_empty((3 * n, m), dtype=torch.int8), dy.new_empty(n)
-    lib.bn_digits_columns(
-        dy.data_ptr(), s_x.data_ptr(), m, n, digits.data_ptr(), scale.data_ptr(), threads
-    )
-    acc = torch.ops.bitnet.int8_matmul(digits, x_q.t())
-    lib.bn_sum_of_digits(acc.data_ptr(), scale.data_ptr(), n, k, dw.data_ptr(), threads)
-    return dw
-
-
 def cross_entropy_(z: Tensor, targets: Tensor, losses: Tensor) -> None:
     """The losses of tokens, ``logsumexp(z) - z[target]``, and in the memory of their logits the
     gradients, ``softmax(z) - onehot``. Where a logit is NaN, so is all of its token.
@@ -285,11 +216,3 @@ def cross_entropy_(z: Tensor, targets: Tensor, losses: Tensor) -> None:
     lib.bn_cross_entropy(
         z.data_ptr(), targets.data_ptr(), m, n, losses.data_ptr(), native.threads()
     )
-
-
-def _scratch(size: int) -> Tensor:
-    return torch.empty(size + _ALIGNED, dtype=torch.uint8, device="cpu")
-
-
-def _aligned(scratch: Tensor) -> int:
-    return -(-scratch.data_ptr() // _ALIGNED) * _ALIGNED

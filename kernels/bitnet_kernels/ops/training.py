@@ -1,7 +1,8 @@
 """The operators that only training needs, beside its integer products (:mod:`.int8`).
 
 They are not public: ``bitnet.quant`` and ``bitnet.elementwise`` call them with arguments that fit,
-where :func:`bitnet_kernels.cpu.training.takes` says that they are worth it. They are registered so
+where :func:`bitnet_kernels.cpu.training.takes` says that they are worth it (for gradients of a
+layer :mod:`bitnet_kernels.cpu.gradients`). They are registered so
 that fake tensors, dispatch modes and profilers see them.
 """
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bitnet_kernels import reference
-from bitnet_kernels.cpu import training
+from bitnet_kernels.cpu import gradients, training
 from bitnet_kernels.ops.register import register
 
 
@@ -72,12 +73,12 @@ stochastic_int8_columns = register(
 input_gradient = register(
     "input_gradient",
     reference.input_gradient,
-    cpu=training.input_gradient,
+    cpu=gradients.input_gradient,
     fake=_input_gradient_fake,
 )
 weight_gradient = register(
     "weight_gradient",
     reference.weight_gradient,
-    cpu=training.weight_gradient,
+    cpu=gradients.weight_gradient,
     fake=_weight_gradient_fake,
 )
