@@ -1,7 +1,8 @@
 """One contender of ``bitnet bench decode``: a model, and a process that generates on request.
 
     ours-auto, ours-dot, ours-addsub     packed ternary layers in bitnet's Engine, by kernel
-    ours-...-bf16-head, -int8-head       the same on a CPU, with the head in bf16 or int8
+    ours-...-bf16-head, -int8-head       the same on a CPU, with the head in bf16 or int8, and keys
+                                         and values in bf16
     llama.cpp, llama.cpp-fa              the same weights as GGUF, TQ2_0 with an fp16 head, without
                                          and with flash attention
     baseline-fp32, baseline-bf16         nn.Linear layers of the same shape in the same Engine
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 
 from bitnet.bench.peers import LlamaCpp, disagreement, exact_logits
 from bitnet.bench.worker import serve
-from bitnet.engine.decoder import Decoder, HeadDtype
+from bitnet.engine.decoder import CacheDtype, Decoder, HeadDtype
 from bitnet.engine.engine import Engine
 from bitnet.export.folder import load_model
 from bitnet.export.gguf_write import save_gguf
@@ -121,6 +122,12 @@ class Job:
         """The head's dtype in our engine; on a CPU "auto" keeps the model's."""
         heads: tuple[HeadDtype, ...] = ("bf16", "int8")
         return next((one for one in heads if self.contender.endswith(f"-{one}-head")), "auto")
+
+    @property
+    def cache(self) -> CacheDtype:
+        """The dtype of keys and values in our engine: 16 bits beside a head of as many or fewer,
+        as llama.cpp has them."""
+        return "auto" if self.head == "auto" else "bf16"
 
     def model(self, max_seq_len: int) -> Transformer:
         """Build the model to generate from; that of transformers is made from it."""
@@ -288,6 +295,7 @@ class EngineRunner:
             model,
             max_batch=case.batch,
             max_len=case.prompt + case.new,
+            cache_dtype=job.cache,
             head=job.head,
             kernel=job.kernel,
         )

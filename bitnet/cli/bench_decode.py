@@ -178,12 +178,12 @@ def decode_command(
     stopped. What the file has already, measured by the same sources, is shown and not measured
     again.
 
-    ours-auto is what `bitnet generate` does; -dot and -addsub force a kernel, -bf16-head and
-    -int8-head are --head on a CPU. baseline is the same shape with nn.Linear layers in the same
-    engine. transformers is generate() of its BitNet class (autobitlinear) on the same ternary
-    weights, greedy. llama.cpp (--peers) has them as GGUF, TQ2_0 with an fp16 head, without and with
-    (-fa) flash attention; before anything is timed, its logits are compared with ours. --threads
-    can be repeated; --peers takes 1 and 2.
+    ours-auto is what `bitnet generate` does; -dot and -addsub force a kernel; -bf16-head and
+    -int8-head are --head on a CPU, with keys and values in bf16. baseline is the same shape with
+    nn.Linear layers in the same engine. transformers is generate() of its BitNet class
+    (autobitlinear) on the same ternary weights, greedy. llama.cpp (--peers) has them as GGUF, TQ2_0
+    with an fp16 head, without and with (-fa) flash attention; before anything is timed, its logits
+    are compared with ours. --threads can be repeated; --peers takes 1 and 2.
 
     On a GPU: bitnet bench decode --size 700m --size 2b --size 8b
     """

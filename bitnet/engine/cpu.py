@@ -1,10 +1,12 @@
 """A step on a CPU: one call of the native library for the whole model and batch.
 
 The library (:mod:`bitnet_kernels.cpu`) is given pointers to the model's own tensors once; a call
-then allocates nothing and looks nothing up. A token passes through the operators of
-``bitnet_kernels.reference`` in fp32, whatever the dtype of the model: norms, quantized activations
-and ternary products have the reference's bits, while attention, silu and matrices in full precision
-are float sums in an order of their own.
+then allocates nothing and looks nothing up. The matrices lie in large pages
+(:mod:`bitnet_kernels.cpu.pages`); keys and values do not, since large pages would fill memory that
+no token uses yet. A token passes through the operators of ``bitnet_kernels.reference`` in fp32,
+whatever the dtype of the model: norms, quantized activations and ternary products have the
+reference's bits, while attention, silu and matrices in full precision are float sums in an order of
+their own.
 
 Two families of kernels multiply (kernels/README.md). ``dot`` reads the packed weights where they
 are. ``addsub`` reads bit planes, a second layout of the same size. The decoder then holds no packed
@@ -15,9 +17,10 @@ import torch
 from torch import Tensor
 
 from bitnet.engine.state import State
-from bitnet.engine.weights import Dense, Int8, Matrix, ModelWeights, Norm, Ternary
+from bitnet.engine.weights import Dense, Int8, Matrix, ModelWeights, Norm, Ternary, tensors_of
 from bitnet.model import ModelConfig
 from bitnet_kernels.cpu import model as native
+from bitnet_kernels.cpu.pages import use_large_pages
 
 
 def takes(weights: ModelWeights, state: State) -> bool:
@@ -87,6 +90,8 @@ class CpuRunner:
             chosen=state.chosen,
         )
         self._model = native.NativeModel(model, self._most)
+        matrices = [matrix for layer in weights.layers for matrix in layer.matrices()]
+        use_large_pages(t for matrix in (*matrices, weights.head) for t in tensors_of(matrix))
 
     def step(self, batch: int) -> None:
         """Feed the next token of each of the first ``batch`` rows."""

@@ -125,6 +125,8 @@ static void addsub_bits_avx512(const bn_tokens *x, int64_t m0, int64_t m1) {
 
 /* dot, few tokens */
 
+/* Tokens up to which decoding the weights for each four of them is cheaper than laying them out. */
+#define FEW 16
 /* Columns that the sums of a quarter hold without overflow: 4 products of 128 * 128 per 256. */
 #define SAFE_BYTES (1 << 20)
 
@@ -216,23 +218,26 @@ INLINE void dot_rows(
     }
 }
 
+/* Four rows of weights stay in the first cache while the tokens pass, four at a time. */
 static void dot_few(
     const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     int32_t *acc, int64_t ld
 ) {
     int64_t bytes = x->stride / 4, ahead = 4 * bytes + AHEAD;
-    const int8_t *codes = x->codes + m0 * x->stride;
-    const int32_t *sum = x->sum + m0;
     for (int64_t n = n0; n < n1; n += 4) {
         const uint8_t *rows[4];
         for (int r = 0; r < 4; r++) rows[r] = w->packed + bytes * least(n + r, n1 - 1);
         int64_t some = least(n1 - n, 4);
-        int32_t *at = acc + n - n0;
-        switch (m1 - m0) {
-        case 1: dot_rows(rows, bytes, codes, x->stride, sum, 1, ahead, some, at, ld); break;
-        case 2: dot_rows(rows, bytes, codes, x->stride, sum, 2, ahead, some, at, ld); break;
-        case 3: dot_rows(rows, bytes, codes, x->stride, sum, 3, ahead, some, at, ld); break;
-        default: dot_rows(rows, bytes, codes, x->stride, sum, 4, ahead, some, at, ld);
+        for (int64_t m = m0; m < m1; m += 4) {
+            const int8_t *codes = x->codes + m * x->stride;
+            const int32_t *sum = x->sum + m;
+            int32_t *at = acc + (m - m0) * ld + n - n0;
+            switch (least(m1 - m, 4)) {
+            case 1: dot_rows(rows, bytes, codes, x->stride, sum, 1, ahead, some, at, ld); break;
+            case 2: dot_rows(rows, bytes, codes, x->stride, sum, 2, ahead, some, at, ld); break;
+            case 3: dot_rows(rows, bytes, codes, x->stride, sum, 3, ahead, some, at, ld); break;
+            default: dot_rows(rows, bytes, codes, x->stride, sum, 4, ahead, some, at, ld);
+            }
         }
     }
 }
@@ -407,7 +412,7 @@ static void dot_avx512(
     const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     int32_t *acc, int64_t ld, void *scratch
 ) {
-    if (w->packed && m1 - m0 <= 4) {
+    if (w->packed && m1 - m0 <= FEW) {
         dot_few(w, x, m0, m1, n0, n1, acc, ld);
         return;
     }

@@ -4,6 +4,7 @@
  * what differs between instruction sets:
  *
  *     BN_ROWS_TABLE          the name of the table
+ *     DENSE_ROWS, DENSE_TOKENS  the tile of a dense product with many tokens
  *     LANES                  fp32 numbers of a register
  *     vf                     the type of a register of them
  *     FMA(a, b, c)           a * b + c, rounded once or twice
@@ -358,7 +359,7 @@ INLINE void dense_tile(
     for (; i + LANES <= k; i += LANES) {
         vf weight[8];
         UNROLL for (int r = 0; r < rows; r++) {
-            __builtin_prefetch(w + r * row + i * size_of(dtype) + AHEAD_DENSE);
+            __builtin_prefetch(w + (rows * i + r * LANES) * size_of(dtype) + AHEAD_DENSE);
             weight[r] = load_as(dtype, w + r * row, i);
         }
         UNROLL for (int m = 0; m < tokens; m++) {
@@ -379,6 +380,24 @@ INLINE void dense_tile(
     UNROLL for (int j = 0; j < rows * tokens; j += 8) sums8(acc + j, sums + j);
     UNROLL for (int m = 0; m < tokens; m++)
         memcpy(out + m * ld, sums + m * rows, (size_t)rows * 4);
+}
+
+/* 8 rows from w on times one token, a row after the other. The loop is bound by memory, and some CPUs
+ * read from end to end twice as fast as several rows at once; they fetch ahead by themselves. */
+INLINE void dense_rows(bn_dtype dtype, const char *w, int64_t k, const float *x, float *out) {
+    vf acc[8];
+    for (int r = 0; r < 8; r++, w += k * size_of(dtype)) {
+        vf sum = {0};
+        int64_t i = 0;
+        for (; i + 2 * LANES <= k; i += 2 * LANES) {
+            sum = FMA(load_as(dtype, w, i), load(x + i), sum);
+            sum = FMA(load_as(dtype, w, i + LANES), load(x + i + LANES), sum);
+        }
+        for (; i + LANES <= k; i += LANES) sum = FMA(load_as(dtype, w, i), load(x + i), sum);
+        if (i < k) sum = FMA(load_part(dtype, w, i, k - i), load_part(BN_F32, x, i, k - i), sum);
+        acc[r] = sum;
+    }
+    sums8(acc, out);
 }
 
 /* One row and one token. */
@@ -404,18 +423,23 @@ INLINE void dense_as(
         const char *rows = (const char *)w->weight + n * row;
         float *to = out + (n - n0);
         int64_t t = 0;
-        for (; t + 4 <= m; t += 4)
+        for (; t + DENSE_TOKENS <= m; t += DENSE_TOKENS)
             for (int r = 0; r < 8; r += DENSE_ROWS)
                 dense_tile(
-                    dtype, DENSE_ROWS, 4, rows + r * row, k, x + t * x_stride, x_stride,
+                    dtype, DENSE_ROWS, DENSE_TOKENS, rows + r * row, k, x + t * x_stride, x_stride,
                     to + t * ld + r, ld
+                );
+        for (; t + 4 <= m; t += 4)
+            for (int r = 0; r < 8; r += 2)
+                dense_tile(
+                    dtype, 2, 4, rows + r * row, k, x + t * x_stride, x_stride, to + t * ld + r, ld
                 );
         for (; t + 2 <= m; t += 2)
             for (int r = 0; r < 8; r += 4)
                 dense_tile(
                     dtype, 4, 2, rows + r * row, k, x + t * x_stride, x_stride, to + t * ld + r, ld
                 );
-        if (t < m) dense_tile(dtype, 8, 1, rows, k, x + t * x_stride, x_stride, to + t * ld, ld);
+        if (t < m) dense_rows(dtype, rows, k, x + t * x_stride, to + t * ld);
     }
     for (; n < n1; n++)
         for (int64_t t = 0; t < m; t++)
@@ -444,13 +468,10 @@ INLINE void dense_int8_tile(
     const int8_t *codes = x->codes + m * x->stride;
     int64_t i = 0;
     UNROLL for (int j = 0; j < rows * tokens; j++) acc[j] = (vdot){0};
-    for (; i + DOT_BYTES <= k; i += DOT_BYTES)
-        UNROLL for (int r = 0; r < rows; r++) {
-            const int8_t *at = w + r * k + i;
-            __builtin_prefetch(at + AHEAD_DENSE);
+    UNROLL for (int r = 0; r < rows; r++) /* a row after the other, as in dense_rows */
+        for (i = 0; i + DOT_BYTES <= k; i += DOT_BYTES)
             UNROLL for (int t = 0; t < tokens; t++)
-                acc[t * rows + r] = DOT(acc[t * rows + r], at, codes + t * x->stride + i);
-        }
+                acc[t * rows + r] = DOT(acc[t * rows + r], w + r * k + i, codes + t * x->stride + i);
     if (i < k)
         UNROLL for (int r = 0; r < rows; r++) {
             int8_t part[DOT_BYTES] = {0};

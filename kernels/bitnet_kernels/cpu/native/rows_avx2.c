@@ -8,6 +8,7 @@ BN_TARGET_BEGIN("avx2,fma,f16c")
 #define BN_ROWS_TABLE bn_rows_avx2
 #define LANES 8
 #define DENSE_ROWS 2
+#define DENSE_TOKENS 4
 #define SCORE_COLUMNS 4
 #define VALUE_VECTORS 2
 typedef __m256 vf;

@@ -7,7 +7,8 @@ BN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 
 #define BN_ROWS_TABLE bn_rows_avx512
 #define LANES 16
-#define DENSE_ROWS 4
+#define DENSE_ROWS 2
+#define DENSE_TOKENS 8
 #define SCORE_COLUMNS 8
 #define VALUE_VECTORS 4
 typedef __m512 vf;

@@ -8,6 +8,7 @@ BN_NEON_BEGIN
 #define BN_ROWS_TABLE bn_rows_neon
 #define LANES 4
 #define DENSE_ROWS 4
+#define DENSE_TOKENS 4
 #define SCORE_COLUMNS 8
 #define VALUE_VECTORS 4
 typedef float32x4_t vf;

@@ -5,6 +5,7 @@
 #define BN_ROWS_TABLE bn_rows_portable
 #define LANES 4
 #define DENSE_ROWS 2
+#define DENSE_TOKENS 4
 #define SCORE_COLUMNS 4
 #define VALUE_VECTORS 2
 typedef float vf __attribute__((vector_size(16)));
