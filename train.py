@@ -33,6 +33,7 @@ import torch
 import typer
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from bitnet.bitlinear import gather_codes
 from bitnet.build import as_saved, build_model, undivided
 from bitnet.cli.common import config_help, pick_device, split_args
 from bitnet.config import Config, load_config, to_dict, to_toml
@@ -91,7 +92,12 @@ def train(config: Config, command: str, world: World) -> None:
     if config.train.compile and world.mesh is not None:
         compile_blocks(model.layers)
     recompute(model.layers, config.distributed.activation_checkpointing)
-    place(model, model.layers, world)
+    place(
+        model,
+        model.layers,
+        world,
+        partial(gather_codes, as_codes=config.distributed.gather == "codes"),
+    )
     optimizers, telemetry = build_optimizer(model, config.optim), Telemetry(model)
     distiller, teacher_hash = open_teacher(config, model, data.tokenizer, bf16)
     stepped = compiled(model) if config.train.compile and world.mesh is None else model

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from bitnet.elementwise import RMSNorm
+from bitnet.gathered import Gather, GatheredWeight, TernaryShard, quantized
 from bitnet.modules import computed_parameter, is_plain
 from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.quant import (
@@ -125,6 +126,8 @@ class BitLinear(CalledLayer, nn.Linear):
 
         None for an exported or traced forward, which outlives the block.
         """
+        if isinstance(self.weight, GatheredWeight):
+            return self.weight.quantized
         held = self._cached_codes
         if held is None or torch.compiler.is_exporting():
             return None
@@ -216,12 +219,18 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
 
     hook = register_optimizer_step_pre_hook(refuse)
     try:
+        divided = []  # by FSDP2, which makes another weight for each forward
         for name, layer in model.named_modules():
             bare = isinstance(layer, BitLinear) and layer._cached_codes is None
-            if bare and not computed_parameter(layer) and not hasattr(layer.weight, "full_tensor"):
-                layer._cached_codes = _CachedCodes.of(layer, name)
-                entered.append(layer)
-        yield
+            if not bare or computed_parameter(layer):
+                continue
+            if hasattr(layer.weight, "full_tensor"):
+                divided.append(layer.weight)
+                continue
+            layer._cached_codes = _CachedCodes.of(layer, name)
+            entered.append(layer)
+        with quantized(divided):
+            yield
         for layer in entered:
             assert layer._cached_codes is not None
             layer._cached_codes.check(layer.weight)
@@ -229,6 +238,18 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
         hook.remove()
         for layer in entered:
             layer._cached_codes = None
+
+
+def gather_codes(model: nn.Module, as_codes: bool) -> None:
+    """Prepare the BitLinears of a model for FSDP2, before their weights are divided: what is
+    gathered are packed codes, or latent weights of which codes are made (:mod:`bitnet.gathered`).
+
+    A layer whose gradient mask needs the latent weights stays as it is: those are gathered."""
+    for layer in model.modules():
+        if isinstance(layer, BitLinear) and layer.grad_mask == "none":
+            recipe = layer.granularity, layer.group_size, layer.int8_backward
+            gather = Gather(len(layer.weight), *recipe, as_codes)
+            layer.weight = nn.Parameter(TernaryShard.of(layer.weight, gather))
 
 
 def shared_input(x: Tensor, *layers: nn.Module) -> Tensor | QuantizedInput:

@@ -92,11 +92,16 @@ def quantize_weight(
     granularity: Granularity = "tensor",
     group_size: int = 128,
     int8_backward: Int8Backward = "none",
+    gamma: Tensor | None = None,
 ) -> TernaryWeight:
     """Quantize a latent weight by :func:`absmean_ternary`, without gradient, and transpose the
-    codes if ``int8_backward`` needs them. Raises what :func:`absmean_ternary` raises."""
+    codes if ``int8_backward`` needs them. With ``gamma``, the weight may be a part of the one that
+    this is the scale of. Raises what :func:`absmean_ternary` raises."""
     check_int8_backward(int8_backward, granularity)
-    codes, gamma = absmean_ternary(weight, granularity, group_size)
+    if gamma is None:
+        codes, gamma = absmean_ternary(weight, granularity, group_size)
+    else:
+        codes = ternary_codes(weight, gamma, group_size)
     transposed = None if int8_backward == "none" else codes.t().contiguous()
     return TernaryWeight(codes, gamma, transposed)
 
@@ -130,20 +135,34 @@ def absmean_ternary(
     if granularity == "tensor" and takes(weight):
         codes, gamma = _ops.absmean(weight, alpha)
         return codes, gamma
-    w = weight.float()
-    magnitude = weight.abs() if weight.dtype == torch.float64 else w.abs()
+    magnitude = weight_magnitude(weight)
     if granularity == "tensor":
         gamma = clamped_mean(magnitude.flatten())
-        threshold = alpha * gamma
     elif granularity == "row":
         gamma = clamped_mean(magnitude)
-        threshold = alpha * gamma.unsqueeze(1)
     else:
         gamma = torch.stack([clamped_mean(part) for part in magnitude.split(group_size, 1)], 1)
-        threshold = alpha * spread_groups(gamma, group_size, w.shape[1])
+    return ternary_codes(weight, gamma, group_size, alpha), gamma
+
+
+def weight_magnitude(weight: Tensor) -> Tensor:
+    """``|W|`` in fp32, or fp64 where the weight is: the terms of the mean."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)).abs()
+
+
+def ternary_codes(
+    weight: Tensor, gamma: Tensor, group_size: int = 128, alpha: float = 0.5
+) -> Tensor:
+    """The codes of a weight whose scale is known: +1 above ``alpha * gamma``, -1 below its
+    negative. Float ``[N, K]`` and fp32 ``[]``, ``[N]`` or ``[N, G]`` -> int8 ``[N, K]``."""
+    w, threshold = weight.float(), alpha * gamma
+    if gamma.dim() == 1:
+        threshold = threshold.unsqueeze(1)
+    elif gamma.dim() == 2:
+        threshold = spread_groups(threshold, group_size, w.shape[1])
     codes = (w > threshold).to(torch.int8)
     codes -= (w < -threshold).to(torch.int8)
-    return codes, gamma
+    return codes
 
 
 def spread_groups(gamma: Tensor, group_size: int, in_features: int) -> Tensor:

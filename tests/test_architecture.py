@@ -47,9 +47,11 @@ ARROWS = {
     "bitnet.elementwise": {"bitnet_kernels"},
     "bitnet.placement": set[str](),
     "bitnet.modules": {"bitnet.placement"},
+    "bitnet.gathered": {"bitnet_kernels", "bitnet.quant"},
     "bitnet.bitlinear": {
         "bitnet_kernels",
         "bitnet.elementwise",
+        "bitnet.gathered",
         "bitnet.modules",
         "bitnet.placement",
         "bitnet.quant",

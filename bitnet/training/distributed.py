@@ -13,7 +13,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -54,6 +54,9 @@ class DistributedConfig:
     parameters, else fsdp"""
     shard_size: Count = 0
     """hsdp: processes over which one model is divided; 0 = those of a machine"""
+    gather: Literal["codes", "weights"] = "codes"
+    """what fsdp and hsdp gather of ternary weights: codes, 2 bits each, or latent weights, 32; the
+    numbers are the same"""
     activation_checkpointing: Count = 0
     """every n-th block keeps only its input for the backward, which computes the rest again; 0 =
     none, 1 = all, with a third more time per step"""
@@ -294,7 +297,12 @@ def one_report(launch: Launch) -> Iterator[None]:
         raise UserError(f"rank {launch.rank}: {error}") from error
 
 
-def place(model: nn.Module, blocks: Iterable[nn.Module], world: World) -> None:
+def place(
+    model: nn.Module,
+    blocks: Iterable[nn.Module],
+    world: World,
+    prepare: Callable[[nn.Module], None] = lambda _: None,
+) -> None:
     """Bring a model to the device of this process: whole, or this process's part of it (FSDP2).
 
     Each block is gathered before it computes and freed after it, in the forward and again in the
@@ -304,6 +312,7 @@ def place(model: nn.Module, blocks: Iterable[nn.Module], world: World) -> None:
 
     Arguments:
         blocks: the parts to gather one after the other.
+        prepare: what to do to a block before it is divided.
     """
     if world.mesh is None:
         model.to(world.device)
@@ -311,6 +320,8 @@ def place(model: nn.Module, blocks: Iterable[nn.Module], world: World) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for block in blocks:
+        block.to(world.device)
+        prepare(block)
         fully_shard(block, mesh=world.mesh)
     fully_shard(model, mesh=world.mesh)
 

@@ -37,7 +37,17 @@ def absmax_int8(x: Tensor) -> tuple[Tensor, Tensor]:
         codes int8 ``[..., K]`` and scale fp32 ``[...]``; ``codes * scale[..., None]`` is about x.
     """
     x = x.float()
-    absmax = torch.maximum(x.amax(-1), -x.amin(-1))  # half the time of |x| and its maximum
+    return int8_codes(x, absmax(x))
+
+
+def absmax(x: Tensor) -> Tensor:
+    """``max|x|`` of each token, ``[..., K]`` -> ``[...]``, in half the time of |x| and its amax."""
+    return torch.maximum(x.amax(-1), -x.amin(-1))
+
+
+def int8_codes(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`absmax_int8` of fp32 tokens by their ``max|x|``, fp32 ``[...]``; ``x`` may be some of
+    the columns over which that was taken."""
     # A tensor, not a number: on CUDA torch divides by a number by multiplying with its reciprocal,
     # which rounds differently.
     scale = absmax.clamp(min=EPS) / absmax.new_full((), 127.0)
@@ -59,18 +69,38 @@ def clamped_mean(magnitude: Tensor) -> Tensor:
     n = int(magnitude.shape[-1])  # torch.jit.trace has tensors there
     if n == 0:  # a weight without rows; columns there always are
         return magnitude.new_full(magnitude.shape[:-1], torch.nan, dtype=torch.float32)
-    bits = 61 - (n - 1).bit_length()
-    largest = magnitude.amax(-1, keepdim=True).float()
-    # fp32's biased exponent, from which powers of two are made: products with them are exact
-    # (view_copy and not view, which torch.jit.trace cannot record with a dtype)
-    exponent = torch.view_copy(largest.clamp(min=2.0**-60), dtype=torch.int32) >> 23
+    largest = magnitude.amax(-1).float()
+    return mean_of_units(sum_of_units(magnitude, largest, n), largest, n)
+
+
+def sum_of_units(magnitude: Tensor, largest: Tensor, n: int) -> Tensor:
+    """The terms of :func:`clamped_mean` in whole units, added: int64 ``[...]``.
+
+    Arguments:
+        magnitude: ``[..., K]`` >= 0: all terms of a mean, or some of them, since such sums of parts
+            add up to that of the whole.
+        largest: fp32 ``[...]``, the largest of all terms. n: their number.
+    """
+    bits, exponent = _unit(largest, n)
     units_per_one = torch.view_copy((254 + bits - exponent) << 23, dtype=torch.float32)
-    unit = torch.view_copy((exponent - bits) << 23, dtype=torch.float32).squeeze(-1)
-    total = (magnitude * units_per_one).to(torch.int64).sum(-1).double()
+    return (magnitude * units_per_one.unsqueeze(-1)).to(torch.int64).sum(-1)
+
+
+def mean_of_units(total: Tensor, largest: Tensor, n: int) -> Tensor:
+    """:func:`clamped_mean` from :func:`sum_of_units` of all terms: fp32 ``[...]``."""
+    bits, exponent = _unit(largest, n)
+    unit = torch.view_copy((exponent - bits) << 23, dtype=torch.float32)
     # divide by a tensor: for a Python number CUDA would multiply by its rounded reciprocal
-    mean = (total * unit / total.new_full((), n)).float()
-    finite = largest.squeeze(-1).isfinite()
-    return torch.where(finite, mean.clamp(min=EPS), torch.nan)
+    mean = (total.double() * unit / unit.new_full((), n, dtype=torch.float64)).float()
+    return torch.where(largest.isfinite(), mean.clamp(min=EPS), torch.nan)
+
+
+def _unit(largest: Tensor, n: int) -> tuple[int, Tensor]:
+    """Bits per term, and the biased exponent in fp32 of the largest, int32 ``[...]``. Powers of two
+    are made from them; products with such are exact."""
+    # view_copy and not view, which torch.jit.trace cannot record with a dtype
+    exponent = torch.view_copy(largest.clamp(min=2.0**-60), dtype=torch.int32) >> 23
+    return 61 - (n - 1).bit_length(), exponent
 
 
 def absmean(weight: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

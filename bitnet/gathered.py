@@ -1,0 +1,245 @@
+"""A ternary weight whose rows FSDP2 divides over processes, and what is gathered of it.
+
+A layer computes with codes, so codes are all that the processes need of each other: 2 bits per
+weight instead of the 32 of a latent weight. FSDP2 asks a tensor what to gather and what to make of
+it (``fsdp_pre_all_gather``, ``fsdp_post_all_gather``); here
+
+    TernaryShard    a process's rows of the latent weight, which the optimizer updates. It gives
+                    its packed codes, and makes of everyone's a
+    GatheredWeight  the whole weight as int8 codes and scale, while the layer computes. FSDP2 frees
+                    it after the forward and gathers it again for the backward.
+
+A scale is that of the whole tensor, with the bits of one process: maxima do not depend on an order,
+and the mean of the magnitudes is a sum of integers. In a block of
+:func:`bitnet.bitlinear.weights_quantized`, all scales together take two small reductions
+(:func:`quantized`), and each process quantizes its rows once.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
+
+from bitnet.quant import (
+    Granularity,
+    Int8Backward,
+    TernaryWeight,
+    dequantize,
+    quantize_weight,
+    weight_magnitude,
+)
+from bitnet_kernels import pack_ternary
+from bitnet_kernels.packing import codes_of
+from bitnet_kernels.reference import mean_of_units, sum_of_units
+
+
+@dataclasses.dataclass
+class Gather:
+    """How a weight is gathered; all views of its shard have the same."""
+
+    rows: int
+    """Of the whole weight."""
+    granularity: Granularity
+    group_size: int
+    int8_backward: Int8Backward
+    as_codes: bool
+    """Gather 2-bit codes; else the latent weights, of which each process makes all codes."""
+    ready: TernaryWeight | None = None
+    """The codes of this process's rows, packed, and the scale: in a block of :func:`quantized`."""
+
+    def recipe(self) -> tuple[Granularity, int, Int8Backward]:
+        """The options of :func:`bitnet.quant.quantize_weight`."""
+        return self.granularity, self.group_size, self.int8_backward
+
+
+class TernaryShard(Tensor):
+    """A process's rows of a latent weight: float ``[n, K]``, a tensor like any other but for what
+    FSDP2 finds on it. Only views that FSDP2 makes when it divides a weight are of this class.
+
+    Before that, it is a whole weight: ``nn.Parameter(TernaryShard.of(weight, gather))``.
+    """
+
+    gathering: Gather
+
+    @classmethod
+    def of(cls, weight: Tensor, gather: Gather) -> "TernaryShard":
+        """The same memory as a shard."""
+        with torch._C._DisableTorchDispatch():
+            shard = Tensor._make_subclass(cls, weight.detach())
+        shard.gathering = gather
+        return shard
+
+    def plain(self) -> Tensor:
+        """The same memory as a tensor of no class."""
+        with torch._C._DisableTorchDispatch():
+            return Tensor._make_subclass(Tensor, self)
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C._DisableTorchDispatch():
+            result = func(*args, **(kwargs or {}))
+        return cls.of(result, args[0].gathering) if func in _DIVIDING else result
+
+    def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What this process gives to the others, as many rows on each, and what it needs itself to
+        make the whole: the scale of the tensor.
+
+        Arguments:
+            mesh: the processes that have the other rows.
+        """
+        local, gather = self.plain(), self.gathering
+        missing = -(-gather.rows // mesh.size()) - len(local)
+        if not gather.as_codes:
+            return (pad(local, (0, 0, 0, missing)),), None
+        packed, gamma, _ = gather.ready or _quantize([self], mesh.get_group())[0]
+        packed = pad(packed, (0, 0, 0, missing))
+        if gamma.dim() == 0:
+            return (packed,), gamma
+        return (packed, pad(gamma, (*(0, 0) * (gamma.dim() - 1), 0, missing))), None
+
+    def fsdp_post_all_gather(
+        self,
+        gathered: tuple[Tensor, ...],
+        gamma: Tensor | None,
+        param_dtype: torch.dtype,
+        *,
+        out: "GatheredWeight | None" = None,
+    ) -> tuple["GatheredWeight", tuple[Tensor, ...]] | None:
+        """Make the whole weight of what :meth:`fsdp_pre_all_gather` gave on each process.
+
+        Arguments:
+            out: the weight to fill again; FSDP2 has allocated its memory.
+        Returns:
+            The weight and the tensors that FSDP2 frees; nothing with ``out``.
+        """
+        rows = [part[: self.gathering.rows] for part in gathered]
+        if not self.gathering.as_codes:
+            made = quantize_weight(rows[0], *self.gathering.recipe())
+        else:
+            codes = codes_of(rows[0], self.shape[1])
+            transposed = None if self.gathering.int8_backward == "none" else codes.t().contiguous()
+            gamma = rows[1].clone() if gamma is None else gamma.clone()
+            made = TernaryWeight(codes, gamma, transposed)
+        if out is None:
+            weight = GatheredWeight(made, self.gathering.group_size, param_dtype)
+            return weight, tuple(t for t in (made.codes, made.transposed) if t is not None)
+        for old, new in zip(out.quantized, made, strict=True):
+            if old is not None and new is not None:
+                old.data.copy_(new)  # autograd sees no change: it keeps them for the backward
+        return None
+
+
+_aten = torch.ops.aten
+_DIVIDING = {_aten.detach.default, _aten.new_zeros.default, _aten.slice.Tensor}
+"""What FSDP2 makes the divided weight with."""
+
+
+class GatheredWeight(Tensor):
+    """A whole weight of which only codes and scale are here: float ``[N, K]`` to autograd, which
+    brings it a gradient like that of any weight. An operation that reads it gets ``codes * gamma``.
+    """
+
+    quantized: TernaryWeight
+    group_size: int
+
+    @staticmethod
+    def __new__(
+        cls: type["GatheredWeight"], quantized: TernaryWeight, group_size: int, dtype: torch.dtype
+    ) -> "GatheredWeight":
+        """Make a weight of its codes and scale; ``dtype``: of the latent weight."""
+        codes = quantized.codes
+        weight = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
+        weight.quantized, weight.group_size = quantized, group_size
+        return weight
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        first = args[0]
+        if func in _ITSELF and isinstance(first, GatheredWeight):
+            return cls(first.quantized, first.group_size, first.dtype)
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            GatheredWeight, GatheredWeight.dequantized, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+    def dequantized(self) -> Tensor:
+        """``codes * gamma``: float ``[N, K]``."""
+        codes, gamma, _ = self.quantized
+        return dequantize(codes, gamma, self.group_size).to(self.dtype)
+
+
+_ITSELF = {_aten.as_strided.default, _aten.detach.default}
+"""What FSDP2 makes a parameter of the gathered weight with: the same shape."""
+
+
+def _quantize(shards: Sequence[TernaryShard], group: dist.ProcessGroup) -> list[TernaryWeight]:
+    """The packed codes of each shard and the scale of its rows, which is that of the whole weight.
+    All processes call it with their shards of the same weights.
+
+    Arguments:
+        group: the processes among which the rows are divided.
+    """
+    latent = [shard.plain() for shard in shards]
+    gammas: list[Tensor | None] = [None] * len(shards)  # of a row or a group: all of it is here
+    divided = [i for i, shard in enumerate(shards) if shard.gathering.granularity == "tensor"]
+    if divided:
+        terms = [weight_magnitude(latent[i]).flatten() for i in divided]
+        counts = [shards[i].gathering.rows * shards[i].shape[1] for i in divided]
+        tops = torch.stack([t.amax().float() if len(t) else t.new_zeros(()).float() for t in terms])
+        tops = torch.where(tops.isfinite(), tops, torch.inf)  # a maximum may lose a NaN
+        dist.all_reduce(tops, dist.ReduceOp.MAX, group)
+        sums = torch.stack([sum_of_units(*of) for of in zip(terms, tops, counts, strict=True)])
+        dist.all_reduce(sums, group=group)
+        for i, *of in zip(divided, sums, tops, counts, strict=True):
+            gammas[i] = mean_of_units(*of)
+    return [
+        _packed(quantize_weight(rows, s.gathering.granularity, s.gathering.group_size, gamma=gamma))
+        for rows, s, gamma in zip(latent, shards, gammas, strict=True)
+    ]
+
+
+def _packed(weight: TernaryWeight) -> TernaryWeight:
+    return weight._replace(codes=pack_ternary(weight.codes))
+
+
+def shard_of(weight: Any) -> TernaryShard | None:
+    """This process's rows of a parameter that FSDP2 divides for :class:`TernaryShard`."""
+    local = getattr(weight, "_local_tensor", None)
+    return local if isinstance(local, TernaryShard) else None
+
+
+@contextmanager
+def quantized(weights: Sequence[Any]) -> Iterator[None]:
+    """Quantize the rows of each weight once, for all gathers in the block: the weights, which are
+    DTensors of FSDP2, must not change in it. Two small reductions, whatever the number of weights.
+    """
+    found = [(weight, shard_of(weight)) for weight in weights]
+    ours = [
+        (weight, shard)
+        for weight, shard in found
+        if shard is not None and shard.gathering.as_codes and shard.gathering.ready is None
+    ]
+    try:
+        with torch.no_grad():
+            if ours:
+                group = ours[0][0].device_mesh.get_group("shard")
+                shards = [shard for _, shard in ours]
+                for shard, ready in zip(shards, _quantize(shards, group), strict=True):
+                    shard.gathering.ready = ready
+        yield
+    finally:
+        for _, shard in ours:
+            shard.gathering.ready = None
