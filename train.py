@@ -92,12 +92,8 @@ def train(config: Config, command: str, world: World) -> None:
     if config.train.compile and world.mesh is not None:
         compile_blocks(model.layers)
     recompute(model.layers, config.distributed.activation_checkpointing)
-    place(
-        model,
-        model.layers,
-        world,
-        partial(gather_codes, as_codes=config.distributed.gather == "codes"),
-    )
+    prepare = partial(gather_codes, as_codes=config.distributed.gather == "codes")
+    place(model, model.layers, world, prepare)
     optimizers, telemetry = build_optimizer(model, config.optim), Telemetry(model)
     distiller, teacher_hash = open_teacher(config, model, data.tokenizer, bf16)
     stepped = compiled(model) if config.train.compile and world.mesh is None else model
@@ -123,7 +119,10 @@ def train(config: Config, command: str, world: World) -> None:
     with batches, log, run.saver, stop_signals() as stop:
         announce(log, run, warnings, meter, data.parts, data.loader.epochs(total_steps))
         if world.size > 1:
-            log.print(f"{world.size} processes, {micro_batch} sequences per forward of each")
+            strategy = config.strategy(world.size)
+            log.print(
+                f"{world.size} processes, {strategy}, {micro_batch} sequences per forward of each"
+            )
         log.track(config.run.name, to_dict(config))
 
         # -- The loop ---------------------------------------------------------------------------
@@ -357,9 +356,9 @@ def main(
             read_config(Path(config.distill.teacher))
         config.micro_batch(launch.size)
         device = pick_device(launch.device_name(config.train.device), "train.device")
-        n_parameters = config.model.num_parameters()["total"]
+        strategy = config.strategy(launch.size)
         with (
-            joined(config.distributed, launch, device, n_parameters) as world,
+            joined(config.distributed, strategy, launch, device) as world,
             locked(config.run_dir) if world.is_main else nullcontext(),
         ):
             train(config, launch.command(sys.argv), world)

@@ -63,10 +63,12 @@ from bitnet.schema import (
 )
 from bitnet.training.checkpoint import CheckpointConfig
 from bitnet.training.distill import DistillConfig
-from bitnet.training.distributed import DistributedConfig
+from bitnet.training.distributed import DistributedConfig, Strategy
 from bitnet.training.metrics import LogConfig
 from bitnet.training.optim import OptimConfig
 
+_LARGE = 10**9
+"""Parameters up to which each process keeps a whole model: 16 bytes each in training."""
 _MAX_BYTES = 2**24
 """Largest config file that is read."""
 _Files = list[tuple[str, dict[str, Any]]]
@@ -155,6 +157,15 @@ class Config:
                 f"{max(1, round(self.train.batch_tokens / tokens)) * tokens}"
             )
         return math.gcd(share, self.train.micro_batch)
+
+    def strategy(self, n_processes: int) -> Strategy:
+        """How the processes train one model (of a resolved config): ``distributed.strategy``, and
+        for "auto" ddp, or fsdp where several processes train more than 1B parameters."""
+        chosen = self.distributed.strategy
+        if chosen != "auto":
+            return chosen
+        large = self.model.num_parameters()["total"] > _LARGE
+        return "fsdp" if n_processes > 1 and large and not _whole_only(self) else "ddp"
 
     def resolve(self) -> "Config":
         """Fill every 0 that has a rule; raises UserError for an impossible config."""
@@ -313,6 +324,11 @@ def _check_combination(config: Config) -> None:
             'model.norm_placement = "in_linear" puts norms inside the matrices, which [quant] '
             'cannot replace; "sub_norm" and "pre_norm" can'
         )
+    if config.distributed.strategy in ("fsdp", "hsdp") and (section := _whole_only(config)):
+        raise UserError(
+            f'distributed.strategy = "{config.distributed.strategy}" divides weights, which '
+            f'[{section}] needs whole: take "ddp"'
+        )
     if train.compile and (quant.enabled or config.distill.teacher):
         raise UserError("train.compile = true does not go with [quant] and distill.teacher")
     if (kind := config.adapter.kind) != "none" and not train.init_from:
@@ -322,6 +338,16 @@ def _check_combination(config: Config) -> None:
             'adapter.kind = "qlora" quantizes its base by itself (adapter.base): leave [quant] '
             'out, or take "lora", whose base [quant] quantizes'
         )
+
+
+def _whole_only(config: Config) -> str:
+    """The section that needs whole weights on each process; "" if there is none."""
+    used = {
+        "quant": config.quant.enabled,
+        "distill": bool(config.distill.teacher),
+        "adapter": config.adapter.kind != "none",
+    }
+    return next((section for section, there in used.items() if there), "")
 
 
 def _resolve_qat(config: Config, n_parameters: int) -> Config:

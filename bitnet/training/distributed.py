@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _T = TypeVar("_T")
-_LARGE = 10**9
-"""Parameters up to which "auto" keeps a whole model per process: 16 bytes each in training."""
+Strategy = Literal["ddp", "fsdp", "hsdp"]
 _POLL = 0.1
 """Seconds between looks at the store while a process waits for others."""
 _ANSWER = 5.0
@@ -205,20 +204,17 @@ class World:
 
 @contextmanager
 def joined(
-    config: DistributedConfig, launch: Launch, device: torch.device, n_parameters: int
+    config: DistributedConfig, strategy: Strategy, launch: Launch, device: torch.device
 ) -> Iterator[World]:
     """The processes of a run within the block, in a process group: NCCL on GPUs (and gloo for what
     is on the CPU), gloo on CPUs. One process makes none, unless its strategy divides weights.
 
     Arguments:
-        n_parameters: of the model, for the strategy "auto".
+        strategy: chosen, where ``config`` says "auto".
     Raises:
         UserError: the processes do not find each other, or one ended or did not answer for
             ``timeout`` seconds; the error names it. (NCCL's watchdog ends a process itself.)
     """
-    strategy = config.strategy
-    if strategy == "auto":
-        strategy = "ddp" if launch.size == 1 or n_parameters <= _LARGE else "fsdp"
     if launch.size == 1 and strategy == "ddp":
         yield World(device)
         return
@@ -240,7 +236,7 @@ def joined(
     except (ValueError, RuntimeError) as error:
         raise UserError(f"rank {launch.rank} of {launch.size} found no others: {error}") from error
     try:
-        mesh = None if strategy == "ddp" else _mesh(config, launch, strategy, device)
+        mesh = None if strategy == "ddp" else _mesh(config, strategy, launch, device)
         world = World(device, rank, size, mesh, PrefixStore("run", store))
         yield world
     except RuntimeError as error:
@@ -252,7 +248,7 @@ def joined(
 
 
 def _mesh(
-    config: DistributedConfig, launch: Launch, strategy: str, device: torch.device
+    config: DistributedConfig, strategy: Strategy, launch: Launch, device: torch.device
 ) -> "DeviceMesh":
     """All processes as a mesh: of one dimension, or for hsdp of copies and parts of them."""
     from torch.distributed.device_mesh import init_device_mesh
