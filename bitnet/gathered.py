@@ -196,12 +196,16 @@ def _quantize(shards: Sequence[TernaryShard], group: dist.ProcessGroup) -> list[
     gammas: list[Tensor | None] = [None] * len(shards)  # of a row or a group: all of it is here
     divided = [i for i, shard in enumerate(shards) if shard.gathering.granularity == "tensor"]
     if divided:
-        terms = [weight_magnitude(latent[i]).flatten() for i in divided]
-        counts = [shards[i].gathering.rows * shards[i].shape[1] for i in divided]
-        tops = torch.stack([t.amax().float() if len(t) else t.new_zeros(()).float() for t in terms])
+        tops = torch.stack([_largest(latent[i]) for i in divided])
         tops = torch.where(tops.isfinite(), tops, torch.inf)  # a maximum may lose a NaN
         dist.all_reduce(tops, dist.ReduceOp.MAX, group)
-        sums = torch.stack([sum_of_units(*of) for of in zip(terms, tops, counts, strict=True)])
+        counts = [shards[i].gathering.rows * shards[i].shape[1] for i in divided]
+        sums = torch.stack(
+            [
+                sum_of_units(weight_magnitude(latent[i]).flatten(), top, n)
+                for i, top, n in zip(divided, tops, counts, strict=True)
+            ]
+        )
         dist.all_reduce(sums, group=group)
         for i, *of in zip(divided, sums, tops, counts, strict=True):
             gammas[i] = mean_of_units(*of)
@@ -209,6 +213,13 @@ def _quantize(shards: Sequence[TernaryShard], group: dist.ProcessGroup) -> list[
         _packed(quantize_weight(rows, s.gathering.granularity, s.gathering.group_size, gamma=gamma))
         for rows, s, gamma in zip(latent, shards, gammas, strict=True)
     ]
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """``max|W|``, fp32 ``[]``, without a copy of the weights; 0 where there are no rows."""
+    if not rows.numel():
+        return rows.new_zeros((), dtype=torch.float32)
+    return torch.maximum(rows.amax(), -rows.amin()).float()
 
 
 def _packed(weight: TernaryWeight) -> TernaryWeight:
