@@ -89,6 +89,7 @@ def train(config: Config, command: str, world: World) -> None:
     saved, warnings = find_saved(config, world)
     torch.manual_seed(config.run.seed)
     model = build_model(config, data.tokenizer.hash, fresh=saved is None)
+    model.document_separator = data.tokenizer.eos_id if config.data.document_mask else None
     if config.train.compile and world.mesh is not None:
         compile_blocks(model.layers)
     recompute(model.layers, config.distributed.activation_checkpointing)
@@ -225,6 +226,7 @@ def open_teacher(
         device = pick_device(config.distill.device, "distill.device")
     with reporting("loading the teacher"):
         teacher = load_teacher(config.distill, model, tokenizer.hash, config.data.seq_len, device)
+    teacher.document_separator = model.document_separator
     teacher_hash = read_config(Path(config.distill.teacher)).config_sha256
     return Distiller(teacher, model, config.distill, bf16), teacher_hash
 

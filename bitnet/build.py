@@ -73,6 +73,7 @@ def undivided(model: Transformer) -> Transformer:
     gathered.load_state_dict(weights, assign=True, strict=bool(weights))
     if model.config.tie_embeddings:
         gathered.lm_head.weight = gathered.embed_tokens.weight
+    gathered.document_separator = model.document_separator
     return gathered
 
 

@@ -12,6 +12,9 @@ is the one structural choice that ternary models add:
     pre_norm   LLaMA: norms before attention and MLP only
     in_linear  Microsoft's Training Tips: a norm inside every linear and none outside
 
+A sequence of training may hold several documents. Attention looks back into those before, unless
+``document_separator`` keeps them apart (:func:`apart`).
+
 Parameter names and maths are those of Hugging Face's BitNet wherever both have a parameter, so an
 export only renames. ``depth`` alone chooses the whole shape (:meth:`ModelConfig.resolve`).
 
@@ -297,6 +300,26 @@ def rotate(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x_BHTE * cos + torch.cat((-second, first), -1) * sin).to(x_BHTE.dtype)
 
 
+def apart(tokens_BT: Tensor, separator: int) -> tuple[Tensor, Tensor]:
+    """Keep the documents of a sequence apart, as if each stood alone in a batch.
+
+    The token that ends a document begins the next one, so that the first token of a document is
+    predicted from the separator alone, as where a text is generated or evaluated. The last token of
+    a document still predicts the separator. So every token remains a target, and none is predicted
+    from another document. A document that a sequence cuts begins anew there.
+
+    Arguments:
+        tokens_BT: int64 ``[B, T]``. separator: the token that ends a document.
+    Returns:
+        Each token's position in its document, int64 ``[B, T]``, and which tokens each attends to,
+        bool ``[B, 1, T, T]``.
+    """
+    places = torch.arange(tokens_BT.shape[1], device=tokens_BT.device, dtype=torch.int64)
+    begins_BT = torch.where(tokens_BT == separator, places, 0).cummax(-1).values
+    mask_BTT = (begins_BT.unsqueeze(-1) <= places) & (places <= places.unsqueeze(-1))
+    return places - begins_BT, mask_BTT.unsqueeze(1)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions."""
 
@@ -325,6 +348,8 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+        elif mask is not None and q.is_cuda:  # no fused kernel takes both a mask and enable_gqa
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -373,10 +398,16 @@ class Transformer(nn.Module):
 
     Matrices start at N(0, 0.02), those that write to the residual stream (o_proj, down_proj)
     smaller by sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2).
+
+    Attributes:
+        config: resolved.
+        document_separator: the token that ends a document, to keep documents apart in forwards
+            without a cache (:func:`apart`). None, as at first: attention sees all earlier tokens.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.document_separator: int | None = None
         self.config = config = config.resolve()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
@@ -441,7 +472,10 @@ class Transformer(nn.Module):
         else:
             positions, mask = cache.positions(n_tokens), cache.mask(n_tokens)
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        if cache is not None:
+        if cache is None and self.document_separator is not None:
+            positions, mask = apart(tokens, self.document_separator)
+            cos, sin = cos[positions], sin[positions]
+        if mask is not None:
             cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
         x_BTD = self.embed_tokens(tokens)
         for layer in self.layers:

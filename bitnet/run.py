@@ -238,6 +238,8 @@ def announce(
         f"{config.train.tokens / train_tokens:.2g} epochs; "
         f"MFU against {human(meter.peak, 'FLOP/s')} ({meter.peak_source})"
     )
+    if config.data.document_mask:
+        log.print("the documents of a sequence are kept apart (data.document_mask)")
     if len(parts) > 1:
         log.print("\n".join(mixture_lines(parts, epochs)))
         for part, times in zip(parts, epochs, strict=True):

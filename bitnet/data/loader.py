@@ -8,9 +8,9 @@ A prepared set (prepare.py writes it) is a folder:
     val_00000.bin      little-endian uint16, or uint32 if the vocabulary needs it
 
 Training reads windows of ``seq_len + 1`` tokens at a stride of ``seq_len`` (inputs, and the same
-tokens shifted by one as targets), so in an epoch each token is a target once. Documents are neither
-padded nor kept apart: the model learns the meaning of EOS. A run may mix several sets, each with a
-share of the sequences (mixture.py).
+tokens shifted by one as targets), so in an epoch each token is a target once. Documents are not
+padded; attention sees those before unless ``document_mask`` keeps them apart (``apart`` in
+bitnet/model.py). A run may mix several sets, each with a share of the sequences (mixture.py).
 
 The order of the windows is a keyed permutation of their numbers, another one in each epoch,
 computed for the windows that a batch needs and never stored. So a batch is a pure function of
@@ -75,6 +75,9 @@ class DataConfig:
     """tokens in a file of the prepared set"""
     seq_len: Positive = 512
     """tokens in a training sequence"""
+    document_mask: bool = False
+    """keep the documents of a sequence apart: attention does not see those before, and positions
+    begin anew; in evaluations too"""
     threads: Count = 0
     """threads for tokenization; 0 = one per core"""
 

@@ -32,10 +32,10 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -86,6 +86,9 @@ class FolderConfig:
     """Of all the others, as :func:`_config_sha256` spells it."""
     quant: Recipe = FULL_PRECISION
     """The recipe that quantizes the model; absent from the file if there is none."""
+    document_separator: Annotated[int, Field(ge=0)] | None = None
+    """The token between documents that training kept apart, as an evaluation does. Absent
+    from the file if they were not."""
 
 
 _CONFIG = TypeAdapter(FolderConfig)
@@ -134,6 +137,7 @@ def save_model(
         raise ValueError(f"model: {problem}")
     for name in _second_names(structure):
         del tensors[name]
+    separator = model.document_separator
     with new_folder(folder) as aside:
         save_tensors(aside / TENSORS, tensors)
         if tokenizer is not None:
@@ -144,6 +148,7 @@ def save_model(
             "weights": weights,
             "model": dataclasses.asdict(model.config),
             **({"quant": dataclasses.asdict(quant)} if quant.enabled else {}),
+            **({} if separator is None else {"document_separator": separator}),
             "sha256": {file.name: sha256(file) for file in sorted(aside.iterdir())},
         }
         config["config_sha256"] = _config_sha256(config)
@@ -193,6 +198,7 @@ def load_model(
         model = _structure(config.model, config.weights, config.quant)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
+    model.document_separator = config.document_separator
     tied = _second_names(model)
     for name, first in tied.items():
         if first in tensors:
