@@ -1,7 +1,9 @@
 """A prepared set loads whole or not at all; batches are a pure function of (seed, step)."""
 
+import gc
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -288,3 +290,21 @@ def test_config_values_out_of_range_are_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=next(iter(values))):
             DataConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_reading_an_epoch_takes_no_memory_of_the_process(tmp_path: Path) -> None:
+    """Mapped pages count as resident, but the system can drop them; memory of its own cannot be."""
+
+    def own_bytes() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+    folder = write_set(tmp_path / "set", 16_000_000, dtype="uint32")  # 64 MB
+    gc.collect()
+    before = own_bytes()
+    loader = Loader(TokenDataset(folder, "train"), 512, 250, seed=0)
+    for step in range(125):
+        loader.batch(step)
+    assert loader.epochs(125)[0] > 0.99
+    assert own_bytes() - before < 16e6
