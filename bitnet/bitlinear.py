@@ -9,9 +9,9 @@ training step much of that would give the same codes again; it is done once, wit
         q(x), k(x), v(x)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from bitnet.elementwise import RMSNorm
 from bitnet.gathered import Gather, GatheredWeight, TernaryShard, quantized
-from bitnet.modules import computed_parameter, is_plain
+from bitnet.modules import computed_parameter, is_dtensor, is_plain
 from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.quant import (
     GradMask,
@@ -35,6 +35,9 @@ from bitnet.quant import (
     quantize_weight,
     ternary_linear_ste,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class BitLinear(CalledLayer, nn.Linear):
@@ -109,7 +112,10 @@ class BitLinear(CalledLayer, nn.Linear):
                     "input: expected a tensor, since the layer's norm comes before quantization"
                 )
             input = self.rms_norm(input)
-        return ternary_linear_ste(
+        linear: Callable[..., Tensor] = ternary_linear_ste
+        if is_dtensor(self.weight):  # tensor parallelism
+            from bitnet.sharded import sharded_linear as linear
+        return linear(
             input,
             self.weight,
             self.bias,
@@ -164,10 +170,8 @@ class _CachedCodes(NamedTuple):
     state: tuple[Any, ...]
 
     @classmethod
-    def of(cls, layer: BitLinear, name: str) -> "_CachedCodes":
+    def of(cls, layer: BitLinear, name: str, quantized: TernaryWeight) -> "_CachedCodes":
         weight = layer.weight
-        options = layer.granularity, layer.group_size, layer.int8_backward
-        quantized = quantize_weight(weight, *options)
         return cls(quantized, name, weight, weight.detach(), _state(weight))
 
     def check(self, weight: Tensor) -> None:
@@ -219,17 +223,20 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
 
     hook = register_optimizer_step_pre_hook(refuse)
     try:
-        divided = []  # by FSDP2, which makes another weight for each forward
-        for name, layer in model.named_modules():
-            bare = isinstance(layer, BitLinear) and layer._cached_codes is None
-            if not bare or computed_parameter(layer):
-                continue
-            if hasattr(layer.weight, "full_tensor"):
-                divided.append(layer.weight)
-                continue
-            layer._cached_codes = _CachedCodes.of(layer, name)
+        bare = {
+            name: layer
+            for name, layer in model.named_modules()
+            if isinstance(layer, BitLinear)
+            and layer._cached_codes is None
+            and not computed_parameter(layer)
+        }
+        gathered = _in_fsdp(model, bare)  # FSDP2 makes another weight for each forward
+        own = {name: layer for name, layer in bare.items() if layer not in gathered}
+        for name, weight in _quantized(own):
+            layer = own[name]
+            layer._cached_codes = _CachedCodes.of(layer, name, weight)
             entered.append(layer)
-        with quantized(divided):
+        with quantized([layer.weight for layer in gathered]):
             yield
         for layer in entered:
             assert layer._cached_codes is not None
@@ -252,6 +259,36 @@ def gather_codes(model: nn.Module, as_codes: bool) -> None:
             layer.weight = nn.Parameter(TernaryShard.of(layer.weight, gather))
 
 
+def _in_fsdp(model: nn.Module, layers: dict[str, BitLinear]) -> list[BitLinear]:
+    """The layers whose weights FSDP2 divides."""
+    divided = [layer for layer in layers.values() if is_dtensor(layer.weight)]
+    if not divided:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    roots = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    inside = {child for root in roots for child in cast("nn.Module", root).modules()}
+    return [layer for layer in divided if layer in inside]
+
+
+def _quantized(layers: dict[str, BitLinear]) -> Iterator[tuple[str, TernaryWeight]]:
+    """Quantize the weight of each layer; those that tensor parallelism divides, all together."""
+    divided = {name: layer for name, layer in layers.items() if is_dtensor(layer.weight)}
+    for name, layer in layers.items():
+        if name not in divided:
+            yield name, quantize_weight(layer.weight, *_recipe(layer))
+    if divided:
+        from bitnet.sharded import Recipe, quantize_weights
+
+        weights = [cast("DTensor", layer.weight) for layer in divided.values()]
+        recipes = [Recipe(*_recipe(layer)) for layer in divided.values()]
+        yield from zip(divided, quantize_weights(weights, recipes), strict=True)
+
+
+def _recipe(layer: BitLinear) -> tuple[Granularity, int, Int8Backward]:
+    return layer.granularity, layer.group_size, layer.int8_backward
+
+
 def shared_input(x: Tensor, *layers: nn.Module) -> Tensor | QuantizedInput:
     """Return the input to call all of ``layers`` with.
 
@@ -259,11 +296,18 @@ def shared_input(x: Tensor, *layers: nn.Module) -> Tensor | QuantizedInput:
     inside. Otherwise it is x itself, so that a hook or a subclass sees what it would see in an
     ``nn.Linear``.
     """
-    shared = all(
-        is_plain(layer, BitLinear) and isinstance(layer, BitLinear) and layer.rms_norm is None
+    weights = [
+        layer.weight
         for layer in layers
-    )
-    return quantize_input(x) if shared else x
+        if is_plain(layer, BitLinear) and isinstance(layer, BitLinear) and layer.rms_norm is None
+    ]
+    if len(weights) < len(layers):
+        return x
+    if any(is_dtensor(weight) for weight in weights):  # tensor parallelism
+        from bitnet.sharded import shared_by_ranks
+
+        return shared_by_ranks(x, weights)
+    return quantize_input(x)
 
 
 def check_options(

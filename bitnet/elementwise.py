@@ -32,14 +32,18 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """float ``[..., features]`` -> the same shape and dtype."""
-        weight, eps = self.weight, self.eps
-        if eps is None:
-            eps = torch.finfo(torch.float32).eps
-        # A GPU's own operator is fused already.
-        if x.device.type == "cpu" and _trains(x, weight) and x.shape[-1:] == weight.shape:
-            y: Tensor = _RMSNorm.apply(x, weight, eps)[0]
-            return y
-        return _rms_norm(x, weight, eps)
+        return rms_norm(x, self.weight, self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    """:class:`RMSNorm` with this weight; ``eps`` None is that of fp32."""
+    if eps is None:
+        eps = torch.finfo(torch.float32).eps
+    # A GPU's own operator is fused already.
+    if x.device.type == "cpu" and _trains(x, weight) and x.shape[-1:] == weight.shape:
+        y: Tensor = _RMSNorm.apply(x, weight, eps)[0]
+        return y
+    return _rms_norm(x, weight, eps)
 
 
 def relu2_mul(gate: Tensor, up: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from bitnet.modules import is_plain
+from bitnet.modules import is_dtensor, is_plain
 from bitnet.quant import output_dtype
 from bitnet_kernels.cpu.training import cross_entropy_, takes
 
@@ -89,7 +89,12 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int)
     """
     if is_plain(head, nn.Linear) and head.bias is None:
         assert isinstance(head, nn.Linear)
-        return linear_cross_entropy(hidden, head.weight, targets)
+        weight: Tensor = head.weight
+        if is_dtensor(weight):  # tensor parallelism, which keeps it on every rank
+            from bitnet.sharded import local
+
+            weight = local(weight)
+        return linear_cross_entropy(hidden, weight, targets)
     _check_targets(hidden, targets)
     if torch.is_grad_enabled():
         return F.cross_entropy(head(hidden).float(), targets, ignore_index=_NO_TARGET)

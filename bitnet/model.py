@@ -262,6 +262,10 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store ``[B, G, T, E]`` after the filled columns; return all columns up to there."""
+        if k.shape[1] != self.k.shape[2]:  # as in tensor parallelism; one head would broadcast
+            raise ValueError(
+                f"cache: has {self.k.shape[2]} key-value heads, and this layer {k.shape[1]}"
+            )
         end = self.length + k.shape[2]
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v

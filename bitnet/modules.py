@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import _has_any_global_hook
@@ -56,8 +56,13 @@ def check_whole(model: nn.Module, remedy: str) -> None:
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(f"{name or 'model'}: is sharded (FSDP); {remedy}")
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "full_tensor"):
+        if is_dtensor(parameter):
             raise ValueError(f"{name}: is sharded over ranks (a DTensor); {remedy}")
+
+
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Whether a tensor is divided over ranks. Does not import torch.distributed.tensor for it."""
+    return type(tensor) is not nn.Parameter and hasattr(tensor, "full_tensor")
 
 
 def check_forward(module: nn.Module, kind: type[nn.Module]) -> None:
@@ -129,10 +134,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module runs the forward of ``kind`` and nothing else.
 
     False for a subclass (a parametrized module is one), a :func:`hooked` module, and a module with
-    backward hooks.
+    backward hooks. A class whose attribute ``computes_as`` is ``kind`` counts as that.
     """
     backward = module._backward_pre_hooks or module._backward_hooks
-    return type(module) is kind and not hooked(module) and not backward
+    computes_as = getattr(type(module), "computes_as", type(module))
+    return computes_as is kind and not hooked(module) and not backward
 
 
 def hooked(module: nn.Module) -> bool:

@@ -23,9 +23,10 @@ Shapes: M tokens, K in_features, N out_features, G = ceil(K / group_size) groups
 """
 
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.distributed
 from einops import repeat
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -33,9 +34,12 @@ from torch.autograd.function import once_differentiable
 import bitnet_kernels
 from bitnet_kernels import reference
 from bitnet_kernels.cpu.gradients import takes_input_gradient, takes_weight_gradient
-from bitnet_kernels.cpu.int_mm import scaled_matmul
+from bitnet_kernels.cpu.int_mm import codes_matmul, scaled_matmul
 from bitnet_kernels.cpu.training import rescale_, takes
 from bitnet_kernels.reference import absmax_int8, clamped_mean
+
+if TYPE_CHECKING:  # not in every build of torch
+    from torch.distributed import ProcessGroup
 
 Granularity = Literal["tensor", "row", "group"]
 GradMask = Literal["none", "clip", "trust"]
@@ -242,15 +246,20 @@ class _TernaryLinear(torch.autograd.Function):
         mask: GradMask,
         mask_c: float,
         int8_backward: Int8Backward,
+        group: "ProcessGroup | None",
         dtype: torch.dtype,
     ) -> Tensor:
+        if group is not None:
+            acc = codes_matmul(x_q, codes)
+            torch.distributed.all_reduce(acc, group=group)
+            return reference.rescale(acc, s_x, gamma, bias, dtype)
         if gamma.dim() == 2:
             return scaled_matmul(x_q, s_x, codes, gamma, bias, dtype, group_size)
         return bitnet_kernels.int8_linear(x_q, s_x, codes, gamma, bias, dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, x_q, s_x, codes, gamma, transposed, *options, _ = inputs
+        x, weight, bias, x_q, s_x, codes, gamma, transposed, *options, _, _ = inputs
         ctx.group_size, ctx.mask, ctx.mask_c, ctx.int8_backward = options
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         latent = None if ctx.mask == "none" else weight
@@ -281,7 +290,7 @@ class _TernaryLinear(torch.autograd.Function):
             dw = dw.to(weight_dtype)
         if bias_dtype is not None and ctx.needs_input_grad[2]:
             db = dy.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(bias_dtype)
-        return dx, dw, db, *(10 * [None])
+        return dx, dw, db, *(11 * [None])
 
 
 def _input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, group_size: int) -> Tensor:
@@ -349,6 +358,7 @@ def ternary_linear_ste(
     *,
     quantized: TernaryWeight | None = None,
     int8_backward: Int8Backward = "none",
+    group: "ProcessGroup | None" = None,
 ) -> Tensor:
     """The training forward of a ternary linear layer, differentiable straight-through.
 
@@ -366,6 +376,10 @@ def ternary_linear_ste(
             rounded stochastically to int8 (:func:`stochastic_int8`) to compute the gradient of
             the ``"input"``, or of ``"both"`` input and weight. The results are unbiased, with the
             noise of the rounding. Not for granularity "group".
+        group: the processes that each hold a part of the columns of ``x`` and of the weight, both
+            quantized by the scales of the whole (:mod:`bitnet.sharded`). Their int32 sums are added
+            before the rescale, so that every process has the whole output. Not for granularity
+            "group".
     Returns:
         ``[..., N]`` in the autocast dtype where autocast is on, else in the dtype of ``x``.
     Raises:
@@ -401,6 +415,7 @@ def ternary_linear_ste(
         mask,
         mask_c,
         int8_backward,
+        group,
         output_dtype(values),
     )
     return y if values.dim() == 2 else y.reshape(*values.shape[:-1], weight.shape[0])

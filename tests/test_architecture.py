@@ -55,7 +55,9 @@ ARROWS = {
         "bitnet.modules",
         "bitnet.placement",
         "bitnet.quant",
+        "bitnet.sharded",
     },
+    "bitnet.sharded": {"bitnet_kernels", "bitnet.quant"},
     "bitnet.dequantized": set[str](),
     "bitnet.linear": {
         "bitnet_kernels",
@@ -66,7 +68,7 @@ ARROWS = {
         "bitnet.placement",
         "bitnet.quant",
     },
-    "bitnet.loss": {"bitnet_kernels", "bitnet.modules", "bitnet.quant"},
+    "bitnet.loss": {"bitnet_kernels", "bitnet.modules", "bitnet.quant", "bitnet.sharded"},
     "bitnet.model": {"bitnet.elementwise", "bitnet.linear", "bitnet.loss", "bitnet.quant"},
 }
 """The foundations may import this and bitnet.schema; what stands above them is bound by ABOVE and

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 from bitnet import BitLinear, TernaryLinear, pack, replace_linear
 from bitnet.qat import Recipe, convert, prepare
@@ -49,11 +49,8 @@ def onnx() -> None:
 
 
 def parallel(mesh: DeviceMesh) -> None:
-    for style in (ColwiseParallel(), RowwiseParallel()):
-        model = parallelize_module(nn.Sequential(BitLinear(4, 4)), mesh, {"0": style})
-        with pytest.raises(NotImplementedError, match="does not have a sharding strategy"):
-            model(X)
-    model(X)
+    layer = BitLinear(4, 4, granularity="group", group_size=2, bias=False)
+    parallelize_module(layer, mesh, RowwiseParallel())(X)
 
 
 def normed() -> None:
@@ -83,7 +80,7 @@ LIMITS: dict[str, Callable[..., Any]] = {
         torch.jit.trace(BitLinear(4, 3), X),  # type: ignore[no-untyped-call]
         io.BytesIO(),
     ),
-    "tensor parallelism (`parallelize_module`)": parallel,
+    'tensor parallelism over the columns of `granularity="group"`': parallel,
     "`replace_linear` after `fully_shard`": lambda mesh: replace_linear(
         sharded(nn.Sequential(nn.Linear(4, 4)), mesh)
     ),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # DTensor imports it: 3 s, better once than in every process
 import torch.distributed as dist
 
 

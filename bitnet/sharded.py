@@ -1,0 +1,242 @@
+"""A ternary layer whose weight is divided over processes, and what it computes together with them.
+
+The weight is a DTensor (torch.distributed.tensor), whose placement says how the layer is divided:
+
+    Shard(0)  column-parallel: a rank has some of the rows N. It takes the whole input and gives its
+              own columns of the output. The backward adds the ranks' gradients of the input.
+    Shard(1)  row-parallel: a rank has some of the columns K. It takes those columns of the input.
+              The ranks add their int32 sums, so that each has the whole output. The backward needs
+              no communication.
+
+The forward gives the bits of one process. A scale is that of the whole tensor: maxima do not depend
+on an order, and the mean of the magnitudes is a sum of integers
+(:func:`bitnet_kernels.reference.clamped_mean`). int32 sums are exact. Gradients of an input are
+floats that the ranks add, so behind a column-parallel layer they are rounded in another order.
+
+Importing this module imports torch.distributed.tensor, which takes most of a second. Others import
+it inside the function that met a DTensor (:func:`bitnet.modules.is_dtensor`).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from bitnet.quant import (
+    GradMask,
+    Granularity,
+    Int8Backward,
+    QuantizedInput,
+    TernaryWeight,
+    quantize_input,
+    quantize_weight,
+    ternary_linear_ste,
+    weight_magnitude,
+)
+from bitnet_kernels.reference import absmax, int8_codes, mean_of_units, sum_of_units
+
+
+class Recipe(NamedTuple):
+    """How a weight is quantized: the options of :func:`bitnet.quant.quantize_weight`."""
+
+    granularity: Granularity = "tensor"
+    group_size: int = 128
+    int8_backward: Int8Backward = "none"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, differentiable; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def replicated(x: Tensor, mesh: DeviceMesh) -> DTensor:
+    """A tensor that all ranks have, or a DTensor, as a DTensor that is whole on each rank. The
+    gradients of its uses are added over the ranks once, all together."""
+    if not isinstance(x, DTensor):
+        return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
+    # a redistribution that has nothing to do would still add the gradients, for each use
+    return x if x.placements[0].is_replicate() else x.redistribute(placements=[Replicate()])
+
+
+def entering(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """What all ranks have, where each goes on to use it in its own way: the backward adds their
+    gradients, those of all uses of a DTensor together."""
+    return replicated(x, mesh).to_local(grad_placements=[Partial()])
+
+
+@torch.no_grad()
+def quantize_weights(weights: Sequence[DTensor], recipes: Sequence[Recipe]) -> list[TernaryWeight]:
+    """Quantize this rank's part of each weight by the scale of the whole, with the bits of
+    :func:`bitnet.quant.quantize_weight` of the whole: codes int8 of the shape of the part, and
+    gamma fp32 ``[]``, or ``[n]`` or ``[n, G]`` for the n rows of the part.
+
+    All ranks call it with the same weights. For all of them together it communicates at most twice:
+    the largest magnitudes, then the sums.
+
+    Arguments:
+        weights: matrices ``[N, K]``, all on one mesh.
+    Raises:
+        ValueError: :func:`placement_of` refuses a weight, or its columns are divided and have one
+            scale per group of them.
+    """
+    means = [_DividedMean.of(*pair) for pair in zip(weights, recipes, strict=True)]
+    divided = [mean for mean in means if mean is not None]
+    tops = [mean.magnitude.amax(-1).float() for mean in divided]
+    # infinite, since a maximum over ranks may lose a NaN
+    tops = [torch.where(top.isfinite(), top, torch.inf) for top in tops]
+    _reduce(tops, dist.ReduceOp.MAX, weights)
+    totals = [
+        sum_of_units(mean.magnitude, top, mean.n) for mean, top in zip(divided, tops, strict=True)
+    ]
+    _reduce(totals, dist.ReduceOp.SUM, weights)
+    found = iter(
+        mean_of_units(total, top, mean.n).reshape(mean.shape)
+        for mean, top, total in zip(divided, tops, totals, strict=True)
+    )
+    return [
+        quantize_weight(
+            local(weight).detach(), *recipe, gamma=None if mean is None else next(found)
+        )
+        for weight, recipe, mean in zip(weights, recipes, means, strict=True)
+    ]
+
+
+class _DividedMean(NamedTuple):
+    """Mean magnitudes of a weight to which each rank has some of the terms."""
+
+    magnitude: Tensor
+    """``[R, T]``: T terms on this rank for each of R means"""
+    n: int
+    """terms of a mean on all ranks together"""
+    shape: tuple[int, ...]
+    """of the scale"""
+
+    @classmethod
+    def of(cls, weight: DTensor, recipe: Recipe) -> "_DividedMean | None":
+        """None where this rank has all terms of its scales."""
+        placement = placement_of(weight)
+        by_tensor = recipe.granularity == "tensor"
+        if not (by_tensor or placement.is_shard(1)):
+            return None
+        if recipe.granularity == "group":
+            raise ValueError(
+                "granularity: 'group' rescales each group of columns and adds in fp32, so ranks "
+                "with some of the columns each cannot give the bits of one process; use 'tensor' "
+                "or 'row'"
+            )
+        magnitude = weight_magnitude(local(weight).detach())
+        if by_tensor:
+            return cls(magnitude.reshape(1, -1), weight.numel(), ())
+        return cls(magnitude, weight.shape[1], (len(magnitude),))
+
+
+def placement_of(weight: DTensor) -> Placement:
+    """How a layer's weight is divided: Shard(0) or Shard(1).
+
+    Raises ValueError for any other DTensor, such as a parameter of FSDP outside a forward.
+    """
+    placement = weight.placements[0]
+    if weight.device_mesh.ndim > 1 or not placement.is_shard():
+        raise ValueError(
+            "weight: expected a DTensor with Shard(0) or Shard(1) on a mesh of one dimension, got "
+            f"{list(weight.placements)}"
+        )
+    return placement
+
+
+def _reduce(
+    values: Sequence[Tensor], op: dist.ReduceOp.RedOpType, weights: Sequence[DTensor]
+) -> None:
+    """Reduce vectors over the ranks of the weights, in place and all together."""
+    if values:
+        packed = torch.cat(list(values))
+        dist.all_reduce(packed, op, weights[0].device_mesh.get_group())
+        for value, whole in zip(values, packed.split([len(v) for v in values]), strict=True):
+            value.copy_(whole)
+
+
+def shared_by_ranks(x: Tensor, weights: Sequence[Tensor]) -> Tensor | QuantizedInput:
+    """:func:`bitnet.bitlinear.shared_input` for layers with these weights: quantized once where all
+    are column-parallel on one mesh, else x itself."""
+    first = weights[0]
+    if isinstance(x, DTensor) or not isinstance(first, DTensor):
+        return x
+    for weight in weights:
+        if not isinstance(weight, DTensor) or not placement_of(weight).is_shard(0):
+            return x
+        if weight.device_mesh != first.device_mesh:
+            return x
+    return quantize_input(x)._replace(values=replicated(x, first.device_mesh))
+
+
+def sharded_linear(
+    x: Tensor | QuantizedInput,
+    weight: DTensor,
+    bias: Tensor | None = None,
+    granularity: Granularity = "tensor",
+    group_size: int = 128,
+    mask: GradMask = "none",
+    mask_c: float = 1.0,
+    *,
+    quantized: TernaryWeight | None = None,
+    int8_backward: Int8Backward = "none",
+) -> Tensor:
+    """:func:`bitnet.quant.ternary_linear_ste` with a weight that is divided over ranks.
+
+    Arguments:
+        x: for a column-parallel weight the whole input, float ``[..., K]``; for a
+            row-parallel one the columns of it that go with the rank's part of the weight. A DTensor
+            is brought into that form. The result of :func:`bitnet.quant.quantize_input` goes only
+            with the whole input.
+        weight: ``[N, K]``, see :func:`placement_of`. bias: ``[N]``, a DTensor whose placement fits.
+        quantized: the result of :func:`quantize_weights` for this weight.
+        Others: those of :func:`bitnet.quant.ternary_linear_ste`.
+    Returns:
+        The rank's columns of the output of a column-parallel weight; else the whole output. A
+        DTensor if x is one.
+    """
+    mesh, placement = weight.device_mesh, placement_of(weight)
+    if quantized is None:
+        (quantized,) = quantize_weights([weight], [Recipe(granularity, group_size, int8_backward)])
+    if placement.is_shard(1):
+        tokens = _quantize_columns(x, mesh)
+    elif isinstance(x, QuantizedInput):
+        tokens = x._replace(values=entering(x.values, mesh))
+    else:
+        tokens = quantize_input(entering(x, mesh))
+    y = ternary_linear_ste(
+        tokens,
+        local(weight),
+        None if bias is None else local(bias),
+        granularity,
+        group_size,
+        mask,
+        mask_c,
+        quantized=quantized,
+        int8_backward=int8_backward,
+        group=mesh.get_group() if placement.is_shard(1) else None,
+    )
+    if not isinstance(x, DTensor):
+        return y
+    form = Shard(y.dim() - 1) if placement.is_shard(0) else Replicate()
+    return DTensor.from_local(y, mesh, [form], run_check=False)
+
+
+def _quantize_columns(x: Tensor | QuantizedInput, mesh: DeviceMesh) -> QuantizedInput:
+    """Quantize this rank's columns of each token by the maximum over all of its columns."""
+    if isinstance(x, QuantizedInput):
+        raise TypeError(
+            "input: expected a tensor, since a row-parallel layer takes the scale of a token over "
+            "all ranks"
+        )
+    values = local(x.redistribute(placements=[Shard(x.dim() - 1)]) if isinstance(x, DTensor) else x)
+    with torch.no_grad():
+        wide = values.float()
+        top = absmax(wide)
+        top = torch.where(top.isfinite(), top, torch.inf)  # a maximum over ranks may lose a NaN
+        dist.all_reduce(top, dist.ReduceOp.MAX, mesh.get_group())
+        return QuantizedInput(values, *int8_codes(wide, top))

@@ -1,0 +1,267 @@
+"""Tensor parallelism: the matrices of each layer divided over the ranks of a mesh.
+
+    mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "tp"))
+    tensor_parallel(model, mesh["tp"])         # in place; afterwards, over the other dimension:
+    for block in model.layers:
+        fully_shard(block, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+
+A rank has whole attention heads and some of the MLP's channels:
+
+    q, k, v, gate, up   column-parallel: their rows are divided; the input is whole
+    o, down             row-parallel: their columns are divided; the output is whole
+    norms before those  (sub_norm, in_linear) have a rank's channels of all tokens, and need all
+                        channels of a token: the ranks exchange, each normalizes some of the tokens,
+                        and they exchange back
+    all else            the same on every rank: embedding, head, other norms, the residual stream
+
+The forward gives the bits of one process, whatever the number of ranks: products and scales are
+exact (:mod:`bitnet.sharded`), and an exchange moves values and adds none. Gradients are added over
+the ranks, which rounds them in another order.
+
+Every parameter becomes a DTensor on the mesh, those on every rank too (``Replicate``), since an
+optimizer's fused step and the clipping of gradients take only tensors of one kind.
+
+For another model, give the styles :class:`ColwiseBitLinear` and :class:`RowwiseBitLinear` to
+torch's ``parallelize_module``. They install no hooks, so layers still share their quantized input.
+torch's ``ColwiseParallel`` and ``RowwiseParallel`` divide a BitLinear without a norm too.
+"""
+
+import math
+from typing import ClassVar
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn import functional as F
+
+from bitnet.bitlinear import BitLinear
+from bitnet.elementwise import RMSNorm, rms_norm
+from bitnet.model import ModelConfig, Transformer
+from bitnet.schema import UserError
+from bitnet.sharded import entering
+
+
+class ColwiseBitLinear(ParallelStyle):
+    """Divide the rows of a BitLinear's weight, and its bias, over the ranks: the layer takes the
+    whole input and gives the rank's columns of the output.
+
+    Raises ValueError for any other module, or rows that cannot be divided equally.
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        layer = _bitlinear(module)
+        _check_equal("out_features", layer.out_features, device_mesh)
+        _distribute(layer, device_mesh, self.src_data_rank, weight=Shard(0), bias=Shard(0))
+        if layer.rms_norm is not None:
+            parallelize_module(layer.rms_norm, device_mesh, Replicated(WholeRMSNorm))
+        return layer
+
+
+class RowwiseBitLinear(ParallelStyle):
+    """Divide the columns of a BitLinear's weight over the ranks: the layer takes the rank's columns
+    of the input and gives the whole output.
+
+    Raises ValueError for any other module, columns that cannot be divided equally, or granularity
+    "group".
+    """
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        layer = _bitlinear(module)
+        _check_equal("in_features", layer.in_features, device_mesh)
+        if layer.granularity == "group":
+            raise ValueError(
+                "granularity: the columns of 'group' cannot be divided; use 'tensor' or 'row'"
+            )
+        _distribute(layer, device_mesh, self.src_data_rank, weight=Shard(1), bias=Replicate())
+        if layer.rms_norm is not None:
+            parallelize_module(layer.rms_norm, device_mesh, Replicated(ChannelRMSNorm))
+        return layer
+
+
+class Replicated(ParallelStyle):
+    """Keep a module's parameters on every rank, as DTensors, and compute with tensors.
+
+    Arguments:
+        kind: the class that computes so; the module becomes one (as FSDP makes its modules).
+    """
+
+    def __init__(self, kind: "type[_Replica]") -> None:
+        super().__init__()
+        self.kind = kind
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if type(module) is not self.kind.computes_as:
+            raise ValueError(
+                f"expected {self.kind.computes_as.__name__}, got {type(module).__name__}"
+            )
+        _distribute(module, device_mesh, self.src_data_rank, weight=Replicate())
+        module.__class__ = self.kind
+        return module
+
+
+class _Replica(nn.Module):
+    """A module whose weight is a DTensor on every rank, and whose forward computes with tensors."""
+
+    weight: DTensor
+    computes_as: ClassVar[type[nn.Module]]
+    """The class of which it runs the forward."""
+
+    def _whole_weight(self) -> Tensor:
+        return self.weight.to_local()
+
+
+class WholeEmbedding(_Replica, nn.Embedding):  # type: ignore[misc]
+    """An embedding of tokens that all ranks have."""
+
+    computes_as = nn.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """int64 ``[...]`` -> ``[..., embedding_dim]``."""
+        return F.embedding(input, self._whole_weight())
+
+
+class WholeLinear(_Replica, nn.Linear):  # type: ignore[misc]
+    """A linear layer without bias, of what all ranks have."""
+
+    computes_as = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float ``[..., in_features]`` -> ``[..., out_features]``."""
+        return F.linear(input, self._whole_weight())
+
+
+class WholeRMSNorm(_Replica, RMSNorm):  # type: ignore[misc]
+    """A norm of what all ranks have."""
+
+    computes_as = RMSNorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float ``[..., features]`` -> the same shape and dtype."""
+        return rms_norm(x, self._whole_weight(), self.eps)
+
+
+class HeadRMSNorm(WholeRMSNorm):
+    """A norm of each head, of which a rank has some: the backward adds the ranks' gradients."""
+
+    def _whole_weight(self) -> Tensor:
+        return entering(self.weight.to_local(), self.weight.device_mesh)
+
+
+class ChannelRMSNorm(HeadRMSNorm):
+    """A norm over channels of which a rank has some.
+
+    The ranks exchange channels for tokens: each gets all channels of its share of the tokens, and
+    the norm has the bits of one process. A mean of squares from the ranks' partial sums would need
+    no exchange, but be rounded in another order; codes of activations would then differ.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float ``[..., features / ranks]`` -> the same shape and dtype."""
+        mesh = self.weight.device_mesh
+        channels = DTensor.from_local(x.flatten(0, -2), mesh, [Shard(1)], run_check=False)
+        whole_shape, whole_stride = channels.shape, channels.stride()
+        tokens = channels.redistribute(placements=[Shard(0)]).to_local()
+        y = DTensor.from_local(
+            super().forward(tokens),
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=whole_shape,  # ranks may have unequal shares
+            stride=whole_stride,
+        )
+        return y.redistribute(placements=[Shard(1)]).to_local().reshape(x.shape)
+
+
+def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
+    """Divide a model over the ranks of a mesh of one dimension, in place.
+
+    All ranks call it with the same model on their device; the weights are those of the first.
+    Apply FSDP or activation checkpointing afterwards, and make the optimizer from the parameters
+    that the model has then.
+
+    Raises:
+        UserError: :func:`check_divides` refuses the config, or a matrix of a layer is neither a
+            BitLinear nor an nn.Linear.
+    """
+    config = model.config
+    check_divides(config, mesh.size())
+    plan: dict[str, ParallelStyle] = {}
+    for i, block in enumerate(model.layers):
+        for name in config.matrices():
+            matrix = block.get_submodule(name)
+            row = name.endswith(("o_proj", "down_proj"))
+            if type(matrix) is BitLinear:
+                plan[f"layers.{i}.{name}"] = RowwiseBitLinear() if row else ColwiseBitLinear()
+            elif type(matrix) is nn.Linear:
+                plan[f"layers.{i}.{name}"] = RowwiseParallel() if row else ColwiseParallel()
+            else:
+                raise UserError(
+                    f"distributed.tensor_parallel: layers.{i}.{name} is a "
+                    f"{type(matrix).__name__}; only ternary and full-precision matrices can be "
+                    "divided, without [quant], [adapter] or a norm inside in full precision"
+                )
+    for name, module in model.named_modules():
+        if type(module) is RMSNorm and not name.endswith(".rms_norm"):  # those are of a matrix
+            kind = name.rpartition(".")[2]
+            plan[name] = Replicated(_NORMS.get(kind, WholeRMSNorm))
+    parallelize_module(model, mesh, plan)
+    parallelize_module(model.embed_tokens, mesh, Replicated(WholeEmbedding))
+    if config.tie_embeddings:
+        model.lm_head.register_parameter("weight", model.embed_tokens._parameters["weight"])
+    parallelize_module(model.lm_head, mesh, Replicated(WholeLinear))
+    return model
+
+
+_NORMS: dict[str, type[_Replica]] = {
+    "q_norm": HeadRMSNorm,
+    "k_norm": HeadRMSNorm,
+    "attn_sub_norm": ChannelRMSNorm,
+    "ffn_sub_norm": ChannelRMSNorm,
+}
+"""Norms inside the divided part of a layer."""
+
+
+def check_divides(config: ModelConfig, size: int) -> None:
+    """Raise UserError, naming the key, if ``size`` ranks cannot divide a (resolved) model."""
+    sizes = {key: getattr(config, key) for key in ("n_heads", "n_kv_heads", "d_ff")}
+    for key, value in sizes.items():
+        if value % size:
+            largest = math.gcd(*sizes.values())
+            raise UserError(
+                f"distributed.tensor_parallel = {size} does not divide model.{key} = {value}; for "
+                f"this model it can be {largest} or a divisor of that"
+            )
+    if size > 1 and config.linear == "ternary" and config.granularity == "group":
+        raise UserError(
+            f"distributed.tensor_parallel = {size} cannot divide the columns of "
+            'model.granularity = "group"; use "tensor" or "row"'
+        )
+
+
+def _bitlinear(module: nn.Module) -> BitLinear:
+    if not isinstance(module, BitLinear):
+        raise ValueError(f"expected a BitLinear, got {type(module).__name__}; use torch's styles")
+    return module
+
+
+def _check_equal(name: str, features: int, mesh: DeviceMesh) -> None:
+    if features % mesh.size():
+        raise ValueError(f"{name}: {features} cannot be divided over {mesh.size()} ranks equally")
+
+
+def _distribute(
+    module: nn.Module, mesh: DeviceMesh, source: int | None, **placements: Placement
+) -> None:
+    """Make parameters of a module DTensors, those of the rank ``source`` of the mesh."""
+    for name, placement in placements.items():
+        parameter = module._parameters.get(name)
+        if parameter is not None and not isinstance(parameter, DTensor):
+            divided = distribute_tensor(parameter, mesh, [placement], src_data_rank=source)
+            module.register_parameter(name, nn.Parameter(divided, parameter.requires_grad))
