@@ -295,23 +295,17 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         x's shape and dtype. A row with NaN or infinity is NaN.
     """
-    return norm(x, weight, eps)[0].to(x.dtype)
-
-
-def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """:func:`rmsnorm` before the cast, fp32 ``[..., K]``, and what a backward needs: each row's
-    ``r = 1 / sqrt(mean(x^2) + eps)``, fp32 ``[...]``."""
     rows = x.float()
     mean_square = _mean(exact_sum(rows.double().square()), x.shape[-1])
     # By way of fp64: torch's fp32 root is not always correctly rounded on CPU (MKL's is used).
     rms = (mean_square + mean_square.new_full((), eps)).double().sqrt().float()
     rstd = rms.new_full((), 1.0) / rms
-    return rows * rstd.unsqueeze(-1) * weight.float(), rstd
+    return (rows * rstd.unsqueeze(-1) * weight.float()).to(x.dtype)
 
 
 def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of :func:`norm`'s y: with n = x r and g = dy w,
-    ``dx = r (g - n mean(g n))`` and ``dw = sum over tokens of dy n``."""
+    """The gradients of an RMSNorm's y = x r w, with each token's ``r = 1 / sqrt(mean(x^2) + eps)``,
+    n = x r and g = dy w: ``dx = r (g - n mean(g n))`` and ``dw = sum over tokens of dy n``."""
     n, g = x * r.unsqueeze(-1), dy * weight
     dx = r.unsqueeze(-1) * (g - n * (g * n).mean(-1, keepdim=True))
     return dx, (dy * n).reshape(-1, x.shape[-1]).sum(0)

@@ -47,13 +47,11 @@ def assert_sums_agree(ours: Tensor, exact: Tensor, magnitudes: Tensor) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_norm(shape: tuple[int, int], threads: int) -> None:
+def test_norm_backward(shape: tuple[int, int], threads: int) -> None:
     torch.manual_seed(0)
     m, k = shape
     x, weight, dy = randn(m, k), torch.randn(k), randn(m, k)
-    y, r = OPS.norm(x, weight, 1e-5)
-    assert torch.equal(y, reference.rmsnorm(x, weight, 1e-5))
-    assert torch.equal(r, reference.norm(x, weight, 1e-5)[1])
+    r = (x.square().mean(1) + 1e-5).rsqrt()
     dx, dw = OPS.norm_backward(dy, x, weight, r)
     wide = [tensor.double() for tensor in (dy, x, weight, r)]
     exact_dx, exact_dw = reference.norm_backward(*wide)
@@ -283,7 +281,7 @@ def test_no_number_of_threads_changes_a_bit() -> None:
     dy, x, weight, s_x = torch.randn(m, n), torch.randn(m, n), torch.randn(n), torch.rand(m)
     codes = torch.randint(-1, 2, (n, k), dtype=torch.int8)
     x_q = torch.randint(-128, 128, (m, k), dtype=torch.int8)
-    r = reference.norm(x, weight, 1e-5)[1]
+    r = (x.square().mean(1) + 1e-5).rsqrt()
 
     def results() -> list[Tensor]:
         torch.manual_seed(1)
@@ -329,17 +327,15 @@ def test_other_tensors_take_torchs_operators() -> None:
     x, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
     assert OPS.gate(x, x).dtype == torch.float64
     assert torch.equal(OPS.absmean(weight, 0.5)[0], reference.absmean(weight, 0.5)[0])
-    assert OPS.norm(x.to("meta"), weight.to("meta"), 1e-5)[0].shape == x.shape
+    assert OPS.gate(x.to("meta"), x.to("meta")).shape == x.shape
 
 
 def test_strided_and_empty_operands() -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 8)[:, ::2]
     weight = torch.randn(8)[::2]
-    assert torch.equal(OPS.norm(x, weight, 1e-5)[0], reference.rmsnorm(x, weight, 1e-5))
     assert torch.equal(OPS.gate(x, x), reference.gate(x, x))
     none = torch.empty(0, 4)
-    assert OPS.norm(none, weight, 1e-5)[0].shape == (0, 4)
     dx, dw = OPS.norm_backward(none, none, weight, none.new_empty(0))
     assert dx.shape == (0, 4)
     assert torch.equal(dw, torch.zeros(4))

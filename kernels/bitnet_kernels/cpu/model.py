@@ -17,7 +17,7 @@ from bitnet_kernels.packing import packed_columns, plane_words
 
 _I64, _F32, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _KINDS = native.KINDS
-_PACKED, _ADDSUB, _PLANES = 4, 5, 6
+_PACKED, _ADDSUB = 4, 5
 MAX_HEAD_DIM = 256
 """BN_HEAD of ``native/internal.h``."""
 
@@ -84,14 +84,13 @@ class TernaryWeights(NamedTuple):
     """A ternary matrix ``[N, K]``, in one of two layouts (:mod:`bitnet_kernels.packing`), and its
     scale, fp32 ``[]`` or ``[N]``.
 
-    ``packed`` uint8 ``[N, ceil(K/64)*16]`` is for the family dot. ``planes`` int32
-    ``[N, 2, words]`` is for addsub, and with ``dot_for_many`` for dot where there are many tokens.
+    ``packed`` uint8 ``[N, ceil(K/64)*16]`` is for the family dot, ``planes`` int32
+    ``[N, 2, words]`` for addsub.
     """
 
     scale: Tensor
     packed: Tensor | None = None
     planes: Tensor | None = None
-    dot_for_many: bool = False
 
 
 MatrixWeights = DenseWeights | TernaryWeights
@@ -196,8 +195,8 @@ class _Bound:
         if matrix.packed is not None:
             weight, kind = self.pointer(matrix.packed, [n, p], torch.uint8), _PACKED
         else:
-            weight = self.pointer(matrix.planes, [n, 2, plane_words(p)], torch.int32)
-            kind = _PLANES if matrix.dot_for_many else _ADDSUB
+            words = plane_words(p)
+            weight, kind = self.pointer(matrix.planes, [n, 2, words], torch.int32), _ADDSUB
         return _Matrix(n, k, kind, weight, scale, int(per_row))
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 6
+ABI = 7
 """BN_ABI of ``native/bitnet_cpu.h``."""
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _NORM = (_POINTER, _POINTER, _F32, _I64, _I64)
@@ -70,7 +70,6 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         (*(_POINTER,) * 3, _I64, _I64, _I64, _POINTER, _POINTER, _I32),
     ),
     "bn_decode_attention_scratch": (_I64, (_I64,)),
-    "bn_train_norm": (None, (_POINTER, _POINTER, _F32, _I64, _I64, _POINTER, _POINTER, _I32)),
     "bn_train_norm_backward": (
         None,
         (_POINTER, _POINTER, _POINTER, _POINTER, _I64, _I64, _POINTER, _POINTER, _POINTER, _I32),

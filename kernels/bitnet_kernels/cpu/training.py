@@ -39,27 +39,6 @@ def library_of(*tensors: Tensor) -> CDLL | None:
     return native.library()
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """:func:`bitnet_kernels.reference.norm`."""
-    lib = library_of(x, weight)
-    if lib is None:
-        return reference.norm(x, weight, eps)
-    x, weight = x.contiguous(), weight.contiguous()
-    y, r = torch.empty_like(x), x.new_empty(x.shape[:-1])
-    k = x.shape[-1]
-    lib.bn_train_norm(
-        x.data_ptr(),
-        weight.data_ptr(),
-        eps,
-        r.numel(),
-        k,
-        y.data_ptr(),
-        r.data_ptr(),
-        native.threads(),
-    )
-    return y, r
-
-
 def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`bitnet_kernels.reference.norm_backward`, with sums in another order."""
     lib = library_of(dy, x, weight, r)

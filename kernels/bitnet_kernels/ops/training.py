@@ -16,10 +16,6 @@ from bitnet_kernels.cpu import gradients, training
 from bitnet_kernels.ops.register import register
 
 
-def _norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1])
-
-
 def _like_two(_: Tensor, a: Tensor, b: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
     return a.new_empty(a.shape), b.new_empty(b.shape)
 
@@ -49,7 +45,6 @@ def _weight_gradient_fake(dy: Tensor, x_q: Tensor, _: Tensor) -> Tensor:
     return dy.new_empty(dy.shape[1], x_q.shape[1])
 
 
-norm = register("norm", reference.norm, cpu=training.norm, fake=_norm_fake)
 norm_backward = register(
     "norm_backward", reference.norm_backward, cpu=training.norm_backward, fake=_like_two
 )

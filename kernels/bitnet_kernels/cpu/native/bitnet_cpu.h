@@ -17,7 +17,7 @@
 #endif
 
 /* Grows with every change of this file; native.py refuses a library of another version. */
-#define BN_ABI 6
+#define BN_ABI 7
 
 BN_API int32_t bn_abi(void);
 
@@ -73,8 +73,7 @@ enum {
     BN_MATRIX_F16,
     BN_MATRIX_I8, /* with a scale per row */
     BN_MATRIX_PACKED, /* ternary, quarter-planes: family dot */
-    BN_MATRIX_ADDSUB, /* ternary, bit planes: family addsub */
-    BN_MATRIX_PLANES /* the same planes: addsub for few tokens, dot for many */
+    BN_MATRIX_ADDSUB /* ternary, bit planes: family addsub */
 };
 
 /* Token by token (rows.c)
@@ -214,12 +213,7 @@ BN_API int64_t bn_prefill(
 
 /* Training (train.c), in fp32 */
 
-/* RMSNorm of x [m, k], with the bits of reference.rmsnorm; r [m] = 1 / sqrt(mean(x^2) + eps). */
-BN_API void bn_train_norm(
-    const float *x, const float *weight, float eps, int64_t m, int64_t k, float *y, float *r,
-    int32_t threads
-);
-/* Its gradients dx [m, k] and dw [k]; `scratch` has ceil(m / 32) * k floats. */
+/* The gradients dx [m, k] and dw [k] of RMSNorm, r [m] = 1 / sqrt(mean(x^2) + eps); `scratch` has ceil(m / 32) * k floats. */
 BN_API void bn_train_norm_backward(
     const float *dy, const float *x, const float *weight, const float *r, int64_t m, int64_t k,
     float *dx, float *dw, float *scratch, int32_t threads

@@ -220,11 +220,8 @@ static inline float bn_uniform(uint64_t row_key, uint32_t column) {
 /* What only training needs, in fp32, over a thread's share (train.inc.h). None of the sums depends
  * on the number of threads or on the instructions. */
 typedef struct {
-    /* RMSNorm of m tokens, as reference.rmsnorm, and each token's 1 / rms: r [m] */
-    void (*norm)(
-        const float *x, const float *weight, float eps, int64_t m, int64_t k, float *y, float *r
-    );
-    /* Its gradients: dx [m, k], and dw [k], the sum over these m tokens */
+    /* The gradients of RMSNorm: dx [m, k], and dw [k], the sum over these m tokens; r [m] is each
+     * token's 1 / rms */
     void (*norm_backward)(
         const float *dy, const float *x, const float *weight, const float *r, int64_t m, int64_t k,
         float *dx, float *dw

@@ -16,8 +16,6 @@
 
 /* Tokens whose attention is computed together, in a prefill. */
 #define BLOCK 32
-/* Up to so many tokens, popcount keeps up with the multiplier. */
-#define FEW 2
 
 /* Neighbouring tokens of one row. */
 typedef struct {
@@ -115,12 +113,8 @@ static view inputs(const call *c, const bn_team *team) {
 /* What a product reads of its input: the floats, their codes, or the bits of these too. */
 typedef enum { FLOATS, CODES, BITS } form;
 
-static bool is_addsub(const bn_matrix *w, int64_t m) {
-    return w->kind == BN_MATRIX_ADDSUB || (w->kind == BN_MATRIX_PLANES && m <= FEW);
-}
-
-static form form_of(const bn_matrix *w, int64_t m) {
-    return is_addsub(w, m) ? BITS : w->kind >= BN_MATRIX_I8 ? CODES : FLOATS;
+static form form_of(const bn_matrix *w) {
+    return w->kind == BN_MATRIX_ADDSUB ? BITS : w->kind >= BN_MATRIX_I8 ? CODES : FLOATS;
 }
 
 static form most_of(form a, form b) { return a > b ? a : b; }
@@ -168,13 +162,13 @@ static void product(
     int64_t ld, bool add
 ) {
     if (w->kind >= BN_MATRIX_PACKED) {
-        bool planes = w->kind != BN_MATRIX_PACKED;
+        bool addsub = w->kind == BN_MATRIX_ADDSUB;
         bn_ternary t = {
-            .n = w->n, .k = w->k, .packed = planes ? NULL : w->weight,
-            .planes = planes ? w->weight : NULL, .scale = w->scale,
+            .n = w->n, .k = w->k, .packed = addsub ? NULL : w->weight,
+            .planes = addsub ? w->weight : NULL, .scale = w->scale,
             .scale_stride = w->scale_stride
         };
-        bn_product *family = is_addsub(w, m) ? c->isa->products->addsub : c->isa->products->dot;
+        bn_product *family = addsub ? c->isa->products->addsub : c->isa->products->dot;
         bn_linear_share(team, family, &t, &v->tokens, m, out, ld, add, v->scratch);
         return;
     }
@@ -278,7 +272,7 @@ static void gated(const call *c, const bn_team *team, view *v, const bn_layer *l
         (c->model->relu2 ? c->isa->rows->relu2_mul : c->isa->rows->silu_mul)(gate, gate + f, f, y);
         if (layer->ffn_norm.weight != NULL)
             c->isa->rows->rmsnorm(y, layer->ffn_norm.weight, layer->ffn_norm.eps, f, y);
-        formed(c, v, i, f, form_of(&layer->down, c->m));
+        formed(c, v, i, f, form_of(&layer->down));
     }
     v->tokens.stride = bn_padded(f);
     if (!v->own) bn_wait(team);
@@ -289,17 +283,17 @@ static void run_layer(const call *c, const bn_team *team, view *v, int64_t index
     const bn_layer *l = model->layers + index;
     int64_t d = model->d_model, f = model->d_ff, m = c->m, e = model->head_dim;
     int64_t heads = (model->n_heads + 2 * model->n_kv_heads) * e;
-    normed(c, team, v, c->x, &l->input_norm, m, d, most_of(form_of(&l->q, m), most_of(form_of(&l->k, m), form_of(&l->v, m))));
+    normed(c, team, v, c->x, &l->input_norm, m, d, most_of(form_of(&l->q), most_of(form_of(&l->k), form_of(&l->v))));
     product(c, team, v, &l->q, m, c->z, heads, false);
     product(c, team, v, &l->k, m, c->z + model->n_heads * e, heads, false);
     product(c, team, v, &l->v, m, c->z + (model->n_heads + model->n_kv_heads) * e, heads, false);
     bn_wait(team);
     attention(c, team, l, index, v->scratch);
     bn_wait(team);
-    normed(c, team, v, c->y, &l->attn_norm, m, d, form_of(&l->o, m));
+    normed(c, team, v, c->y, &l->attn_norm, m, d, form_of(&l->o));
     product(c, team, v, &l->o, m, c->x, d, true);
     bn_wait(team);
-    normed(c, team, v, c->x, &l->mlp_norm, m, d, most_of(form_of(&l->gate, m), form_of(&l->up, m)));
+    normed(c, team, v, c->x, &l->mlp_norm, m, d, most_of(form_of(&l->gate), form_of(&l->up)));
     product(c, team, v, &l->gate, m, c->z, 2 * f, false);
     product(c, team, v, &l->up, m, c->z + f, 2 * f, false);
     bn_wait(team);
@@ -333,7 +327,7 @@ static void head(const call *c, const bn_team *team, view *v) {
     const bn_model *model = c->model;
     const bn_matrix *w = &model->head;
     int64_t d = model->d_model, begin, end;
-    form f = w->kind == BN_MATRIX_PLANES ? BITS : form_of(w, c->n_out);
+    form f = form_of(w);
     tokens_of(team, v, c->n_out, &begin, &end);
     for (int64_t i = begin; i < end; i++) {
         c->isa->rows->rmsnorm(c->x + c->out[i] * d, model->norm.weight, model->norm.eps, d, v->y + i * d);

@@ -15,29 +15,9 @@
 typedef struct {
     const bn_training *isa;
     const float *dy, *x, *weight, *r;
-    float eps;
     int64_t m, k;
-    float *y, *out_r, *dx, *dw, *scratch;
+    float *dx, *dw, *scratch;
 } norm_job;
-
-static void norm_share(const bn_team *team, void *argument) {
-    const norm_job *job = argument;
-    int64_t begin, end, k = job->k;
-    bn_share(team, job->m, 1, &begin, &end);
-    job->isa->norm(
-        job->x + begin * k, job->weight, job->eps, end - begin, k, job->y + begin * k,
-        job->out_r + begin
-    );
-}
-
-void bn_train_norm(
-    const float *x, const float *weight, float eps, int64_t m, int64_t k, float *y, float *r,
-    int32_t threads
-) {
-    norm_job job = {.isa = bn_isa_current()->training, .x = x, .weight = weight, .eps = eps};
-    job.m = m, job.k = k, job.y = y, job.out_r = r;
-    bn_parallel(norm_share, &job, threads);
-}
 
 static void norm_backward_share(const bn_team *team, void *argument) {
     const norm_job *job = argument;

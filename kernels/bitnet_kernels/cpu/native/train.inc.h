@@ -17,12 +17,6 @@ static inline uint32_t bits_of(float x) {
     return bits;
 }
 
-static inline double double_of(uint64_t bits) {
-    double x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
 static uint32_t largest(const float *x, int64_t n, uint32_t seen) {
     for (int64_t i = 0; i < n; i++) {
         uint32_t magnitude = bits_of(x[i]) & 0x7fffffff;
@@ -39,42 +33,6 @@ static void largest_of_columns(
             uint32_t magnitude = bits_of(x[j] * s[i]) & 0x7fffffff;
             seen[j] = magnitude > seen[j] ? magnitude : seen[j];
         }
-}
-
-/* 1 / sqrt(mean(x^2) + eps) of a token, as reference.rmsnorm computes it: NaN if a number is not
- * finite. Each square, exact in fp64, is rounded to a multiple of a power of 2 so large that no
- * sum of them rounds (reference.exact_sum). */
-static float rstd(const float *x, float eps, int64_t k) {
-    uint32_t top = largest(x, k, 0);
-    if (top > 0x7f7fffff) return NAN;
-    float magnitude;
-    memcpy(&magnitude, &top, sizeof top);
-    double square = (double)magnitude * magnitude;
-    uint64_t exponent;
-    memcpy(&exponent, &square, sizeof square);
-    double grid = double_of(exponent & 0x7ff0000000000000);
-    grid *= 2;
-    for (int64_t n = 1; n < k; n *= 2) grid *= 2;
-    double lane[LANES] = {0};
-    int64_t i = 0;
-    for (; i + LANES <= k; i += LANES)
-        for (int j = 0; j < LANES; j++) {
-            double term = x[i + j];
-            lane[j] += (term * term + grid) - grid;
-        }
-    for (; i < k; i++) lane[0] += ((double)x[i] * x[i] + grid) - grid;
-    for (int j = 1; j < LANES; j++) lane[0] += lane[j];
-    float mean = (float)(lane[0] / (double)k);
-    return 1.0f / (float)sqrt((double)(mean + eps));
-}
-
-static void norm(
-    const float *x, const float *weight, float eps, int64_t m, int64_t k, float *y, float *r
-) {
-    for (int64_t i = 0; i < m; i++, x += k, y += k) {
-        r[i] = rstd(x, eps, k);
-        for (int64_t j = 0; j < k; j++) y[j] = (x[j] * r[i]) * weight[j];
-    }
 }
 
 /* With n = x r and g = dy w: dx = r (g - n mean(g n)), dw += dy n. */
@@ -278,7 +236,6 @@ static void sum_of_digits(const int32_t *acc, int64_t plane, int64_t n, float sc
 }
 
 const bn_training TABLE = {
-    norm,
     norm_backward,
     gate_backward,
     cross_entropy,
