@@ -21,8 +21,8 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bitnet.schema import check_file, user_input
@@ -194,11 +194,26 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file into memory of our own.
 
+    Raises:
+        SafetensorError, OSError: not a safetensors file, unreadable.
+    """
+    return dict(each_tensor(path))
+
+
+def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file by name, each read when its turn comes.
+
     safetensors maps the file. Tensors inside a mapping are not aligned (the last bit of a BLAS
     result may depend on alignment), keep a deleted file's blocks on the disk, and end the process
-    with SIGBUS where the file shrinks; so each is copied.
+    with SIGBUS where the file shrinks; so each is copied. The pages that were read count as the
+    process's memory as long as the mapping lasts; so each tensor has its own.
 
     Raises:
         SafetensorError, OSError: not a safetensors file, unreadable.
     """
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+    for name in names:
+        with safe_open(path, "pt") as file:
+            tensor = file.get_tensor(name).clone()
+        yield name, tensor

@@ -32,6 +32,7 @@ from bitnet.engine.weights import (
     ModelWeights,
     Versions,
     embedding_of,
+    one_embedding,
     packed_copy,
     quantized_head,
     tensors_of,
@@ -147,16 +148,17 @@ class Decoder:
             "bf16": torch.bfloat16,
             "int8": torch.int8,
         }[cache_dtype]
-        self._weights = weights
-        self.modules = weights.modules()
-        self._versions = Versions(model, weights)
         self._state = state = State.empty(config, self.max_batch, self.max_len, cache, self.device)
         self.tokens, self.lengths, self.active = state.tokens, state.lengths, state.active
         self.logits, self.chosen = state.logits, state.chosen
-        self._runner: CpuRunner | ModuleRunner | CudaRunner
         if on_cpu and kernel != "reference" and (missing := native.missing()):
             warnings.warn(f"{missing}: generation is several times slower", stacklevel=4)
-        if on_cpu and kernel != "reference" and takes(weights, state):
+        in_one_call = on_cpu and kernel != "reference" and takes(weights, state)
+        self._weights = weights = one_embedding(weights) if in_one_call else weights
+        self.modules = weights.modules()
+        self._versions = Versions(model, weights)
+        self._runner: CpuRunner | ModuleRunner | CudaRunner
+        if in_one_call:
             self._runner = CpuRunner(config, weights, state, self.chunk)
         elif on_cpu:
             self._runner = ModuleRunner(packed, weights, state, self.chunk)

@@ -18,7 +18,7 @@ N out_features, K in_features.
 import copy
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -232,21 +232,24 @@ def replaced(model: Transformer, convert: Callable[[nn.Module], nn.Module | None
         convert: called with each module inside that is no part of :mod:`bitnet.model`. Returns what
             stands in its place, or None: itself.
     """
-    made: dict[int, nn.Module] = {}  # a module that is there twice stays one
+    return cast(Transformer, _replaced(model, convert, {}))
 
-    def copied(module: nn.Module) -> nn.Module:
-        if id(module) not in made:
-            if isinstance(module, _CONTAINERS):
-                new = made[id(module)] = copy.copy(module)
-                new._modules = {
-                    name: None if child is None else copied(child)
-                    for name, child in module._modules.items()
-                }
-            else:
-                made[id(module)] = convert(module) or module
-        return made[id(module)]
 
-    return cast(Transformer, copied(model))
+def _replaced(
+    module: nn.Module, convert: Callable[[nn.Module], nn.Module | None], made: dict[int, nn.Module]
+) -> nn.Module:
+    """What stands in a module's place; ``made``, by the id of the old one: a module that is there
+    twice stays one. (A function inside :func:`replaced` would be a cycle that keeps the model.)"""
+    if id(module) not in made:
+        if isinstance(module, _CONTAINERS):
+            new = made[id(module)] = copy.copy(module)
+            new._modules = {
+                name: None if child is None else _replaced(child, convert, made)
+                for name, child in module._modules.items()
+            }
+        else:
+            made[id(module)] = convert(module) or module
+    return made[id(module)]
 
 
 def packed_copy(model: Transformer) -> Transformer:
@@ -412,4 +415,19 @@ def quantized_head(head: Matrix, dtype: Literal["bf16", "int8"]) -> Matrix:
         raise ValueError(f"head: {dtype!r} needs a lm_head that is a plain nn.Linear; use 'auto'")
     if dtype == "bf16":
         return Dense(head.weight.bfloat16())
-    return Int8(*absmax_int8(head.weight))
+    parts = [absmax_int8(part) for part in head.weight.split(1024)]  # temporaries are as large
+    return Int8(*(torch.cat(same) for same in zip(*parts, strict=True)))
+
+
+def one_embedding(weights: ModelWeights) -> ModelWeights:
+    """The same model with an embedding in the head's own memory, if both hold the same numbers.
+
+    So it is where a head in bf16 is tied to an embedding in fp32 whose numbers need no more bits,
+    as those of models do that were published in bf16. The fp32 numbers are then needed no more."""
+    rows, head = weights.embedding, weights.head
+    if not isinstance(head, Dense) or head.weight.shape != rows.shape:
+        return weights
+    pairs = zip(rows.split(1024), head.weight.split(1024), strict=True)
+    if not all(torch.equal(a, b.to(a.dtype)) for a, b in pairs):
+        return weights
+    return replace(weights, embedding=head.weight)

@@ -29,6 +29,7 @@ version is whole in `.old-<name>` beside it; loading then says so.
 import dataclasses
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,10 +41,11 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.data.tokenizer_json import TOKENIZER_FILES, load_tokenizer
-from bitnet.durable import load_tensors, new_folder, save_tensors, sha256
+from bitnet.durable import each_tensor, new_folder, save_tensors, sha256
 from bitnet.linear import BitLinear, Kernel, TernaryLinear
 from bitnet.model import ModelConfig, Transformer
 from bitnet.qat.grid import within
@@ -60,13 +62,16 @@ from bitnet.schema import (
     user_input,
     with_new_keys,
 )
-from bitnet_kernels import pack_base3, unpack_base3
+from bitnet_kernels import pack_base3, pack_ternary, unpack_base3
+from bitnet_kernels.packing import packed_columns
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
 FORMAT, VERSION = "bitnet-train", 1
 MAX_CONFIG_BYTES = 2**20
 _MAX_FILE_BYTES = 2**28
 """Largest size in bytes of a file other than model.safetensors, such as a tokenizer."""
+_BLOCK = 64
+"""Rows of a matrix that are unpacked at a time."""
 FULL_PRECISION = Recipe()
 Weights = Literal["latent", "packed", "integer"]
 _QUANTIZED = (BitLinear, TernaryLinear, QATLayer, IntLayer)
@@ -190,29 +195,36 @@ def load_model(
     folder = Path(folder)
     config = read_config(folder)
     _verify(folder, config)
-    try:
-        tensors = load_tensors(folder / TENSORS)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / TENSORS}: damaged: {error}") from error
+    path = folder / TENSORS
     try:
         model = _structure(config.model, config.weights, config.quant)
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
     model.document_separator = config.document_separator
-    tied = _second_names(model)
-    for name, first in tied.items():
-        if first in tensors:
-            tensors[name] = tensors[first]
-    problem = _difference(tensors, model, config.weights)
-    if problem or (problem := _bad_value(tensors) if config.weights != "latent" else None):
-        raise UserError(f"{folder / TENSORS}: {problem}")
-    for name, linear in _coded(model, config.weights).items():
-        try:
-            layer = _ternary_linear(linear, name, tensors, kernel)
-        except ValueError as error:
-            raise UserError(f"{folder / TENSORS}: tensor {name}.codes: {error}") from error
-        model.set_submodule(name, layer)
-        tensors[f"{name}.packed"] = layer.packed
+    coded, tied = _coded(model, config.weights), _second_names(model)
+    tensors: dict[str, Tensor] = {}
+    try:
+        headers = load_file(path)  # a mapping: of a tensor only its dtype and shape are read
+        headers |= {name: headers[first] for name, first in tied.items() if first in headers}
+        if problem := _difference(headers, model, config.weights):
+            raise UserError(f"{path}: {problem}")
+        del headers
+        for name, tensor in each_tensor(path):
+            if config.weights != "latent" and (problem := _bad_value(name, tensor)):
+                raise UserError(f"{path}: {problem}")
+            layer, _, kind = name.rpartition(".")
+            if kind == "codes" and layer in coded:
+                try:
+                    tensors[f"{layer}.packed"] = _repacked(tensor, coded[layer].in_features)
+                except ValueError as error:
+                    raise UserError(f"{path}: tensor {name}: {error}") from error
+            else:
+                tensors[name] = tensor
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged: {error}") from error
+    tensors |= {name: tensors[first] for name, first in tied.items()}
+    for name, linear in coded.items():
+        model.set_submodule(name, _ternary_linear(linear, kernel))
     model.load_state_dict(tensors, assign=True)
     for name, first in tied.items():
         owner, _, attribute = name.rpartition(".")
@@ -228,13 +240,25 @@ def load_model(
     return model.to(device)
 
 
-def _ternary_linear(
-    linear: BitLinear | TernaryLinear, name: str, tensors: dict[str, Tensor], kernel: Kernel
-) -> TernaryLinear:
-    """The packed layer of ``<name>.codes`` (taken out of ``tensors``) and ``<name>.scale``."""
-    layer = TernaryLinear.from_codes(
-        unpack_base3(tensors.pop(f"{name}.codes"), linear.in_features),
-        tensors[f"{name}.scale"],
+def _repacked(codes: Tensor, in_features: int) -> Tensor:
+    """The quarter-planes uint8 ``[N, ceil(K/64)*16]`` of base-3 codes uint8 ``[N, ceil(K/5)]``.
+
+    In blocks of rows. What C's allocator gets back between two weights that stay, it keeps for the
+    process: that must not be whole matrices of a byte per weight.
+    """
+    packed = codes.new_empty(len(codes), packed_columns(in_features))
+    for rows, part in zip(packed.split(_BLOCK), codes.split(_BLOCK), strict=True):
+        rows.copy_(pack_ternary(unpack_base3(part, in_features)))
+    return packed
+
+
+def _ternary_linear(linear: BitLinear | TernaryLinear, kernel: Kernel) -> TernaryLinear:
+    """The packed layer, without memory, that stands in a BitLinear's place."""
+    layer = TernaryLinear(
+        linear.in_features,
+        linear.out_features,
+        bias=False,
+        device="meta",
         granularity=linear.granularity,
         group_size=linear.group_size,
         kernel=kernel,
@@ -269,12 +293,25 @@ def sizes(folder: Path | str) -> Sizes:
     return Sizes(fp32, stored | {"total": (folder / TENSORS).stat().st_size})
 
 
+class _NoRandomNumbers(TorchFunctionMode):
+    """Skips the drawing of initial weights. For those of meta tensors, which draw nothing, torch
+    would import its compiler: 900 modules, two seconds and 150 MB."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def _structure(config: ModelConfig, weights: Weights, quant: Recipe) -> Transformer:
     """The model's modules without memory, and without drawing initial weights; BitLinears stand
     where a packed model has its TernaryLinears. Raises UserError for a recipe that does not fit."""
     if (weights == "integer") > quant.enabled or (weights == "packed" and quant.enabled):
         raise UserError(f'weights "{weights}" and quant.weights "{quant.weights}" disagree')
-    with torch.device("meta"):
+    with torch.device("meta"), _NoRandomNumbers():
         model = Transformer(config).float()  # whatever torch's default dtype is
         if quant.enabled:
             try:
@@ -343,7 +380,7 @@ def _difference(
         columns = -(-linear.in_features // 5)
         expected[f"{name}.codes"] = (torch.uint8, torch.Size((linear.out_features, columns)))
         if isinstance(linear, BitLinear):
-            _, scale = linear.quantize()
+            scale = _ternary_linear(linear, "auto").scale
             expected[f"{name}.scale"] = (scale.dtype, scale.shape)
     for name in sorted(expected.keys() - tensors.keys()):
         return f"tensor {name} is missing"
@@ -359,13 +396,15 @@ def _difference(
     return None
 
 
-def _bad_value(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first value that no packed model can have; None if there is none."""
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            return f"tensor {name} holds NaN or infinity"
-        if name.endswith("scale") and not bool((tensor > 0).all()):
-            return f"tensor {name} holds a scale of 0 or below"
+def _bad_value(name: str, tensor: Tensor) -> str | None:
+    """Why a tensor's values can be no packed model's; None if they can."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return None
+    low, high = (float(value) for value in tensor.aminmax())  # of a NaN, both are NaN
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return f"tensor {name} holds NaN or infinity"
+    if name.endswith("scale") and not low > 0:
+        return f"tensor {name} holds a scale of 0 or below"
     return None
 
 
