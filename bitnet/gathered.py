@@ -148,7 +148,9 @@ class GatheredWeight(Tensor):
     brings it a gradient like that of any weight. An operation that reads it gets ``codes * gamma``.
     """
 
-    quantized: TernaryWeight
+    codes: Tensor
+    gamma: Tensor
+    transposed: Tensor | None
     group_size: int
 
     @staticmethod
@@ -158,8 +160,26 @@ class GatheredWeight(Tensor):
         """Make a weight of its codes and scale; ``dtype``: of the latent weight."""
         codes = quantized.codes
         weight = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
-        weight.quantized, weight.group_size = quantized, group_size
+        weight.codes, weight.gamma, weight.transposed = quantized
+        weight.group_size = group_size
         return weight
+
+    @property
+    def quantized(self) -> TernaryWeight:
+        """What the layer computes with."""
+        return TernaryWeight(self.codes, self.gamma, self.transposed)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        parts = ["codes", "gamma", *(["transposed"] if self.transposed is not None else [])]
+        return parts, (self.group_size, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: dict[str, Tensor], context: Any, outer_size: Any, outer_stride: Any
+    ) -> "GatheredWeight":
+        group_size, dtype = context
+        made = TernaryWeight(parts["codes"], parts["gamma"], parts.get("transposed"))
+        return GatheredWeight(made, group_size, dtype)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
