@@ -11,6 +11,7 @@ With one process, everything here is the identity and no process group is made.
 import dataclasses
 import math
 import os
+import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -222,10 +223,11 @@ def joined(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        if launch.size == 1:
-            store, rank, size = HashStore(), 0, 1
-        else:
+        store: Any = HashStore()
+        rank, size = 0, 1
+        if launch.size > 1:
             store, rank, size = next(rendezvous("env://", timeout=timeout))
+            store = PrefixStore(_start(store, rank, size, config.timeout), store)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("group", store),
@@ -263,6 +265,33 @@ def _mesh(
         )
     shape = launch.size // shard_size, shard_size
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _start(store: Any, rank: int, size: int, timeout: float) -> str:
+    """A name for this start of the processes: the same on all of them, and never used before.
+
+    torchrun may keep its store when it starts the processes again. What the last ones left in it,
+    such as addresses, then looks like an answer. So each process says a random word, and the main
+    one repeats what it sees until each has seen its own word repeated, and has said so.
+
+    Raises RuntimeError after ``timeout`` seconds.
+    """
+    word, deadline = secrets.token_hex(8), time.monotonic() + timeout
+    store.set(f"word/{rank}", word)
+    while time.monotonic() < deadline:
+        if rank == 0:
+            keys = [f"word/{r}" for r in range(size)]
+            heard = [store.get(key).decode() for key in keys if store.check([key])]
+            store.set("heard", " ".join(heard))
+            if all(store.check([f"joined/{word}/{r}"]) for r in range(1, size)):
+                return word
+        elif store.check(["heard"]):
+            name, *others = store.get("heard").decode().split()
+            if word in others:
+                store.set(f"joined/{name}/{rank}", "")
+                return name
+        time.sleep(_POLL)
+    raise RuntimeError(f"after {timeout:g} s some of them have not started")
 
 
 def _missing(world: World) -> str:
