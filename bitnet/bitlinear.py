@@ -251,11 +251,13 @@ def gather_codes(model: nn.Module, as_codes: bool) -> None:
     """Prepare the BitLinears of a model for FSDP2, before their weights are divided: what is
     gathered are packed codes, or latent weights of which codes are made (:mod:`bitnet.gathered`).
 
-    A layer whose gradient mask needs the latent weights stays as it is: those are gathered."""
+    A layer whose gradient mask needs the latent weights, or whose weight tensor parallelism has
+    divided, stays as it is: latent weights are gathered."""
     for layer in model.modules():
-        if isinstance(layer, BitLinear) and layer.grad_mask == "none":
-            recipe = layer.granularity, layer.group_size, layer.int8_backward
-            gather = Gather(len(layer.weight), *recipe, as_codes)
+        if not isinstance(layer, BitLinear) or is_dtensor(layer.weight):
+            continue
+        if layer.grad_mask == "none":
+            gather = Gather(len(layer.weight), *_recipe(layer), as_codes)
             layer.weight = nn.Parameter(TernaryShard.of(layer.weight, gather))
 
 
