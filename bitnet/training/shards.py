@@ -72,7 +72,7 @@ class Stored:
         dtype = _DTYPES[self.dtype]
         if like is not None and self.shape and list(like.shape) == self.shape:
             return torch.zeros_like(like, dtype=dtype, requires_grad=False)
-        return torch.zeros(self.shape, dtype=dtype)
+        return torch.zeros(self.shape, dtype=dtype, device="cpu")
 
 
 Contents = dict[str, dict[str, Stored]]
@@ -102,7 +102,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 def copied(tensor: Tensor) -> Tensor:
     """A plain copy in CPU memory."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
     return copy.copy_(tensor.detach())
 
 
