@@ -96,7 +96,7 @@ def train(config: Config, command: str, world: World) -> None:
     prepare = partial(gather_codes, as_codes=config.distributed.gather == "codes")
     place(model, model.layers, world, prepare)
     optimizers, telemetry = build_optimizer(model, config.optim), Telemetry(model)
-    distiller, teacher_hash = open_teacher(config, model, data.tokenizer, bf16)
+    distiller, teacher_hash = open_teacher(config, model, data.tokenizer, bf16, world)
     stepped = compiled(model) if config.train.compile and world.mesh is None else model
     stepped = parallel(stepped, world, idle_parameters=config.quant.enabled)
     losses = cross_entropy if distiller is None else distiller.losses
@@ -215,7 +215,7 @@ def open_data(config: Config, told: bool) -> Data:
 
 
 def open_teacher(
-    config: Config, model: Transformer, tokenizer: Tokenizer, bf16: bool
+    config: Config, model: Transformer, tokenizer: Tokenizer, bf16: bool, world: World
 ) -> tuple[Distiller | None, str]:
     """The distillation from ``distill.teacher``, with the hash of the teacher's config; None and ""
     without one."""
@@ -228,7 +228,7 @@ def open_teacher(
         teacher = load_teacher(config.distill, model, tokenizer.hash, config.data.seq_len, device)
     teacher.document_separator = model.document_separator
     teacher_hash = read_config(Path(config.distill.teacher)).config_sha256
-    return Distiller(teacher, model, config.distill, bf16), teacher_hash
+    return Distiller(teacher, model, config.distill, bf16, world), teacher_hash
 
 
 def forward_only(model: Transformer, tokens_BT: torch.Tensor, autocast: torch.autocast) -> None:

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 from bitnet.export.folder import load
 from bitnet.model import Transformer
 from bitnet.schema import STRICT, Positive, UserError
+from bitnet.training.distributed import World
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -104,14 +105,21 @@ class Distiller:
         student: on its device, with its final modules, to which hooks are added.
         config: with weights and layer.
         bf16: run the teacher under bf16 autocast.
+        world: the processes that share each step; all have the same scales.
     Raises:
         UserError: the two do not fit together; names the key.
     """
 
     def __init__(
-        self, teacher: Transformer, student: Transformer, config: DistillConfig, bf16: bool
+        self,
+        teacher: Transformer,
+        student: Transformer,
+        config: DistillConfig,
+        bf16: bool,
+        world: World | None = None,
     ) -> None:
         self.config = config
+        self._world = world or World(student.norm.weight.device)
         self._teacher = teacher.eval().requires_grad_(False)
         self._device = teacher.norm.weight.device
         self._bf16 = bf16
@@ -181,17 +189,20 @@ class Distiller:
         """Set the scale; where either norm is 0 or not finite, the one before stays."""
         (of_loss,) = torch.autograd.grad(cross_entropy, shared, retain_graph=True)
         (of_term,) = torch.autograd.grad(term, shared, retain_graph=True)
+        norms = torch.stack([of_loss.float().norm(), of_term.float().norm()])
+        if self._world.size > 1:  # each process has other rows of the same tensor
+            norms = self._world.sum(norms.double().square()).sqrt()
         weight = getattr(self.config, name)
-        scale = float(weight * of_loss.float().norm() / of_term.float().norm())
+        scale = float(weight * norms[0] / norms[1])
         if math.isfinite(scale) and scale > 0:
             self._scales[name] = scale
 
     def readings(self) -> dict[str, float]:
-        """For a line of metrics: each term (mean over the micro-batches since the last call) and
-        the scale it enters the loss with."""
+        """For a line of metrics: each term (mean over the micro-batches since the last call, of all
+        processes) and the scale it enters the loss with. All processes call it."""
         row: dict[str, float] = {}
         for name, values in self._terms.items():
-            row[f"distill/{name}"] = float(torch.stack(values).mean())
+            row[f"distill/{name}"] = float(self._world.mean(torch.stack(values).mean()))
             row[f"distill/{name}_scale"] = self._scales[name]
         self._terms = {}
         return row

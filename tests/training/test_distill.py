@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +21,8 @@ from bitnet.training.distill import (
     logit_loss,
     relation_loss,
 )
+from bitnet.training.distributed import World
+from tests.helpers.ranks import on_ranks
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -167,6 +170,37 @@ def test_scales_are_measured_when_due_and_kept_in_between() -> None:
     assert torch.equal(a, b)
     forward(student, distiller, 10)
     assert distiller.state() != measured
+
+
+def lessons(size: int) -> list[tuple[dict[str, float], dict[str, float]]]:
+    """Scales and readings of this process, which has a part of 4 sequences; then those where the
+    loss of rank 0 alone is not finite."""
+    rank, found = dist.get_rank(), []
+    world = World(torch.device("cpu"), rank, size)
+    student, teacher = transformer(0), transformer(1, n_layers=3)
+    distiller = Distiller(teacher, student.train(), DistillConfig(), False, world)
+    torch.manual_seed(9)
+    tokens, targets = torch.randint(50, (4, 8)), torch.randint(50, (4, 8))
+    for spoil in (1.0, math.nan):
+        distiller.begin(0)
+        logits = student(tokens.chunk(size)[rank])
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.chunk(size)[rank].flatten())
+        distiller.lesson(tokens.chunk(size)[rank], logits, loss * (spoil if rank == 0 else 1))
+        found.append((distiller.state(), distiller.readings()))
+    return found
+
+
+def test_processes_have_the_scales_of_their_whole_batch(tmp_path: Path) -> None:
+    """Their sum of gradients else belongs to no loss, and the checkpoint has the main one's."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    (alone,) = on_ranks(lessons, 1, folders[0], 1)
+    both = on_ranks(lessons, 2, folders[1], 2)
+    assert both[0] == both[1]
+    for ours, theirs in zip(both[0], alone, strict=True):
+        for part, expected in zip(ours, theirs, strict=True):
+            assert part == pytest.approx(expected, rel=1e-5)
 
 
 def test_plain_weights_and_terms_that_are_off() -> None:
