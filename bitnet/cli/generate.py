@@ -52,6 +52,7 @@ def generate_command(
     output = _Output(tokenizer, prompts)
     size = size_for(model, prompts, max_new_tokens)
     engine = Engine(model, tokenizer, **size, cache_dtype=kv, head=head, kernel=kernel)
+    del model  # the engine holds what it reads, such as a bf16 head and not the fp32 embedding
     params = SamplingParams(temperature, top_k, top_p, seed, tokenizer.eos_ids, stop=stop or ())
     interrupted = False
     several = reporting(f"generating {len(prompts)} texts") if len(prompts) > 1 else nullcontext()

@@ -1,14 +1,20 @@
 """``bitnet generate``, called as from a shell."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
+import bitnet.cli.generate as bitnet_generate
 from bitnet.cli.generate import packed_bf16
+from bitnet.engine.engine import Engine
 from bitnet.export.folder import load
 from bitnet.generate import encode_prompt, generate
 from bitnet.linear import BitLinear, TernaryLinear
+from bitnet.model import Transformer
 
 Bitnet = Callable[..., tuple[int, str, str]]
 
@@ -65,3 +71,28 @@ def test_a_gpu_generates_in_bf16_with_the_codes_of_the_fp32_weights(folders: Pat
     assert {p.dtype for p in packed_bf16(load(folders / "fp")[0], "auto").parameters()} == {
         torch.bfloat16
     }
+
+
+def test_a_bf16_head_frees_the_fp32_embedding(
+    bitnet: Bitnet, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When text begins, nothing but the engine holds what was loaded."""
+    made: list[weakref.ref[Any]] = []
+    alive: list[bool] = []
+    loaded, generated = bitnet_generate.load_for_inference, Engine.generate
+
+    def load_for_inference(*args: Any) -> Any:
+        model, tokenizer = loaded(*args)
+        assert isinstance(model, Transformer)
+        made.extend([weakref.ref(model), weakref.ref(model.embed_tokens.weight)])
+        return model, tokenizer
+
+    def generate(*args: Any, **options: Any) -> Any:
+        alive.extend(reference() is not None for reference in made)
+        return generated(*args, **options)
+
+    monkeypatch.setattr(bitnet_generate, "load_for_inference", load_for_inference)
+    monkeypatch.setattr(Engine, "generate", generate)
+    options = ("--prompt", "def f", "--max-new-tokens", "2", "--head", "bf16")
+    assert bitnet("generate", folders / "model", *options)[0] == 0
+    assert alive == [False, False]
