@@ -329,6 +329,8 @@ def _check_combination(config: Config) -> None:
             f'distributed.strategy = "{config.distributed.strategy}" divides weights, which '
             f'[{section}] needs whole: take "ddp"'
         )
+    if config.distributed.shard_size and config.distributed.strategy != "hsdp":
+        raise UserError('distributed.shard_size has no effect: distributed.strategy is not "hsdp"')
     if train.compile and (quant.enabled or config.distill.teacher):
         raise UserError("train.compile = true does not go with [quant] and distill.teacher")
     if (kind := config.adapter.kind) != "none" and not train.init_from:
@@ -585,4 +587,5 @@ def _one_line(error: ValidationError, section: str, origins: dict[str, str]) -> 
         near = nearest(first["input"], valid, 0.4)
         message += f"; the nearest is {near!r}" if near else ""
     more = f" (and {len(errors) - len(same)} more)" if len(errors) > len(same) else ""
-    return f"{origin}: {section}.{name} = {value}: {message}{more}"
+    shown = value if len(value) <= 100 else f"{value[:97]}..."  # a mixture has long tables
+    return f"{origin}: {section}.{name} = {shown}: {message}{more}"

@@ -98,6 +98,7 @@ MISTAKES = [
     (['quant.modules=["linear", 3]'], "quant.modules = 3: expected"),
     (["qat.start=soon"], "qat.start = 'soon': expected a valid number or 'auto'"),
     (["qat.start=-1"], "qat.start = -1: expected greater than or equal to 0 or 'auto'"),
+    (["distributed.timeout=40000000"], "distributed.timeout = 40000000: expected less than"),
     (["verbose"], "expected section.key=value"),
     (["=3"], "expected section.key=value"),
     (["model.n_heads=5"], "model.n_heads = 5 does not divide model.d_model = 384"),
@@ -220,6 +221,7 @@ def test_every_key_is_documented_in_help() -> None:
     [
         ("qat.start=0.5", "qat.start has no effect: quant.weights is not set"),
         ("distill.attention=2.0", "distill.attention has no effect: distill.teacher is not set"),
+        ("distributed.shard_size=2", "distributed.shard_size has no effect: distributed.strategy"),
         ("adapter.rank=8", "adapter.rank has no effect: adapter.kind is not set"),
         ("quant.weights=int qat.freeze_observers=0.5", 'quant.activations is not "static"'),
     ],

@@ -82,7 +82,8 @@ def _source(number: int, table: dict[str, Any]) -> Source:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = str(first["loc"][0])
-        raise ValueError(f"table {number}: {key} = {table[key]!r}: {first['msg']}") from None
+        message = first["msg"].replace("Input should be", "expected")
+        raise ValueError(f"table {number}: {key} = {table[key]!r}: {message}") from None
 
 
 def completed(sources: Sequence[Source], folder: Path) -> list[Source]:
@@ -91,7 +92,8 @@ def completed(sources: Sequence[Source], folder: Path) -> list[Source]:
     Arguments:
         folder: ``data.path``.
     Raises:
-        UserError: a table names no text, a name is no word or stands twice, a share is too small.
+        UserError: a table names no text, a name is no word, a name or a folder stands twice, a
+            share is too small.
     """
     found: list[Source] = []
     for number, source in enumerate(sources, 1):
@@ -106,6 +108,8 @@ def completed(sources: Sequence[Source], folder: Path) -> list[Source]:
         if not source.path and not source.texts:
             raise UserError(f"{where}, {name!r}, has neither texts nor the path of prepared data")
         path = source.path or str(folder / name)
+        if any(Path(path).resolve() == Path(other.path).resolve() for other in found):
+            raise UserError(f"{where}: the folder {path} stands twice; add up the weights instead")
         found.append(dataclasses.replace(source, name=name, path=path))
     for source, share in zip(found, shares([source.weight for source in found]), strict=True):
         if share < MIN_SHARE:

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed import HashStore, PrefixStore  # type: ignore[attr-defined]
@@ -29,7 +30,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from bitnet.schema import STRICT, Count, Positive, UserError
+from bitnet.schema import STRICT, Count, UserError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -60,7 +61,7 @@ class DistributedConfig:
     activation_checkpointing: Count = 0
     """every n-th block keeps only its input for the backward, which computes the rest again; 0 =
     none, 1 = all, with a third more time per step"""
-    timeout: Positive = 600
+    timeout: Annotated[int, Field(ge=1, le=365 * 24 * 3600)] = 600
     """seconds that a process waits for the others in a step before the run ends"""
 
 

@@ -137,13 +137,20 @@ BEFORE = [
     ("tables", "message"),
     [
         ([{"path": "a", "wieght": 2}], "table 1: unknown key wieght; the nearest is weight"),
-        ([{"path": "a"}, {"path": "b", "weight": 0}], "table 2: weight = 0: .*greater than 0"),
+        (
+            [{"path": "a"}, {"path": "b", "weight": 0}],
+            ": table 2: weight = 0: expected greater than 0$",
+        ),
         ([{"path": "a", "weight": -1.0}], "table 1: weight = -1.0"),
         ([{"path": "a", "weight": float("nan")}], "table 1: weight = nan"),
         ([{"path": "a", "weight": "2"}], "table 1: weight = '2'"),
         ([{"path": "a"}, "b"], "expected strings, or tables"),
         ([3], "expected strings, or tables"),
         ("python-stdlib", "expected a list of strings, or tables"),
+        (
+            [{"path": f"p{i}"} for i in range(300)] + [{"weight": -1}],
+            r"^.{120,160}: table 301: .{,50}$",
+        ),
         ([], "at least 1 item"),
     ],
 )
@@ -158,6 +165,10 @@ def test_tables_that_cannot_be(tables: Any, message: str) -> None:
         ([Source()], "table 1 has neither a name nor a path"),
         ([Source(name="a")], "'a', has neither texts nor the path"),
         ([Source(path="x/a"), Source(path="y/a")], "the name 'a' stands twice"),
+        (
+            [Source(name="a", texts=["x"]), Source(name="b", path="data/./a")],
+            "a stands twice; add up",
+        ),
         ([Source(name="a b", path="x")], "'a b' is no single word"),
         ([Source(name="../b", path="x")], "no single word"),
         ([Source(path="a"), Source(path="b", weight=1e-9)], "'b' has weight = 1e-09, a share of"),
