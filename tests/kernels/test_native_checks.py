@@ -16,6 +16,7 @@ OPERATORS = (
     "tests/kernels/test_native_rows.py",
     "tests/kernels/test_ops_training.py",
 )
+STEPS = ("tests/engine/test_decoder.py", "tests/engine/test_decoder_rows.py")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # beside other tests, on two cores
 
@@ -54,9 +55,11 @@ def test_no_two_threads_race(tmp_path: Path) -> None:
     assert run_checks(program, 30) == [*native.available(), "threads"]
 
 
-def test_the_operators_run_clean_under_sanitizers(tmp_path: Path) -> None:
-    """The tests that compare the operators with the reference, on a library with AddressSanitizer
-    and UndefinedBehaviorSanitizer, which end the process at the first finding."""
+@pytest.mark.parametrize("tests", [OPERATORS, STEPS], ids=["operators", "steps"])
+def test_runs_clean_under_sanitizers(tests: tuple[str, ...], tmp_path: Path) -> None:
+    """The tests that compare the operators, and the decoder's steps and prefills, with the
+    reference, on a library with AddressSanitizer and UndefinedBehaviorSanitizer, which end the
+    process at the first finding."""
     needs("gcc")
     source = copy_source(tmp_path)
     library = source / "kernels" / LIBRARY
@@ -73,4 +76,4 @@ def test_the_operators_run_clean_under_sanitizers(tmp_path: Path) -> None:
     # What reads the machine code would find the sanitizers' own.
     skipped = ("--deselect", f"{OPERATORS[0]}::test_addsub_multiplies_nothing")
     options = ("-q", "-p", "no:cacheprovider", *skipped)
-    run(pytest_, *options, *OPERATORS, cwd=ROOT, **environment)
+    run(pytest_, *options, *tests, cwd=ROOT, **environment)
