@@ -165,7 +165,7 @@ class Config:
         if chosen != "auto":
             return chosen
         large = self.model.num_parameters()["total"] > _LARGE
-        return "fsdp" if n_processes > 1 and large and not _whole_only(self) else "ddp"
+        return "fsdp" if n_processes > 1 and large and not whole_only(self) else "ddp"
 
     def resolve(self) -> "Config":
         """Fill every 0 that has a rule; raises UserError for an impossible config."""
@@ -324,7 +324,7 @@ def _check_combination(config: Config) -> None:
             'model.norm_placement = "in_linear" puts norms inside the matrices, which [quant] '
             'cannot replace; "sub_norm" and "pre_norm" can'
         )
-    if config.distributed.strategy in ("fsdp", "hsdp") and (section := _whole_only(config)):
+    if config.distributed.strategy in ("fsdp", "hsdp") and (section := whole_only(config)):
         raise UserError(
             f'distributed.strategy = "{config.distributed.strategy}" divides weights, which '
             f'[{section}] needs whole: take "ddp"'
@@ -342,7 +342,7 @@ def _check_combination(config: Config) -> None:
         )
 
 
-def _whole_only(config: Config) -> str:
+def whole_only(config: Config) -> str:
     """The section that needs whole weights on each process; "" if there is none."""
     used = {
         "quant": config.quant.enabled,

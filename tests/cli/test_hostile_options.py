@@ -48,6 +48,10 @@ COMMANDS: dict[str, tuple[str, dict[str, list[str]]]] = {
         },
     ),
     "inspect config": ("inspect config", {"": [*PATHS, *WORDS]}),
+    "inspect ranks": (
+        "inspect config data.vocab_size=300 --world-size 2",
+        dict.fromkeys(("--world-size", "--local-size", "--bandwidth", "--network"), NUMBERS),
+    ),
     "inspect model": ("inspect model {root}/model", {"--context": NUMBERS}),
     "inspect kernels": (
         "inspect kernels",

@@ -63,6 +63,11 @@ def test_inspect_shows_a_configs_sizes(bitnet: Bitnet) -> None:
         assert part in out
     assert "packed" not in bitnet("inspect", configs / "fp" / "15m.toml")[1]
     assert "d_model" in bitnet("inspect", configs / "15m.toml", "model.depth=8")[1]
+    words = "--world-size", "4", "--local-size", "2"
+    code, out, _ = bitnet("inspect", configs / "15m.toml", *words, "--bandwidth", "10")
+    assert code == 0
+    assert all(part in out for part in ("4 processes", "hsdp over 2", "sent: gathered", "seconds"))
+    assert bitnet("inspect", configs / "15m.toml", *words[2:])[0] == 2
 
 
 MISTAKES = [

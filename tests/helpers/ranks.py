@@ -12,6 +12,20 @@ from typing import Any
 import torch
 import torch._dynamo  # DTensor imports it: 3 s, better once than in every process
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from bitnet.training.distributed import World
+
+
+def world_of(strategy: str) -> World:
+    """This process of a group, with the mesh of a strategy; hsdp: copies over two processes."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    mesh = None
+    if strategy == "fsdp":
+        mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("shard",))
+    elif strategy == "hsdp":
+        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("replicate", "shard"))
+    return World(torch.device("cpu"), rank, size, mesh)
 
 
 def on_ranks(

@@ -28,7 +28,7 @@ from bitnet.training.muon import ShardedMuon
 from bitnet.training.optim import OptimConfig, build_optimizer
 from bitnet.training.step import split, train_step
 from tests.helpers.double import rotary64
-from tests.helpers.ranks import on_ranks
+from tests.helpers.ranks import on_ranks, world_of
 
 CPU = torch.device("cpu")
 STEPS = 30
@@ -39,16 +39,6 @@ SHAPE: dict[str, Any] = {"d_model": 24, "n_layers": 3, "n_heads": 2, "d_ff": 41,
 def small(**options: Any) -> Transformer:
     torch.manual_seed(0)
     return Transformer(ModelConfig(**{"max_seq_len": 16, **SHAPE, **options}))
-
-
-def world_of(strategy: str) -> World:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    mesh = None
-    if strategy == "fsdp":
-        mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("shard",))
-    elif strategy == "hsdp":
-        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("replicate", "shard"))
-    return World(CPU, rank, size, mesh)
 
 
 def copy_weights(source: nn.Module, target: nn.Module) -> None:
