@@ -16,7 +16,11 @@ OPERATORS = (
     "tests/kernels/test_native_rows.py",
     "tests/kernels/test_ops_training.py",
 )
-STEPS = ("tests/engine/test_decoder.py", "tests/engine/test_decoder_rows.py")
+NATIVE = (
+    "native_step or a_row_is_a_step or neighbouring or next_to_nothing or one_column or rows_do"
+)
+STEPS = ("tests/engine/test_decoder.py", "tests/engine/test_decoder_rows.py", "-k", NATIVE)
+"""Steps and prefills in each dtype of head and cache."""
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]  # beside other tests, on two cores
 
