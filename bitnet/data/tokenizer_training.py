@@ -88,6 +88,14 @@ def _end_with_the_parent() -> None:
     os._exit(2)
 
 
+def _reply(data: bytes) -> None:
+    try:
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:  # the parent was killed
+        os._exit(2)
+
+
 def _serve() -> None:
     frames = _frames(sys.stdin.buffer)
     options, model = json.loads(next(frames)), BytesIO()
@@ -101,9 +109,9 @@ def _serve() -> None:
 
         SentencePieceTrainer.train(sentence_iterator=sentences(), model_writer=model, **options)
     except Exception as error:
-        sys.stdout.buffer.write((str(error) or repr(error)).encode(errors="replace"))
+        _reply((str(error) or repr(error)).encode(errors="replace"))
         sys.exit(1)
-    sys.stdout.buffer.write(model.getvalue())
+    _reply(model.getvalue())
 
 
 if __name__ == "__main__":

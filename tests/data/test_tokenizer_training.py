@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -16,6 +17,7 @@ import pytest
 from sentencepiece import SentencePieceTrainer
 
 from bitnet import progress
+from bitnet.data import tokenizer_training
 from bitnet.data.tokenizer_training import train_model
 
 ROOT = Path(__file__).parents[2]
@@ -165,6 +167,26 @@ def test_the_trainer_ends_with_a_parent_that_is_killed(feeding: bool, slow: Path
     parent.kill()
     parent.communicate()
     wait_for(lambda: is_gone(child))
+
+
+def test_a_trainer_whose_parent_is_gone_says_nothing() -> None:
+    """The parent is killed when the trainer is about to answer: nobody reads, and nothing is
+    printed on the terminal that both had."""
+    program = [sys.executable, "-P", str(tokenizer_training.__file__)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=pipe) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        assert child.stderr is not None
+        child.stdout.close()
+        for frame in (b'{"vocab_size": 100000}', b"too few words"):  # it answers with an error
+            child.stdin.write(struct.pack("<q", len(frame)) + frame)
+        child.stdin.write(struct.pack("<q", -1))
+        child.stdin.flush()
+        said = child.stderr.read().decode()
+        assert child.wait(timeout=60) == 2
+    assert "Traceback" not in said
+    assert "Broken pipe" not in said
 
 
 @pytest.mark.slow
