@@ -221,7 +221,7 @@ def _kept(config: Config, n_layers: int, sequences: int, bf16: bool) -> int:
     with FakeTensorMode():
         model = Transformer(dataclasses.replace(config.model, n_layers=n_layers))
         model.document_separator = 0 if config.data.document_mask else None
-        tokens = torch.zeros(sequences, config.data.seq_len, dtype=torch.int64)
+        tokens = torch.zeros(sequences, config.data.seq_len, dtype=torch.int64, device="cpu")
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
             model(tokens, tokens)
