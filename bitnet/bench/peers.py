@@ -40,7 +40,7 @@ class LlamaCpp:
         path: of the file, which must stay. config: of its model.
         rows: sequences decoded together. columns: tokens per sequence, prompt and new ones.
         threads: for prompts and for single tokens.
-        flash: whether attention is fused, its default; on CPUs, decoding is faster without.
+        flash: whether attention is fused, its default; which is faster depends on the CPU.
     Raises:
         RuntimeError: llama.cpp refuses the file.
     """
