@@ -199,7 +199,7 @@ def activations(config: Config, bf16: bool) -> int:
     """Bytes per sequence that autograd keeps from the forward to the backward, eager, on a CPU;
     measured on tensors without memory, as the difference between two sequences and one. With
     ``activation_checkpointing`` = k every k-th block keeps its fp32 input, and the one that the
-    backward computes again has all of its own."""
+    backward computes again has everything it keeps."""
     one, two = (_kept(config, depth, 2, bf16) - _kept(config, depth, 1, bf16) for depth in (1, 2))
     n, every, block = config.model.n_layers, config.distributed.activation_checkpointing, two - one
     if not every:

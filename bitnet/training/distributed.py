@@ -106,7 +106,7 @@ class Launch(NamedTuple):
         return shlex.join([*start, *argv])
 
     def device_name(self, name: str) -> str:
-        """``train.device`` for this process: each of a machine has a GPU of its own.
+        """``train.device`` for this process: each process of a machine has its own GPU.
 
         Raises:
             UserError: ``name`` is one GPU for several processes, or there are fewer than processes.

@@ -181,9 +181,14 @@ typedef struct {
     float *scale;
 } stochastic_job;
 
-/* max / 127, at least the smallest normal number; NaN where the largest is not finite. */
-static float stochastic_scale(uint32_t largest) {
-    float scale = float_of(largest) / 127.0f;
+/* Largest codes: of int8, and of three digits of 8 bits. */
+#define INT8_CODES 127.0f
+#define DIGITS_CODES 4128768.0f /* 63 * 256^2 */
+
+/* The largest magnitude / the largest code, at least the smallest normal number; NaN where it is not
+ * finite. */
+static float scale_of(uint32_t largest, float codes) {
+    float scale = float_of(largest) / codes;
     if (largest > 0x7f7fffff) return NAN;
     return scale > 0x1p-126f ? scale : 0x1p-126f;
 }
@@ -194,7 +199,7 @@ static void stochastic_share(const bn_team *team, void *argument) {
     bn_share(team, job->m, 1, &i, &end);
     for (; i < end; i++) {
         const float *row = job->x + i * n;
-        job->scale[i] = stochastic_scale(job->isa->largest(row, n, 0));
+        job->scale[i] = scale_of(job->isa->largest(row, n, 0), INT8_CODES);
         uint64_t key = bn_row_key(job->seed, i);
         job->isa->stochastic(row, n, job->scale[i], key, job->codes + i * n);
     }
@@ -208,10 +213,9 @@ void bn_stochastic(
     bn_parallel(stochastic_share, &job, threads);
 }
 
-/* The scales of this thread's columns [*begin, *end): `scale_of` their largest magnitudes. */
+/* The scales of this thread's columns [*begin, *end). */
 static void scale_columns(
-    const bn_team *team, const stochastic_job *job, float (*scale_of)(uint32_t), int64_t *begin,
-    int64_t *end
+    const bn_team *team, const stochastic_job *job, float codes, int64_t *begin, int64_t *end
 ) {
     enum { COLUMNS = 512 };
     uint32_t seen[COLUMNS];
@@ -220,14 +224,14 @@ static void scale_columns(
         int64_t columns = *end - j < COLUMNS ? *end - j : COLUMNS;
         memset(seen, 0, sizeof seen);
         job->isa->largest_of_columns(job->x + j, job->n, job->s, job->m, columns, seen);
-        for (int64_t c = 0; c < columns; c++) job->scale[j + c] = scale_of(seen[c]);
+        for (int64_t c = 0; c < columns; c++) job->scale[j + c] = scale_of(seen[c], codes);
     }
 }
 
 static void stochastic_columns_share(const bn_team *team, void *argument) {
     const stochastic_job *job = argument;
     int64_t j, end, m = job->m, n = job->n;
-    scale_columns(team, job, stochastic_scale, &j, &end);
+    scale_columns(team, job, INT8_CODES, &j, &end);
     job->isa->stochastic_columns(
         job->x + j, n, job->s, m, end - j, job->scale + j, job->seed, j, job->codes + j * m, m
     );
@@ -241,17 +245,10 @@ void bn_stochastic_columns(
     bn_parallel(stochastic_columns_share, &job, threads);
 }
 
-/* max / (63 * 256^2), at least the smallest normal number; NaN where the largest is not finite. */
-static float digits_scale(uint32_t largest) {
-    float scale = float_of(largest) / 4128768.0f;
-    if (largest > 0x7f7fffff) return NAN;
-    return scale > 0x1p-126f ? scale : 0x1p-126f;
-}
-
 static void digits_share(const bn_team *team, void *argument) {
     const stochastic_job *job = argument;
     int64_t j, end, m = job->m, n = job->n;
-    scale_columns(team, job, digits_scale, &j, &end);
+    scale_columns(team, job, DIGITS_CODES, &j, &end);
     job->isa->digits_of_columns(
         job->x + j, n, job->s, m, end - j, job->scale + j, job->codes + j * m, m, n * m
     );
