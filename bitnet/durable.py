@@ -191,15 +191,6 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return aliases
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file into memory of our own.
-
-    Raises:
-        SafetensorError, OSError: not a safetensors file, unreadable.
-    """
-    return dict(each_tensor(path))
-
-
 def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a safetensors file by name, each read when its turn comes.
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from bitnet import durable
 from bitnet.durable import (
-    load_tensors,
+    each_tensor,
     new_folder,
     recover,
     remove_folder,
@@ -147,7 +147,7 @@ def test_tensors_of_every_kind_round_trip(tmp_path: Path) -> None:
         "parameter": torch.nn.Parameter(base + 1),
     }
     assert save_tensors(tmp_path / "a.safetensors", tensors) == {}
-    loaded = load_tensors(tmp_path / "a.safetensors")
+    loaded = dict(each_tensor(tmp_path / "a.safetensors"))
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         same = loaded[name]
@@ -161,19 +161,19 @@ def test_tied_tensors_are_stored_once(tmp_path: Path) -> None:
     weight = torch.randn(100, 100)
     tensors = {"embed": weight, "twin": weight.clone(), "head": torch.nn.Parameter(weight)}
     assert save_tensors(tmp_path / "a.safetensors", tensors) == {"head": "embed"}
-    assert load_tensors(tmp_path / "a.safetensors").keys() == {"embed", "twin"}
+    assert dict(each_tensor(tmp_path / "a.safetensors")).keys() == {"embed", "twin"}
     assert (tmp_path / "a.safetensors").stat().st_size < 2.1 * weight.nbytes
 
 
 def test_a_file_of_no_tensors_loads(tmp_path: Path) -> None:
     assert save_tensors(tmp_path / "a.safetensors", {}) == {}
-    assert load_tensors(tmp_path / "a.safetensors") == {}
+    assert dict(each_tensor(tmp_path / "a.safetensors")) == {}
 
 
 def test_loaded_tensors_outlive_their_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_tensors(path, {"a": torch.arange(5000.0), "b": torch.tensor(1, dtype=torch.int8)})
-    loaded = load_tensors(path)
+    loaded = dict(each_tensor(path))
     os.truncate(path, 0)  # a mapping of the file would now end the process with SIGBUS
     assert torch.equal(loaded["a"], torch.arange(5000.0))
     assert loaded["a"].data_ptr() % 64 == 0
@@ -186,7 +186,7 @@ def test_loaded_tensors_outlive_their_file(tmp_path: Path) -> None:
 def test_garbage_is_not_safetensors(tmp_path: Path, garbage: bytes) -> None:
     (tmp_path / "a.safetensors").write_bytes(garbage)
     with pytest.raises((SafetensorError, OSError)):
-        load_tensors(tmp_path / "a.safetensors")
+        dict(each_tensor(tmp_path / "a.safetensors"))
 
 
 def test_a_real_write_error_is_an_oserror_with_its_errno(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ An interrupted preparation starts anew, and removes the files of the old one.
 source files are only reported: a set does not depend on them any more, and a resumed run must see
 the same data as before.
 
-*Mixtures.* Each part is a set of its own, and all share a tokenizer: ``data.tokenizer``, or that of
+*Mixtures.* Each part is a separate set, and all share one tokenizer: ``data.tokenizer``, or that of
 the first part that is prepared already, or one trained on a sample of all texts, by their weights.
 
 *Memory* does not grow with the text: the sample for the tokenizer (``max_tokenizer_mb``) and a
@@ -144,7 +144,7 @@ def _exists(part: Source) -> bool:
 
 
 def _part_config(config: DataConfig, part: Source) -> DataConfig:
-    """A part of a mixture as a config of its own."""
+    """The config of one part of a mixture."""
     field = part.text_field or config.text_field
     return dataclasses.replace(config, path=part.path, sources=part.texts, text_field=field)
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from bitnet.data.tokenizer import Tokenizer, train_tokenizer
-from bitnet.durable import load_tensors
+from bitnet.durable import each_tensor
 from bitnet.export.folder import load, load_model, save_model
 from bitnet.qat.prepare import convert, prepare
 from bitnet.qat.recipe import Recipe
@@ -122,7 +122,7 @@ def test_signed_nonsense_is_refused(
 
 def test_signed_garbage_tensors_are_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
-    good = load_tensors(path)  # not mapped: the file is about to be overwritten
+    good = dict(each_tensor(path))  # not mapped: the file is about to be overwritten
     header = b'{"a":{"dtype":"F32","shape":[99999999999],"data_offsets":[0,4]}}'
     for garbage in (
         b"",
@@ -206,7 +206,7 @@ def test_impossible_scales_are_refused(tmp_path: Path, weights: Any) -> None:
         recipe = Recipe(weights=weights, granularity="group", group_size=7, activations="static")
         model = convert(prepared(recipe))  # type: ignore[assignment]
     folder = save_model(tmp_path / "model", model, None, recipe)
-    good = load_tensors(folder / "model.safetensors")
+    good = dict(each_tensor(folder / "model.safetensors"))
     scales = [name for name in good if name.endswith("scale") and "layers.1.mlp.up" in name]
     assert len(scales) == (1 if weights == "ternary" else 2)
     cases = [(name, value) for name in scales for value in (math.nan, *INFINITE, -1.0, 0.0)]
@@ -231,7 +231,7 @@ def test_impossible_scales_are_refused(tmp_path: Path, weights: Any) -> None:
 )
 def test_codes_that_no_quantizer_makes_are_refused(tmp_path: Path, recipe: Recipe) -> None:
     folder = save_model(tmp_path / "model", convert(prepared(recipe)), None, recipe)  # type: ignore[arg-type]
-    good, name = load_tensors(folder / "model.safetensors"), "layers.1.mlp.up_proj.packed"
+    good, name = dict(each_tensor(folder / "model.safetensors")), "layers.1.mlp.up_proj.packed"
     bad = good[name].clone()
     bad[0, 0] &= ~(2**recipe.quantizer.storage_bits - 1)  # the first code: all bits 0
     save_file(good | {name: bad}, folder / "model.safetensors")
