@@ -1,19 +1,36 @@
-"""Builds the native CPU kernels; everything else about the package stands in pyproject.toml.
+"""Builds the native CPU kernels, and puts train.py and the configs into the wheel; everything else
+about the package stands in pyproject.toml.
 
-They are plain C that needs neither Python's headers nor torch's, so one build serves every Python
-(``abi3``) and every torch. ``optional``: where they cannot be compiled, the installation succeeds
-without them.
+The kernels are plain C that needs neither Python's headers nor torch's, so one build serves every
+Python (``abi3``) and every torch. ``optional``: where they cannot be compiled, the installation
+succeeds without them.
 """
 
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
-NATIVE = Path(
-    "kernels/bitnet_kernels/cpu/native"
-)  # relative to this file's folder, as setuptools asks
+# Relative to this file's folder, as setuptools asks.
+NATIVE = Path("kernels/bitnet_kernels/cpu/native")
+CARRIED = [Path("train.py"), *sorted(Path("configs").rglob("*.toml"))]
+
+
+class BuildPy(build_py):
+    """Copies train.py and configs/ to bitnet/checkout/ (bitnet/presets.py), too."""
+
+    def run(self) -> None:
+        """Copy the modules and those files; an editable installation finds them in the checkout."""
+        super().run()
+        if not self.editable_mode:
+            for path in CARRIED:
+                target = Path(self.build_lib, "bitnet/checkout", path)
+                self.mkpath(str(target.parent))
+                self.copy_file(str(path), str(target))
+
 
 setup(
+    cmdclass={"build_py": BuildPy},
     ext_modules=[
         Extension(
             "bitnet_kernels.cpu._native",

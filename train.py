@@ -2,6 +2,7 @@
 
     python train.py configs/quickstart.toml
     python train.py configs/15m.toml optim.lr=2e-3 run.name=my-run
+    bitnet train 15m                    this file and that config, from an installed package
     torchrun --nproc-per-node 2 train.py configs/15m.toml
 
 This file is the whole run: set up, resume, loop, save. The functions that it calls are in bitnet/,
@@ -340,17 +341,19 @@ def save_trained(log: RunLog, run: Run, data: Data, autocast: torch.autocast, wo
 def main(
     args: Annotated[
         list[str],
-        typer.Argument(metavar="CONFIG.toml... [SECTION.KEY=VALUE...]", show_default=False),
+        typer.Argument(metavar="CONFIG... [SECTION.KEY=VALUE...]", show_default=False),
     ],
 ) -> None:
     """Train a model from TOML configs. Later ones override earlier ones, single keys override all.
+
+    A config is a file, or the name of one that comes with the package: quickstart, 15m, fp/15m.
 
     The same command again resumes the run from its newest whole checkpoint. Ctrl-C, SIGTERM
     or a closed terminal saves one and ends the run with exit code 130, 143 or 129.
     """
     paths, overrides = split_args(args)
     if not paths:
-        raise UserError("no config given: python train.py configs/quickstart.toml")
+        raise UserError("no config given: bitnet train quickstart")
     launch = Launch.from_environment()
     with one_report(launch):
         config = load_config(paths, overrides).resolve()
@@ -363,7 +366,7 @@ def main(
             joined(config.distributed, strategy, launch, device) as world,
             locked(config.run_dir) if world.is_main else nullcontext(),
         ):
-            train(config, launch.command(sys.argv), world)
+            train(config, launch.command(sys.orig_argv[1:]), world)
 
 
 def command() -> None:

@@ -82,6 +82,8 @@ def test_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:
         for path in (root / package).rglob("*")
         if path.suffix == ".py" or path.name == "py.typed" or path.parent.name == "tables"
     }
+    checkout = ["train.py", *sorted((ROOT / "configs").rglob("*.toml"))]
+    expected |= {f"bitnet/checkout/{(ROOT / path).relative_to(ROOT)}" for path in checkout}
     assert names == expected | ({LIBRARY} if COMPILER else set())
     assert wheel.stem.split("-", 2)[2] == f"cp311-abi3-{PLATFORM}"
 
@@ -109,7 +111,8 @@ def test_sdist_builds_alone(built: Path) -> None:
     assert "kernels/bitnet_kernels/packing.py" in names
     native = ROOT / "kernels/bitnet_kernels/cpu/native"
     sources = {str(path.relative_to(ROOT)) for path in native.iterdir()}
-    assert {"setup.py", *sources} <= names
+    configs = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.toml")}
+    assert {"setup.py", "train.py", *configs, *sources} <= names
 
 
 def test_wheel_trains_and_packs_away_from_the_repository(environment: Path, tmp_path: Path) -> None:
@@ -128,3 +131,29 @@ def test_wheel_trains_and_packs_away_from_the_repository(environment: Path, tmp_
 
 def test_console_script(environment: Path, tmp_path: Path) -> None:
     assert "Usage: bitnet" in run(environment / "bin" / "bitnet", "--help", cwd=tmp_path)
+
+
+SHORT = ("train.steps=5", "train.batch_tokens=256", "train.micro_batch=1", "eval.max_tokens=1024")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_wheel_trains_a_preset_away_from_the_repository(
+    environment: Path, tmp_path: Path, processes: int
+) -> None:
+    """As a script and under torchrun; the data are those that every Python has."""
+    command = [environment / "bin" / "bitnet"]
+    if processes > 1:
+        torchrun = ("-I", "-m", "torch.distributed.run", "--nproc-per-node", str(processes))
+        command = [environment / "bin" / "python", *torchrun, "-m", "bitnet"]
+    (tmp_path / "quickstart").mkdir()  # a folder of that name is in nobody's way
+    out = run(*command, "train", "quickstart", *SHORT, cwd=tmp_path)
+    assert "done: the model is in runs/quickstart/model" in out
+    rows = (tmp_path / "runs/quickstart/metrics.jsonl").read_text().splitlines()
+    assert json.loads(rows[-1])["step"] == 5
+    text = run(
+        *(environment / "bin" / "bitnet", "generate", "runs/quickstart/model"),
+        *("--prompt", "def ", "--max-new-tokens", "3"),
+        cwd=tmp_path,
+    )
+    assert text.startswith("def ")

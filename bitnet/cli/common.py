@@ -17,6 +17,7 @@ from bitnet.data.tokenizer import Tokenizer
 from bitnet.export.folder import load
 from bitnet.linear import Kernel
 from bitnet.model import Transformer
+from bitnet.presets import presets
 from bitnet.progress import plain_console
 from bitnet.schema import UserError, nearest, read_file
 from bitnet_kernels import pack_ternary, ternary_matmul
@@ -34,10 +35,32 @@ def is_file(path: str) -> bool:
 def split_args(args: list[str]) -> tuple[list[str], list[str]]:
     """Split arguments into config files and ``section.key=value`` overrides.
 
-    A word with ``=`` that ends in ``.toml`` is a config file if that file exists.
+    A word with ``=`` that ends in ``.toml`` is a config file if that file exists. A word with
+    neither is a file, too, or else the name of a config that comes with the package.
+
+    Raises:
+        UserError: there is no config of that name.
     """
-    paths = [a for a in args if a.endswith(".toml") and ("=" not in a or is_file(a))]
-    return paths, [arg for arg in args if arg not in paths]
+    paths, overrides = list[str](), list[str]()
+    for word in args:
+        if word.endswith(".toml") and ("=" not in word or is_file(word)):
+            paths.append(word)
+        elif "=" in word:
+            overrides.append(word)
+        else:
+            paths.append(word if is_file(word) else str(_preset(word)))
+    return paths, overrides
+
+
+def _preset(name: str) -> Path:
+    found = presets()
+    if name not in found:
+        near = _nearest_name(name.lower(), list(found))
+        raise UserError(
+            f"{name!r}: expected section.key=value (such as optim.lr=1e-3), a .toml file or one of "
+            f"{', '.join(found)}" + (f"; did you mean {near}?" if near else "")
+        )
+    return found[name]
 
 
 def config_help() -> str:

@@ -9,14 +9,15 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 
 class Commands(Mapping[str, Any]):
     """Commands by name, in the order in which ``--help`` lists them.
 
     Arguments:
-        homes: name -> ``"module:object"``. The object is a command's function or a group.
+        homes: name -> ``"module:object"``. The object is a command's function, a command
+            or a group.
     """
 
     def __init__(self, homes: Mapping[str, str]) -> None:
@@ -27,7 +28,8 @@ class Commands(Mapping[str, Any]):
         if name not in self._loaded:
             module, _, attribute = self._homes[name].partition(":")
             found = getattr(import_module(module), attribute)
-            self._loaded[name] = found if isinstance(found, TyperGroup) else command(name, found)
+            made = isinstance(found, TyperCommand | TyperGroup)
+            self._loaded[name] = found if made else command(name, found)
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -37,10 +39,10 @@ class Commands(Mapping[str, Any]):
         return len(self._homes)
 
 
-def command(name: str, function: Any) -> Any:
-    """A click command of a function with Typer's annotations."""
+def command(name: str, function: Any, **options: Any) -> Any:
+    """A click command of a function with Typer's annotations; ``options`` as Typer's."""
     app = typer.Typer(rich_markup_mode=None, add_completion=False)
-    app.command(name)(function)
+    app.command(name, **options)(function)
     return typer.main.get_command(app)
 
 

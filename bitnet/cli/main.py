@@ -9,6 +9,7 @@ from bitnet.cli.shell import run
 
 bitnet = group(
     {
+        "train": "bitnet.cli.train:train",
         "prepare": "bitnet.cli.prepare:prepare_command",
         "inspect": "bitnet.cli.inspect:inspect_group",
         "pack": "bitnet.cli.pack:pack_command",
@@ -18,8 +19,8 @@ bitnet = group(
         "ptq": "bitnet.cli.ptq:ptq_command",
         "bench": "bitnet.cli.bench:bench_group",
     },
-    "Ternary language models: prepare data, inspect configs, pack, generate, evaluate.\n\n"
-    "To train, run train.py in a checkout: python train.py configs/quickstart.toml\n\n"
+    "Ternary language models: train, inspect configs, pack, generate, evaluate.\n\n"
+    "Try: bitnet train quickstart\n\n"
     "With --debug anywhere in a command, or BITNET_DEBUG=1, an error shows its traceback.",
 )
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -96,14 +97,21 @@ class Launch(NamedTuple):
                 )
         return cls(*(int(value) for value in values if value is not None))
 
-    def command(self, argv: list[str]) -> str:
-        """The command that started this run, to be shown."""
+    def command(self, words: list[str]) -> str:
+        """The command that started this run, to be shown.
+
+        Arguments:
+            words: after Python's name, ``sys.orig_argv[1:]``.
+        """
+        words = words[1:] if words[0] == "-u" else words  # torchrun's
+        if Path(words[0]).name == "bitnet":
+            return shlex.join(["bitnet", *words[1:]])
         start = ["python"]
         if self.size > 1:
             start = ["torchrun", "--nproc-per-node", str(self.local_size)]
             if (machines := self.size // self.local_size) > 1:
                 start += ["--nnodes", str(machines)]
-        return shlex.join([*start, *argv])
+        return shlex.join([*start, *words])
 
     def device_name(self, name: str) -> str:
         """``train.device`` for this process: each process of a machine has its own GPU.

@@ -31,9 +31,9 @@ def copy_source(folder: Path) -> Path:
     """The working tree's files that an installation needs, without what one left behind."""
     source = folder / "source"
     source.mkdir()
-    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "train.py"):
         shutil.copy(ROOT / name, source)
-    for name in ("bitnet", "kernels"):
+    for name in ("bitnet", "configs", "kernels"):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
     return source

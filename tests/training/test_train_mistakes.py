@@ -106,5 +106,5 @@ def test_help_teaches() -> None:
         "start = 0.0",
     ):
         assert line in lines
-    assert "CONFIG.toml" in out
+    assert "CONFIG..." in out
     assert "resumes" in out

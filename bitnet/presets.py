@@ -1,0 +1,32 @@
+"""train.py and the configs by name, in a checkout and in an installed package.
+
+They stand at the root of a checkout, outside the package: train.py is there to be read, and nothing
+imports it. An installed package has no such root, so setup.py puts both, as they are, into
+``bitnet/checkout/`` of the wheel, and there is one source for both.
+"""
+
+import re
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+_CARRIED = _PACKAGE / "checkout"
+
+
+def root() -> Path:
+    """The folder of ``train.py`` and ``configs/``."""
+    return _CARRIED if _CARRIED.is_dir() else _PACKAGE.parent
+
+
+def presets() -> dict[str, Path]:
+    """The configs by name, small ones first: ``quickstart``, ``15m``, ..., and ``fp/15m``, ..., the
+    full-precision baselines."""
+    configs = root() / "configs"
+    found = {
+        str(path.relative_to(configs).with_suffix("")): path for path in configs.rglob("*.toml")
+    }
+    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    size = re.search(r"\d+", name)
+    return name.count("/"), int(size[0]) if size else 0, name
