@@ -17,7 +17,7 @@ from bitnet.summary import human
 
 FOLDER = Path(__file__).parent
 OUT = FOLDER / "overview.svg"
-CPU = "cpu-amd-epyc-2-cpus"
+CPU = "cpu-amd-epyc-avx-512-bf16-2-cpus"
 OURS, OTHER = "#2563eb", "#a3acb9"
 WIDTH, HEIGHT = 440, 178
 """Pixels of a panel."""

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -365,3 +366,21 @@ def test_figures_name_the_commit() -> None:
     command = ["git", "rev-parse", "--short=7", "HEAD"]
     head = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert machine.commit().removesuffix("-dirty") == head.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("fpu avx2 fma", "AMD EPYC (AVX2)"),
+        ("fpu avx2 avx512f avx512_vnni", "AMD EPYC (AVX-512 VNNI)"),
+        ("avx512f amx_int8 avx512_bf16 avx2", "AMD EPYC (AMX)"),
+        ("fpu sse2", "AMD EPYC"),
+    ],
+)
+def test_cpus_with_one_model_name_are_told_apart(flags: str, name: str) -> None:
+    cpuinfo = f"processor\t: 0\nmodel name\t: AMD EPYC\nflags\t\t: {flags}\n\n" * 2
+    assert machine.cpu_name(cpuinfo) == f"{name}, {os.cpu_count()} CPUs"
+
+
+def test_a_cpu_that_linux_does_not_name_has_no_name() -> None:
+    assert machine.cpu_name("CPU implementer\t: 0x41\nFeatures\t: asimd\n") == ""

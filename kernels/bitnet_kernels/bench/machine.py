@@ -26,6 +26,15 @@ _OPS_PER_CLOCK = {
 """Dense (16-bit, int8) tensor-core operations per clock and SM; a multiply-add counts two; NVIDIA's
 architecture white papers. GeForce cards of (8, 9) have half the 16-bit rate."""
 
+_INSTRUCTION_SETS = {
+    "amx_int8": "AMX",
+    "avx512_bf16": "AVX-512 BF16",
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+}
+"""Linux's name of a CPU's feature and ours, from the widest down."""
+
 
 class Machine(NamedTuple):
     """The device that is timed. Unknown limits (those of a CPU) are None."""
@@ -73,14 +82,24 @@ def describe(device: torch.device) -> Machine:
 
 
 def _cpu_name() -> str:
+    """Model, widest instruction set, number. Virtual machines give CPUs of several generations one
+    model name; the instruction set tells them apart, and decides what the kernels can do."""
     try:
-        found = re.search(
-            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.M
-        )
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        found = None
-    name = found[1].strip() if found else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} CPUs"
+        text = ""
+    return cpu_name(text) or f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def cpu_name(cpuinfo: str) -> str:
+    """The name of a CPU by the text of Linux's /proc/cpuinfo; "" where that names no model."""
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.M)
+    flags = re.search(r"^flags\s*:\s*(.+)$", cpuinfo, re.M)
+    if not found:
+        return ""
+    have = set(flags[1].split()) if flags else set()
+    widest = next((f" ({name})" for flag, name in _INSTRUCTION_SETS.items() if flag in have), "")
+    return f"{found[1].strip()}{widest}, {os.cpu_count()} CPUs"
 
 
 def _cpu_cache() -> int:
