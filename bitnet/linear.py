@@ -44,9 +44,10 @@ from bitnet.modules import (
     warn_never_called,
     why_full_precision,
 )
+from bitnet.packed import packed_linear
 from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.quant import Granularity, QuantizedInput, dequantize, output_dtype
-from bitnet_kernels import bit_planes, pack_ternary, ternary_linear, unpack_ternary
+from bitnet_kernels import bit_planes, pack_ternary, unpack_ternary
 from bitnet_kernels.packing import codes_of, packed_columns
 
 __all__ = [
@@ -77,6 +78,7 @@ class TernaryLinear(CalledLayer, nn.Module):
         ``bias``. The scale stays fp32 under ``.to(dtype)``: rounding it moves every logit.
         ``"addsub"`` keeps the codes a second time, as bit planes, which doubles the memory; the
         planes are made when weights are set or loaded, and never saved.
+        Gradients flow through the layer to its input (:mod:`bitnet.packed`).
     Attributes:
         dtype: dtype of :attr:`weight`: that of the latent weight, until ``.to(dtype)`` changes it.
     """
@@ -204,7 +206,7 @@ class TernaryLinear(CalledLayer, nn.Module):
         return dequantize(codes, self.scale, self.group_size)
 
     def forward(self, input: Tensor | QuantizedInput) -> Tensor:
-        """float ``[..., in_features]`` -> ``[..., out_features]``; no gradient."""
+        """float ``[..., in_features]`` -> ``[..., out_features]``, differentiable in the input."""
         if isinstance(input, Tensor) and is_unusual(input):
             return by_its_kind(self, input)
         # the kernel quantizes again and finds the same codes
@@ -215,14 +217,8 @@ class TernaryLinear(CalledLayer, nn.Module):
             )
         if self.rms_norm is not None:
             x = self.rms_norm(x)
-        y = ternary_linear(
-            x,
-            self.packed,
-            self.scale,
-            self.bias,
-            self.kernel,
-            group_size=self.group_size,
-            planes=self.planes,
+        y = packed_linear(
+            x, self.packed, self.scale, self.bias, self.kernel, self.group_size, self.planes
         )
         return y.to(output_dtype(x))
 
@@ -245,7 +241,7 @@ class TernaryLinear(CalledLayer, nn.Module):
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:
-    """Return a parameter without gradient: packed layers have no backward."""
+    """Return a parameter without gradient: packed layers are not trained."""
     return nn.Parameter(tensor, requires_grad=False)
 
 

@@ -276,7 +276,7 @@ class _TernaryLinear(torch.autograd.Function):
             if ctx.int8_backward != "none":
                 dx = _int8_input_gradient(dy, transposed, gamma)
             else:
-                dx = _input_gradient(dy, codes, gamma, ctx.group_size)
+                dx = input_gradient(dy, codes, gamma, ctx.group_size)
             dx = dx.to(x_dtype)
         if ctx.needs_input_grad[1]:
             if ctx.int8_backward == "both":
@@ -293,10 +293,12 @@ class _TernaryLinear(torch.autograd.Function):
         return dx, dw, db, *(11 * [None])
 
 
-def _input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, group_size: int) -> Tensor:
-    """``dy @ W_hat`` in the dtype of ``dy``. W_hat is exact in fp32. In 16 bits gamma would be
-    rounded, in the same direction for every token, while the codes are exact. So gamma multiplies
-    the result, or dy: in fp16 always dy, since the sum of N unscaled gradients may overflow."""
+def input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, group_size: int) -> Tensor:
+    """``dy @ W_hat`` of float ``[M, N]``: ``[M, K]`` in the dtype of ``dy``.
+
+    W_hat is exact in fp32. In 16 bits gamma would be rounded, in the same direction for every
+    token, while the codes are exact. So gamma multiplies the result, or dy: in fp16 always dy,
+    since the sum of N unscaled gradients may overflow."""
     if gamma.dim() < 2 and takes_input_gradient(dy):
         dx: Tensor = _ops.input_gradient(dy, codes, gamma)
         return dx

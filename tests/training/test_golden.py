@@ -117,14 +117,14 @@ def steps_of_128(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_gamma_backward(monkeypatch: pytest.MonkeyPatch) -> None:
     """dx = dy @ codes."""
     monkeypatch.setattr(
-        bitnet.quant, "_input_gradient", lambda dy, codes, *_: dy @ codes.to(dy.dtype)
+        bitnet.quant, "input_gradient", lambda dy, codes, *_: dy @ codes.to(dy.dtype)
     )
 
 
 def gamma_backward_one_percent_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """dx = 1.01 dy @ W_hat."""
-    plain = bitnet.quant._input_gradient
-    monkeypatch.setattr(bitnet.quant, "_input_gradient", lambda *args: 1.01 * plain(*args))
+    plain = bitnet.quant.input_gradient
+    monkeypatch.setattr(bitnet.quant, "input_gradient", lambda *args: 1.01 * plain(*args))
 
 
 @pytest.mark.parametrize(
