@@ -1,4 +1,7 @@
-"""Every script of examples/ runs, learns, and packs what it learned."""
+"""Every script of examples/ runs, learns, and packs what it learned.
+
+The scripts assert what they show, such as that the packed model gives the same logits.
+"""
 
 import runpy
 from pathlib import Path
@@ -13,9 +16,11 @@ def example(name: str) -> dict[str, Any]:
     return runpy.run_path(str(EXAMPLES / name), run_name="example")
 
 
-def test_every_example_has_a_test() -> None:
-    tested = {"gpt.py", "huggingface.py"}
-    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+def test_every_example_has_a_test_and_is_short() -> None:
+    tests = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    for path in EXAMPLES.glob("*.py"):
+        assert path.stem in tests, path
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 100, path
 
 
 def test_gpt(capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,3 +32,32 @@ def test_gpt(capsys: pytest.CaptureFixture[str]) -> None:
 def test_huggingface() -> None:
     script = example("huggingface.py")
     assert script["main"](steps=60) == script["TEXT"].decode()
+
+
+def test_trainer() -> None:
+    losses = example("trainer.py")["main"]()
+    assert len(losses) == 20
+
+
+def test_vit() -> None:
+    assert example("vit.py")["main"]() > 0.9
+
+
+def test_accelerate_loop() -> None:
+    assert len(example("accelerate_loop.py")["main"]()) == 40
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*num_workers", "ignore:.*litlogger")
+def test_lightning_loop() -> None:
+    pytest.importorskip("lightning", reason="Lightning is not installed: pip install lightning")
+    assert len(example("lightning_loop.py")["main"]()) == 40
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's call
+def test_lora() -> None:
+    pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+    assert len(example("lora.py")["main"]()) == 40
+
+
+def test_torch_export() -> None:
+    assert "torch.ops.bitnet.ternary_linear" in example("torch_export.py")["main"]()
