@@ -22,6 +22,8 @@ until the result is below n. It uses only integer arithmetic, so it is the same 
 
 import hashlib
 import json
+import os
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -190,7 +192,7 @@ def read_index(path: Path) -> Index:
 
 
 class TokenDataset:
-    """One split of a prepared set, mapped into memory.
+    """One split of a prepared set, read from its files when asked for.
 
     Attributes:
         path, split: as given.
@@ -252,13 +254,33 @@ class TokenDataset:
         number = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
             shard, end = self._shards[number], int(self._ends[number])
-            offset = end - len(shard)
-            parts.append(shard[start - offset : min(stop, end) - offset].astype(np.int64))
+            offset = int(self._ends[number - 1]) if number else 0
+            parts.append(shard.read(start - offset, min(stop, end) - offset).astype(np.int64))
             start, number = min(stop, end), number + 1
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
-def _open_shard(folder: Path, shard: Shard, dtype: np.dtype, verify: bool) -> np.memmap:
+class _ShardFile:
+    """An open file of tokens. Reading, unlike a mapping, survives a file that becomes shorter (a
+    mapping ends the process with SIGBUS), and its pages never count as the process's memory."""
+
+    def __init__(self, path: Path, dtype: np.dtype) -> None:
+        self._path, self._dtype = path, dtype
+        self._descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop`` of the file."""
+        tokens = np.empty(stop - start, self._dtype)
+        left, offset = tokens.data.cast("B"), start * self._dtype.itemsize
+        while left:  # the system reads at most 2 GB at once
+            if not (n_bytes := os.preadv(self._descriptor, [left], offset)):
+                raise UserError(f"{self._path}: damaged: it became shorter while it was read")
+            left, offset = left[n_bytes:], offset + n_bytes
+        return tokens
+
+
+def _open_shard(folder: Path, shard: Shard, dtype: np.dtype, verify: bool) -> _ShardFile:
     path = folder / shard.file
     if not path.is_file():
         raise UserError(f"{path}: missing; delete {folder} and prepare it again")
@@ -268,7 +290,7 @@ def _open_shard(folder: Path, shard: Shard, dtype: np.dtype, verify: bool) -> np
     elif verify and sha256(path) != shard.sha256:
         problem = "its checksum is not the index's"
     else:
-        return np.memmap(path, dtype=dtype, mode="r")
+        return _ShardFile(path, dtype)
     raise UserError(f"{path}: damaged: {problem}; delete {folder} and prepare it again")
 
 
