@@ -64,6 +64,7 @@ from bitnet.training.distributed import (
 )
 from bitnet.training.metrics import RunLog
 from bitnet.training.optim import build_optimizer
+from bitnet.training.start import facts_of
 from bitnet.training.step import compile_blocks, compiled, cross_entropy, split, train_step
 from bitnet.training.telemetry import Telemetry, undisturbed
 from bitnet.training.throughput import CoreWatch, Meter
@@ -362,8 +363,9 @@ def main(
         config.micro_batch(launch.size)
         device = pick_device(launch.device_name(config.train.device), "train.device")
         strategy = config.strategy(launch.size)
+        facts = facts_of(to_dict(config), device) if launch.size > 1 else {}
         with (
-            joined(config.distributed, strategy, launch, device) as world,
+            joined(config.distributed, strategy, launch, device, facts) as world,
             locked(config.run_dir) if world.is_main else nullcontext(),
         ):
             train(config, launch.command(sys.orig_argv[1:]), world)

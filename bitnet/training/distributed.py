@@ -11,10 +11,9 @@ With one process, everything here is the identity and no process group is made.
 import dataclasses
 import math
 import os
-import secrets
 import shlex
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -32,14 +31,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from bitnet.schema import STRICT, Count, UserError
+from bitnet.training import start
+from bitnet.training.start import POLL
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _T = TypeVar("_T")
 Strategy = Literal["ddp", "fsdp", "hsdp"]
-_POLL = 0.1
-"""Seconds between looks at the store while a process waits for others."""
 _ANSWER = 5.0
 """Seconds in which each process says that it, too, waited in vain for another."""
 _MAIN_SPEAKS = 2.0
@@ -63,7 +62,8 @@ class DistributedConfig:
     """every n-th block keeps only its input for the backward, which computes the rest again; 0 =
     none, 1 = all, with a third more time per step"""
     timeout: Annotated[int, Field(ge=1, le=365 * 24 * 3600)] = 600
-    """seconds that a process waits for the others in a step before the run ends"""
+    """seconds that a process waits for the others in a step before the run ends; at the start it
+    waits 600 if this is less"""
 
 
 class Launch(NamedTuple):
@@ -206,7 +206,7 @@ class World:
         """
         if self.size > 1 and not self.is_main:
             while not self.store.check([what]):  # waiting in the store would keep signals out
-                time.sleep(_POLL)
+                time.sleep(POLL)
         yield
         if self.size > 1 and self.is_main:
             self.store.set(what, "done")
@@ -214,16 +214,23 @@ class World:
 
 @contextmanager
 def joined(
-    config: DistributedConfig, strategy: Strategy, launch: Launch, device: torch.device
+    config: DistributedConfig,
+    strategy: Strategy,
+    launch: Launch,
+    device: torch.device,
+    facts: Mapping[str, str],
 ) -> Iterator[World]:
     """The processes of a run within the block, in a process group: NCCL on GPUs (and gloo for what
     is on the CPU), gloo on CPUs. One process makes none, unless its strategy divides weights.
 
     Arguments:
         strategy: chosen, where ``config`` says "auto".
+        facts: name -> value of what has to be the same on all processes
+            (:func:`bitnet.training.start.facts_of`).
     Raises:
-        UserError: the processes do not find each other, or one ended or did not answer for
-            ``timeout`` seconds; the error names it. (NCCL's watchdog ends a process itself.)
+        UserError: the processes do not find each other or differ in a fact, or one ended or did not
+            answer for ``timeout`` seconds; the error names it. (NCCL's watchdog ends a process
+            itself.)
     """
     if launch.size == 1 and strategy == "ddp":
         yield World(device)
@@ -235,8 +242,11 @@ def joined(
         store: Any = HashStore()
         rank, size = 0, 1
         if launch.size > 1:
-            store, rank, size = next(rendezvous("env://", timeout=timeout))
-            store = PrefixStore(_start(store, rank, size, config.timeout), store)
+            limit = max(start.LIMIT, config.timeout)
+            store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=limit)))
+            store = PrefixStore(start.name_start(store, rank, size, limit), store)
+            start.agree(store, rank, size, facts, limit)
+            store.set_timeout(timeout)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
             store=PrefixStore("group", store),
@@ -244,6 +254,8 @@ def joined(
             world_size=size,
             timeout=timeout,
         )
+    except UserError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise UserError(f"rank {launch.rank} of {launch.size} found no others: {error}") from error
     try:
@@ -276,33 +288,6 @@ def _mesh(
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _start(store: Any, rank: int, size: int, timeout: float) -> str:
-    """A name for this start of the processes: the same on all of them, and never used before.
-
-    torchrun may keep its store when it starts the processes again. What the last ones left in it,
-    such as addresses, then looks like an answer. So each process says a random word, and the main
-    one repeats what it sees until each has seen its own word repeated, and has said so.
-
-    Raises RuntimeError after ``timeout`` seconds.
-    """
-    word, deadline = secrets.token_hex(8), time.monotonic() + timeout
-    store.set(f"word/{rank}", word)
-    while time.monotonic() < deadline:
-        if rank == 0:
-            keys = [f"word/{r}" for r in range(size)]
-            heard = [store.get(key).decode() for key in keys if store.check([key])]
-            store.set("heard", " ".join(heard))
-            if all(store.check([f"joined/{word}/{r}"]) for r in range(1, size)):
-                return word
-        elif store.check(["heard"]):
-            name, *others = store.get("heard").decode().split()
-            if word in others:
-                store.set(f"joined/{name}/{rank}", "")
-                return name
-        time.sleep(_POLL)
-    raise RuntimeError(f"after {timeout:g} s some of them have not started")
-
-
 def _missing(world: World) -> str:
     """Who is missing, in words, after an exchange failed: those that do not say within
     :data:`_ANSWER` seconds that it failed for them too."""
@@ -310,7 +295,7 @@ def _missing(world: World) -> str:
     world.store.set(f"failed/{world.rank}", "")
     missing = set(range(world.size)) - {world.rank}
     while missing and time.monotonic() < deadline:
-        time.sleep(_POLL)
+        time.sleep(POLL)
         missing = {rank for rank in missing if not world.store.check([f"failed/{rank}"])}
     if not missing:
         return "an exchange between the processes failed, though all of them are there"
