@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 Strategy = Literal["ddp", "fsdp", "hsdp"]
 _ANSWER = 5.0
 """Seconds in which each process says that it, too, waited in vain for another."""
-_MAIN_SPEAKS = 2.0
+_MAIN_SPEAKS = 10.0
 """Seconds after which a process reports a mistake that the main one should have reported."""
 
 
