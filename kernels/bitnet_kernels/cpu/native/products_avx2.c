@@ -24,7 +24,7 @@ BN_TARGET_BEGIN("avx2,fma,popcnt")
 #define IN_REGISTER(v) __asm__("" : "+x"(v))
 
 /* Bytes of weights that are fetched into the L2 cache beyond the next four rows. */
-#define AHEAD 8192
+#define AHEAD 4096
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -42,6 +42,7 @@ INLINE __m128i sum_lanes(__m256i a, __m256i b, __m256i c, __m256i d) {
 
 INLINE __m256i widen(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 
+/* The first `count` of four. */
 INLINE void store(int32_t *acc, __m128i y, int64_t count) {
     int32_t all[4];
     _mm_storeu_si128((__m128i *)all, y);
@@ -151,9 +152,12 @@ INLINE void dot_tile(
             for (int t = 0; t < tokens; t++)
                 total[r][t] = _mm256_add_epi32(total[r][t], widen(part[r][t]));
     }
-    for (int t = 0; t < tokens; t++) {
-        __m128i y = sum_lanes(total[0][t], total[1][t], total[0][t], total[1][t]);
-        store(acc + t * ld, _mm_sub_epi32(y, _mm_set1_epi32(sum[t])), rows);
+    for (int t = 0; t < tokens; t += 2) { /* two tokens at a time; the last may be alone */
+        int s = t + 1 < tokens ? t + 1 : t;
+        __m128i y = sum_lanes(total[0][t], total[1][t], total[0][s], total[1][s]);
+        y = _mm_sub_epi32(y, _mm_set_epi32(sum[s], sum[s], sum[t], sum[t]));
+        store(acc + t * ld, y, rows);
+        store(acc + s * ld, _mm_unpackhi_epi64(y, y), rows);
     }
 }
 

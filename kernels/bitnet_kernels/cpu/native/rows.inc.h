@@ -5,6 +5,7 @@
  *
  *     BN_ROWS_TABLE          the name of the table
  *     DENSE_ROWS, DENSE_TOKENS  the tile of a dense product with many tokens
+ *     ROWS_AHEAD                bytes that one with a single token fetches ahead; 0: none
  *     LANES                  fp32 numbers of a register
  *     vf                     the type of a register of them
  *     FMA(a, b, c)           a * b + c, rounded once or twice
@@ -383,19 +384,24 @@ INLINE void dense_tile(
 }
 
 /* 8 rows from w on times one token, a row after the other. The loop is bound by memory, and some CPUs
- * read from end to end twice as fast as several rows at once; they fetch ahead by themselves. */
+ * read from end to end twice as fast as several rows at once. ROWS_AHEAD bytes ahead are fetched, or
+ * nothing if it is 0. */
 INLINE void dense_rows(bn_dtype dtype, const char *w, int64_t k, const float *x, float *out) {
     vf acc[8];
     for (int r = 0; r < 8; r++, w += k * size_of(dtype)) {
-        vf sum = {0};
+        vf sum[4] = {{0}}; /* one alone would wait for each addition, longer than for memory */
         int64_t i = 0;
-        for (; i + 2 * LANES <= k; i += 2 * LANES) {
-            sum = FMA(load_as(dtype, w, i), load(x + i), sum);
-            sum = FMA(load_as(dtype, w, i + LANES), load(x + i + LANES), sum);
+        for (; i + 4 * LANES <= k; i += 4 * LANES) {
+            if (ROWS_AHEAD)
+                UNROLL for (int j = 0; j < 4 * LANES * size_of(dtype); j += BN_CACHE_LINE)
+                    __builtin_prefetch(w + i * size_of(dtype) + j + ROWS_AHEAD);
+            UNROLL for (int j = 0; j < 4; j++)
+                sum[j] = FMA(load_as(dtype, w, i + j * LANES), load(x + i + j * LANES), sum[j]);
         }
-        for (; i + LANES <= k; i += LANES) sum = FMA(load_as(dtype, w, i), load(x + i), sum);
-        if (i < k) sum = FMA(load_part(dtype, w, i, k - i), load_part(BN_F32, x, i, k - i), sum);
-        acc[r] = sum;
+        for (; i + LANES <= k; i += LANES) sum[0] = FMA(load_as(dtype, w, i), load(x + i), sum[0]);
+        if (i < k)
+            sum[1] = FMA(load_part(dtype, w, i, k - i), load_part(BN_F32, x, i, k - i), sum[1]);
+        acc[r] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
     sums8(acc, out);
 }

@@ -9,6 +9,7 @@ BN_TARGET_BEGIN("avx2,fma,f16c")
 #define LANES 8
 #define DENSE_ROWS 2
 #define DENSE_TOKENS 4
+#define ROWS_AHEAD 1024
 #define SCORE_COLUMNS 4
 #define VALUE_VECTORS 2
 typedef __m256 vf;

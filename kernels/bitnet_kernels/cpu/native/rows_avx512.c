@@ -9,6 +9,7 @@ BN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #define LANES 16
 #define DENSE_ROWS 2
 #define DENSE_TOKENS 8
+#define ROWS_AHEAD 0
 #define SCORE_COLUMNS 8
 #define VALUE_VECTORS 4
 typedef __m512 vf;

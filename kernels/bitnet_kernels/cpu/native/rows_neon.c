@@ -9,6 +9,7 @@ BN_NEON_BEGIN
 #define LANES 4
 #define DENSE_ROWS 4
 #define DENSE_TOKENS 4
+#define ROWS_AHEAD 0
 #define SCORE_COLUMNS 8
 #define VALUE_VECTORS 4
 typedef float32x4_t vf;

@@ -6,6 +6,7 @@
 #define LANES 4
 #define DENSE_ROWS 2
 #define DENSE_TOKENS 4
+#define ROWS_AHEAD 0
 #define SCORE_COLUMNS 4
 #define VALUE_VECTORS 2
 typedef float vf __attribute__((vector_size(16)));
