@@ -159,7 +159,9 @@ def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return aliases
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> dict[str, str]:
     """Write a safetensors file, which can hold neither shared nor strided memory.
 
     A tensor that is the same view of the same memory as an earlier one (a tied weight) is stored
@@ -167,6 +169,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
     Arguments:
         tensors: any shapes (0-d and empty ones too), dtypes that safetensors has, any device.
+        metadata: texts for the file's header.
     Returns:
         alias -> stored name.
     Raises:
@@ -183,7 +186,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         stored[name] = contiguous.clone() if storage in storages else contiguous
         storages.add(storage)
     try:
-        save_file(stored, path)
+        save_file(stored, path, metadata)
     except SafetensorError as error:
         if code := re.search(r"\(os error (\d+)\)", str(error)):
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error

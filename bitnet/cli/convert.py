@@ -16,7 +16,7 @@ from bitnet.data.windows import first_inputs
 from bitnet.evaluate import EvalResult, evaluate_text
 from bitnet.export.folder import save_model
 from bitnet.export.hf import add_sub_norms
-from bitnet.export.source import load_source
+from bitnet.export.source import import_model, load_source
 from bitnet.model import ModelConfig, Transformer
 from bitnet.progress import Reports, plain_console
 from bitnet.qat.prepare import calibrate, prepare
@@ -50,19 +50,32 @@ def convert_command(
     text: Annotated[
         str, typer.Option(help="Text file to print the loss on, before and after.")
     ] = "",
+    master_weights: Annotated[
+        bool,
+        typer.Option(
+            "--master-weights",
+            help="A folder without quantization_config holds a ternary model's master weights.",
+        ),
+    ] = False,
 ) -> None:
     """Import a pretrained model, and add quantizers to train with.
 
-    SOURCE is Llama-like: full precision of ours, Hugging Face safetensors with a tokenizer.json, or
+    SOURCE is Llama-like: full precision of ours, Hugging Face safetensors with their tokenizer, or
     GGUF (dequantized). The written folder holds fp32 weights and the recipe; train.py starts from
-    it with train.init_from=FOLDER, `bitnet pack` makes its integers.
+    it with train.init_from=FOLDER, `bitnet pack` makes its integers. A BitNet of Hugging Face's
+    is imported as it is stored: master weights, to train on, or packed codes.
 
     Try: bitnet convert SmolLM2-135M/ quant.weights=int quant.bits=4 --out runs/smol-w4
     """
     recipe = load_recipe(settings or [])
     _check(out, recipe, calibration)
     texts = {name: read_text(Path(name)) for name in (calibration, text) if name}
-    model, tokenizer = load_source(source)
+    if recipe.enabled or sub_norm:
+        if master_weights:
+            raise UserError("--master-weights: the model is ternary, without [quant] or --sub-norm")
+        model, tokenizer = load_source(source)
+    else:
+        model, tokenizer = import_model(source, master_weights)
     if context:
         model.config = _shortened(model, context, source)
     rows: list[tuple[str, EvalResult]] = []
@@ -82,7 +95,8 @@ def convert_command(
         folder = save_model(out, model, tokenizer, recipe)
         if recipe.enabled or sub_norm:
             evaluate(str(folder), "after")
-    print(f"{folder}: {model.config.num_parameters()['total']:,} parameters, {recipe}")
+    what = "ternary" if model.config.linear == "ternary" else recipe
+    print(f"{folder}: {model.config.num_parameters()['total']:,} parameters, {what}")
     if rows:
         plain_console().print(_table(rows))
     if sub_norm:

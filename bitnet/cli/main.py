@@ -16,6 +16,7 @@ bitnet = group(
         "generate": "bitnet.cli.generate:generate_command",
         "eval": "bitnet.cli.eval:eval_command",
         "convert": "bitnet.cli.convert:convert_command",
+        "export": "bitnet.cli.export:export_command",
         "ptq": "bitnet.cli.ptq:ptq_command",
         "bench": "bitnet.cli.bench:bench_group",
     },

@@ -1,25 +1,27 @@
 """What a Llama-family checkpoint must hold, in any format: names, shapes, dtypes.
 
-Such models compute what our ``pre_norm`` model with SiLU and full-precision matrices computes, and
-their tensor names are ours, so importing means checking and renaming. Everything is checked from
-headers, in one pass over the names, before a tensor is read or a layer is made: a config may claim
-10^9 layers.
+Llama computes what our ``pre_norm`` model computes, Qwen3 that with ``qk_norm``, and BitNet what
+``sub_norm`` does. Their tensor names are ours, so importing means checking and renaming. Everything
+is checked from headers, in one pass over the names, before a tensor is read or a layer is made: a
+config may claim 10^9 layers. Matrices are floats, or ternary codes with a scale
+(bitnet/export/hf_quantization.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from bitnet.data.tokenizer_json import JsonTokenizer
+from bitnet.data.tokenizer import Tokenizer
+from bitnet.linear import TernaryLinear
 from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError, nearest, user_input
 
-MODEL_TYPES = ("llama", "mistral")
+MODEL_TYPES = ("bitnet", "llama", "mistral", "qwen3")
 """Model types of config.json that compute what our model computes."""
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -32,7 +34,7 @@ class Stored:
     """Its name in the file, for messages."""
     shape: tuple[int, ...]
     read: Callable[[int], Tensor]
-    """Returns its first ``n`` rows in fp32, copied."""
+    """Returns its first ``n`` rows in fp32, copied; of codes, int8."""
 
 
 @dataclass(frozen=True)
@@ -51,28 +53,55 @@ class Shape:
     norm_eps: float
     tied: bool
     """Whether the head may be the embedding."""
+    activation: Literal["relu2", "silu"] = "silu"
+    sub_norm: bool = False
+    """BitNet's norms before o_proj and down_proj."""
+    qk_norm: bool = False
+    """Qwen3's norms of each head's queries and keys."""
+    ternary: bool = False
+    """Whether the layers' matrices are ternary: latent floats that are quantized in each forward,
+    or, if ``coded``, codes and a scale."""
+    coded: bool = False
 
-    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Our names of all tensors, and their shapes: an iterator, since a damaged file may claim
-        any number of layers."""
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """A layer's matrices: name -> (rows, columns)."""
         d, kv = self.d_model, self.d_model // self.n_heads * self.n_kv_heads
-        yield _EMBEDDING, (self.vocab_size, d)
-        yield "norm.weight", (d,)
-        yield _HEAD, (self.vocab_size, d)
-        layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm": (d,),
+        return {
             "self_attn.q_proj": (d, d),
             "self_attn.k_proj": (kv, d),
             "self_attn.v_proj": (kv, d),
             "self_attn.o_proj": (d, d),
-            "post_attention_layernorm": (d,),
             "mlp.gate_proj": (self.d_ff, d),
             "mlp.up_proj": (self.d_ff, d),
             "mlp.down_proj": (d, self.d_ff),
         }
+
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Our names of all tensors, and their shapes: an iterator, since a damaged file may claim
+        any number of layers."""
+        d = self.d_model
+        yield _EMBEDDING, (self.vocab_size, d)
+        yield "norm.weight", (d,)
+        yield _HEAD, (self.vocab_size, d)
+        layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (d,),
+            "post_attention_layernorm.weight": (d,),
+        }
+        if self.sub_norm:
+            layer |= {
+                "self_attn.attn_sub_norm.weight": (d,),
+                "mlp.ffn_sub_norm.weight": (self.d_ff,),
+            }
+        if self.qk_norm:
+            head = (d // self.n_heads,)
+            layer |= {"self_attn.q_norm.weight": head, "self_attn.k_norm.weight": head}
+        for name, size in self.matrices().items():
+            layer[f"{name}.weight"] = size
+            if self.coded:
+                layer[f"{name}.weight_scale"] = (1,)
         for i in range(self.n_layers):
             for name, shape in layer.items():
-                yield f"layers.{i}.{name}.weight", shape
+                yield f"layers.{i}.{name}", shape
 
 
 def check_type(source: Path, model_type: str) -> None:
@@ -110,7 +139,7 @@ def check_tensors(source: Path, shape: Shape, stored: Mapping[str, Stored]) -> N
 
 
 def build(
-    source: Path, shape: Shape, stored: Mapping[str, Stored], tokenizer: JsonTokenizer
+    source: Path, shape: Shape, stored: Mapping[str, Stored], tokenizer: Tokenizer
 ) -> Transformer:
     """Build the model, after :func:`check_tensors` has passed.
 
@@ -120,7 +149,7 @@ def build(
 
     Raises:
         UserError: sizes that our model cannot have, a tensor that cannot be read or is not finite,
-            a tokenizer of more tokens than the model has.
+            a scale of 0 or below, a tokenizer of more tokens than the model has.
     """
     rows = tokenizer.vocab_size
     if rows > shape.vocab_size:
@@ -128,41 +157,55 @@ def build(
             f"{source}: the tokenizer has {rows} tokens, the model only {shape.vocab_size}: they "
             "do not belong together"
         )
-    fields: dict[str, Any] = {
-        "depth": min(1000, shape.n_layers),
-        "linear": "fp",
-        "n_layers": shape.n_layers,
-        "d_model": shape.d_model,
-        "n_heads": shape.n_heads,
-        "n_kv_heads": shape.n_kv_heads,
-        "d_ff": shape.d_ff,
-        "vocab_size": rows,
-        "max_seq_len": shape.max_seq_len,
-        "norm_placement": "pre_norm",
-        "activation": "silu",
-        "rope_theta": shape.rope_theta,
-        "norm_eps": shape.norm_eps,
-    }
-    try:
-        config = ModelConfig(**fields).resolve()
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise UserError(f"{source}: model.{first['loc'][0]}: {first['msg']}") from error
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+    config = _config(source, shape, rows)
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         with user_input(f"{source}: tensor {tensor.name}: cannot be read"):
             values = tensor.read(rows if name in (_EMBEDDING, _HEAD) else tensor.shape[0])
         if not bool(values.isfinite().all()):
             raise UserError(f"{source}: damaged: tensor {tensor.name} holds NaN or infinity")
+        if name.endswith(".weight_scale") and not bool((values > 0).all()):
+            raise UserError(f"{source}: damaged: tensor {tensor.name} is a scale of 0 or below")
         tensors[name] = values
     embedding = tensors[_EMBEDDING]
     head = tensors.setdefault(_HEAD, embedding)
     tied = shape.tied and (head is embedding or torch.equal(head, embedding))
     with torch.device("meta"):
         model = Transformer(replace(config, tie_embeddings=tied))
+    if shape.coded:
+        for i in range(shape.n_layers):
+            for name in (f"layers.{i}.{matrix}" for matrix in shape.matrices()):
+                codes, scale = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.weight_scale")
+                layer = TernaryLinear.from_codes(codes, scale.reshape(()))
+                model.set_submodule(name, layer)
+                tensors |= {f"{name}.{part}": value for part, value in layer.state_dict().items()}
     model.load_state_dict(tensors, assign=True)
     if tied:
         model.lm_head.weight = model.embed_tokens.weight
     return model
+
+
+def _config(source: Path, shape: Shape, vocab_size: int) -> ModelConfig:
+    fields: dict[str, Any] = {
+        "depth": min(1000, shape.n_layers),
+        "linear": "ternary" if shape.ternary else "fp",
+        "n_layers": shape.n_layers,
+        "d_model": shape.d_model,
+        "n_heads": shape.n_heads,
+        "n_kv_heads": shape.n_kv_heads,
+        "d_ff": shape.d_ff,
+        "vocab_size": vocab_size,
+        "max_seq_len": shape.max_seq_len,
+        "norm_placement": "sub_norm" if shape.sub_norm else "pre_norm",
+        "activation": shape.activation,
+        "qk_norm": shape.qk_norm,
+        "rope_theta": shape.rope_theta,
+        "norm_eps": shape.norm_eps,
+    }
+    try:
+        return ModelConfig(**fields).resolve()
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"{source}: model.{first['loc'][0]}: {first['msg']}") from error
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error

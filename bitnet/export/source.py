@@ -1,4 +1,4 @@
-"""Load a full-precision model to quantize, in any of the formats that can be read."""
+"""Load a model in any of the formats that can be read."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from bitnet.schema import UserError
 
 
 def load_source(path: Path | str) -> tuple[Transformer, Tokenizer]:
-    """Load a full-precision model with its tokenizer.
+    """Load a full-precision model with its tokenizer, to quantize it.
 
     Arguments:
         path: a model folder of ours (latent, without a recipe), a local Hugging Face folder, or a
@@ -20,13 +20,43 @@ def load_source(path: Path | str) -> tuple[Transformer, Tokenizer]:
             imported.
     """
     path = Path(path)
+    model, tokenizer = import_model(path)
+    if model.config.linear != "fp":
+        raise UserError(f"{path}: has ternary weights; expected a full-precision model")
+    return model, tokenizer
+
+
+def import_model(path: Path | str, master_weights: bool = False) -> tuple[Transformer, Tokenizer]:
+    """As :func:`load_source`, but a checkpoint of another program may be a ternary one.
+
+    Arguments:
+        master_weights: as of :func:`bitnet.export.hf.load_hf`.
+    """
+    path = Path(path)
     file = path / CONFIG
     if path.is_dir():
         check_no_adapter(path)
     if path.suffix == ".gguf" or path.is_file() or (file.is_file() and not is_ours(file)):
-        return load_hf(path)
+        return load_hf(path, master_weights)
     config = read_config(path)
     if config.weights != "latent" or config.quant.enabled or config.model.linear != "fp":
         what = config.quant if config.quant.enabled else f"{config.weights} ternary weights"
         raise UserError(f"{path}: has {what}; expected a full-precision model")
+    if master_weights:
+        raise UserError(f"{path}: --master-weights is for Hugging Face folders")
     return load(path)
+
+
+def find_model(path: Path) -> Path:
+    """The model folder that a path names: itself, or the ``model`` folder of a run.
+
+    Raises:
+        UserError: a run that has no model yet.
+    """
+    if not path.is_dir() or (path / CONFIG).is_file():
+        return path
+    if (path / "model" / CONFIG).is_file():
+        return path / "model"
+    if (path / "config.toml").is_file():
+        raise UserError(f"{path}: is a run without a model, which is written when training ends")
+    return path

@@ -23,6 +23,7 @@ COMMANDS = {
     "prepare": "prepare {root}/text.txt --path {out} --tokenizer {root}/tokenizer.model",
     "pack": "pack {root}/model --tokens 1 --out {out}",
     "convert": "convert {root}/fp quant.weights=int --out {out}",
+    "export": "export {root}/model --to hf --out {out}",
     "ptq --out": "ptq {root}/fp --text {root}/text.txt --methods rtn --bits 8 --eval-tokens 64 "
     "--out {out}",
     "ptq --csv": "ptq {root}/fp --text {root}/text.txt --methods rtn --bits 8 --eval-tokens 64 "

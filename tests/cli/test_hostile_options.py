@@ -100,6 +100,10 @@ COMMANDS: dict[str, tuple[str, dict[str, list[str]]]] = {
         "convert {root}/fp --out {new}/converted",
         {"--out": PATHS, "--context": NUMBERS, "--calibration": PATHS, "--text": PATHS},
     ),
+    "export": (
+        "export {root}/model --to hf --out {new}/exported",
+        {"--to": WORDS, "--kind": WORDS, "--out": PATHS},
+    ),
     "bench kernels": (
         "bench kernels --quick --no-estimate --out {new}/k.csv",
         {

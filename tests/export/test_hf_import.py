@@ -76,6 +76,24 @@ def test_mistral_without_a_window(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_qwen3_with_norms_of_queries_and_keys(tmp_path: Path) -> None:
+    fields = {k: v for k, v in llama().config.to_dict().items() if k not in ("model_type",)}
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**fields)).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 1.5) if parameter.dim() == 1 else None
+    model, _ = load_hf(write(theirs, tmp_path / "qwen3"))
+    assert model.config.qk_norm
+    tokens = torch.randint(0, 300, (2, 64))
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-6)
+    edit(tmp_path / "qwen3", lambda c: c.update(head_dim=16))
+    with pytest.raises(UserError, match="heads of 16"):
+        load_hf(tmp_path / "qwen3")
+    edit(tmp_path / "qwen3", lambda c: c.update(head_dim=12, attention_bias=True))
+    with pytest.raises(UserError, match="attention_bias"):
+        load_hf(tmp_path / "qwen3")
+
+
+@torch.no_grad()
 def test_older_configs_and_half_precision(tmp_path: Path) -> None:
     """rope_theta at the top, as transformers 4 wrote it; bf16 weights become the same fp32."""
     folder = write(llama().bfloat16(), tmp_path / "llama")

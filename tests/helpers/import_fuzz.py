@@ -13,8 +13,10 @@ from typing import Any
 import torch
 
 from bitnet.data.tokenizer import train_tokenizer
+from bitnet.export.facts import Facts
 from bitnet.export.folder import load, save_model
 from bitnet.export.hf import load_hf
+from bitnet.export.hf_write import KINDS, save_hf
 from bitnet.export.source import load_source
 from bitnet.linear import pack
 from bitnet.model import ModelConfig, Transformer
@@ -126,6 +128,10 @@ def make_folders(root: Path) -> list[Path]:
         if quant.enabled:
             model = convert(prepare(model, quant))  # type: ignore[assignment]
         folders.append(save_model(root / name, model, tokenizer, quant))
+    for kind in KINDS:
+        model = Transformer(ModelConfig(**shape, d_ff=64))
+        save_hf(model, tokenizer, root / f"hf-{kind}", kind, Facts("model"))
+        folders.append(root / f"hf-{kind}")
     return folders
 
 
@@ -151,8 +157,8 @@ def fuzz_folders(root: Path, count: int, seed: int) -> int:
     rng, loaded = random.Random(seed), 0
     originals = make_folders(root / "whole")
     for folder in originals:
-        theirs = folder.name in ("hf", "shards")
-        assert check(lambda: (load_hf if theirs else load)(folder), folder.name)  # noqa: B023
+        read = load_hf if folder.name.startswith(("hf", "shards")) else load
+        assert check(lambda: read(folder), folder.name)  # noqa: B023
     for number in range(count):
         original = rng.choice(originals)
         folder = root / "mutant"
@@ -174,7 +180,8 @@ def fuzz_folders(root: Path, count: int, seed: int) -> int:
                 change(folder / name, rng)
         if rng.random() < 0.8:
             sign(folder)
-        read = load if original.name in ("packed", "integer") else load_source
+        coded = original.name in ("packed", "integer")
+        read = load if coded else load_hf if original.name.startswith("hf-") else load_source
         loaded += check(lambda: read(folder), what)  # noqa: B023
     shutil.rmtree(folder, ignore_errors=True)
     return loaded

@@ -1,0 +1,61 @@
+"""What is known of how a model was trained, for the card or the metadata of an export.
+
+The model folder of a run lies in the run's folder, which has its config and its metrics. A folder
+that was moved elsewhere is exported without them.
+"""
+
+import json
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitnet.schema import read_file
+
+_MAX_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run says of its model; empty where there is no run."""
+
+    name: str
+    """Of the run, or of the model folder."""
+    config: str = ""
+    """The run's config.toml."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """The newest evaluation: ``step``, ``tokens``, ``val_loss`` (nats) and ``val_bpb``."""
+    sources: tuple[str, ...] = ()
+    """The training data, as ``data.sources`` names it."""
+
+
+def read_facts(folder: Path) -> Facts:
+    """The facts of a model folder. Raises UserError for a config or metrics that cannot be read."""
+    folder = folder.resolve()
+    run = folder.parent
+    config, metrics = run / "config.toml", run / "metrics.jsonl"
+    if not (config.is_file() and metrics.is_file()):
+        return Facts(folder.name)
+    text = read_file(config, _MAX_BYTES).decode(errors="replace")
+    return Facts(run.name, text, _last_evaluation(metrics), _sources(text))
+
+
+def _last_evaluation(path: Path) -> dict[str, Any]:
+    for line in reversed(read_file(path, _MAX_BYTES).splitlines()):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):  # a killed run's last line
+            continue
+        if isinstance(row, dict) and "val_loss" in row:
+            return row
+    return {}
+
+
+def _sources(text: str) -> tuple[str, ...]:
+    """``data.sources`` of a run's config; those of a mixture are tables."""
+    try:
+        sources = tomllib.loads(text)["data"]["sources"]
+    except (tomllib.TOMLDecodeError, KeyError, TypeError):
+        return ()
+    names = [one.get("name", "") if isinstance(one, dict) else one for one in sources]
+    return tuple(str(name) for name in names)

@@ -1,0 +1,74 @@
+"""What ``bitnet export --verify`` compared, and the comparison that every format shares.
+
+Codes and scales are integers and fp32 numbers that a format stores or recomputes: they must be
+equal, whatever the format. How the logits of another program may differ depends on its arithmetic,
+so each format's own verifier says it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bitnet.linear import BitLinear, TernaryLinear
+from bitnet.model import Transformer
+
+
+@dataclass
+class Verification:
+    """One line per comparison."""
+
+    compared: list[str] = field(default_factory=list)
+    """What was compared and agrees, with its figures."""
+    differences: list[str] = field(default_factory=list)
+    """What differs."""
+    skipped: list[str] = field(default_factory=list)
+    """What could not be compared here, and what to install for it."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+    def record(self, agrees: bool, line: str) -> None:
+        """Add a line where it belongs."""
+        (self.compared if agrees else self.differences).append(line)
+
+
+def ternary_matrices(model: Transformer) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, codes int8 ``[N, K]`` and fp32 scale of each ternary matrix, latent or packed."""
+    for name, module in model.named_modules():
+        if isinstance(module, BitLinear):
+            yield name, *module.quantize()
+        elif isinstance(module, TernaryLinear):
+            yield name, module.codes(), module.scale
+
+
+def compare_codes(model: Transformer, loaded: Transformer, result: Verification) -> None:
+    """Compare codes, scales and the parameters around them with those of the model that was read
+    back from the file."""
+    theirs = {name: (codes, scale) for name, codes, scale in ternary_matrices(loaded)}
+    matrices = weights = 0
+    for name, codes, scale in ternary_matrices(model):
+        codes_read, scale_read = theirs.pop(name, (None, None))
+        if codes_read is None or scale_read is None:
+            result.differences.append(f"{name}: is not there, or is not ternary")
+            continue
+        if not torch.equal(codes, codes_read):
+            result.differences.append(f"{name}: codes differ")
+        if not torch.equal(scale, scale_read):
+            result.differences.append(f"{name}: scales differ: {scale} and {scale_read}")
+        matrices, weights = matrices + 1, weights + codes.numel()
+    result.differences += [f"{name}: is ternary in the file only" for name in theirs]
+    rest = dict(loaded.named_parameters())
+    for name, parameter in model.named_parameters():
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), BitLinear):
+            continue
+        if name not in rest or not torch.equal(rest[name], parameter):
+            result.differences.append(f"{name}: differs")
+    if not result.differences:
+        result.compared.append(
+            f"{matrices} matrices read back: {weights:,} codes and their scales are equal, and so "
+            "are embeddings and norms"
+        )
