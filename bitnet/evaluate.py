@@ -11,8 +11,8 @@ text, in bits per byte, after arithmetic coding with the model's probabilities.
 
 The text is cut into windows of the context length that do not overlap. Each token except the first
 is predicted once; the first tokens of a window are predicted from little context. Sliding windows
-would give somewhat better numbers and cost several times as much. Sums are in float64 and the
-softmax in fp32; the result depends on the batch size only by rounding.
+(bitnet/perplexity.py) give somewhat better numbers and cost several times as much. Sums are in
+float64 and the softmax in fp32; the result depends on the batch size only by rounding.
 """
 
 import gzip
@@ -70,11 +70,22 @@ class EvalResult(NamedTuple):
     """tokens predicted"""
     bytes: int
     """bytes of UTF-8 that those tokens stand for"""
+    nats_per_word: float = math.nan
+    """as ``loss``, per word: what white space separates (of a text only)"""
 
     @property
     def perplexity(self) -> float:
-        """exp(loss); infinite if that is beyond a float."""
-        return math.inf if self.loss > 700 else math.exp(self.loss)
+        """Per token: exp(loss); infinite if that is beyond a float."""
+        return _exp(self.loss)
+
+    @property
+    def word_perplexity(self) -> float:
+        """Per word: exp(nats_per_word); infinite if that is beyond a float."""
+        return _exp(self.nats_per_word)
+
+
+def _exp(value: float) -> float:
+    return math.inf if value > 700 else math.exp(value)
 
 
 def evaluate_windows(
@@ -139,6 +150,7 @@ def evaluate_text(
     text: str,
     batch_size: int = 0,
     track: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
+    context: int = 0,
 ) -> EvalResult:
     """Evaluate on a text taken as one document, predicting every token of it.
 
@@ -148,9 +160,18 @@ def evaluate_text(
     Arguments:
         model, batch_size: see :func:`evaluate_windows`.
         track: wraps the windows to show progress, as ``bitnet.progress.Reports.track`` does.
+        context: tokens of a window; 0 = the model's context.
     Raises:
         UserError: the text is empty, or the tokenizer is not the model's.
     """
+    check_text_fits(model, tokenizer, text)
+    windows = text_windows(tokenizer, text, context or model.config.max_seq_len)
+    nats, tokens = _negative_log_likelihood(model, track(windows), batch_size)
+    return of_text(nats / tokens, tokens, tokens, text)
+
+
+def check_text_fits(model: Transformer, tokenizer: Tokenizer, text: str) -> None:
+    """Raise UserError if a text is empty, or the tokenizer has more tokens than the model."""
     if not text:
         raise UserError("the text to evaluate is empty")
     vocab_size = model.config.vocab_size
@@ -159,9 +180,20 @@ def evaluate_text(
             f"the tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens, "
             f"the model only {vocab_size}: they do not belong together"
         )
-    windows = text_windows(tokenizer, text, model.config.max_seq_len)
-    nats, tokens = _negative_log_likelihood(model, track(windows), batch_size)
-    return _result(nats, tokens, len(text.encode()))
+
+
+def of_text(loss: float, predicted: int, tokens: int, text: str) -> EvalResult:
+    """The result on a text of so many tokens, of which all or nearly all were predicted: the mean
+    loss of those stands for all, per byte and per word."""
+    nats = loss * tokens
+    words = len(text.split())
+    return EvalResult(
+        loss=loss,
+        bits_per_byte=nats / math.log(2) / len(text.encode()),
+        tokens=predicted,
+        bytes=len(text.encode()),
+        nats_per_word=nats / words if words else math.nan,
+    )
 
 
 def compressor_baselines(text: bytes) -> dict[str, float]:
@@ -178,6 +210,11 @@ def compressor_baselines(text: bytes) -> dict[str, float]:
         "gzip -9": 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text),
         "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
     }
+
+
+def logits_at_once(device: torch.device) -> int:
+    """Most logits that an evaluation computes together on a device."""
+    return _CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS
 
 
 @contextmanager
@@ -219,8 +256,7 @@ def _negative_log_likelihood(
     world = world or World(device)
     total = torch.zeros((), dtype=torch.float64, device=device)
     tokens = 0
-    logits_at_once = _CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS
-    max_predictions = logits_at_once // model.config.vocab_size
+    max_predictions = logits_at_once(device) // model.config.vocab_size
     with evaluation_mode(model):
         for batch, counts in _share(_batches(windows, batch_size, max_predictions), world):
             batch_BT = batch.to(device, torch.int64)
