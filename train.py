@@ -44,7 +44,7 @@ from bitnet.data.prefetch import Prefetcher
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.durable import write_atomic
 from bitnet.evaluate import EvalResult, evaluate_windows, evaluation_mode, mixed
-from bitnet.export.folder import read_config, save_model
+from bitnet.export.folder import chat_template_of, read_config, save_model
 from bitnet.generate import encode_prompt, generate
 from bitnet.model import KVCache, Transformer
 from bitnet.progress import reporting
@@ -330,6 +330,7 @@ def save_trained(log: RunLog, run: Run, data: Data, autocast: torch.autocast, wo
     if not world.is_main:
         return
     trained, quant = as_saved(model, config.quant)
+    data.tokenizer.chat_template = chat_template_of(config.train.init_from)
     folder = save_model(config.run_dir / "model", trained, data.tokenizer, quant=quant)
     integers = quant.enabled or trained.config.linear == "ternary"
     then = f"pack {folder}" if integers else f"ptq {folder} --data {data.parts[0].train.path}"

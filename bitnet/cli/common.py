@@ -15,8 +15,8 @@ from rich.console import Console
 from bitnet.config import describe
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.export.folder import load
-from bitnet.linear import Kernel
-from bitnet.model import Transformer
+from bitnet.linear import Kernel, pack
+from bitnet.model import Transformer, as_transformer
 from bitnet.presets import presets
 from bitnet.progress import plain_console
 from bitnet.schema import UserError, nearest, read_file
@@ -169,3 +169,11 @@ def load_for_inference(folder: Path, device: str, kernel: Kernel) -> tuple[Trans
         return load(folder, target, kernel)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def packed_bf16(model: Transformer, kernel: Kernel) -> Transformer:
+    """Cast a model to bf16, the dtype of the GPU kernels. Ternary layers are packed before, so that
+    their codes and scales are those of the fp32 weights."""
+    if model.config.linear == "ternary":
+        model = as_transformer(pack(model, kernel))
+    return model.to(torch.bfloat16)

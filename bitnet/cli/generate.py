@@ -4,18 +4,15 @@ import sys
 from contextlib import nullcontext
 from typing import Annotated
 
-import torch
 import typer
 
-from bitnet.cli.common import Device, Folder, KernelOption, load_for_inference
+from bitnet.cli.common import Device, Folder, KernelOption, load_for_inference, packed_bf16
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.engine.decoder import CacheDtype, HeadDtype
 from bitnet.engine.engine import Engine
 from bitnet.engine.request import SamplingParams
 from bitnet.export.folder import read_config
 from bitnet.generate import encode_prompt, size_for
-from bitnet.linear import Kernel, pack
-from bitnet.model import Transformer, as_transformer
 from bitnet.progress import reporting
 
 
@@ -70,14 +67,6 @@ def generate_command(
     )
     if interrupted:
         raise typer.Exit(130)  # 128 + SIGINT, as shells have it
-
-
-def packed_bf16(model: Transformer, kernel: Kernel) -> Transformer:
-    """Cast a model to bf16, the dtype of the GPU kernels. Ternary layers are packed before, so that
-    their codes and scales are those of the fp32 weights."""
-    if model.config.linear == "ternary":
-        model = as_transformer(pack(model, kernel))
-    return model.to(torch.bfloat16)
 
 
 class _Output:

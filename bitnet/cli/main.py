@@ -14,13 +14,14 @@ bitnet = group(
         "inspect": "bitnet.cli.inspect:inspect_group",
         "pack": "bitnet.cli.pack:pack_command",
         "generate": "bitnet.cli.generate:generate_command",
+        "chat": "bitnet.cli.chat:chat_command",
         "eval": "bitnet.cli.eval:eval_command",
         "convert": "bitnet.cli.convert:convert_command",
         "export": "bitnet.cli.export:export_command",
         "ptq": "bitnet.cli.ptq:ptq_command",
         "bench": "bitnet.cli.bench:bench_group",
     },
-    "Ternary language models: train, inspect configs, pack, generate, evaluate.\n\n"
+    "Ternary language models: train, inspect configs, pack, generate, chat, evaluate.\n\n"
     "Try: bitnet train quickstart\n\n"
     "With --debug anywhere in a command, or BITNET_DEBUG=1, an error shows its traceback.",
 )

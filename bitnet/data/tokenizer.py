@@ -40,6 +40,7 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
+from bitnet.data.chat_template import ChatTemplate, Message
 from bitnet.data.tokenizer_training import train_model
 from bitnet.durable import write_atomic
 from bitnet.schema import UserError, nearest, read_file, user_input
@@ -77,6 +78,8 @@ class Tokenizer:
         vocab_size: number of ids, V.
         eos_id: the end-of-document token; ``encode`` never produces it.
         eos_ids: all tokens that end a generated text, ``eos_id`` first.
+        specials: the control tokens, which no text becomes: name -> id.
+        chat_template: how the model was trained to answer; None where nothing is known of it.
 
     Raises:
         UserError: the file is missing, is not a sentencepiece model, has no end-of-sentence token,
@@ -84,6 +87,7 @@ class Tokenizer:
     """
 
     file_name = "tokenizer.model"
+    chat_template: ChatTemplate | None = None
     _prefix = ""
     _advice = (
         "train it with byte_fallback, normalization_rule_name=identity, "
@@ -104,6 +108,8 @@ class Tokenizer:
         if self.eos_id < 0:
             raise UserError(f"{self.path}: the tokenizer has no end-of-sentence token (eos_id)")
         self.eos_ids: tuple[int, ...] = (self.eos_id,)
+        control = filter(self._decoder.is_control, range(self.vocab_size))
+        self.specials = {self._piece(token): token for token in control}
         first = self._decoder.encode("a")[:1]
         self._prefix = " " if first and self._piece(first[0]).startswith(_SPACE) else ""
         self._separable = not any(
@@ -121,8 +127,21 @@ class Tokenizer:
 
     def special_id(self, name: str) -> int | None:
         """The id of a control token by its name, such as "</s>"; None where there is none."""
-        token: int = self._decoder.piece_to_id(name)
-        return token if self._decoder.is_control(token) else None
+        return self.specials.get(name)
+
+    def encode_chat(self, template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
+        """The ids of a chat up to where the assistant is to answer. Special tokens that the
+        template names are these tokens; in a message, their names are text.
+
+        Raises:
+            UserError: the template refuses the messages; a text that cannot be encoded.
+        """
+        parts = template.segments(messages, self.specials)
+        return [
+            token
+            for part in parts
+            for token in ([part] if isinstance(part, int) else self.encode(part))
+        ]
 
     def _piece(self, token: int) -> str:
         return self._decoder.id_to_piece(token)

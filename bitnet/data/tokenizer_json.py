@@ -98,8 +98,8 @@ class JsonTokenizer(Tokenizer):
         listed = _listed(self.model_bytes)
         ends = [number for name, number in specials.items() if name in listed]
         self.eos_ids = (eos_id, *sorted(set(ends) - {eos_id}))
-        self._pieces, self._specials = pieces, set(specials.values())
-        self._special_names = specials
+        self._pieces = pieces
+        self.specials = specials
         ordinary = self._backend.get_vocab(with_added_tokens=False)
         self._bytes = bytes(b for b, mark in _byte_marks().items() if mark in ordinary)
         self._check_lossless([f" {name} " for name in self._ordinary_added()])
@@ -116,17 +116,13 @@ class JsonTokenizer(Tokenizer):
             return dressed[-1]
         return next((specials[name] for name in _EOS_NAMES if name in specials), None)
 
-    def special_id(self, name: str) -> int | None:
-        """The id of a special token by its name, such as "<|eot_id|>"; None where there is none."""
-        return self._special_names.get(name)
-
     @cached_property
     def token_bytes(self) -> np.ndarray:
         """int64 ``[V]``: the UTF-8 bytes that each id stands for; 0 for special and unused ids."""
-        alphabet = set(_byte_marks().values())
+        alphabet, specials = set(_byte_marks().values()), set(self.specials.values())
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, token in self._pieces.items():
-            if token not in self._specials:
+            if token not in specials:
                 # as the decoder does: a piece with one foreign character stands for itself
                 mapped = alphabet.issuperset(piece)
                 sizes[token] = len(piece) if mapped else len(piece.encode())

@@ -4,6 +4,7 @@
         model.safetensors   tensors; Hugging Face's BitNet names without the leading "model."
         config.json         format, version, the resolved ModelConfig, sha256 of every file
         tokenizer.model     the sentencepiece model (or tokenizer.json, of that kind)
+        chat_template.json  of a chat model: how messages become text (bitnet/data/chat_template.py)
 
 Weights come in three forms. *latent*: the fp32 weights of training, from which training can go on.
 *packed*: each ternary matrix as ``<name>.codes``, five base-3 digits per byte (uint8
@@ -43,6 +44,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from bitnet.data import chat_template
+from bitnet.data.chat_template import ChatTemplate, read_chat_template
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.data.tokenizer_json import TOKENIZER_FILES, load_tokenizer
 from bitnet.durable import each_tensor, new_folder, save_tensors, sha256
@@ -147,6 +150,8 @@ def save_model(
         save_tensors(aside / TENSORS, tensors)
         if tokenizer is not None:
             (aside / tokenizer.file_name).write_bytes(tokenizer.model_bytes)
+            if tokenizer.chat_template is not None:
+                (aside / chat_template.FILE).write_bytes(tokenizer.chat_template.to_json())
         config: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -181,7 +186,16 @@ def load(
     model = load_model(folder, device, kernel)
     tokenizer = load_tokenizer(folder / names[0])
     _check_vocab(tokenizer, config.model, str(tokenizer.path))
+    if chat_template.FILE in config.sha256:
+        tokenizer.chat_template = chat_template_of(folder)
     return model, tokenizer
+
+
+def chat_template_of(folder: Path | str) -> ChatTemplate | None:
+    """The chat template of a model folder; None if it has none, or there is no such folder ("").
+    Raises UserError for a damaged file."""
+    path = Path(folder) / chat_template.FILE
+    return read_chat_template(path) if folder and path.is_file() else None
 
 
 def load_model(
@@ -423,7 +437,7 @@ def _refuse_to_replace(folder: Path) -> None:
         folder.resolve()
     if folder.is_dir():
         present = {path.name for path in folder.iterdir()}
-        for name in sorted(present - {CONFIG, TENSORS, *TOKENIZER_FILES}):
+        for name in sorted(present - {CONFIG, TENSORS, chat_template.FILE, *TOKENIZER_FILES}):
             raise UserError(
                 f"{folder}: holds {name}, which is not part of a model folder and would be "
                 "deleted; choose another folder"

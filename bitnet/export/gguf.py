@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet.data.chat_template import ChatTemplate, template_of
 from bitnet.data.tokenizer_json import JsonTokenizer, with_eos
 from bitnet.export.llama import Shape, Stored, build, check_tensors
 from bitnet.model import Transformer
@@ -310,7 +311,18 @@ def _tokenizer(keys: _Keys) -> JsonTokenizer:
         model_bytes = json.dumps(content).encode()
         if ends:
             model_bytes = with_eos(model_bytes, ends[0], ends)
-    return JsonTokenizer(source, model_bytes)
+    tokenizer = JsonTokenizer(source, model_bytes)
+    tokenizer.chat_template = _chat_template(keys, tokens)
+    return tokenizer
+
+
+def _chat_template(keys: _Keys, tokens: list[str]) -> ChatTemplate | None:
+    """The file's chat template, if it has one, with the texts of its special tokens."""
+    template = keys.get("tokenizer.chat_template", str, "")
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    ids = {name: keys.get(f"tokenizer.ggml.{kind}_token_id", int) for name, kind in names.items()}
+    texts = {n: tokens[i] for n, i in ids.items() if i is not None and 0 <= i < len(tokens)}
+    return template_of(keys.source, template, texts) if template else None
 
 
 def _end_tokens(keys: _Keys, tokens: list[str], kinds: list[Any]) -> list[str]:

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from bitnet.data.chat_template import hf_chat_template
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.export.gguf import load_gguf
 from bitnet.export.hf_config import read_config, read_json, shape_of
@@ -60,6 +61,7 @@ def load_hf(source: Path | str, master_weights: bool = False) -> tuple[Transform
     stored = _stored(source, kind)
     check_tensors(source, shape, stored)
     tokenizer = load_hf_tokenizer(source)
+    tokenizer.chat_template = hf_chat_template(source)
     return build(source, shape, stored, tokenizer), tokenizer
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import bitnet.cli.generate as bitnet_generate
-from bitnet.cli.generate import packed_bf16
+from bitnet.cli.common import packed_bf16
 from bitnet.engine.engine import Engine
 from bitnet.export.folder import load
 from bitnet.generate import encode_prompt, generate

@@ -1,6 +1,8 @@
 """Values that no option can have: one line that names the option, and exit code 2."""
 
+import io
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Never
@@ -76,7 +78,30 @@ COMMANDS: dict[str, tuple[str, dict[str, list[str]]]] = {
     ),
     "eval": (
         "eval {root}/model --text {root}/text.txt",
-        {"--text": PATHS, "--split": WORDS, "--device": DEVICES, "--kernel": WORDS},
+        {
+            "--text": PATHS,
+            "--split": WORDS,
+            "--stride": NUMBERS,
+            "--context": NUMBERS,
+            "--limit": NUMBERS,
+            "--fewshot": NUMBERS,
+            "--include-path": PATHS,
+            "--device": DEVICES,
+            "--kernel": WORDS,
+        },
+    ),
+    "chat": (
+        "chat {root}/model",
+        {
+            "--system": WORDS,
+            "--max-new-tokens": NUMBERS,
+            "--temperature": NUMBERS,
+            "--top-k": NUMBERS,
+            "--top-p": NUMBERS,
+            "--seed": NUMBERS,
+            "--stop": WORDS,
+            "--context": NUMBERS,
+        },
     ),
     "eval data": ("eval {root}/model", {"--data": PATHS}),
     "ptq": (
@@ -201,6 +226,7 @@ def nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
         (cli_kernels, "inspect"),
     ):
         monkeypatch.setattr(module, name, reached)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # nobody talks
     monkeypatch.setattr("bitnet_kernels.gpu.common.INTERPRETED", False)
     monkeypatch.setattr(cli_ptq, "evaluate_windows", lambda *_: EvalResult(1.0, 1.0, 1, 1))
 
