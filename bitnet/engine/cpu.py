@@ -9,9 +9,11 @@ reference's bits, while attention, silu and matrices in full precision are float
 their own.
 
 Two families of kernels multiply (kernels/README.md). ``dot`` reads the packed weights where they
-are. ``addsub`` reads bit planes, a second layout of the same size. The decoder then holds no packed
-weights, so these are freed if the model is dropped.
+are. So does ``addsub`` with AVX2; elsewhere it reads bit planes, a second layout of the same size.
+The decoder then holds no packed weights, so these are freed if the model is dropped.
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ class CpuRunner:
     Arguments:
         weights: the model's, not fused. state: the rows.
         chunk: most tokens of a row in a prefill.
+        addsub: multiply packed weights by addsub, which must take them.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class CpuRunner:
         weights: ModelWeights,
         state: State,
         chunk: int,
+        addsub: bool = False,
     ) -> None:
+        read = partial(_matrix, addsub=addsub)
         self._state, self._most = state, max(state.tokens.shape[0], chunk)
         layers = []
         for layer in weights.layers:
-            q, k, v = (_matrix(matrix) for matrix in layer.qkv)
-            gate, up = (_matrix(matrix) for matrix in layer.gate_up)
+            q, k, v = (read(matrix) for matrix in layer.qkv)
+            gate, up = (read(matrix) for matrix in layer.gate_up)
             layers.append(
                 native.Layer(
                     input_norm=_norm(layer.input_norm),
@@ -62,10 +67,10 @@ class CpuRunner:
                     q=q,
                     k=k,
                     v=v,
-                    o=_matrix(layer.o),
+                    o=read(layer.o),
                     gate=gate,
                     up=up,
-                    down=_matrix(layer.down),
+                    down=read(layer.down),
                 )
             )
         model = native.Model(
@@ -77,7 +82,7 @@ class CpuRunner:
             embedding=weights.embedding,
             layers=layers,
             norm=native.NormWeights(*weights.norm),
-            head=_matrix(weights.head),
+            head=read(weights.head),
             max_len=state.max_len,
             kv=state.kv,
             kv_scale=state.scale,
@@ -120,7 +125,7 @@ class CpuRunner:
             self._state.lengths[row] = start + n
 
 
-def _matrix(matrix: Matrix) -> native.MatrixWeights:
+def _matrix(matrix: Matrix, addsub: bool) -> native.MatrixWeights:
     if isinstance(matrix, Dense):
         return native.DenseWeights(matrix.weight)
     if isinstance(matrix, Int8):
@@ -128,7 +133,7 @@ def _matrix(matrix: Matrix) -> native.MatrixWeights:
     assert isinstance(matrix, Ternary)
     if matrix.planes is not None:
         return native.TernaryWeights(matrix.scale, planes=matrix.planes)
-    return native.TernaryWeights(matrix.scale, packed=matrix.packed)
+    return native.TernaryWeights(matrix.scale, packed=matrix.packed, addsub=addsub)
 
 
 def _norm(norm: Norm | None) -> native.NormWeights | None:

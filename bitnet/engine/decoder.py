@@ -63,8 +63,9 @@ class Decoder:
         head: dtype of the output head. "float": the model's. "auto": the model's on a CPU, bf16 on
             CUDA. "int8": absmax codes, one scale per row, for weights and activations.
         kernel: of packed layers. "dot" and "addsub" are families of kernels (kernels/README.md);
-            "addsub" multiplies nothing, and reads bit planes, which are made now. "reference"
-            computes layer by layer with the model's own modules, on a CPU.
+            "addsub" multiplies nothing, and reads bit planes, which are made now (with AVX2 it
+            reads the packed weights). "reference" computes layer by layer with the model's own
+            modules, on a CPU.
     Attributes:
         device, vocab_size, max_batch, max_len, chunk.
         modules: the layers that are neither ternary nor plain; usually none.
@@ -137,7 +138,9 @@ class Decoder:
     ) -> None:
         config, on_cpu = model.config, self.device.type == "cpu"
         packed = packed_copy(model)
-        weights = ModelWeights.of(packed, fused=not on_cpu, planes=kernel == "addsub")
+        addsub = kernel == "addsub"
+        planes = addsub and not (on_cpu and native.families_share_layout())
+        weights = ModelWeights.of(packed, fused=not on_cpu, planes=planes)
         if head == "auto" and not on_cpu and isinstance(weights.head, Dense):
             head = "bf16"
         if head == "bf16" or head == "int8":
@@ -159,7 +162,7 @@ class Decoder:
         self._versions = Versions(model, weights)
         self._runner: CpuRunner | ModuleRunner | CudaRunner
         if in_one_call:
-            self._runner = CpuRunner(config, weights, state, self.chunk)
+            self._runner = CpuRunner(config, weights, state, self.chunk, addsub)
         elif on_cpu:
             self._runner = ModuleRunner(packed, weights, state, self.chunk)
         else:

@@ -129,7 +129,10 @@ int check_products(const bn_products *table) {
     linear l = new_linear(below(2) ? 5 : 140, 80);
     return check_bits(table, &l) || check_block("dot of packed", table->dot, &l.packed, &l) ||
            check_block("dot of planes", table->dot, &l.planes, &l) ||
-           check_block("addsub", table->addsub, &l.planes, &l) || check_rescale(table, &l);
+           check_block("addsub", table->addsub, &l.planes, &l) ||
+           (table->addsub_packed &&
+            check_block("addsub of packed", table->addsub, &l.packed, &l)) ||
+           check_rescale(table, &l);
 }
 
 /* A whole layer, on one to five threads. */
@@ -154,7 +157,7 @@ static void share(const bn_team *team, void *argument) {
 int check_share(const bn_products *table) {
     linear l = new_linear(below(2) ? 5 : 300, 200);
     bool dot = below(2);
-    const bn_ternary *w = dot && below(2) ? &l.packed : &l.planes;
+    const bn_ternary *w = (dot || table->addsub_packed) && below(2) ? &l.packed : &l.planes;
     int64_t ld = l.n + below(3), count = (l.m - 1) * ld + l.n;
     float *got = NEW(float, count), *expected = NEW(float, count);
     call c = {&l, w, dot ? table->dot : table->addsub, got, ld, below(2),

@@ -17,7 +17,7 @@ from bitnet_kernels.packing import packed_columns, plane_words
 
 _I64, _F32, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _KINDS = native.KINDS
-_PACKED, _ADDSUB = 4, 5
+_PACKED, _ADDSUB, _PACKED_ADDSUB = 4, 5, 6
 MAX_HEAD_DIM = 256
 """BN_HEAD of ``native/internal.h``."""
 
@@ -84,13 +84,15 @@ class TernaryWeights(NamedTuple):
     """A ternary matrix ``[N, K]``, in one of two layouts (:mod:`bitnet_kernels.packing`), and its
     scale, fp32 ``[]`` or ``[N]``.
 
-    ``packed`` uint8 ``[N, ceil(K/64)*16]`` is for the family dot, ``planes`` int32
-    ``[N, 2, words]`` for addsub.
+    ``packed`` uint8 ``[N, ceil(K/64)*16]`` is for the family dot, or with ``addsub`` for that one
+    where it takes packed weights (:func:`native.families_share_layout`); ``planes`` int32
+    ``[N, 2, words]`` is for addsub.
     """
 
     scale: Tensor
     packed: Tensor | None = None
     planes: Tensor | None = None
+    addsub: bool = False
 
 
 MatrixWeights = DenseWeights | TernaryWeights
@@ -193,7 +195,10 @@ class _Bound:
         scale = self.pointer(matrix.scale, [n] if per_row else [], torch.float32)
         p = packed_columns(k)
         if matrix.packed is not None:
-            weight, kind = self.pointer(matrix.packed, [n, p], torch.uint8), _PACKED
+            weight = self.pointer(matrix.packed, [n, p], torch.uint8)
+            kind = _PACKED_ADDSUB if matrix.addsub else _PACKED
+            fits = native.families_share_layout() or not matrix.addsub
+            _require(fits, "addsub needs bit planes on this CPU")
         else:
             words = plane_words(p)
             weight, kind = self.pointer(matrix.planes, [n, 2, words], torch.int32), _ADDSUB

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-ABI = 7
+ABI = 8
 """BN_ABI of ``native/bitnet_cpu.h``."""
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _NORM = (_POINTER, _POINTER, _F32, _I64, _I64)
@@ -32,6 +32,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "bn_isa_name": (ctypes.c_char_p, (_I32,)),
     "bn_isa_use": (_I32, (ctypes.c_char_p,)),
     "bn_isa_used": (ctypes.c_char_p, ()),
+    "bn_families_share_layout": (_I32, ()),
     "bn_use_openmp": (None, (_POINTER, _POINTER, _POINTER)),
     "bn_workspace": (_I64, (_POINTER,)),
     "bn_step": (_I64, (_POINTER, _I64, _I32)),
@@ -188,6 +189,13 @@ def use(name: str) -> None:
     if lib is None:
         raise ValueError(f"name: {missing()}")
     _use(lib, name, "name")
+
+
+def families_share_layout() -> bool:
+    """Whether addsub, by the instruction set in use, reads packed weights: there is then no second
+    layout, of bit planes."""
+    lib = library()
+    return lib is not None and bool(lib.bn_families_share_layout())
 
 
 def threads() -> int:

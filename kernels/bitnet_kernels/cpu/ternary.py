@@ -29,16 +29,19 @@ def takes_addsub(kernel: str, m: int, packed: Tensor, planes: Tensor | None) -> 
     ``auto`` means dot, except for one token and weights that no cache holds: there both families
     wait for memory. addsub was the faster by a tenth on an Ice Lake (57 against 48 G weights/s at
     55 MB) and the slower by 6% on a busy Sapphire Rapids. In a cache dot leads for one token (156
-    against 97) and the more so for more (128 tokens: 250 against 94).
+    against 97) and the more so for more (128 tokens: 250 against 94). With AVX2 addsub computes for
+    longer than it waits: 46 G weights/s against 76 (Zen 3, 55 MB).
     """
     if kernel == "auto":
-        return planes is not None and m == 1 and packed.nbytes > _CACHE
+        waits = planes is not None and not native.families_share_layout()
+        return waits and m == 1 and packed.nbytes > _CACHE
     return kernel == "addsub"
 
 
 def matmul(x_q: Tensor, packed: Tensor, planes: Tensor | None, addsub: bool) -> Tensor:
-    """int8 ``[M, K]`` times packed uint8 ``[N, P]`` -> int32 ``[M, N]``. ``addsub`` reads the bit
-    planes; without ``planes`` it makes them, which takes longer than the product."""
+    """int8 ``[M, K]`` times packed uint8 ``[N, P]`` -> int32 ``[M, N]``. ``addsub`` reads bit
+    planes, unless both families read packed weights; without ``planes`` it makes them, which takes
+    longer than the product."""
     (m, k), n = x_q.shape, packed.shape[0]
     acc = x_q.new_empty((m, n), dtype=torch.int32)
     if m and n:
@@ -104,7 +107,7 @@ def bit_planes(packed: Tensor) -> Tensor:
 
 def _weights(packed: Tensor, planes: Tensor | None, addsub: bool) -> list[Tensor | None]:
     """The layout that the kernel reads, and None for the other."""
-    if not addsub:
+    if not addsub or native.families_share_layout():
         return [packed, None]
     return [None, bit_planes(packed) if planes is None else planes]
 

@@ -17,7 +17,7 @@
 #endif
 
 /* Grows with every change of this file; native.py refuses a library of another version. */
-#define BN_ABI 7
+#define BN_ABI 8
 
 BN_API int32_t bn_abi(void);
 
@@ -29,6 +29,8 @@ BN_API const char *bn_isa_name(int32_t i);
 BN_API int32_t bn_isa_use(const char *name);
 /* The name of the one in use. */
 BN_API const char *bn_isa_used(void);
+/* Whether addsub of the one in use takes packed weights. */
+BN_API int32_t bn_families_share_layout(void);
 
 /* Threads (threads.c) */
 
@@ -39,7 +41,8 @@ BN_API void bn_use_openmp(void *parallel, void *thread_num, void *num_threads);
 /* Ternary products (product.c)
  *
  * `packed` [N, ceil(K/64) * 16], or `planes` [N, 2, words] where that is NULL. `addsub`: 1 for the
- * kernel without multiplications, which needs the planes; 0 for dot, which takes either. */
+ * kernel without multiplications, which needs the planes unless bn_families_share_layout; 0 for dot,
+ * which takes either. */
 
 /* Bytes of the workspace of these operators. */
 BN_API int64_t bn_ternary_workspace(int32_t threads, int64_t m, int64_t k);
@@ -73,7 +76,8 @@ enum {
     BN_MATRIX_F16,
     BN_MATRIX_I8, /* with a scale per row */
     BN_MATRIX_PACKED, /* ternary, quarter-planes: family dot */
-    BN_MATRIX_ADDSUB /* ternary, bit planes: family addsub */
+    BN_MATRIX_ADDSUB, /* ternary, bit planes: family addsub */
+    BN_MATRIX_PACKED_ADDSUB /* the same: family addsub, if bn_families_share_layout */
 };
 
 /* Token by token (rows.c)

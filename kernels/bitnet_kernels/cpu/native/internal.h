@@ -65,8 +65,8 @@ typedef struct {
     int8_t *codes; /* [m, stride] */
     float *scale; /* [m] */
     int32_t *sum; /* [m], of the codes */
-    /* [m, stride / 64, 8]: the eight bits of 64 codes, a word per bit, lowest first. addsub reads
-     * them, and only it: bn_products.bits makes them of the codes. */
+    /* [m, stride / 64, 8]: the eight bits of 64 codes, a word per bit, lowest first. addsub of planes
+     * reads them, and only it: bn_products.bits makes them of the codes. */
     uint64_t *bits;
 } bn_tokens;
 
@@ -119,6 +119,7 @@ typedef void bn_product(
 typedef struct {
     bn_product *dot; /* with multipliers, of either layout of the weights */
     bn_product *addsub; /* without: of planes, and of the tokens' bits */
+    bool addsub_packed; /* addsub takes packed weights as well, and then no bits */
     /* Make x->bits of tokens m0 to m1. */
     void (*bits)(const bn_tokens *x, int64_t m0, int64_t m1);
     /* out[(m - m0) * out_ld + (n - n0)] = ((float)acc * x->scale[m]) * w->scale[n] (+ w->bias[n]),
@@ -139,7 +140,7 @@ void bn_rescale_portable(
 
 /* One thread's share of y = x W^T, rescaled: out[t * ld + n], or added to what is there (product.c).
  * `family` is a function of bn_products; `scratch` has bn_linear_scratch(k) bytes, aligned to 64. It
- * does not wait for the other threads. For addsub the tokens need their bits (bn_products.bits). */
+ * does not wait for the other threads. For addsub of planes the tokens need their bits. */
 void bn_linear_share(
     const bn_team *team, bn_product *family, const bn_ternary *w, const bn_tokens *x, int64_t m,
     float *out, int64_t ld, bool add, void *scratch

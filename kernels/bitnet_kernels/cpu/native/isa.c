@@ -70,6 +70,8 @@ int32_t bn_isa_use(const char *name) {
 
 const char *bn_isa_used(void) { return bn_isa_current()->name; }
 
+int32_t bn_families_share_layout(void) { return bn_isa_current()->products->addsub_packed; }
+
 const bn_isa *bn_isa_current(void) {
     for (int32_t j = 0; used == NULL; j++) /* portable code runs everywhere */
         if (all[j].runs()) used = &all[j];

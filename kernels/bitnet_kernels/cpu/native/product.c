@@ -118,7 +118,7 @@ static void run_operator(const bn_team *team, void *argument) {
     int64_t begin, end;
     bn_share(team, o->m, 1, &begin, &end);
     for (int64_t t = begin; t < end; t++) take_token(o, t);
-    if (o->addsub) isa->bits(&o->tokens, begin, end);
+    if (o->addsub && !o->w.packed) isa->bits(&o->tokens, begin, end);
     bn_wait(team);
     run_share(
         team, o->addsub ? isa->addsub : isa->dot, &o->w, &o->tokens, o->m, o->out, o->products,

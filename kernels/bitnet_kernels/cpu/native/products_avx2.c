@@ -4,11 +4,11 @@
  * weights + 1, so the sum of the token is taken off at the end. For one token the codes of bits 2
  * and 3 stay in their place: their sums come out four times too large, which is cheaper to undo
  * once than to shift every code.
+ *
+ * addsub gives each of a token's codes the sign of the weight (vpsignb) and sums bytes (vpsadbw).
  */
 #if defined(__x86_64__)
 #include <immintrin.h>
-
-#include <string.h>
 
 #include "internal.h"
 
@@ -190,67 +190,129 @@ static void dot_avx2(
     }
 }
 
-/* Bits of each byte. */
-INLINE __m256i count_bits(__m256i v) {
-    const __m256i low = _mm256_set1_epi8(15);
-    const __m256i table = _mm256_setr_epi8(
-        0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4
+/* addsub */
+
+/* The sums of the low halves of the four lanes of a, b, c and d, modulo 2^32. */
+INLINE __m128i sum_low(__m256i a, __m256i b, __m256i c, __m256i d) {
+    __m256i v = _mm256_hadd_epi32(
+        _mm256_castps_si256(
+            _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88)
+        ),
+        _mm256_castps_si256(
+            _mm256_shuffle_ps(_mm256_castsi256_ps(c), _mm256_castsi256_ps(d), 0x88)
+        )
     );
-    __m256i a = _mm256_shuffle_epi8(table, _mm256_and_si256(v, low));
-    __m256i b = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(v, 4), low));
-    return _mm256_add_epi8(a, b);
+    return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
 }
 
-/* One row times one token: see products_portable.c. The eight planes of 64 columns are two vectors. */
-INLINE int32_t addsub_row(
-    const uint8_t *nonzero, const uint8_t *negative, const uint64_t *bits, int64_t chunks
+/* Code j of each byte of packed weights, less that of weight 0: its sign is the weight's. */
+INLINE __m256i signs(__m256i packed, int j) {
+    __m256i code = _mm256_and_si256(packed, _mm256_set1_epi8((char)(3 << 2 * j)));
+    return _mm256_sub_epi8(code, _mm256_set1_epi8((char)(1 << 2 * j)));
+}
+
+/* Add x, -x or 0, each raised by 128 to be positive: vpsadbw sums bytes without a sign. */
+#define ADD_SIGNED(sum, x, sign) \
+    (sum) = _mm256_add_epi64( \
+        sum, \
+        _mm256_sad_epu8( \
+            _mm256_xor_si256(_mm256_sign_epi8(x, sign), _mm256_set1_epi8(-128)), \
+            _mm256_setzero_si256() \
+        ) \
+    )
+
+/* Columns where the token's code is -128, whose negative is no byte, and the weight is -1. */
+static int32_t wrapped(const uint8_t *packed, int64_t bytes, const int8_t *codes) {
+    int32_t count = 0;
+    for (int j = 0; j < 4; j++)
+        for (int64_t i = 0; i < bytes; i++)
+            count += codes[j * bytes + i] == -128 && (packed[i] >> 2 * j & 3) == 0;
+    return count;
+}
+
+static bool may_wrap(const int8_t *codes, int64_t stride) {
+    int8_t least = 0;
+    for (int64_t i = 0; i < stride; i++) least = codes[i] < least ? codes[i] : least;
+    return least == -128;
+}
+
+/* 32 packed bytes of `rows` rows, times up to four tokens. */
+INLINE void addsub_step(
+    const uint8_t *const packed[4], int64_t bytes, const int8_t *codes, int64_t stride, int64_t i,
+    bool all, int rows, int tokens, __m256i sum[4][4]
 ) {
-    const __m256i zero = _mm256_setzero_si256();
-    __m256i low = zero, high = zero;
-    int64_t ones = 0;
-    while (chunks > 0) {
-        int64_t some = least(chunks, 31); /* bytes count to 255 */
-        __m256i l = zero, h = zero;
-        for (int64_t c = 0; c < some; c++, nonzero += 8, negative += 8, bits += 8) {
-            long long z, s;
-            memcpy(&z, nonzero, 8);
-            memcpy(&s, negative, 8);
-            __m256i set = _mm256_set1_epi64x(z), flip = _mm256_set1_epi64x(s);
-            __m256i a = _mm256_loadu_si256((const __m256i *)bits);
-            __m256i b = _mm256_loadu_si256((const __m256i *)(bits + 4));
-            a = _mm256_and_si256(_mm256_xor_si256(a, flip), set);
-            b = _mm256_and_si256(_mm256_xor_si256(b, flip), set);
-            l = _mm256_add_epi8(l, count_bits(a));
-            h = _mm256_add_epi8(h, count_bits(b));
-            ones += _mm_popcnt_u64((uint64_t)s);
+    __m256i v[4];
+    for (int r = 0; r < rows; r++) v[r] = load(packed[r] + i, all);
+    for (int j = 0; j < 4; j++) {
+        __m256i sign[4];
+        for (int r = 0; r < rows; r++) sign[r] = signs(v[r], j);
+        for (int t = 0; t < tokens; t++) {
+            __m256i x = load(codes + t * stride + j * bytes + i, all);
+            for (int r = 0; r < rows; r++) ADD_SIGNED(sum[r][t], x, sign[r]);
         }
-        low = _mm256_add_epi64(low, _mm256_sad_epu8(l, zero));
-        high = _mm256_add_epi64(high, _mm256_sad_epu8(h, zero));
-        chunks -= some;
     }
-    low = _mm256_sllv_epi64(low, _mm256_setr_epi64x(0, 1, 2, 3));
-    high = _mm256_sllv_epi64(high, _mm256_setr_epi64x(4, 5, 6, 7));
-    int64_t y[8];
-    _mm256_storeu_si256((__m256i *)y, low);
-    _mm256_storeu_si256((__m256i *)(y + 4), high);
-    return (int32_t)(ones + y[0] + y[1] + y[2] + y[3] + y[4] + y[5] + y[6] - y[7]);
 }
 
-static __attribute__((noinline)) void addsub_avx2(
+/* acc of up to two rows (four of one token) and four tokens; of fewer rows, the last is given
+ * several times. */
+INLINE void addsub_tile(
+    const uint8_t *const packed[4], int64_t bytes, const int8_t *codes, int64_t stride,
+    const bool *wraps, int rows, int tokens, int64_t some, int32_t *acc, int64_t ld
+) {
+    const char *next = (const char *)packed[0] + rows * bytes + AHEAD;
+    int64_t full = bytes / 32 * 32, i = 0;
+    __m256i sum[4][4];
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) sum[r][t] = _mm256_setzero_si256();
+    for (; i < full; i += 32) {
+        if (tokens == 1) {
+            _mm_prefetch(next + 4 * i, _MM_HINT_T1);
+            _mm_prefetch(next + 4 * i + 64, _MM_HINT_T1);
+        }
+        addsub_step(packed, bytes, codes, stride, i, true, rows, tokens, sum);
+    }
+    if (i < bytes) addsub_step(packed, bytes, codes, stride, i, false, rows, tokens, sum);
+    /* 128 for each of the 4 * 32 columns of a step */
+    const __m128i raised = _mm_set1_epi32((int32_t)((bytes + 31) / 32 << 14));
+    for (int t = 0; t < tokens; t++) {
+        __m128i y = sum_low(sum[0][t], sum[1][t], sum[rows - 2][t], sum[rows - 1][t]);
+        store(acc + t * ld, _mm_sub_epi32(y, raised), some);
+        if (wraps[t])
+            for (int64_t r = 0; r < some; r++)
+                acc[t * ld + r] += wrapped(packed[r], bytes, codes + t * stride) << 8;
+    }
+}
+
+static void addsub_avx2(
     const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     int32_t *acc, int64_t ld, void *scratch
 ) {
-    (void)scratch;
-    int64_t bytes = 4 * bn_plane_words(w->k), chunks = x->stride / 64;
-    for (int64_t n = n0; n < n1; n++) {
-        const uint8_t *planes = (const uint8_t *)w->planes + 2 * n * bytes;
-        _mm_prefetch((const char *)planes + 4096, _MM_HINT_T0);
-        for (int64_t m = m0; m < m1; m++)
-            acc[(m - m0) * ld + n - n0] =
-                addsub_row(planes, planes + bytes, x->bits + 8 * chunks * m, chunks);
+    if (!w->packed) {
+        bn_addsub_portable(w, x, m0, m1, n0, n1, acc, ld, scratch);
+        return;
+    }
+    int64_t stride = x->stride, bytes = stride / 4;
+    for (int64_t m = m0; m < m1; m += 4) {
+        const int8_t *codes = x->codes + m * stride;
+        int64_t tokens = least(m1 - m, 4), step = tokens == 1 ? 4 : 2;
+        bool wraps[4];
+        for (int t = 0; t < tokens; t++) wraps[t] = may_wrap(codes + t * stride, stride);
+        for (int64_t n = n0; n < n1; n += step) {
+            const uint8_t *rows[4];
+            for (int r = 0; r < 4; r++) rows[r] = w->packed + bytes * least(n + r, n1 - 1);
+            int64_t some = least(n1 - n, step);
+            int32_t *at = acc + (m - m0) * ld + n - n0;
+            switch (tokens) {
+            case 1: addsub_tile(rows, bytes, codes, stride, wraps, 4, 1, some, at, ld); break;
+            case 2: addsub_tile(rows, bytes, codes, stride, wraps, 2, 2, some, at, ld); break;
+            case 3: addsub_tile(rows, bytes, codes, stride, wraps, 2, 3, some, at, ld); break;
+            default: addsub_tile(rows, bytes, codes, stride, wraps, 2, 4, some, at, ld);
+            }
+        }
     }
 }
 
+/* For weights in bit planes. */
 static void addsub_bits_avx2(const bn_tokens *x, int64_t m0, int64_t m1) {
     int64_t chunks = x->stride / 64;
     for (int64_t c = m0 * chunks; c < m1 * chunks; c++) {
@@ -277,6 +339,7 @@ BN_TARGET_END
 const bn_products bn_products_avx2 = {
     .dot = dot_avx2,
     .addsub = addsub_avx2,
+    .addsub_packed = true,
     .bits = addsub_bits_avx2,
     .rescale = rescale,
 };

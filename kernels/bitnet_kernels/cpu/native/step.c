@@ -162,13 +162,13 @@ static void product(
     int64_t ld, bool add
 ) {
     if (w->kind >= BN_MATRIX_PACKED) {
-        bool addsub = w->kind == BN_MATRIX_ADDSUB;
+        bool dot = w->kind == BN_MATRIX_PACKED, planes = w->kind == BN_MATRIX_ADDSUB;
         bn_ternary t = {
-            .n = w->n, .k = w->k, .packed = addsub ? NULL : w->weight,
-            .planes = addsub ? w->weight : NULL, .scale = w->scale,
+            .n = w->n, .k = w->k, .packed = planes ? NULL : w->weight,
+            .planes = planes ? w->weight : NULL, .scale = w->scale,
             .scale_stride = w->scale_stride
         };
-        bn_product *family = addsub ? c->isa->products->addsub : c->isa->products->dot;
+        bn_product *family = dot ? c->isa->products->dot : c->isa->products->addsub;
         bn_linear_share(team, family, &t, &v->tokens, m, out, ld, add, v->scratch);
         return;
     }
