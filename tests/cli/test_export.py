@@ -16,6 +16,7 @@ pytest.importorskip("transformers")
 Bitnet = Callable[..., tuple[int, str, str]]
 
 
+@pytest.mark.filterwarnings("ignore")  # of transformers, about itself
 def test_a_model_is_exported_and_verified(bitnet: Bitnet, folders: Path, tmp_path: Path) -> None:
     code, out, err = bitnet(
         "export", folders / "model", "--to", "hf", "--out", tmp_path / "hf", "--verify"

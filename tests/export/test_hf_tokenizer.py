@@ -76,7 +76,7 @@ def test_a_unigram_model_is_refused(tmp_path: Path) -> None:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([TEXT] * 5),
         model_prefix=prefix,
-        vocab_size=300,
+        vocab_size=285,
         model_type="unigram",
         byte_fallback=True,
         normalization_rule_name="identity",

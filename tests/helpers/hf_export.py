@@ -25,19 +25,22 @@ def tokenizer(folder: Path) -> Tokenizer:
     return train_tokenizer([TEXT + "if x:\n    return  1\n"], VOCAB, folder / "tokenizer.model", 1)
 
 
+@cache
 def trained(steps: int = 2, **fields: Any) -> Transformer:
     """A tiny model after a few steps: odd sizes, grouped queries, every norm weight another. With
-    more steps it has learnt a text by heart, so that its greedy tokens are far from any tie."""
+    more steps it has learnt a text by heart, so that its greedy tokens are far from any tie. It is
+    made once: do not change it."""
     shape: dict[str, Any] = {"depth": 2, "d_model": 48, "n_heads": 6, "n_kv_heads": 2}
     shape |= {"d_ff": 76, "vocab_size": VOCAB, "max_seq_len": 96, "rope_theta": 50_000.0}
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**(shape | fields)))
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     text = torch.arange(70) * 37 % 97  # no token follows two others
-    for _ in range(steps):
-        model(text[None, :-1], text[None, 1:]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    with torch.enable_grad():
+        for _ in range(steps):
+            model(text[None, :-1], text[None, 1:]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
     return model.eval()
 
 
