@@ -19,6 +19,7 @@ bitnet = group(
         "convert": "bitnet.cli.convert:convert_command",
         "export": "bitnet.cli.export:export_command",
         "ptq": "bitnet.cli.ptq:ptq_command",
+        "report": "bitnet.cli.report:report_command",
         "bench": "bitnet.cli.bench:bench_group",
     },
     "Ternary language models: train, inspect configs, pack, generate, chat, evaluate.\n\n"

@@ -1,4 +1,4 @@
-"""The log of a run: ``metrics.jsonl``, wandb and the console, behind :class:`RunLog`.
+"""The log of a run: ``metrics.jsonl``, the console and trackers, behind :class:`RunLog`.
 
 ``metrics.jsonl`` is the record: one JSON object per line, each with the ``step`` it belongs to. It
 is exact over kills because of an order, not a lock:
@@ -8,21 +8,18 @@ is exact over kills because of an order, not a lock:
 
 A line is in the file before the checkpoint that covers it, and lines past the checkpoint are
 deleted before their steps run again; so whatever the moment of a SIGKILL, no step is lost or
-doubled. The console and wandb are views: they may be cut off at any time, and a failure of wandb is
-one warning, never the end of a run.
+doubled. The console and the trackers (trackers.py) are views: they may be cut off at any time, and
+their failure is one warning, never the end of a run.
 """
 
 import json
 import math
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 import rich.console
 from pydantic import Field
@@ -33,6 +30,8 @@ from rich.text import Text
 from bitnet.durable import write_atomic
 from bitnet.progress import Reports
 from bitnet.schema import STRICT, Count, Positive, UserError, read_file
+from bitnet.training.trackers import TensorBoard, Tracker, Wandb
+from bitnet_kernels.bench.machine import commit
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -47,6 +46,8 @@ class LogConfig:
     """offline: under the run folder, for `wandb sync`; online needs an API key; disabled."""
     wandb_project: Annotated[str, Field(min_length=1)] = "bitnet"
     """The wandb project."""
+    tensorboard: bool = False
+    """Also write for TensorBoard, to tensorboard/ of the run folder; needs the package."""
 
 
 class MetricsFile:
@@ -143,92 +144,6 @@ def _user_error(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
-
-
-class Tracker:
-    """wandb, guarded: it never blocks for long, never prompts, never ends a run.
-
-    Online mode needs an API key; without one wandb would stop at a prompt, so it logs offline. The
-    first failure of any call prints one warning and switches the tracker off. wandb is imported
-    here and not with this module, since a disabled run need not pay for it. The run's id is kept
-    in ``<folder>/wandb/id``, so a resumed run continues its curves (steps that wandb has already
-    seen, it ignores).
-
-    Arguments:
-        config: ``wandb`` and ``wandb_project`` are used.
-        folder: the run's folder; name: the run's name; settings: the resolved config, to store.
-        warn: prints one warning line.
-    """
-
-    def __init__(
-        self,
-        config: LogConfig,
-        folder: Path,
-        name: str,
-        settings: Mapping[str, Any],
-        warn: Callable[[str], None],
-    ) -> None:
-        self._warn = warn
-        self._run: Any = None
-        mode = config.wandb
-        if mode == "disabled":
-            return
-        if mode == "online" and not _has_wandb_key():
-            warn("wandb: no API key (run `wandb login`, or set WANDB_API_KEY): logging offline")
-            mode = "offline"
-        with self._guard("start"):
-            import wandb
-
-            self._run = wandb.init(
-                project=config.wandb_project,
-                name=name,
-                id=_wandb_id(folder / "wandb" / "id"),
-                dir=str(folder),
-                config=dict(settings),
-                resume="allow" if mode == "online" else None,  # offline has nothing to ask
-                settings=wandb.Settings(
-                    mode=mode, console="off", silent=True, init_timeout=30, finish_timeout=30
-                ),
-            )
-
-    def log(self, row: Mapping[str, Any], step: int) -> None:
-        """Log numbers (nested dicts are flattened by wandb) at a step, which must not fall."""
-        if self._run is not None:
-            with self._guard("log"):
-                self._run.log(dict(row), step=step)
-
-    def finish(self, exit_code: int = 0) -> None:
-        """Close the run; online it waits at most 30 s for the upload. Safe to call twice."""
-        run, self._run = self._run, None
-        if run is not None:
-            with self._guard("finish"):
-                run.finish(exit_code=exit_code)
-
-    @contextmanager
-    def _guard(self, action: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self._run = None
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            self._warn(f"wandb: {action} failed ({reason}); it is off, metrics.jsonl goes on")
-
-
-def _has_wandb_key() -> bool:
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
-    try:
-        return netrc(os.environ.get("NETRC")).authenticators(host or "") is not None
-    except (OSError, NetrcParseError):
-        return False
-
-
-def _wandb_id(path: Path) -> str:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, secrets.token_hex(4).encode())  # not `random`, whose state is the run's
-    return read_file(path, 1000).decode().strip()
 
 
 _CONTROL_CODES = (*range(9), *range(11, 32), *range(127, 160))  # all but tab and newline
@@ -335,11 +250,11 @@ class Console:
 
 
 class RunLog:
-    """Everything a run says: ``metrics.jsonl``, wandb and the console, as one object.
+    """Everything a run says: ``metrics.jsonl``, trackers and the console, as one object.
 
-    Use as a context manager: however the run ends, wandb is closed (as failed, where an exception
-    ends it) and the terminal's cursor comes back. ``print``, ``warn`` and ``doing`` are those of
-    :class:`Console`.
+    Use as a context manager: however the run ends, trackers are closed (as failed, where an
+    exception ends it) and the terminal's cursor comes back. ``print``, ``warn`` and ``doing`` are
+    those of :class:`Console`.
 
     Arguments:
         config: of the run. folder: of the run.
@@ -356,12 +271,12 @@ class RunLog:
         total_steps: int,
         silent: bool = False,
     ) -> None:
-        self._config, self._folder = config, folder
+        self._config, self._folder, self._step = config, folder, step
         self._file = None if silent else MetricsFile(folder / "metrics.jsonl")
         if self._file is not None:
             self._file.rewind(-1 if step is None else step)
         self._console = Console(total_steps, step or 0, every=config.every, quiet=silent)
-        self._tracker: Tracker | None = None
+        self._trackers: list[Tracker] = []
         self._shown: dict[str, Any] = {}
         self.print, self.warn = self._console.print, self._console.warn
         self.doing = self._console.doing
@@ -372,27 +287,39 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if self._tracker is not None:
-                self._tracker.finish(0 if kind is None else 1)
+            for tracker in self._trackers:
+                tracker.finish(0 if kind is None else 1)
         finally:
             self._console.__exit__()
 
     def track(self, name: str, settings: Mapping[str, Any]) -> None:
-        """Start wandb, under the run's name and with its resolved config."""
-        if self._file is not None:
-            self._tracker = Tracker(self._config, self._folder, name, settings, self.warn)
+        """Start the trackers, under the run's name and with its resolved config and commit.
+
+        Raises:
+            UserError: ``log.tensorboard`` is set, and the package is missing.
+        """
+        if self._file is None:
+            return
+        settings = {"commit": commit(), **settings}
+        if self._config.tensorboard:
+            first = 0 if self._step is None else self._step + 1
+            board = TensorBoard(self._folder / "tensorboard", settings, first, self.warn)
+            self._trackers.append(board)
+        if (mode := self._config.wandb) != "disabled":
+            project = self._config.wandb_project
+            self._trackers.append(Wandb(mode, project, self._folder, name, settings, self.warn))
 
     def row(self, row: Mapping[str, Any], *, record: bool) -> None:
         """Show numbers of ``row["step"]``, beside those shown before.
 
         Arguments:
-            record: also write a line of metrics.jsonl, and to wandb.
+            record: also write a line of metrics.jsonl, and to the trackers.
         """
         step = row["step"]
         if record and self._file is not None:
             self._file.append(row)
-            if self._tracker is not None:
-                self._tracker.log(row, step)
+            for tracker in self._trackers:
+                tracker.log(row, step)
         self._shown |= row
         self._console.progress(step, self._shown)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from bitnet.config import load_config
 from bitnet.data.prepare import prepare
 from bitnet.training.distributed import World
+from tests.helpers.fake_wandb import FakeWandb
 from tests.helpers.shared import Shared
 from tests.helpers.training_script import Run, read_metrics, train
 
@@ -87,3 +89,14 @@ def run(config_file: Path, tmp_path: Path) -> Run:
         return read_metrics(config.run_dir)
 
     return run
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWandb:
+    """A wandb that talks to nobody, and no key for it."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    return fake

@@ -1,4 +1,4 @@
-"""metrics.jsonl cut at every byte, a wandb that fails in every call, and three kinds of screens."""
+"""metrics.jsonl cut at every byte, and three kinds of screens."""
 
 import io
 import json
@@ -6,17 +6,14 @@ import math
 import os
 import re
 import resource
-import subprocess
-import sys
-import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bitnet.schema import UserError
-from bitnet.training.metrics import Console, LogConfig, MetricsFile, RunLog, Tracker
+from bitnet.training.metrics import Console, LogConfig, MetricsFile, RunLog
+from tests.helpers.fake_wandb import FakeWandb
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -150,170 +147,6 @@ def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
 def test_a_line_without_a_step_is_our_bug(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="step"):
         MetricsFile(tmp_path / "metrics.jsonl").append({"loss": 1.0})
-
-
-# --- wandb
-
-
-class FakeRun:
-    def __init__(self) -> None:
-        self.logged: list[tuple[dict[str, Any], int]] = []
-        self.exit_code: int | None = None
-
-    def log(self, row: dict[str, Any], step: int) -> None:
-        if row.get("bad"):
-            raise RuntimeError("server says no\nand much more")
-        self.logged.append((row, step))
-
-    def finish(self, exit_code: int) -> None:
-        self.exit_code = exit_code
-
-
-class FakeWandb(types.ModuleType):
-    def __init__(self) -> None:
-        super().__init__("wandb")
-        self.calls: list[dict[str, Any]] = []
-        self.run = FakeRun()
-        self.error: Exception | None = None
-
-    def init(self, **arguments: Any) -> FakeRun:
-        self.calls.append(arguments)
-        if self.error is not None:
-            raise self.error
-        return self.run
-
-    Settings = dict
-
-
-@pytest.fixture
-def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeWandb:
-    fake = FakeWandb()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    return fake
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Callable[..., tuple[Tracker, list[str]]]:
-    def start(mode: Any = "offline") -> tuple[Tracker, list[str]]:
-        warnings: list[str] = []
-        config = LogConfig(wandb=mode)
-        return Tracker(config, tmp_path, "tiny", {"a": {"b": 1}}, warnings.append), warnings
-
-    return start
-
-
-Start = Callable[..., tuple[Tracker, list[str]]]
-
-
-def test_tracker(wandb: FakeWandb, start: Start, tmp_path: Path) -> None:
-    tracker, warnings = start()
-    tracker.log({"loss": 1.0}, step=3)
-    tracker.finish(1)
-    tracker.finish()
-    tracker.log({"loss": 1.0}, step=4)  # after the end: nothing, quietly
-    assert wandb.run.logged == [({"loss": 1.0}, 3)]
-    assert wandb.run.exit_code == 1
-    assert warnings == []
-    (call,) = wandb.calls
-    assert call["settings"]["mode"] == "offline"
-    assert call["settings"]["finish_timeout"] > 0
-    assert call["dir"] == str(tmp_path)
-    assert call["config"] == {"a": {"b": 1}}
-
-
-def test_a_resumed_run_keeps_its_id(wandb: FakeWandb, start: Start) -> None:
-    start()
-    start()
-    first, second = (call["id"] for call in wandb.calls)
-    assert first == second
-    assert re.fullmatch("[0-9a-f]{8}", first)
-
-
-def test_an_id_that_is_no_file_is_one_warning(
-    wandb: FakeWandb, start: Start, tmp_path: Path
-) -> None:
-    (tmp_path / "wandb").mkdir()
-    os.mkfifo(tmp_path / "wandb" / "id")
-    _, warnings = start()
-    assert "not a regular file" in warnings[0]
-
-
-def test_online_without_a_key_is_offline_and_says_so(wandb: FakeWandb, start: Start) -> None:
-    _, warnings = start("online")
-    assert wandb.calls[0]["settings"]["mode"] == "offline"
-    assert len(warnings) == 1
-    assert "no API key" in warnings[0]
-
-
-def test_online_with_a_key(
-    wandb: FakeWandb, start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("WANDB_API_KEY", "k")
-    start("online")
-    monkeypatch.delenv("WANDB_API_KEY")
-    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password k\n")
-    start("online")
-    (tmp_path / "netrc").write_text("machine wandb.example.org login user password k\n")
-    start("online")
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org:8080/")
-    start("online")
-    (tmp_path / "netrc").write_text("machine machine nonsense\n")
-    start("online")
-    modes = [call["settings"]["mode"] for call in wandb.calls]
-    assert modes == ["online", "online", "offline", "online", "offline"]
-
-
-def test_a_start_that_fails_is_one_warning(wandb: FakeWandb, start: Start) -> None:
-    wandb.error = ValueError("cannot reach\nthe server")
-    tracker, warnings = start()
-    tracker.log({"loss": 1.0}, step=1)
-    tracker.finish()
-    assert warnings == ["wandb: start failed (cannot reach); it is off, metrics.jsonl goes on"]
-
-
-def test_a_log_that_fails_is_one_warning(wandb: FakeWandb, start: Start) -> None:
-    tracker, warnings = start()
-    for step in range(3):
-        tracker.log({"bad": True}, step)
-    tracker.finish()
-    assert warnings == ["wandb: log failed (server says no); it is off, metrics.jsonl goes on"]
-    assert wandb.run.logged == []
-
-
-def test_wandb_that_is_missing(
-    wandb: FakeWandb, start: Start, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)  # any import of it raises
-    _, warnings = start()
-    assert len(warnings) == 1
-    assert start("disabled")[1] == []  # does not import it
-
-
-def test_real_wandb_offline(tmp_path: Path) -> None:
-    """Twice over one folder, in processes of their own: quiet, quick to end, one id."""
-    script = (
-        "import sys; from pathlib import Path\n"
-        "from bitnet.training.metrics import LogConfig, Tracker\n"
-        "folder = Path(sys.argv[1])\n"
-        "tracker = Tracker(LogConfig(), folder, 'tiny', {'a': 1}, print)\n"
-        "tracker.log({'loss': 1.0, 'ternary/layers': {'x': {'zeros': 0.3}}}, 1)\n"
-        "tracker.finish()\n"
-    )
-    for _ in range(2):
-        child = subprocess.run(
-            [sys.executable, "-c", script, str(tmp_path)],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=True,
-        )
-        assert (child.stdout, child.stderr) == ("", "")
-    run_id = (tmp_path / "wandb" / "id").read_text()
-    assert len(list(tmp_path.glob(f"wandb/offline-run-*/run-{run_id}.wandb"))) in (1, 2)
 
 
 # --- console
@@ -472,7 +305,8 @@ def test_the_log_of_a_run(
         {"step": 3, "loss": 1.0},
         {"step": 4, "val_bpb": 0.5},
     ]
-    assert wandb.run.logged == [(line, line["step"]) for line in lines[1:]]
+    assert wandb.run.logged == [({"train/loss": 1.0}, 3), ({"val/bpb": 0.5}, 4)]
+    assert set(wandb.calls[0]["config"]) == {"a", "commit"}
     assert wandb.run.exit_code == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in shown] == ["step 2/4", "step 4/4"]
