@@ -80,7 +80,7 @@ def test_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:
         for root in (ROOT, ROOT / "kernels")
         for package in ("bitnet", "bitnet_kernels")
         for path in (root / package).rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed" or path.parent.name == "tables"
+        if path.suffix in (".py", ".css") or path.name == "py.typed" or path.parent.name == "tables"
     }
     checkout = ["train.py", *sorted((ROOT / "configs").rglob("*.toml"))]
     expected |= {f"bitnet/checkout/{(ROOT / path).relative_to(ROOT)}" for path in checkout}
