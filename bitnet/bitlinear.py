@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from bitnet.elementwise import RMSNorm
-from bitnet.gathered import Gather, GatheredWeight, TernaryShard, quantized
+from bitnet.gathered import Gather, TernaryShard, codes_of_gathered, quantized
 from bitnet.modules import computed_parameter, is_dtensor, is_plain
 from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.quant import (
@@ -132,8 +132,8 @@ class BitLinear(CalledLayer, nn.Linear):
 
         None for an exported or traced forward, which outlives the block.
         """
-        if isinstance(self.weight, GatheredWeight):
-            return self.weight.quantized
+        if (gathered := codes_of_gathered(self.weight)) is not None:
+            return gathered
         held = self._cached_codes
         if held is None or torch.compiler.is_exporting():
             return None
@@ -251,14 +251,24 @@ def gather_codes(model: nn.Module, as_codes: bool) -> None:
     """Prepare the BitLinears of a model for FSDP2, before their weights are divided: what is
     gathered are packed codes, or latent weights of which codes are made (:mod:`bitnet.gathered`).
 
-    A layer whose gradient mask needs the latent weights, or whose weight tensor parallelism has
-    divided, stays as it is: latent weights are gathered."""
+    Of a matrix that tensor parallelism has divided, FSDP2 divides and gathers the part; where
+    latent weights are gathered, its codes are made by the layer itself (:mod:`bitnet.sharded`). A
+    layer whose gradient mask needs the latent weights stays as it is: those are gathered."""
     for layer in model.modules():
-        if not isinstance(layer, BitLinear) or is_dtensor(layer.weight):
+        if not isinstance(layer, BitLinear) or layer.grad_mask != "none":
             continue
-        if layer.grad_mask == "none":
-            gather = Gather(len(layer.weight), *_recipe(layer), as_codes)
+        recipe = _recipe(layer)
+        if not is_dtensor(layer.weight):
+            gather = Gather(len(layer.weight), *recipe, as_codes)
             layer.weight = nn.Parameter(TernaryShard.of(layer.weight, gather))
+        elif as_codes:
+            from bitnet.sharded import parts_of
+
+            divided: Any = layer.weight.detach()
+            part = divided._local_tensor
+            gather = Gather(len(part), *recipe, as_codes, parts_of(divided))
+            divided._local_tensor = TernaryShard.of(part, gather)
+            layer.weight = nn.Parameter(divided)
 
 
 def _in_fsdp(model: nn.Module, layers: dict[str, BitLinear]) -> list[BitLinear]:

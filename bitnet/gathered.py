@@ -13,12 +13,16 @@ A scale is that of the whole tensor, with the bits of one process: maxima do not
 and the mean of the magnitudes is a sum of integers. In a block of
 :func:`bitnet.bitlinear.weights_quantized`, all scales together take two small reductions
 (:func:`quantized`), and each process quantizes its rows once.
+
+With tensor parallelism FSDP2 divides a part of a matrix. Its scale is still that of the whole
+matrix: the reductions go over the processes that have the other rows of the part, and then over
+those that have the other parts.
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,9 +42,19 @@ from bitnet_kernels.packing import codes_of
 from bitnet_kernels.reference import mean_of_units, sum_of_units
 
 
+class Parts(NamedTuple):
+    """The parts of a matrix in tensor parallelism, of equal size."""
+
+    group: dist.ProcessGroup
+    """The processes that have one each."""
+    by_columns: bool
+    """A part has some of the columns, all of their rows; else some of the rows."""
+
+
 @dataclasses.dataclass
 class Gather:
-    """How a weight is gathered; all views of its shard have the same."""
+    """How a weight is gathered; all views of its shard have the same. With tensor parallelism, the
+    weight is the part of a matrix that FSDP2 divides."""
 
     rows: int
     """Of the whole weight."""
@@ -49,6 +63,8 @@ class Gather:
     int8_backward: Int8Backward
     as_codes: bool
     """Gather 2-bit codes; else the latent weights, of which each process makes all codes."""
+    parts: Parts | None = None
+    """Of the matrix; None: the weight is all of it."""
     ready: TernaryWeight | None = None
     """The codes of this process's rows, packed, and the scale: in a block of :func:`quantized`."""
 
@@ -102,7 +118,7 @@ class TernaryShard(Tensor):
             return (pad(local, (0, 0, 0, missing)),), None
         packed, gamma, _ = gather.ready or _quantize([self], mesh.get_group())[0]
         packed = pad(packed, (0, 0, 0, missing))
-        if gamma.dim() == 0:
+        if gamma.dim() == 0 or mesh.size() == 1:  # alone, FSDP2 (2.13) takes one tensor only
             return (packed,), gamma
         return (packed, pad(gamma, (*(0, 0) * (gamma.dim() - 1), 0, missing))), None
 
@@ -132,7 +148,9 @@ class TernaryShard(Tensor):
         if out is None:
             weight = GatheredWeight(made, self.gathering.group_size, param_dtype)
             return weight, tuple(t for t in (made.codes, made.transposed) if t is not None)
-        for old, new in zip(out.quantized, made, strict=True):
+        whole = codes_of_gathered(out)
+        assert whole is not None
+        for old, new in zip(whole, made, strict=True):
             if old is not None and new is not None:
                 old.data.copy_(new)  # autograd sees no change: it keeps them for the backward
         return None
@@ -188,7 +206,10 @@ class GatheredWeight(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         first = args[0]
-        if func in _ITSELF and isinstance(first, GatheredWeight):
+        same = func in _ITSELF or (
+            func is _aten.view.default and list(args[1]) == list(first.shape)
+        )
+        if same and isinstance(first, GatheredWeight):
             return cls(first.quantized, first.group_size, first.dtype)
         args, kwargs = torch.utils._pytree.tree_map_only(
             GatheredWeight, GatheredWeight.dequantized, (args, kwargs or {})
@@ -205,41 +226,102 @@ _ITSELF = {_aten.as_strided.default, _aten.detach.default}
 """What FSDP2 makes a parameter of the gathered weight with: the same shape."""
 
 
+def codes_of_gathered(weight: Any) -> TernaryWeight | None:
+    """The codes of a weight that was gathered, of a DTensor (tensor parallelism) those of this
+    process's part; None for any other weight."""
+    local = getattr(weight, "_local_tensor", weight)
+    return local.quantized if isinstance(local, GatheredWeight) else None
+
+
 def _quantize(shards: Sequence[TernaryShard], group: dist.ProcessGroup) -> list[TernaryWeight]:
-    """The packed codes of each shard and the scale of its rows, which is that of the whole weight.
+    """The packed codes of each shard and the scale of its rows, which is that of the whole matrix.
     All processes call it with their shards of the same weights.
 
     Arguments:
         group: the processes among which the rows are divided.
     """
-    latent = [shard.plain() for shard in shards]
-    gammas: list[Tensor | None] = [None] * len(shards)  # of a row or a group: all of it is here
-    divided = [i for i, shard in enumerate(shards) if shard.gathering.granularity == "tensor"]
-    if divided:
-        tops = torch.stack([_largest(latent[i]) for i in divided])
-        tops = torch.where(tops.isfinite(), tops, torch.inf)  # a maximum may lose a NaN
-        dist.all_reduce(tops, dist.ReduceOp.MAX, group)
-        counts = [shards[i].gathering.rows * shards[i].shape[1] for i in divided]
-        sums = torch.stack(
-            [
-                sum_of_units(weight_magnitude(latent[i]).flatten(), top, n)
-                for i, top, n in zip(divided, tops, counts, strict=True)
-            ]
-        )
-        dist.all_reduce(sums, group=group)
-        for i, *of in zip(divided, sums, tops, counts, strict=True):
-            gammas[i] = mean_of_units(*of)
+    means = [_Mean.of(shard) for shard in shards]
+    divided = [mean for mean in means if mean is not None]
+    tops = [mean.largest() for mean in divided]
+    _reduce(tops, dist.ReduceOp.MAX, divided, group)
+    sums = [
+        sum_of_units(weight_magnitude(mean.terms), top, mean.n)
+        for mean, top in zip(divided, tops, strict=True)
+    ]
+    _reduce(sums, dist.ReduceOp.SUM, divided, group)
+    found = iter(
+        mean_of_units(total, top, mean.n).reshape(mean.shape)
+        for mean, top, total in zip(divided, tops, sums, strict=True)
+    )
     return [
-        _packed(quantize_weight(rows, s.gathering.granularity, s.gathering.group_size, gamma=gamma))
-        for rows, s, gamma in zip(latent, shards, gammas, strict=True)
+        _packed(
+            quantize_weight(
+                shard.plain(),
+                shard.gathering.granularity,
+                shard.gathering.group_size,
+                gamma=None if mean is None else next(found),
+            )
+        )
+        for shard, mean in zip(shards, means, strict=True)
     ]
 
 
-def _largest(rows: Tensor) -> Tensor:
-    """``max|W|``, fp32 ``[]``, without a copy of the weights; 0 where there are no rows."""
-    if not rows.numel():
-        return rows.new_zeros((), dtype=torch.float32)
-    return torch.maximum(rows.amax(), -rows.amin()).float()
+class _Mean(NamedTuple):
+    """The mean magnitudes of a matrix, of which this process has some of the terms."""
+
+    terms: Tensor
+    """latent ``[R, T]``: T terms of each of R means, here"""
+    n: int
+    """terms of a mean on all processes together"""
+    shape: tuple[int, ...]
+    """of the scale"""
+    by_rows: bool
+    """The processes among which FSDP2 divides the rows have other terms."""
+    parts: Parts | None
+    """Those with other parts of the matrix have other terms."""
+
+    @classmethod
+    def of(cls, shard: TernaryShard) -> "_Mean | None":
+        """None where all terms are here: those of a row or a group, unless its columns are
+        divided."""
+        latent, gather, parts = shard.plain(), shard.gathering, shard.gathering.parts
+        n_parts = 1 if parts is None else parts.group.size()
+        columns = latent.shape[1]
+        if gather.granularity == "tensor":
+            n = gather.rows * columns * n_parts
+            return cls(latent.reshape(1, -1), n, (), by_rows=True, parts=parts)
+        if parts is None or not parts.by_columns:
+            return None
+        assert gather.granularity == "row", "columns of groups are never divided"
+        return cls(latent, columns * n_parts, (len(latent),), by_rows=False, parts=parts)
+
+    def largest(self) -> Tensor:
+        """``max|W|`` of the terms of each mean, fp32 ``[R]``, without a copy of them; 0 where there
+        are none, and infinite for NaN, which a maximum over processes may lose."""
+        if not self.terms.shape[1]:
+            return self.terms.new_zeros(len(self.terms), dtype=torch.float32)
+        top = torch.maximum(self.terms.amax(-1), -self.terms.amin(-1)).float()
+        return torch.where(top.isfinite(), top, torch.inf)
+
+
+def _reduce(
+    values: Sequence[Tensor],
+    op: dist.ReduceOp.RedOpType,
+    means: Sequence[_Mean],
+    group: dist.ProcessGroup,
+) -> None:
+    """Reduce vectors over the processes that have other terms, in place and all together."""
+    over: dict[dist.ProcessGroup, list[Tensor]] = {}
+    for value, mean in zip(values, means, strict=True):
+        if mean.by_rows:
+            over.setdefault(group, []).append(value)
+        if mean.parts is not None:
+            over.setdefault(mean.parts.group, []).append(value)
+    for members, theirs in over.items():
+        packed = torch.cat(theirs)
+        dist.all_reduce(packed, op, members)
+        for value, whole in zip(theirs, packed.split([len(v) for v in theirs]), strict=True):
+            value.copy_(whole)
 
 
 def _packed(weight: TernaryWeight) -> TernaryWeight:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from bitnet.gathered import Parts
 from bitnet.quant import (
     GradMask,
     Granularity,
@@ -148,6 +149,11 @@ def placement_of(weight: DTensor) -> Placement:
     return placement
 
 
+def parts_of(weight: DTensor) -> Parts:
+    """How FSDP2, which divides this rank's part of a weight, finds the other parts."""
+    return Parts(weight.device_mesh.get_group(), placement_of(weight).is_shard(1))
+
+
 def _reduce(
     values: Sequence[Tensor], op: dist.ReduceOp.RedOpType, weights: Sequence[DTensor]
 ) -> None:
@@ -224,6 +230,15 @@ def sharded_linear(
         return y
     form = Shard(y.dim() - 1) if placement.is_shard(0) else Replicate()
     return DTensor.from_local(y, mesh, [form], run_check=False)
+
+
+def whole_input(x: Tensor | QuantizedInput, weight: DTensor) -> Tensor | QuantizedInput:
+    """The input of a layer with this weight as one process would have it: of a row-parallel layer
+    all columns of it, gathered; not differentiable. All ranks call it."""
+    if isinstance(x, QuantizedInput) or not placement_of(weight).is_shard(1):
+        return x
+    form = [Shard(x.dim() - 1)]
+    return DTensor.from_local(x, weight.device_mesh, form, run_check=False).full_tensor()
 
 
 def _quantize_columns(x: Tensor | QuantizedInput, mesh: DeviceMesh) -> QuantizedInput:

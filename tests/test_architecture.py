@@ -57,7 +57,7 @@ ARROWS = {
         "bitnet.quant",
         "bitnet.sharded",
     },
-    "bitnet.sharded": {"bitnet_kernels", "bitnet.quant"},
+    "bitnet.sharded": {"bitnet_kernels", "bitnet.gathered", "bitnet.quant"},
     "bitnet.dequantized": set[str](),
     "bitnet.packed": {"bitnet_kernels", "bitnet.quant"},
     "bitnet.linear": {

@@ -1,12 +1,13 @@
 """Tensor parallelism: the matrices of each layer divided over the ranks of a mesh.
 
-    mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "tp"))
-    tensor_parallel(model, mesh["tp"])         # in place; afterwards, over the other dimension:
+    mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("shard", "tensor"))
+    tensor_parallel(model, mesh["tensor"])     # in place; afterwards, over the other dimension:
     for block in model.layers:
-        fully_shard(block, mesh=mesh["dp"])
-    fully_shard(model, mesh=mesh["dp"])
+        fully_shard(block, mesh=mesh["shard"])
+    fully_shard(model, mesh=mesh["shard"])
 
-A rank has whole attention heads and some of the MLP's channels:
+With ``distributed.tensor_parallel = N`` train.py does this (:func:`bitnet.training.distributed
+.place`). A rank has whole attention heads and some of the MLP's channels:
 
     q, k, v, gate, up   column-parallel: their rows are divided; the input is whole
     o, down             row-parallel: their columns are divided; the output is whole
@@ -196,7 +197,7 @@ def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
     for i, block in enumerate(model.layers):
         for name in config.matrices():
             matrix = block.get_submodule(name)
-            row = name.endswith(("o_proj", "down_proj"))
+            row = is_row_parallel(name)
             if type(matrix) is BitLinear:
                 plan[f"layers.{i}.{name}"] = RowwiseBitLinear() if row else ColwiseBitLinear()
             elif type(matrix) is nn.Linear:
@@ -228,6 +229,11 @@ _NORMS: dict[str, type[_Replica]] = {
 """Norms inside the divided part of a layer."""
 
 
+def is_row_parallel(name: str) -> bool:
+    """Whether the columns of a matrix of a layer are divided, and not its rows."""
+    return name.endswith(("o_proj", "down_proj"))
+
+
 def check_divides(config: ModelConfig, size: int) -> None:
     """Raise UserError, naming the key, if ``size`` ranks cannot divide a (resolved) model."""
     sizes = {key: getattr(config, key) for key in ("n_heads", "n_kv_heads", "d_ff")}
@@ -238,6 +244,11 @@ def check_divides(config: ModelConfig, size: int) -> None:
                 f"distributed.tensor_parallel = {size} does not divide model.{key} = {value}; for "
                 f"this model it can be {largest} or a divisor of that"
             )
+    if size > 1 and config.linear == "fp" and config.norm_placement == "in_linear":
+        raise UserError(
+            f"distributed.tensor_parallel = {size} cannot divide the full-precision matrices of "
+            'model.norm_placement = "in_linear", with a norm inside; "sub_norm" and "pre_norm" can'
+        )
     if size > 1 and config.linear == "ternary" and config.granularity == "group":
         raise UserError(
             f"distributed.tensor_parallel = {size} cannot divide the columns of "

@@ -153,6 +153,14 @@ def test_two_processes_train_as_one(
     assert first["gathered as codes"] == (as_codes and "mask" not in case)
 
 
+def test_one_process_has_shards_too(tmp_path: Path) -> None:
+    """Whose scales, one per row, FSDP2 does not gather."""
+    (counts,) = on_ranks(
+        lambda: compare("fsdp", "adamw", True, 0, False, granularity="row"), 1, tmp_path
+    )
+    assert counts["weights"] == 7 * 3 * STEPS
+
+
 @pytest.mark.slow  # four processes
 def test_copies_of_a_divided_model(tmp_path: Path) -> None:
     def work() -> Counter:

@@ -4,8 +4,10 @@ Scales, codes and int32 sums are compared to the bit, so outputs are, too. Only 
 in another order, and with them the weights after a step.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import bitnet_kernels
 from bitnet import BitLinear, pack, replace_linear, weights_quantized
+from bitnet.bitlinear import gather_codes
+from bitnet.gathered import codes_of_gathered, quantized
 from bitnet.model import KVCache, Transformer
 from bitnet.qat import Recipe, prepare
 from bitnet.quant import absmean_ternary, dequantize, quantize_input
@@ -54,7 +58,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def mesh_of(*shape: int) -> DeviceMesh:
-    return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "tp")[-len(shape) :])
+    return init_device_mesh("cpu", shape, mesh_dim_names=("shard", "tensor")[-len(shape) :])
 
 
 def divided(tensor: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
@@ -271,8 +275,9 @@ STEPS, LR = 30, 3e-4
 and AdamW moves a weight whose gradient is next to nothing by LR in any direction."""
 
 
-def shard_data(model: Transformer, mesh: DeviceMesh) -> None:
+def shard_data(model: Transformer, mesh: DeviceMesh, as_codes: bool) -> None:
     for block in model.layers:
+        gather_codes(block, as_codes)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
@@ -286,7 +291,7 @@ def matrices(model: Transformer) -> list[str]:
     return [f"layers.{i}.{name}" for i in range(config.n_layers) for name in config.matrices()]
 
 
-def train_beside_one_process(dp: int, tp: int, options: dict[str, Any]) -> int:
+def train_beside_one_process(dp: int, tp: int, as_codes: bool, options: dict[str, Any]) -> int:
     """Train on dp x tp ranks and on one process, from the same weights.
 
     Each forward is compared, to the bit, with one process that has the weights of that step. The
@@ -294,10 +299,10 @@ def train_beside_one_process(dp: int, tp: int, options: dict[str, Any]) -> int:
     many steps they were.
     """
     mesh = mesh_of(dp, tp)
-    rank = mesh.get_local_rank("dp")
-    alone, ours = small(**options), tensor_parallel(small(**options), mesh["tp"])
+    rank = mesh.get_local_rank("shard")
+    alone, ours = small(**options), tensor_parallel(small(**options), mesh["tensor"])
     if dp > 1:
-        shard_data(ours, mesh["dp"])
+        shard_data(ours, mesh["shard"], as_codes)
     beside, same = small(**options), STEPS
     optimizers = [torch.optim.AdamW(m.parameters(), LR, fused=True) for m in (alone, ours)]
     whole_state = StateDictOptions(full_state_dict=True)
@@ -317,10 +322,10 @@ def train_beside_one_process(dp: int, tp: int, options: dict[str, Any]) -> int:
         with weights_quantized(ours), accumulators() as sums:
             loss = ours(inputs[mine], targets[mine])
         loss.backward()
-        assert_same_sums(sums, whole_sums, mesh["tp"])
+        assert_same_sums(sums, whole_sums, mesh["tensor"])
         assert torch.equal(loss, exact)
         total = loss.detach().clone()
-        dist.all_reduce(total, group=mesh.get_group("dp"))
+        dist.all_reduce(total, group=mesh.get_group("shard"))
         if same == STEPS:
             assert abs(float(total) / dp - float(expected.detach())) <= 1e-5
         norm = nn.utils.clip_grad_norm_(ours.parameters(), 1.0)
@@ -335,19 +340,58 @@ def train_beside_one_process(dp: int, tp: int, options: dict[str, Any]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("dp", "tp", "name"),
+    ("dp", "tp", "as_codes", "name"),
     [
-        (1, 2, "sub_norm"),
-        (2, 2, "sub_norm"),
-        pytest.param(1, 4, "row", marks=pytest.mark.slow),
-        pytest.param(2, 2, "in_linear", marks=pytest.mark.slow),
+        (1, 2, False, "sub_norm"),
+        (2, 2, True, "sub_norm"),
+        pytest.param(2, 2, False, "sub_norm", marks=pytest.mark.slow),
+        pytest.param(2, 2, True, "row", marks=pytest.mark.slow),
+        pytest.param(1, 4, False, "row", marks=pytest.mark.slow),
+        pytest.param(2, 2, True, "in_linear", marks=pytest.mark.slow),
     ],
 )
-def test_training_is_that_of_one_process(dp: int, tp: int, name: str, tmp_path: Path) -> None:
-    same = on_ranks(
-        train_beside_one_process, dp * tp, tmp_path, dp, tp, MODELS[name] | {"n_layers": 1}
-    )
+def test_training_is_that_of_one_process(
+    dp: int, tp: int, as_codes: bool, name: str, tmp_path: Path
+) -> None:
+    options = MODELS[name] | {"n_layers": 1}
+    same = on_ranks(train_beside_one_process, dp * tp, tmp_path, dp, tp, as_codes, options)
     assert same == [STEPS] * dp * tp
+
+
+def hostile_scales() -> int:
+    """Scales of parts of hostile matrices that FSDP2 divides once more, against the whole matrix:
+    uneven rows, and fewer rows than processes."""
+    mesh, compared = mesh_of(2, 2), 0
+    rank = mesh["tensor"].get_local_rank()
+    for fill, granularity, n in product(
+        (0.0, 3e38, math.nan, math.inf), ("tensor", "row"), (10, 2)
+    ):
+        layers = [BitLinear(6, n, granularity=granularity, bias=False) for _ in range(2)]
+        with torch.no_grad():
+            layers[0].weight[0, 0] = fill
+            layers[1].weight[n - 1, 5] = fill
+        expected = [layer.quantize() for layer in layers]
+        for dim, layer in enumerate(layers):
+            style = RowwiseBitLinear() if dim else ColwiseBitLinear()
+            parallelize_module(layer, mesh["tensor"], style)
+            gather_codes(layer, as_codes=True)
+            fully_shard(layer, mesh=mesh["shard"])
+        with quantized([layer.weight for layer in layers]):
+            for dim, (layer, (codes, gamma)) in enumerate(zip(layers, expected, strict=True)):
+                assert isinstance(layer, FSDPModule)
+                layer.unshard()
+                found = codes_of_gathered(layer.weight)
+                assert found is not None
+                assert torch.equal(found.codes, codes.chunk(2, dim)[rank])
+                mine = gamma if gamma.dim() == 0 or dim else gamma.chunk(2)[rank]
+                torch.testing.assert_close(found.gamma, mine, rtol=0, atol=0, equal_nan=True)
+                compared += 1
+                layer.reshard()
+    return compared
+
+
+def test_scales_of_hostile_parts(tmp_path: Path) -> None:
+    assert on_ranks(hostile_scales, 4, tmp_path) == [32] * 4
 
 
 # -- What is shared, and what is refused -----------------------------------------------------------
@@ -412,6 +456,11 @@ def alone() -> Iterator[DeviceMesh]:
             "tensor_parallel = 4 does not divide model.n_heads = 6; for this model",
         ),
         ({"n_kv_heads": 4, "d_ff": 42}, 4, "does not divide model.d_ff = 42"),
+        (
+            {"linear": "fp", "norm_placement": "in_linear"},
+            2,
+            "cannot divide the full-precision matrices",
+        ),
         ({"granularity": "group"}, 2, 'cannot divide the columns of model.granularity = "group"'),
     ],
 )
@@ -426,8 +475,6 @@ def test_layers_that_cannot_be_divided(alone: DeviceMesh) -> None:
     prepare(quantized, Recipe(weights="int", keep_first_last=False))
     with pytest.raises(UserError, match=r"layers\.0\.self_attn\.q_proj is a QATLinear; only"):
         tensor_parallel(quantized, alone)
-    with pytest.raises(UserError, match="q_proj is a NormLinear"):
-        tensor_parallel(small(linear="fp", norm_placement="in_linear"), alone)
     for style in (ColwiseBitLinear(), RowwiseBitLinear()):
         with pytest.raises(ValueError, match="expected a BitLinear, got Linear"):
             parallelize_module(nn.Linear(4, 4), alone, style)
