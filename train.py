@@ -23,6 +23,7 @@ from bitnet.cli.shell import run, start
 if __name__ == "__main__":  # Ctrl-C during the imports below shows no traceback
     start()
 
+import dataclasses
 import os
 import sys
 from contextlib import nullcontext
@@ -117,14 +118,15 @@ def train(config: Config, command: str, world: World) -> None:
     watch, flops_per_token = CoreWatch(), config.model.flops_per_token(config.data.seq_len)
     meter = Meter(device, bf16, flops_per_token / world.size)
 
-    make = partial(data.loader.batch, rank=world.rank, world_size=world.size)
+    make = partial(data.loader.batch, rank=world.data_rank, world_size=world.data_size)
     batches = Prefetcher(make, device, run.step, total_steps)
     with batches, log, run.saver, stop_signals() as stop:
         announce(log, run, warnings, meter, data.parts, data.loader.epochs(total_steps))
         if world.size > 1:
-            strategy = config.strategy(world.size)
+            groups = f" in groups of {n}" if (n := world.tensor_parallel) > 1 else ""
             log.print(
-                f"{world.size} processes, {strategy}, {micro_batch} sequences per forward of each"
+                f"{world.size} processes{groups}, {config.strategy(world.size)}, {micro_batch} "
+                f"sequences per forward of each{' group' if groups else ''}"
             )
         log.track(config.run.name, to_dict(config))
 
@@ -291,7 +293,7 @@ def sample_text(model: Transformer, data: Data, n_tokens: int, world: World) -> 
     if not n_tokens:
         return ""
     if world.mesh is not None:
-        new = continued(model, data.sample_prompt, n_tokens, data.tokenizer.eos_ids)
+        new = continued(model, data.sample_prompt, n_tokens, data.tokenizer.eos_ids, world)
         return data.tokenizer.decode([*data.sample_prompt, *new])
     try:
         (new,) = generate(model, [data.sample_prompt], n_tokens, eos_id=data.tokenizer.eos_ids)
@@ -300,12 +302,16 @@ def sample_text(model: Transformer, data: Data, n_tokens: int, world: World) -> 
     return data.tokenizer.decode([*data.sample_prompt, *new])
 
 
-def continued(model: Transformer, prompt: list[int], n_tokens: int, eos_ids: Any) -> list[int]:
+def continued(
+    model: Transformer, prompt: list[int], n_tokens: int, eos_ids: Any, world: World
+) -> list[int]:
     """Greedy tokens by the model's own forward, in which all processes gather its weights; an
     engine takes only a whole model."""
     device, new = model.norm.weight.device, list[int]()
     with evaluation_mode(model):
-        cache = KVCache(model.config, 1, model.config.max_seq_len, device)
+        own_heads = model.config.n_kv_heads // world.tensor_parallel
+        config = dataclasses.replace(model.config, n_kv_heads=own_heads)
+        cache = KVCache(config, 1, config.max_seq_len, device)
         tokens = prompt
         while len(new) < n_tokens and cache.length + len(tokens) < cache.max_len:
             logits_1TV = model(

@@ -140,6 +140,22 @@ class Config:
         """Sequences per optimizer step (of a resolved config)."""
         return self.train.batch_tokens // self.data.seq_len
 
+    def shares(self, n_processes: int) -> int:
+        """Shares of a batch: one for each process, or with ``distributed.tensor_parallel`` for each
+        group that divides the matrices.
+
+        Raises:
+            UserError: the processes are not so many whole groups.
+        """
+        size = self.distributed.tensor_parallel
+        if n_processes % size:
+            key, fits = f"distributed.tensor_parallel = {size}", math.gcd(size, n_processes)
+            raise UserError(
+                f"{key} does not divide the number of processes, {n_processes}: start torchrun "
+                f"with a multiple of {size}, or set it to {fits}"
+            )
+        return n_processes // size
+
     def micro_batch(self, n_processes: int) -> int:
         """Sequences per forward of each process (of a resolved config): ``train.micro_batch``, or
         a divisor of it that divides the share of a process.
@@ -147,12 +163,14 @@ class Config:
         Raises:
             UserError: the processes cannot share the batch equally.
         """
-        share, rest = divmod(self.batch_sequences, n_processes)
+        shares, tensor = self.shares(n_processes), self.distributed.tensor_parallel
+        share, rest = divmod(self.batch_sequences, shares)
         if rest:
-            tokens = math.lcm(n_processes, self.train.micro_batch) * self.data.seq_len
+            tokens = math.lcm(shares, self.train.micro_batch) * self.data.seq_len
+            who = "processes" if tensor == 1 else f"groups of {tensor} processes"
             raise UserError(
                 f"train.batch_tokens = {self.train.batch_tokens} is {self.batch_sequences} "
-                f"sequences of data.seq_len = {self.data.seq_len}, which {n_processes} processes "
+                f"sequences of data.seq_len = {self.data.seq_len}, which {shares} {who} "
                 "cannot share equally; the nearest that they can: "
                 f"{max(1, round(self.train.batch_tokens / tokens)) * tokens}"
             )
@@ -160,12 +178,14 @@ class Config:
 
     def strategy(self, n_processes: int) -> Strategy:
         """How the processes train one model (of a resolved config): ``distributed.strategy``, and
-        for "auto" ddp, or fsdp where several processes train more than 1B parameters."""
-        chosen = self.distributed.strategy
+        for "auto" ddp, or fsdp where several processes would hold more than 1B parameters each."""
+        chosen, counts = self.distributed.strategy, self.model.num_parameters()
         if chosen != "auto":
             return chosen
-        large = self.model.num_parameters()["total"] > _LARGE
-        return "fsdp" if n_processes > 1 and large and not whole_only(self) else "ddp"
+        tensor = self.distributed.tensor_parallel
+        held = counts["total"] - counts["matrices"] + counts["matrices"] // tensor
+        several = self.shares(n_processes) > 1
+        return "fsdp" if several and held > _LARGE and not whole_only(self) else "ddp"
 
     def resolve(self) -> "Config":
         """Fill every 0 that has a rule; raises UserError for an impossible config."""
@@ -329,6 +349,20 @@ def _check_combination(config: Config) -> None:
             f'distributed.strategy = "{config.distributed.strategy}" divides weights, which '
             f'[{section}] needs whole: take "ddp"'
         )
+    if (size := config.distributed.tensor_parallel) > 1:
+        key = f"distributed.tensor_parallel = {size}"
+        if section := whole_only(config):
+            raise UserError(f"{key} divides matrices, which [{section}] needs whole: set it to 1")
+        if config.optim.optimizer == "muon":
+            raise UserError(
+                f'{key} does not go with optim.optimizer = "muon", which needs whole matrices: '
+                'take "adamw", or divide the model by distributed.strategy = "fsdp" instead'
+            )
+        if train.compile:
+            raise UserError(f"{key} does not go with train.compile = true: set that to false")
+        from bitnet.training.tensor_parallel import check_divides  # imports DTensor, 1 s
+
+        check_divides(model, size)
     if config.distributed.shard_size and config.distributed.strategy != "hsdp":
         raise UserError('distributed.shard_size has no effect: distributed.strategy is not "hsdp"')
     if train.compile and (quant.enabled or config.distill.teacher):

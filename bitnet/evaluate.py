@@ -268,7 +268,7 @@ def _negative_log_likelihood(
             if counts:
                 total += nats
                 tokens += targets.numel()
-    if world.size > 1:
+    if world.data_size > 1:
         total, count = world.sum(torch.stack([total, total.new_tensor(tokens)]))
         tokens = int(count)
     return float(total), tokens
@@ -278,9 +278,10 @@ def _share(batches: Iterator[Tensor], world: World) -> Iterator[tuple[Tensor, bo
     """This process's batches, dealt in turns, and whether each counts. Where the last do not go
     round, the processes without one compute the main one's, which counts only there: weights that
     are sharded need all processes in each forward."""
-    while dealt := list(islice(batches, world.size)):
-        mine = world.rank < len(dealt)
-        yield dealt[world.rank if mine else 0], mine
+    rank = world.data_rank
+    while dealt := list(islice(batches, world.data_size)):
+        mine = rank < len(dealt)
+        yield dealt[rank if mine else 0], mine
 
 
 def _nats(logits: Tensor, targets: Tensor) -> Tensor:

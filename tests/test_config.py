@@ -2,6 +2,7 @@
 
 import dataclasses
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,60 @@ def test_every_key_is_documented_in_help() -> None:
         assert f"  {key} = " in text
     for section in dataclasses.fields(Config):
         assert f"[{section.name}]" in text
+
+
+HEADS = ["model.d_model=64", "model.n_heads=4", "model.n_kv_heads=2"]
+TENSOR_PARALLEL = {
+    "1": "",
+    "0": "expected greater than or equal to 1",
+    "3": "= 3 does not divide model.n_heads = 4; for this model it can be 2 or a divisor",
+    "4": "= 4 does not divide model.n_kv_heads = 2",
+    "2 model.d_ff=171": "= 2 does not divide model.d_ff = 171",
+    "2": "",
+    "2 distributed.strategy=fsdp": "",
+    "2 optim.optimizer=muon": 'does not go with optim.optimizer = "muon"',
+    "2 train.compile=true": "does not go with train.compile = true",
+    "2 model.granularity=group": 'the columns of model.granularity = "group"',
+    "2 model.linear=fp quant.weights=int": r"which \[quant\] needs whole: set it to 1",
+    "2 distill.teacher=x": r"which \[distill\] needs whole: set it to 1",
+    "2 model.linear=fp model.norm_placement=in_linear": "the full-precision matrices",
+}
+
+
+@pytest.mark.parametrize("setting", TENSOR_PARALLEL)
+def test_what_tensor_parallelism_can_divide(setting: str) -> None:
+    overrides = f"distributed.tensor_parallel={setting}".split()
+    message = TENSOR_PARALLEL[setting]
+    refused = pytest.raises(UserError, match=f"distributed.tensor_parallel.*{message}")
+    with refused if message else nullcontext():
+        load_config([], [*HEADS, *overrides]).resolve()
+
+
+def test_shares_of_a_batch_are_of_groups() -> None:
+    config = load_config(
+        [],
+        [
+            *(*HEADS, "data.seq_len=128", "train.batch_tokens=1536", "train.micro_batch=4"),
+            "distributed.tensor_parallel=2",
+        ],
+    ).resolve()
+    assert [config.shares(n) for n in (2, 4, 6)] == [1, 2, 3]
+    assert [config.micro_batch(n) for n in (2, 4, 6)] == [4, 2, 4]  # of 12 sequences
+    for n, said in ((1, "set it to 1"), (3, "set it to 1"), (5, "a multiple of 2")):
+        with pytest.raises(
+            UserError, match=f"tensor_parallel = 2 does not divide .*, {n}: .*{said}"
+        ):
+            config.micro_batch(n)
+    with pytest.raises(UserError, match="5 groups of 2 processes cannot share equally"):
+        config.micro_batch(10)
+    assert config.strategy(4) == "ddp"
+    large = dataclasses.replace(config.model, d_model=4096, n_layers=24, d_ff=16384)
+    config = dataclasses.replace(config, model=large)
+    assert large.num_parameters()["total"] > 6e9
+    assert [config.strategy(n) for n in (2, 4)] == ["ddp", "fsdp"], "several shares are divided"
+    spread = dataclasses.replace(config.distributed, tensor_parallel=8)
+    config = dataclasses.replace(config, distributed=spread)
+    assert config.strategy(16) == "ddp", "less than 1B parameters for each process"
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,17 @@ share of every batch. A wrapper around the model averages the gradients, and :cl
 loss; what is decided by a number (a step that is not finite, a signal to stop) is decided from one
 number that all of them have. The main process, of rank 0, prepares data and writes files.
 
+With ``tensor_parallel = N``, N processes are one to the data: they divide the matrices of each
+layer (:mod:`bitnet.training.tensor_parallel`) and take the same share of the batch. The processes
+are then a mesh, data x tensor, whose last dimension are neighbours by rank: on one machine, where
+the exchanges of each layer are fast. The gradients of the groups are averaged by FSDP2. For ddp it
+divides nothing: DistributedDataParallel takes no weights that are divided already.
+
 With one process, everything here is the identity and no process group is made.
 """
 
 import dataclasses
+import logging
 import math
 import os
 import shlex
@@ -30,7 +37,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from bitnet.schema import STRICT, Count, UserError
+from bitnet.schema import STRICT, Count, Positive, UserError
 from bitnet.training import start
 from bitnet.training.start import POLL
 
@@ -39,6 +46,8 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 Strategy = Literal["ddp", "fsdp", "hsdp"]
+TENSOR = "tensor"
+"""The dimension of a mesh over which tensor parallelism divides the matrices."""
 _ANSWER = 5.0
 """Seconds in which each process says that it, too, waited in vain for another."""
 _MAIN_SPEAKS = 10.0
@@ -58,6 +67,10 @@ class DistributedConfig:
     gather: Literal["codes", "weights"] = "codes"
     """what fsdp and hsdp gather of ternary weights: codes, 2 bits each, or latent weights, 32; the
     numbers are the same"""
+    tensor_parallel: Positive = 1
+    """processes, neighbours by rank, that divide the matrices of each layer and take the same
+    sequences; strategy is how such groups train one model. Divides the number of processes,
+    model.n_heads, model.n_kv_heads and model.d_ff"""
     activation_checkpointing: Count = 0
     """every n-th block keeps only its input for the backward, which computes the rest again; 0 =
     none, 1 = all, with a third more time per step"""
@@ -148,7 +161,8 @@ class World:
     size: int = 1
     """The number of processes."""
     mesh: "DeviceMesh | None" = None
-    """The processes as a mesh, where parameters are sharded over it; else None."""
+    """The processes as a mesh, where parameters are sharded over it; else None. Its dimensions are
+    named: "replicate" and "shard" (FSDP2), "tensor" (tensor parallelism), each if there."""
     store: Any = None
     """The key-value store of the process group (``torch.distributed.Store``)."""
 
@@ -157,22 +171,44 @@ class World:
         """Whether this process writes the files and the console."""
         return self.rank == 0
 
+    @property
+    def tensor_parallel(self) -> int:
+        """Processes that divide the matrices of each layer, and take the same sequences."""
+        if self.mesh is None or TENSOR not in _dims(self.mesh):
+            return 1
+        return self.mesh.size(_dims(self.mesh).index(TENSOR))
+
+    @property
+    def data_size(self) -> int:
+        """Shares of a batch: one for each process, or for each group of tensor parallelism."""
+        return self.size // self.tensor_parallel
+
+    @property
+    def data_rank(self) -> int:
+        """The share of this process, from 0."""
+        return self.rank // self.tensor_parallel
+
     def share(self, batch: Tensor) -> Tensor:
         """The rows of a whole batch that this process trains on: ``[B, ...]`` ->
-        ``[B / size, ...]``, on its device."""
-        assert len(batch) % self.size == 0, "the processes' shares of a batch are equal"
-        return batch.chunk(self.size)[self.rank].to(self.device)
+        ``[B / data_size, ...]``, on its device."""
+        assert len(batch) % self.data_size == 0, "the processes' shares of a batch are equal"
+        return batch.chunk(self.data_size)[self.data_rank].to(self.device)
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over all processes, on each of them."""
-        return value if self.size == 1 else self.sum(value) / self.size
+        """The mean over the shares of a batch, on each process."""
+        return value if self.data_size == 1 else self.sum(value) / self.data_size
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes, on each of them."""
-        if self.size == 1:
+        """The sum over the shares of a batch, on each process. Those that have the same share have
+        the same value, which counts once."""
+        if self.data_size == 1:
             return value
         total = value.clone()
-        dist.all_reduce(total)
+        if self.mesh is None or self.tensor_parallel == 1:
+            dist.all_reduce(total)
+        else:
+            for name in data_dims(self.mesh):
+                dist.all_reduce(total, group=self.mesh.get_group(name))
         return total
 
     def maximum(self, number: int) -> int:
@@ -259,7 +295,7 @@ def joined(
     except (ValueError, RuntimeError) as error:
         raise UserError(f"rank {launch.rank} of {launch.size} found no others: {error}") from error
     try:
-        mesh = None if strategy == "ddp" else _mesh(config, strategy, launch, device)
+        mesh = mesh_of(config, strategy, launch, device)
         world = World(device, rank, size, mesh, PrefixStore("run", store))
         yield world
     except RuntimeError as error:
@@ -270,22 +306,41 @@ def joined(
         dist.destroy_process_group()
 
 
-def _mesh(
+def mesh_of(
     config: DistributedConfig, strategy: Strategy, launch: Launch, device: torch.device
-) -> "DeviceMesh":
-    """All processes as a mesh: of one dimension, or for hsdp of copies and parts of them."""
+) -> "DeviceMesh | None":
+    """All processes as the mesh of :class:`World`: for fsdp of one dimension, for hsdp of copies
+    and parts of them, each with tensor parallelism as the last. None: whole models."""
+    tensor = config.tensor_parallel
+    data = launch.size // tensor
+    shape = {"shard": data}
+    if strategy == "hsdp":
+        shard_size = config.shard_size or max(1, launch.local_size // tensor)
+        if data % shard_size:
+            groups = "processes" if tensor == 1 else f"groups of {tensor} processes"
+            raise UserError(
+                f"distributed.shard_size = {shard_size} does not divide {data} {groups}; the "
+                f"nearest that does: {math.gcd(shard_size, data)}"
+            )
+        shape = {"replicate": data // shard_size, "shard": shard_size}
+    elif strategy == "ddp":
+        shape = {"replicate": data, "shard": 1} if data > 1 else {}
+    if tensor > 1:
+        shape |= {TENSOR: tensor}
+    elif strategy == "ddp":
+        return None
     from torch.distributed.device_mesh import init_device_mesh
 
-    if strategy == "fsdp":
-        return init_device_mesh(device.type, (launch.size,), mesh_dim_names=("shard",))
-    shard_size = config.shard_size or launch.local_size
-    if launch.size % shard_size:
-        raise UserError(
-            f"distributed.shard_size = {shard_size} does not divide {launch.size} processes; the "
-            f"nearest that does: {math.gcd(shard_size, launch.size)}"
-        )
-    shape = launch.size // shard_size, shard_size
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+
+
+def _dims(mesh: "DeviceMesh") -> tuple[str, ...]:
+    return mesh.mesh_dim_names or ()
+
+
+def data_dims(mesh: "DeviceMesh") -> tuple[str, ...]:
+    """The dimensions over which the batch is divided."""
+    return tuple(name for name in _dims(mesh) if name != TENSOR)
 
 
 def _missing(world: World) -> str:
@@ -322,7 +377,8 @@ def place(
     world: World,
     prepare: Callable[[nn.Module], None] = lambda _: None,
 ) -> None:
-    """Bring a model to the device of this process: whole, or this process's part of it (FSDP2).
+    """Bring a model to the device of this process: whole, or this process's part of it (tensor
+    parallelism, which needs a :class:`bitnet.model.Transformer`, then FSDP2).
 
     Each block is gathered before it computes and freed after it, in the forward and again in the
     backward. What is left, such as embeddings, stays from the forward to the backward. Weights are
@@ -336,13 +392,24 @@ def place(
     if world.mesh is None:
         model.to(world.device)
         return
+    if world.tensor_parallel > 1:
+        from bitnet.model import as_transformer
+        from bitnet.training.tensor_parallel import tensor_parallel
+
+        # torch warns, on each process, of two exchanges where it takes one more than it might
+        logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
+        tensor_parallel(as_transformer(model), world.mesh[TENSOR])
+    if not (dims := data_dims(world.mesh)):
+        model.to(world.device)
+        return
     from torch.distributed.fsdp import fully_shard
 
+    mesh = world.mesh[dims]
     for block in blocks:
         block.to(world.device)
         prepare(block)
-        fully_shard(block, mesh=world.mesh)
-    fully_shard(model, mesh=world.mesh)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def parallel(model: nn.Module, world: World, idle_parameters: bool = False) -> nn.Module:

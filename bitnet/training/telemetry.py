@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.linear import BitLinear
+from bitnet.modules import is_dtensor
 from bitnet.qat.layers import QATLinear
 from bitnet.quant import QuantizedInput, absmean_ternary, quantize_input, spread_groups
 from bitnet.training.distributed import whole
@@ -164,6 +165,11 @@ class _Activations:
         given: Tensor | QuantizedInput = args[0] if args else kwargs["input"]
         if isinstance(layer, BitLinear) and layer.rms_norm is not None:
             given = layer.rms_norm(given)
+        weight: Any = layer.weight
+        if is_dtensor(weight):  # tensor parallelism: this rank may have some columns of the input
+            from bitnet.sharded import whole_input
+
+            given = whole_input(given, weight)
         x, codes, _ = given if isinstance(given, QuantizedInput) else quantize_input(given)
         if x.numel() == 0:
             return

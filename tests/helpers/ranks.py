@@ -12,20 +12,20 @@ from typing import Any
 import torch
 import torch._dynamo  # DTensor imports it: 3 s, better once than in every process
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 
-from bitnet.training.distributed import World
+from bitnet.training.distributed import DistributedConfig, Launch, Strategy, World, mesh_of
 
 
-def world_of(strategy: str) -> World:
+def world_of(strategy: Strategy, tensor_parallel: int = 1) -> World:
     """This process of a group, with the mesh of a strategy; hsdp: copies over two processes."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    mesh = None
-    if strategy == "fsdp":
-        mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("shard",))
-    elif strategy == "hsdp":
-        mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("replicate", "shard"))
-    return World(torch.device("cpu"), rank, size, mesh)
+    config = DistributedConfig(
+        shard_size=2 if strategy == "hsdp" else 0, tensor_parallel=tensor_parallel
+    )
+    device, launch = torch.device("cpu"), Launch(rank, size, rank, size)
+    mesh = mesh_of(config, strategy, launch, device)
+    return World(device, rank, size, mesh, _get_default_store())
 
 
 def on_ranks(
