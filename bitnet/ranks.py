@@ -3,8 +3,9 @@
 The formulas follow what the code does: :func:`bitnet.training.distributed.place` (FSDP2 gathers
 each block by itself, and all else as the root), :func:`bitnet.training.distributed.exchange`
 (gradients leave after the last micro-batch only), :mod:`bitnet.gathered` (what is gathered of a
-ternary weight) and :mod:`bitnet.training.muon`. Shapes and activations come from the model itself,
-run on tensors without memory (torch's FakeTensorMode).
+ternary weight), :mod:`bitnet.training.muon` and :mod:`bitnet.training.tensor_parallel`. Shapes and
+activations come from the model itself, run on tensors without memory (torch's FakeTensorMode), for
+tensor parallelism in a group of processes that do not exist (its backend "fake").
 
 Bytes sent are those of ring algorithms, per process: of G bytes and S processes, an all-gather or a
 reduce-scatter sends (S - 1) / S G, an all-reduce twice that (Patarasu and Yuan 2009, "Bandwidth
@@ -15,10 +16,15 @@ checkpoints, temporary tensors of an operation or of the optimizer, and what all
 """
 
 import dataclasses
+import logging
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -45,6 +51,19 @@ class Layout(NamedTuple):
     """Processes over which one copy of the model is divided; ddp: 1."""
     as_codes: bool
     """Ternary weights are gathered as 2-bit codes."""
+    tensor: int = 1
+    """Processes that divide the matrices of each layer (``distributed.tensor_parallel``)."""
+
+    @property
+    def shares(self) -> int:
+        """Of a batch."""
+        return self.size // self.tensor
+
+    @property
+    def in_fsdp(self) -> bool:
+        """FSDP2 averages the gradients: under ddp, those of several groups of tensor parallelism
+        (:func:`bitnet.training.distributed.place`)."""
+        return self.strategy != "ddp" or (self.tensor > 1 and self.shares > 1)
 
     def __str__(self) -> str:
         if self.strategy == "ddp":
@@ -75,6 +94,8 @@ class Traffic(NamedTuple):
     """hsdp: gradients between the copies."""
     muon: float
     """Updates to the process that orthogonalizes them and back: the mean over the processes."""
+    tensor: float = 0
+    """Tensor parallelism: in the layers, forwards and backwards."""
 
     def seconds(self, layout: Layout, local: int, inside: float, network: float) -> float:
         """Time of the exchanges, one after the other and none hidden behind computing. A ring is as
@@ -84,16 +105,19 @@ class Traffic(NamedTuple):
             local: processes of a machine. inside, network: bytes per second that a process sends to
                 another one of its machine, and of another machine.
         """
-        group = layout.size if layout.strategy == "ddp" else layout.shard
+        group = layout.size if layout.strategy == "ddp" else layout.shard * layout.tensor
         speed = inside if group <= local else network
         copies = inside if layout.size <= local else network
-        return (self.gathered + self.gradients + self.muon) / speed + self.between / copies
+        layers = inside if local % layout.tensor == 0 else network
+        sent = self.gathered + self.gradients + self.muon
+        return sent / speed + self.between / copies + self.tensor / layers
 
 
 class Weight(NamedTuple):
     """A parameter of a model that is not built."""
 
     shape: tuple[int, ...]
+    """With tensor parallelism, of a process's part of a matrix."""
     ternary: bool
     """The weight of a BitLinear."""
     muon: bool
@@ -118,26 +142,36 @@ class Weight(NamedTuple):
 def layouts(config: Config, size: int, local: int) -> list[Layout]:
     """What ``size`` processes, ``local`` of them per machine, can choose from. hsdp is there where
     it has copies; codes where BitLinears give them."""
-    model, shard = config.model, config.distributed.shard_size or local
+    model, tensor = config.model, config.distributed.tensor_parallel
+    shares, shard = config.shares(size), config.distributed.shard_size or max(1, local // tensor)
     coded = model.linear == "ternary" and model.grad_mask == "none"
-    found = [Layout("ddp", size, 1, as_codes=False)]
+    whole = Layout("ddp", size, 1, as_codes=False, tensor=tensor)
+    chosen = coded and config.distributed.gather == "codes"
+    found = [whole._replace(as_codes=whole.in_fsdp and chosen)]
     for as_codes in (True, False) if coded else (False,):
-        found.append(Layout("fsdp", size, size, as_codes))
-        if shard < size and size % shard == 0:
-            found.append(Layout("hsdp", size, shard, as_codes))
+        found.append(Layout("fsdp", size, shares, as_codes, tensor))
+        if shard < shares and shares % shard == 0:
+            found.append(Layout("hsdp", size, shard, as_codes, tensor))
     return found
 
 
 def weights(config: Config) -> tuple[list[Weight], list[Weight]]:
-    """The parameters of a block and those outside of the blocks, of a resolved config."""
+    """The parameters of a block and those outside of the blocks, of a resolved config; of a matrix
+    that tensor parallelism divides, a process's part."""
+    tensor = config.distributed.tensor_parallel
     with FakeTensorMode():
         model = Transformer(dataclasses.replace(config.model, n_layers=1))
     ternary = {id(m.weight) for m in model.modules() if isinstance(m, BitLinear)}
     muon = {id(p) for p in param_groups(model, config.optim)["muon"]}
     block, root = list[Weight](), list[Weight]()
     for name, p in model.named_parameters():
-        part = block if name.startswith("layers.") else root
-        part.append(Weight(tuple(p.shape), id(p) in ternary, id(p) in muon))
+        part, shape = block if name.startswith("layers.") else root, list(p.shape)
+        matrix = name.removeprefix("layers.0.").removesuffix(".weight")
+        if tensor > 1 and matrix in config.model.matrices():
+            from bitnet.training.tensor_parallel import is_row_parallel  # imports DTensor, 1 s
+
+            shape[1 if is_row_parallel(matrix) else 0] //= tensor
+        part.append(Weight(tuple(shape), id(p) in ternary, id(p) in muon))
     return block, root
 
 
@@ -156,7 +190,8 @@ def memory(config: Config, layout: Layout, sequences: int, bf16: bool, kept: int
     root's fp32 weights, the whole weights of a block (int8 codes, twice with ``int8_backward``;
     fp32 where no codes can be gathered), and what is gathered for the next block meanwhile. A
     ``grad_mask`` keeps the codes of all blocks for the backward, as autocast keeps bf16 copies of
-    the matrices of the full-precision baseline.
+    the matrices of the full-precision baseline; so does tensor parallelism that gathers latent
+    weights.
 
     Activations: those kept, and the gradient of the head's weight, which comes with the loss
     (:func:`bitnet.loss.linear_cross_entropy`).
@@ -177,16 +212,17 @@ def memory(config: Config, layout: Layout, sequences: int, bf16: bool, kept: int
     copies = n * codes * (2 if model.int8_backward != "none" else 1)
     if model.linear == "fp":
         copies = _BF16 * n * matrices if bf16 else 0
-    if layout.strategy == "ddp":
+    if not layout.in_fsdp:
         gradients, buffers = _FP32 * parts, copies
     else:
         whole = max(2 * of_root, of_root + 2 * of_block)
-        if config.batch_sequences // layout.size > sequences:
+        if config.batch_sequences // layout.shares > sequences:
             whole = max(2 * of_root, of_root + (n + 1) * of_block - parts)
         gradients = _FP32 * (parts + whole)
         gathered = sum(p.gathered(model, layout) for p in block)
         buffers = _FP32 * of_root + gathered
-        if model.linear == "ternary" and model.grad_mask == "none":
+        made_of_latent = model.grad_mask != "none" or (layout.tensor > 1 and not layout.as_codes)
+        if model.linear == "ternary" and not made_of_latent:
             buffers += copies // n + _FP32 * (of_block - codes)
             buffers += n * gathered // shard if layout.as_codes else 0
         else:
@@ -214,13 +250,14 @@ def _kept(config: Config, n_layers: int, sequences: int, bf16: bool) -> int:
     storages = dict[int, torch.UntypedStorage]()
 
     def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
+        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()  # of a DTensor
         storages[storage._cdata] = storage
         return tensor
 
-    with FakeTensorMode():
+    with _divided(config.distributed.tensor_parallel) as divide, FakeTensorMode():
         model = Transformer(dataclasses.replace(config.model, n_layers=n_layers))
         model.document_separator = 0 if config.data.document_mask else None
+        divide(model)
         tokens = torch.zeros(sequences, config.data.seq_len, dtype=torch.int64, device="cpu")
         autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
@@ -228,7 +265,32 @@ def _kept(config: Config, n_layers: int, sequences: int, bf16: bool) -> int:
         return sum(storage.nbytes() for storage in storages.values())
 
 
-def traffic(config: Config, layout: Layout, sequences: int) -> Traffic:
+@contextmanager
+def _divided(size: int) -> Iterator[Callable[[Transformer], object]]:
+    """What divides a model over ``size`` processes as their first one sees it, in the block: the
+    others do not exist. Does nothing for one process."""
+    if size == 1:
+        yield lambda model: None
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from bitnet.training.tensor_parallel import tensor_parallel
+
+    about_gloo = logging.getLogger("torch.distributed.tensor._collective_utils")
+    about_gloo.addFilter(_no_record)  # that it has no all-to-all: nothing is sent here
+    dist.init_process_group("fake", rank=0, world_size=size)
+    try:
+        yield partial(tensor_parallel, mesh=init_device_mesh("cpu", (size,)))
+    finally:
+        dist.destroy_process_group()
+        about_gloo.removeFilter(_no_record)
+
+
+def _no_record(_: logging.LogRecord) -> bool:
+    return False
+
+
+def traffic(config: Config, layout: Layout, sequences: int, bf16: bool = False) -> Traffic:
     """Bytes that a process sends in a step.
 
     fsdp gathers a block twice per micro-batch, for the forward and for the backward, and the root
@@ -238,15 +300,17 @@ def traffic(config: Config, layout: Layout, sequences: int) -> Traffic:
     (:func:`bitnet.training.muon.ShardedMuon.step`).
 
     Arguments:
-        sequences: per micro-batch of a process.
+        sequences: per micro-batch of a process. bf16: with autocast.
     """
     block, root = weights(config)
     n, shard = config.model.n_layers, layout.shard
-    everything, copies = block * n + root, layout.size // shard
+    everything, copies = block * n + root, layout.shares // shard
     reduced = _FP32 * sum(p.part(shard) for p in everything)
+    micro_batches = config.batch_sequences // layout.shares // sequences
+    in_layers = micro_batches * _in_layers(config, layout.tensor, sequences, bf16)
     if layout.strategy == "ddp":
-        return Traffic(0, 2 * (layout.size - 1) / layout.size * reduced, 0, 0)
-    micro_batches = config.batch_sequences // layout.size // sequences
+        average = 2 * (layout.shares - 1) / layout.shares * reduced
+        return Traffic(0, average, 0, 0, in_layers)
     of_block, of_root = (sum(p.gathered(config.model, layout) for p in g) for g in (block, root))
     others = (shard - 1) / shard
     muon = sum(p.part(1) for p in everything if p.muon) / shard
@@ -255,7 +319,34 @@ def traffic(config: Config, layout: Layout, sequences: int) -> Traffic:
         gradients=others * shard * reduced,
         between=2 * (copies - 1) / copies * reduced,
         muon=2 * others * _BF16 * muon,
+        tensor=in_layers,
     )
+
+
+def _in_layers(config: Config, ranks: int, sequences: int, bf16: bool) -> float:
+    """Bytes that a process of ``ranks`` sends in the layers in a micro-batch. Of each token:
+
+    - all-reduced in a forward, the outputs of o_proj and down_proj (int32 sums with a maximum; of
+      the full-precision baseline in its dtype), and in the backward the gradient of an input that
+      is divided, fp32: once for attention and once for the MLP, or once per matrix where each has
+      an input of its own;
+    - exchanged twice in a forward and twice in its backward, a process's channels for the norms
+      that need all (:class:`bitnet.training.tensor_parallel.ChannelRMSNorm`).
+
+    The gradients of those norms and of heads' are all-reduced, too.
+    """
+    model, every = config.model, config.distributed.activation_checkpointing
+    n, width, dtype = model.n_layers, model.d_model, _BF16 if bf16 else _FP32
+    ternary, in_linear = model.linear == "ternary", model.norm_placement == "in_linear"
+    forwards = 1 + (-(-n // every) / n if every else 0)
+    outputs = 2 * (_FP32 * width + _FP32) if ternary else 2 * dtype * width
+    inputs = (2 if ternary and not in_linear else 5) * _FP32 * width
+    channels = 0 if model.norm_placement == "pre_norm" else width + model.d_ff
+    norms = _FP32 * (channels + (2 * model.head_dim if model.qk_norm else 0))
+    tokens, others = sequences * config.data.seq_len, (ranks - 1) / ranks
+    reduced = tokens * (forwards * outputs + inputs) + norms
+    exchanged = tokens * 2 * (forwards + 1) * dtype * channels / ranks
+    return n * others * (2 * reduced + exchanged)
 
 
 def rank_table(config: Config, size: int, local: int, bandwidth: float, network: float) -> Table:
@@ -284,12 +375,15 @@ def rank_table(config: Config, size: int, local: int, bandwidth: float, network:
     choices = layouts(config, size, local)
     kept = activations(config, bf16)
     held = [memory(config, layout, sequences, bf16, kept) for layout in choices]
-    sent = [traffic(config, layout, sequences) for layout in choices]
+    sent = [traffic(config, layout, sequences, bf16) for layout in choices]
+    shares, tensor = config.shares(size), config.distributed.tensor_parallel
+    groups = f" in groups of {tensor}" if tensor > 1 else ""
     table = Table(
         "per process",
         *map(str, choices),
-        title=f"{size} processes, {config.batch_sequences // size // sequences} micro-batches of "
-        f"{sequences} x {config.data.seq_len} tokens each, {'bf16 autocast' if bf16 else 'fp32'}",
+        title=f"{size} processes{groups}, {config.batch_sequences // shares // sequences} "
+        f"micro-batches of {sequences} x {config.data.seq_len} tokens each, "
+        f"{'bf16 autocast' if bf16 else 'fp32'}",
         caption="memory: each kind at its peak; sent: in a step, by rings; seconds: if no exchange "
         "is hidden behind computing. codes: distributed.gather. See docs/distributed.md.",
     )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitnet.bitlinear import BitLinear, gather_codes
 from bitnet.config import Config
@@ -29,15 +30,17 @@ SCALARS = 256
 SHAPE: dict[str, Any] = {"d_model": 64, "n_layers": N_LAYERS, "n_heads": 4, "n_kv_heads": 2}
 
 
-def tiny(optimizer: str = "adamw", every: int = 0, **options: Any) -> Config:
+def tiny(optimizer: str = "adamw", every: int = 0, tensor: int = 1, **options: Any) -> Config:
     """Two micro-batches of two sequences for each of two processes, with odd numbers of rows."""
-    model = ModelConfig(**SHAPE | {"d_ff": 81, "vocab_size": 51, "max_seq_len": 16} | options)
+    model = ModelConfig(
+        **SHAPE | {"d_ff": 81 * tensor, "vocab_size": 51, "max_seq_len": 16} | options
+    )
     found = Config()
     parts: dict[str, Any] = {
         "train": {"batch_tokens": 8 * SEQ_LEN, "micro_batch": 2, "device": "cpu"},
         "data": {"seq_len": SEQ_LEN},
         "optim": {"lr": 1e-3, "optimizer": optimizer},
-        "distributed": {"activation_checkpointing": every},
+        "distributed": {"activation_checkpointing": every, "tensor_parallel": tensor},
     }
     sections = {k: dataclasses.replace(getattr(found, k), **v) for k, v in parts.items()}
     return dataclasses.replace(found, model=model, **sections)
@@ -50,7 +53,7 @@ def either(name: str, old: str) -> str:
 
 def count(config: Config, layout: Layout) -> Counter[str]:
     """Bytes of this process in a real step: held, and given to exchanges."""
-    world = world_of(layout.strategy)
+    world = world_of(layout.strategy, layout.tensor)
     torch.manual_seed(0)
     model = Transformer(config.model)
     place(model, model.layers, world, lambda block: gather_codes(block, layout.as_codes))
@@ -172,6 +175,95 @@ def test_checkpointed_blocks_keep_their_input() -> None:
     assert all_of < some < plain
 
 
+class Exchanges(TorchDispatchMode):
+    """Counts the bytes of this process that the layers' exchanges take, without the scales of all
+    weights (84 bytes of maxima, and sums of integers)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kinds = {
+            "all_reduce": "reduced",
+            "allreduce_": "reduced",
+            "all_gather_into_tensor": "gathered",
+        }
+        if func.namespace in ("c10d", "_c10d_functional") and func._opname in kinds:
+            given = args[0][0] if isinstance(args[0], list) else args[0]
+            scales = given.dtype == torch.int64 or given.nbytes == 84
+            self.counts[kinds[func._opname]] += 0 if scales else given.nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def count_layers(config: Config, bf16: bool) -> tuple[Counter[str], int, Counter[str]]:
+    """What the layers exchange in a step, what a forward keeps for the backward, and what a process
+    holds."""
+    layout = Layout("ddp", 2, 1, as_codes=False, tensor=2)
+    with Exchanges() as seen:
+        torch.manual_seed(0)
+        world, model, kept = world_of("ddp", 2), Transformer(config.model), dict[int, int]()
+        place(model, model.layers, world)
+        optimizers = build_optimizer(model, config.optim)
+        autocast = torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        batch = torch.randint(51, (8, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
+        seen.counts.clear()  # what divides the model
+        parts = split(world.share(batch[:, :-1]), world.share(batch[:, 1:]), 2)
+        train_step(model, optimizers, parts, 0, 9, config.optim, nullcontext(), world)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        model(*parts[0])
+    for p in model.parameters():
+        kept.pop(p.to_local().untyped_storage().data_ptr(), None)  # type: ignore[attr-defined]
+    return seen.counts, sum(kept.values()), count(config, layout)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"qk_norm": True},
+        pytest.param({"linear": "fp"}, marks=pytest.mark.slow),
+        pytest.param({"norm_placement": "in_linear"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_real_step_of_tensor_parallelism(options: dict[str, Any], tmp_path: Path) -> None:
+    config = tiny(tensor=2, **options)
+    counts, kept, real = on_ranks(lambda: count_layers(config, bf16=False), 2, tmp_path)[0]
+    layout = layouts(config, 2, 2)[0]
+    assert layout == Layout("ddp", 2, 1, as_codes=False, tensor=2)
+    held = memory(config, layout, 2, bf16=False, kept=activations(config, bf16=False))
+    assert (held.parameters, held.optimizer) == (real["parameters"], real["optimizer"])
+    whole = memory(
+        tiny(**options | {"d_ff": 162}), Layout("ddp", 1, 1, as_codes=False), 2, False, 0
+    )
+    assert held.parameters < 0.6 * whole.parameters
+    assert held.activations == pytest.approx(kept - held.buffers, rel=0.05)
+    # of two processes, a ring sends all of an all-reduce, and half of what an all-to-all takes; for
+    # which gloo gathers
+    sent = traffic(config, layout, 2)
+    assert sent.tensor == counts["reduced"] + counts["gathered"] / 2
+    assert sent == Traffic(0, 0, 0, 0, sent.tensor)
+
+
+@pytest.mark.slow  # four processes
+def test_a_real_step_of_groups_that_fsdp_divides(tmp_path: Path) -> None:
+    config, layout = tiny(tensor=2), Layout("fsdp", 4, 2, as_codes=True, tensor=2)
+    assert layout in layouts(config, 4, 4)
+    counts = on_ranks(lambda: count(config, layout), 4, tmp_path)
+    most = {kind: max(c[kind] for c in counts) for kind in counts[0]}
+    sent, held = traffic(config, layout, 2), memory(config, layout, 2, bf16=False, kept=0)
+    assert held.parameters == most["parameters"]
+    assert held.optimizer == most["optimizer"]
+    assert 2 * sent.gathered == most["gathered"]
+    assert 2 * sent.gradients == most["gradients"]
+
+
 @pytest.mark.slow  # four processes
 def test_a_real_step_of_copies(tmp_path: Path) -> None:
     config, layout = tiny("muon"), Layout("hsdp", 4, 2, as_codes=True)
@@ -197,12 +289,15 @@ def test_copies_of_a_divided_model() -> None:
     assert times.seconds(hsdp, 2, inside=10.0, network=2.0) == 5 + 4
     assert times.seconds(Layout("fsdp", 4, 4, True), 2, inside=10.0, network=2.0) == 25 + 4
     assert times.seconds(Layout("fsdp", 4, 4, True), 4, inside=10.0, network=2.0) == 5 + 0.8
+    groups, layout = Traffic(30.0, 20.0, 0.0, 0.0, 6.0), Layout("fsdp", 8, 4, True, tensor=2)
+    assert groups.seconds(layout, 4, inside=10.0, network=2.0) == 25 + 0.6
+    assert groups.seconds(layout, 1, inside=10.0, network=2.0) == 25 + 3
 
 
 def test_what_is_refused() -> None:
     config = tiny()
-    assert rank_table(config, 4, 2, 10, 1).row_count == 6 + 5 + 1
-    assert rank_table(config, 4, 2, 0, 0).row_count == 6 + 5
+    assert rank_table(config, 4, 2, 10, 1).row_count == 6 + 6 + 1
+    assert rank_table(config, 4, 2, 0, 0).row_count == 6 + 6
     for arguments, said in (
         ((4, 3, 0, 0), "--local-size"),
         ((4, 4, 0, 1), "--network needs"),
