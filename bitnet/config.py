@@ -46,7 +46,7 @@ from bitnet.data.loader import INDEX, DataConfig, read_index
 from bitnet.data.tokenizer_json import load_tokenizer
 from bitnet.evaluate import EvalConfig
 from bitnet.export.folder import read_config
-from bitnet.model import ModelConfig
+from bitnet.model import ModelConfig, check_divides
 from bitnet.qat.adapters import AdapterConfig
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import QATConfig, first_step, lambdas, optimal_share
@@ -360,8 +360,6 @@ def _check_combination(config: Config) -> None:
             )
         if train.compile:
             raise UserError(f"{key} does not go with train.compile = true: set that to false")
-        from bitnet.training.tensor_parallel import check_divides  # imports DTensor, 1 s
-
         check_divides(model, size)
     if config.distributed.shard_size and config.distributed.strategy != "hsdp":
         raise UserError('distributed.shard_size has no effect: distributed.strategy is not "hsdp"')

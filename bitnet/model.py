@@ -172,6 +172,29 @@ class ModelConfig:
         return 6.0 * multiplied + 12.0 * self.n_layers * self.d_model * seq_len
 
 
+def check_divides(config: ModelConfig, size: int) -> None:
+    """Raise UserError, naming the key, if tensor parallelism over ``size`` processes cannot divide
+    the matrices of a (resolved) model (:mod:`bitnet.training.tensor_parallel`)."""
+    sizes = {key: getattr(config, key) for key in ("n_heads", "n_kv_heads", "d_ff")}
+    for key, value in sizes.items():
+        if value % size:
+            largest = math.gcd(*sizes.values())
+            raise UserError(
+                f"distributed.tensor_parallel = {size} does not divide model.{key} = {value}; for "
+                f"this model it can be {largest} or a divisor of that"
+            )
+    if size > 1 and config.linear == "fp" and config.norm_placement == "in_linear":
+        raise UserError(
+            f"distributed.tensor_parallel = {size} cannot divide the full-precision matrices of "
+            'model.norm_placement = "in_linear", with a norm inside; "sub_norm" and "pre_norm" can'
+        )
+    if size > 1 and config.linear == "ternary" and config.granularity == "group":
+        raise UserError(
+            f"distributed.tensor_parallel = {size} cannot divide the columns of "
+            'model.granularity = "group"; use "tensor" or "row"'
+        )
+
+
 def _divisors(n: int) -> list[int]:
     """The divisors of n >= 1, in ascending order."""
     small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]

@@ -28,7 +28,6 @@ torch's ``parallelize_module``. They install no hooks, so layers still share the
 torch's ``ColwiseParallel`` and ``RowwiseParallel`` divide a BitLinear without a norm too.
 """
 
-import math
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -44,7 +43,7 @@ from torch.nn import functional as F
 
 from bitnet.bitlinear import BitLinear
 from bitnet.elementwise import RMSNorm, rms_norm
-from bitnet.model import ModelConfig, Transformer
+from bitnet.model import Transformer, check_divides
 from bitnet.schema import UserError
 from bitnet.sharded import entering
 
@@ -188,8 +187,8 @@ def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
     that the model has then.
 
     Raises:
-        UserError: :func:`check_divides` refuses the config, or a matrix of a layer is neither a
-            BitLinear nor an nn.Linear.
+        UserError: :func:`bitnet.model.check_divides` refuses the config, or a matrix of a layer is
+            neither a BitLinear nor an nn.Linear.
     """
     config = model.config
     check_divides(config, mesh.size())
@@ -232,28 +231,6 @@ _NORMS: dict[str, type[_Replica]] = {
 def is_row_parallel(name: str) -> bool:
     """Whether the columns of a matrix of a layer are divided, and not its rows."""
     return name.endswith(("o_proj", "down_proj"))
-
-
-def check_divides(config: ModelConfig, size: int) -> None:
-    """Raise UserError, naming the key, if ``size`` ranks cannot divide a (resolved) model."""
-    sizes = {key: getattr(config, key) for key in ("n_heads", "n_kv_heads", "d_ff")}
-    for key, value in sizes.items():
-        if value % size:
-            largest = math.gcd(*sizes.values())
-            raise UserError(
-                f"distributed.tensor_parallel = {size} does not divide model.{key} = {value}; for "
-                f"this model it can be {largest} or a divisor of that"
-            )
-    if size > 1 and config.linear == "fp" and config.norm_placement == "in_linear":
-        raise UserError(
-            f"distributed.tensor_parallel = {size} cannot divide the full-precision matrices of "
-            'model.norm_placement = "in_linear", with a norm inside; "sub_norm" and "pre_norm" can'
-        )
-    if size > 1 and config.linear == "ternary" and config.granularity == "group":
-        raise UserError(
-            f"distributed.tensor_parallel = {size} cannot divide the columns of "
-            'model.granularity = "group"; use "tensor" or "row"'
-        )
 
 
 def _bitlinear(module: nn.Module) -> BitLinear:

@@ -36,6 +36,20 @@ def exact(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in TIMED} for row in rows]
 
 
+def torchrun(n: int, *args: str) -> str:
+    """Train with ``n`` processes, on one thread each."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    done = subprocess.run(
+        [sys.executable, *(launcher if n > 1 else []), str(TRAIN), *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def spawn(args: list[str], wrapper: str = "", **environment: str) -> subprocess.Popen[str]:
     """Start train.py; ``wrapper`` is code that runs it after a change."""
     command = [str(TRAIN), *args]

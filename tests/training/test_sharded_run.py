@@ -1,30 +1,13 @@
 """A run that goes on in another number of processes, from the checkpoint of the ones before."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.helpers.checkpoints import names
-from tests.helpers.training_script import TRAIN, read_metrics
-
-
-def torchrun(n: int, *args: str) -> str:
-    """Train with ``n`` processes, on one thread each."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    done = subprocess.run(
-        [sys.executable, *(launcher if n > 1 else []), str(TRAIN), *args],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from tests.helpers.training_script import read_metrics, torchrun
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ import bitnet_kernels
 from bitnet import BitLinear, pack, replace_linear, weights_quantized
 from bitnet.bitlinear import gather_codes
 from bitnet.gathered import codes_of_gathered, quantized
-from bitnet.model import KVCache, Transformer
+from bitnet.model import KVCache, Transformer, check_divides
 from bitnet.qat import Recipe, prepare
 from bitnet.quant import absmean_ternary, dequantize, quantize_input
 from bitnet.schema import UserError
@@ -35,7 +35,6 @@ from bitnet.sharded import quantize_weights
 from bitnet.training.tensor_parallel import (
     ColwiseBitLinear,
     RowwiseBitLinear,
-    check_divides,
     tensor_parallel,
 )
 from bitnet_kernels import reference

@@ -25,8 +25,7 @@ from bitnet.run import locked
 from bitnet.training.distributed import World
 from tests.helpers.double import rotary64
 from tests.helpers.ranks import on_ranks, world_of
-from tests.helpers.training_script import Run, read_metrics, train
-from tests.training.test_sharded_run import torchrun
+from tests.helpers.training_script import Run, read_metrics, torchrun, train
 
 ODD = (
     *("model.d_model=40", "model.n_heads=4", "model.n_kv_heads=2", "model.d_ff=50"),
