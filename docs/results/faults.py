@@ -18,8 +18,8 @@ namespace of its own (unshare), as root or as a user who may. Steps, ranks and m
 
 import csv
 import os
-import platform
 import random
+import re
 import shutil
 import signal
 import socket
@@ -31,11 +31,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from faults_case import EVERY, FIRST, Case, Losses, mount, own_mounts, prepare
-from faults_job import Job, free_port, said
+from faults_case import EVERY, FIRST, Case, Losses, machine, mount, own_mounts, prepare
+from faults_job import ROOT, Job, free_port, said
 
-ROOT = Path(__file__).parent.parent.parent
 CSV = Path(__file__).parent / "faults.csv"
 Row = dict[str, str]
 
@@ -303,20 +301,6 @@ def row(name: str, shared: Path, expected: dict[str, Losses]) -> Row:
             subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def machine() -> dict[str, str]:
-    """What a row says of the code and of the machine."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "commit": commit,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release()}",
-        "command": "python docs/results/faults.py",
-    }
-
-
 def read() -> list[dict[str, str]]:
     """The rows of the CSV."""
     if not CSV.exists():
@@ -336,27 +320,42 @@ def write(rows: list[Row]) -> None:
 
 
 def table() -> str:
-    """The table of docs/distributed.md, from the CSV."""
+    """The table of docs/distributed.md, from the CSV: kills of one kind in a line."""
     lines = [
-        "| what happened | what the user saw | others ended after | reached | newest checkpoint "
-        "| went on at | steps lost | losses as without |",
-        "|---|---|---|---|---|---|---|---|",
+        "| what happened | what the user saw | others ended after, s | steps lost "
+        "| newest checkpoint | went on at step | losses as without |",
+        "|---|---|---|---|---|---|---|",
     ]
+    groups: dict[str, list[Row]] = {}
     for row in read():
-        seconds = f"{row['seconds']} s" if row["seconds"] else ""
+        groups.setdefault(row["fault"].rpartition(",")[0] or row["fault"], []).append(row)
+    for name, rows in groups.items():
+        times = f", {len(rows)} times" if len(rows) > 1 else ""
+        strategies = ", ".join(sorted({row["strategy"] for row in rows}))
+        words = (re.sub(r" \(\[/.*", " (...)", row["saw"]) for row in rows)  # gloo's own words
+        saw = "; ".join(dict.fromkeys(words)).replace("|", "/")
+        one = len(rows) == 1
+        newest = all(row["resumed_at"] == row["newest_checkpoint"] for row in rows)
+        resumed = rows[0]["resumed_at"] if one else ("the newest" if newest else "an older one")
         lines.append(
-            f"| {row['fault']} ({row['strategy']}) | {row['saw'].replace('|', '/')} | {seconds} | "
-            f"{row['at_step']} | {row['newest_checkpoint']} | {row['resumed_at']} | "
-            f"{row['lost_steps']} | {row['same_losses']} |"
+            f"| {name}{times} ({strategies}) | {saw} | {spread(rows, 'seconds')} | "
+            f"{spread(rows, 'lost_steps')} | {rows[0]['newest_checkpoint'] if one else ''} | "
+            f"{resumed} | {sum(row['same_losses'] == 'yes' for row in rows)} of {len(rows)} |"
         )
     return "\n".join(lines)
+
+
+def spread(rows: list[Row], key: str) -> str:
+    """The least and the largest number of a column."""
+    numbers = sorted({row[key] for row in rows if row[key]}, key=float)
+    return " to ".join(dict.fromkeys((numbers[0], numbers[-1]))) if numbers else ""
 
 
 def measure(folder: Path, names: list[str]) -> Iterator[Row]:
     """Rows of these faults, as they come."""
     expected = prepare(folder)
     for half, strategy in enumerate(expected):
-        if mine := [name for name in names if KILLS.get(name, -1) % 2 == half]:
+        if mine := [name for name in names if name in KILLS and KILLS[name] % 2 == half]:
             yield from kills(folder, strategy, mine, expected[strategy])
     for name in names:
         if name in FAULTS:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import random
 import shutil
 import subprocess
@@ -9,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from faults_job import Job
+import torch
+from faults_job import ROOT, Job
 
 EVERY, FIRST, WHOLE = 10, 27, 240
 """Steps between checkpoints; steps that every run has behind it when its fault comes; steps of the
@@ -121,6 +123,25 @@ def prepare(shared: Path) -> dict[str, Losses]:
     if not (shared / "whole.bin").exists():
         shutil.copyfile(shared / "prepared/train_00000.bin", shared / "whole.bin")
     return expected
+
+
+def git(*words: str) -> str:
+    """The output of git."""
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def machine() -> dict[str, str]:
+    """What a row says of the code (the last commit that changed it) and of the machine."""
+    code = ["--", "bitnet", "kernels", "train.py"]
+    commit = git("log", "-1", "--format=%h", *code) + "-dirty" * bool(git("diff", "HEAD", *code))
+    return {
+        "commit": commit,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Linux {platform.release()}",
+        "command": "python docs/results/faults.py",
+    }
 
 
 def mount(*args: str | Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
-LIMIT = 240.0
+LIMIT = 900.0
 """Seconds that anything may take."""
 
 

@@ -162,11 +162,16 @@ def measure(steps: int, processes: int, folder: Path) -> list[dict[str, str | in
     return rows
 
 
+def git(*words: str) -> str:
+    """The output of git."""
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def machine() -> dict[str, str | int]:
-    """What a row says of the code and of the machine."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    """What a row says of the code (the last commit that changed it) and of the machine."""
+    code = ["--", "bitnet", "kernels", "train.py"]
+    commit = git("log", "-1", "--format=%h", *code) + "-dirty" * bool(git("diff", "HEAD", *code))
     cpus = os.cpu_count() or 1
     return {
         "commit": commit,
