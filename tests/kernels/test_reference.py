@@ -23,8 +23,12 @@ def int64_product(x_q: Tensor, codes: Tensor) -> Tensor:
     return torch.from_numpy(product.astype(np.int32))
 
 
+@pytest.mark.parametrize("vnni", [True, False])  # False: the native library, where there is one
 @pytest.mark.parametrize(("m", "n", "k"), SHAPES)
-def test_products_are_exact(m: int, n: int, k: int) -> None:
+def test_products_are_exact(
+    m: int, n: int, k: int, vnni: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
     x_q, codes = random_operands(m, n, k)
     want = int64_product(x_q, codes)
     for got in (

@@ -20,6 +20,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 ABI = 8
 """BN_ABI of ``native/bitnet_cpu.h``."""
@@ -196,6 +197,15 @@ def families_share_layout() -> bool:
     layout, of bit planes."""
     lib = library()
     return lib is not None and bool(lib.bn_families_share_layout())
+
+
+def runs_now(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors, whose memory a call may use now. Compiled code, traces and
+    torch.func's transforms see torch operators instead, which they know better."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return not tracing and all(type(one) in (Tensor, torch.nn.Parameter) for one in tensors)
 
 
 def threads() -> int:

@@ -18,15 +18,8 @@ _BLOCK = 32
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the native library computes with these: plain fp32 tensors on a CPU, eagerly.
-
-    Compiled code, traces and torch.func's transforms see torch operators, which they know better.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    return plain and not tracing and library_of(*tensors) is not None
+    """Whether the native library computes with these: plain fp32 tensors on a CPU, eagerly."""
+    return native.runs_now(*tensors) and library_of(*tensors) is not None
 
 
 def library_of(*tensors: Tensor) -> CDLL | None:
