@@ -44,7 +44,6 @@ ARROWS = {
         "bitnet_kernels.cpu.native",
         "bitnet_kernels.cpu.ternary",
         "bitnet_kernels.cpu.training",
-        "bitnet_kernels.packing",
         "bitnet_kernels.reference",
     },
     "bitnet_kernels.ops.register": {"bitnet_kernels.available", "bitnet_kernels.checks"},

@@ -59,11 +59,6 @@ def pack_ternary(codes: Tensor) -> Tensor:
         TypeError, ValueError: wrong dtype, shape or values.
     """
     _check_codes(codes)
-    return packed_of(codes)
-
-
-def packed_of(codes: Tensor) -> Tensor:
-    """:func:`pack_ternary`, unchecked."""
     columns = packed_columns(codes.shape[1])
     digits = pad(codes, (0, 4 * columns - codes.shape[1])).to(torch.uint8) + 1  # -1 wraps to 0
     p0, p1, p2, p3 = digits.view(-1, 4, columns).unbind(1)

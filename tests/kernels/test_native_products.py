@@ -146,6 +146,14 @@ def test_strided_operands(isa: str) -> None:
         assert torch.equal(ternary_matmul(x_q.t().contiguous().t(), packed, kernel), want)
 
 
+def test_packing_is_that_of_packing(isa: str) -> None:
+    draw = torch.Generator().manual_seed(6)
+    for n, k in ((1, 1), (3, 15), (2, 16), (5, 47), (4, 48), (3, 49), (2, 63), (7, 64), (3, 1000)):
+        codes = torch.randint(-1, 2, (n, k), dtype=torch.int8, generator=draw)
+        assert torch.equal(ternary.pack(codes), pack_ternary(codes))
+        assert torch.equal(ternary.pack(codes.t().contiguous().t()), pack_ternary(codes))
+
+
 def test_planes_are_those_of_packing(isa: str) -> None:
     for n, k in ((1, 1), (3, 64), (70, 129), (5, 4100)):
         draw = torch.Generator().manual_seed(k)

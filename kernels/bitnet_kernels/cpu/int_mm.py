@@ -22,7 +22,6 @@ from torch.nn.functional import pad
 
 from bitnet_kernels import reference
 from bitnet_kernels.cpu import native, ternary, training
-from bitnet_kernels.packing import packed_of
 
 
 def codes_matmul(x_q: Tensor, codes: Tensor) -> Tensor:
@@ -32,7 +31,7 @@ def codes_matmul(x_q: Tensor, codes: Tensor) -> Tensor:
     if 0 in (m, n):
         return x_q.new_empty((m, n), dtype=torch.int32)
     if _native_is_faster(x_q, codes):
-        return ternary.matmul(x_q, packed_of(codes), None, addsub=False)
+        return ternary.matmul(x_q, ternary.pack(codes), None, addsub=False)
     x_q = _row_major(x_q)
     if x_q.device.type == "cpu" and codes.stride() == (1, n) and x_q.shape[1] > 1:
         return torch._int_mm(x_q, codes.t())

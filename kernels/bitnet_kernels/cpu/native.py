@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 8
+ABI = 9
 """BN_ABI of ``native/bitnet_cpu.h``."""
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _NORM = (_POINTER, _POINTER, _F32, _I64, _I64)
@@ -48,6 +48,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
         None,
         (_I32, _I32, *3 * (_I64,), *4 * (_POINTER,), _I64, *3 * (_POINTER,)),
     ),
+    "bn_pack": (None, (_I32, _POINTER, _I64, _I64, _POINTER)),
     "bn_bit_planes": (None, (_I32, _POINTER, _I64, _I64, _POINTER)),
     "bn_quant": (None, (_POINTER, _I64, _I64, _POINTER, _POINTER, _POINTER, _I32)),
     "bn_rmsnorm": (None, (_POINTER, _POINTER, _F32, _I64, _I64, _POINTER, _I32)),

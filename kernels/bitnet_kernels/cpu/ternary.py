@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitnet_kernels import reference
 from bitnet_kernels.cpu import native
-from bitnet_kernels.packing import plane_words
+from bitnet_kernels.packing import packed_columns, plane_words
 
 _CACHE = 32 << 20
 """Bytes of weights from which a product runs at the speed of memory, whatever it computes."""
@@ -92,6 +92,17 @@ def linear(
         rescale: list[Tensor | int | None] = [scale, scale.dim(), added, y]
         _call("bn_ternary_linear", addsub, m, n, k, [x], weights, rescale)
     return y
+
+
+def pack(codes: Tensor) -> Tensor:
+    """:func:`bitnet_kernels.packing.pack_ternary` of codes int8 ``[N, K]``, unchecked."""
+    lib = native.library()
+    assert lib is not None
+    n, k = codes.shape
+    packed = torch.empty((n, packed_columns(k)), dtype=torch.uint8, device="cpu")
+    codes = codes.contiguous()
+    lib.bn_pack(native.threads(), codes.data_ptr(), n, k, packed.data_ptr())
+    return packed
 
 
 def bit_planes(packed: Tensor) -> Tensor:

@@ -17,7 +17,7 @@
 #endif
 
 /* Grows with every change of this file; native.py refuses a library of another version. */
-#define BN_ABI 8
+#define BN_ABI 9
 
 BN_API int32_t bn_abi(void);
 
@@ -63,6 +63,10 @@ BN_API void bn_ternary_linear(
     int32_t threads, int32_t addsub, int64_t m, int64_t n, int64_t k, const float *x,
     const uint8_t *packed, const void *planes, const float *scale, int64_t scale_stride,
     const float *bias, float *out, void *workspace
+);
+/* packed [n, ceil(k/64) * 16] of codes [n, k] */
+BN_API void bn_pack(
+    int32_t threads, const int8_t *codes, int64_t n, int64_t k, uint8_t *packed
 );
 /* planes [n, 2, words] of packed [n, bytes] */
 BN_API void bn_bit_planes(

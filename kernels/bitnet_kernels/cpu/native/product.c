@@ -159,7 +159,40 @@ void bn_ternary_linear(
     bn_parallel(run_operator, &o, threads);
 }
 
-/* A change of layout */
+/* Changes of layout */
+
+typedef struct {
+    const int8_t *codes;
+    uint8_t *packed;
+    int64_t n, k;
+} to_pack;
+
+static void pack_rows(const bn_team *team, void *argument) {
+    const to_pack *p = argument;
+    int64_t k = p->k, bytes = bn_padded(k) / 4, whole = k - 3 * bytes, begin, end;
+    bn_share(team, p->n, 1, &begin, &end);
+    for (int64_t n = begin; n < end; n++) {
+        const int8_t *at = p->codes + n * k;
+        uint8_t *to = p->packed + n * bytes;
+        for (int64_t i = 0; i < whole; i++) /* bytes whose four columns are all inside the row */
+            to[i] = (uint8_t)(
+                (at[i] + 1) | (at[i + bytes] + 1) << 2 | (at[i + 2 * bytes] + 1) << 4 |
+                (at[i + 3 * bytes] + 1) << 6
+            );
+        for (int64_t i = whole < 0 ? 0 : whole; i < bytes; i++) {
+            int byte = 0;
+            for (int64_t j = 0; j < 4; j++) {
+                int64_t column = i + j * bytes;
+                byte |= (column < k ? at[column] + 1 : 1) << 2 * j;
+            }
+            to[i] = (uint8_t)byte;
+        }
+    }
+}
+
+void bn_pack(int32_t threads, const int8_t *codes, int64_t n, int64_t k, uint8_t *packed) {
+    bn_parallel(pack_rows, &(to_pack){codes, packed, n, k}, threads);
+}
 
 typedef struct {
     const uint8_t *packed;
