@@ -52,17 +52,29 @@ def _make_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all, replacing what was there.
+    """Write a file that appears whole or not at all, replacing what was there. Raises as
+    :func:`new_file`."""
+    with new_file(path) as aside:
+        aside.write_bytes(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields the name of a file to write; when the block ends, it *is* ``path``, in place of what
+    was there. Folders that are missing are made.
 
     Raises:
-        OSError: the disk is full, the folder is read-only, ...; what was there is untouched.
+        UserError: ``path`` is a folder, or something else that is no file.
+        OSError: the disk is full, the folder is read-only, ...; and whatever the block raises. What
+            was there is untouched.
     """
+    if os.path.lexists(path):
+        check_file(path)
+    _make_folder(path.parent)
     aside = path.with_name(f".tmp-{path.name}")
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
+        fsync(aside)
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)

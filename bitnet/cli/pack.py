@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bitnet.cli.common import Folder
-from bitnet.export.folder import CONFIG, FolderConfig, load, read_config, save_model, sizes
+from bitnet.export.contents import FolderConfig
+from bitnet.export.folder import CONFIG, load, read_config, save_model, sizes
 from bitnet.export.proof import Proof, prove
 from bitnet.generate import encode_prompt
 from bitnet.linear import BitLinear, pack

@@ -112,12 +112,16 @@ class ChatTemplate:
 
 def read_chat_template(path: Path) -> ChatTemplate:
     """Read a chat_template.json. Raises UserError, naming the file, if it is none."""
-    data = read_file(path, _MAX_BYTES)
-    with user_input(f"{path}: damaged"):
+    return parse_chat_template(path, read_file(path, _MAX_BYTES))
+
+
+def parse_chat_template(where: Path, data: bytes) -> ChatTemplate:
+    """A template from the content of a chat_template.json. Raises UserError, naming the file."""
+    with user_input(f"{where}: damaged"):
         content = json.loads(data)
         if not isinstance(content, dict) or content.keys() != {"source", "tokens"}:
-            raise UserError(f"{path}: damaged: expected the keys source and tokens")
-        return template_of(path, content["source"], content["tokens"])
+            raise UserError(f"{where}: damaged: expected the keys source and tokens")
+        return template_of(where, content["source"], content["tokens"])
 
 
 def template_of(where: Path | str, source: Any, tokens: Any) -> ChatTemplate:

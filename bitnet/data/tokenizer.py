@@ -71,6 +71,9 @@ class Tokenizer:
     The other kind, a Hugging Face tokenizer.json, is a subclass with the same interface;
     :func:`bitnet.data.tokenizer_json.load_tokenizer` tells them apart.
 
+    Arguments:
+        path: the file. If ``model_bytes`` are given, it need not exist, and serves in errors only.
+        model_bytes: the file's contents; None = read them.
     Attributes:
         file_name: the name of the file in a folder of ours.
         path: the model file.
@@ -94,9 +97,9 @@ class Tokenizer:
         "remove_extra_whitespaces=false"
     )
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, model_bytes: bytes | None = None) -> None:
         self.path = Path(path)
-        self.model_bytes = read_model(self.path)
+        self.model_bytes = read_model(self.path) if model_bytes is None else model_bytes
         with user_input(f"{self.path}: not a sentencepiece model, or a damaged one"):
             self._load()
 
@@ -145,6 +148,11 @@ class Tokenizer:
 
     def _piece(self, token: int) -> str:
         return self._decoder.id_to_piece(token)
+
+    @property
+    def prefixes_space(self) -> bool:
+        """Whether a space comes before each text (the dummy prefix)."""
+        return bool(self._prefix)
 
     @cached_property
     def hash(self) -> str:

@@ -1,2 +1,2 @@
-"""Models on disk: the model folder (folder.py) and the proof that packing it lost nothing
-(proof.py)."""
+"""Models on disk, in our formats (contents.py, folder.py, one_file.py) and those of other programs
+(formats.py lists them), and the proof that packing lost nothing (proof.py)."""
