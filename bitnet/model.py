@@ -52,13 +52,15 @@ class ModelConfig:
     n_layers: Count = 0
     """Layers. 0: depth."""
     d_model: Count = 0
-    """Width of the residual stream. 0: 64 * depth."""
+    """Width of the residual stream. 0: 64 * depth, rounded up by width_multiple."""
     n_heads: Count = 0
     """Query heads; d_model must divide by it. 0: heads of 64."""
     n_kv_heads: Count = 0
     """Key-value heads; must divide n_heads. 0: the largest divisor up to a quarter of n_heads."""
     d_ff: Count = 0
-    """Width inside the gated MLP. 0: 8/3 of d_model, rounded up to a multiple of 64."""
+    """Width inside the gated MLP. 0: 8/3 of d_model, rounded up by width_multiple."""
+    width_multiple: Annotated[int, Field(ge=1, le=2**16)] = 64
+    """Widths that are computed (d_model, d_ff) are multiples of this; GGUF needs 256."""
     vocab_size: Count = 0
     """Rows of the embedding. 0: the tokenizer's."""
     max_seq_len: Count = 0
@@ -92,7 +94,8 @@ class ModelConfig:
 
         Raises UserError, naming the key, for a shape that cannot be.
         """
-        d_model = self.d_model or 64 * self.depth
+        multiple = self.width_multiple
+        d_model = self.d_model or multiple * math.ceil(64 * self.depth / multiple)
         if d_model % 2:
             raise UserError(f"model.d_model = {d_model} is odd; rotary positions turn pairs")
         fitting = _divisors(d_model // 2)
@@ -116,7 +119,7 @@ class ModelConfig:
             d_model=d_model,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
-            d_ff=self.d_ff or 64 * math.ceil(d_model * 8 / 3 / 64),
+            d_ff=self.d_ff or multiple * math.ceil(d_model * 8 / 3 / multiple),
             vocab_size=self.vocab_size or vocab_size,
             max_seq_len=self.max_seq_len or seq_len,
         )

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 
 from bitnet.cli.common import config_help, split_args
 from bitnet.config import (
@@ -18,6 +19,9 @@ from bitnet.config import (
     to_dict,
     to_toml,
 )
+from bitnet.export.gguf_types import KINDS
+from bitnet.export.gguf_write import unfit
+from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError
 from bitnet.summary import model_bytes, one_line, tables
 
@@ -51,6 +55,32 @@ def test_every_config_computes(path: Path) -> None:
     config = load_config([path]).resolve()
     assert tomllib.loads(to_toml(config)) == to_dict(config)
     assert config.resolve() == config
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_every_size_has_a_form_that_gguf_carries(name: str) -> None:
+    plain = load_config([CONFIGS / f"{name}.toml"]).resolve().model
+    config = load_config([CONFIGS / f"{name}.toml", CONFIGS / "gguf.toml"]).resolve()
+    for kind in KINDS:
+        assert "activation" in unfit(plain, kind)
+        assert unfit(config.model, kind) == ""
+    assert config.model.n_layers == plain.n_layers
+    assert 0 <= config.model.d_model - plain.d_model < 256
+    assert config.model.head_dim == 64
+    with torch.device("meta"):
+        one = Transformer(dataclasses.replace(config.model, n_layers=1))
+    assert one.layers[0].mlp.up_proj.weight.shape == (config.model.d_ff, config.model.d_model)
+
+
+def test_widths_are_rounded_up() -> None:
+    def widths(**fields: int) -> tuple[int, int]:
+        resolved = ModelConfig(**fields).resolve(100, 10)  # type: ignore[arg-type]
+        return resolved.d_model, resolved.d_ff
+
+    assert widths(depth=10) == (640, 1728)
+    assert widths(depth=10, width_multiple=256) == (768, 2048)
+    assert widths(depth=4, width_multiple=256) == (256, 768)
+    assert widths(d_model=100, d_ff=7, width_multiple=256) == (100, 7)  # what is given stays
 
 
 @pytest.mark.parametrize(

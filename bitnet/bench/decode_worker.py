@@ -427,7 +427,7 @@ def check(job: Job) -> str:
     it cannot be computing our model; "" if it does."""
     (prompt,) = prompts_of(Case(1, CHECKED, 2), job.config["vocab_size"], job.seed)
     model = dataclasses.replace(job, contender="ours-auto").model(LONGEST)
-    save_gguf(model, Path(job.gguf))
+    save_gguf(model, None, job.gguf)
     decoder = Decoder(model, 1, CHECKED, head="float")
     decoder.prefill(torch.tensor([prompt], dtype=torch.int64, device="cpu"), [CHECKED])
     exact = exact_logits(model, prompt)

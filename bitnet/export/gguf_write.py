@@ -1,142 +1,206 @@
-"""Write a packed model as GGUF, with the codes and the scale that it has.
+"""Write a ternary model as GGUF, with the codes and the scales that it has.
 
-llama.cpp reads such a file as the architecture "llama", which computes what our ``pre_norm`` model
-with SiLU computes. A ternary matrix becomes TQ2_0: blocks of 256 weights of a row, 2 bits each, and
-a scale in fp16 per block, here always the matrix's own. A converter that starts from dense weights
-would estimate the scales again; nothing is estimated here, so both programs multiply by the same
-numbers. The embedding, which is the head too, is F16; norms are F32. The file has no vocabulary,
-only its size: that is enough for a benchmark.
+A converter that starts from dense weights estimates the scales again, and finds others: the mean of
+|W| over a ternary matrix counts its zeros. Nothing is estimated here, so llama.cpp multiplies by
+our numbers. A scale is fp32, and most types of a matrix hold it in fp16 (gguf_types.py). Where fp16
+holds it exactly, it stands in the matrix. Otherwise the matrix is that of the codes alone, and the
+scale stands beside it, as ``<name>.scale``, by which llama.cpp multiplies the layer's output. So
+nothing is rounded, except the embedding: to fp16, but in a file of kind f32.
 
-    a block, 66 bytes: two halves of 32 bytes, then the scale. Byte m of half h holds the weights
-    128 h + 32 j + m of the block, j = 0 .. 3, in its bits 2j and 2j + 1, as code + 1.
-
-Source of the layout: llama.cpp, ggml/src/ggml-quants.c. The names and the order of a head's rows
-are those of the reader (:mod:`bitnet.export.gguf`). N rows, K columns.
+The architecture is the one that computes what our model computes: "bitnet" for ``sub_norm`` and
+"llama" for ``pre_norm``, both with SiLU. Names, and the order of a head's rows, are those of the
+reader (:mod:`bitnet.export.gguf`).
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from bitnet.export.gguf import LAYER_NAMES
-from bitnet.linear import TernaryLinear
+from bitnet.data.tokenizer import Tokenizer
+from bitnet.durable import new_file
+from bitnet.export.gguf import ARCHITECTURES, LAYER_NAMES, SUB_NORM_NAMES
+from bitnet.export.gguf_types import KINDS, TYPES, Kind
+from bitnet.export.gguf_vocab import write_tokenizer
+from bitnet.export.ternary import codes_and_scale
 from bitnet.model import ModelConfig, Transformer
-from bitnet.schema import UserError
+from bitnet.schema import UserError, nearest
 
-BLOCK = 256
-"""Weights of a row that share a scale."""
-_CARRIED: dict[str, Any] = {
-    "linear": "ternary",
-    "norm_placement": "pre_norm",
-    "activation": "silu",
-    "qk_norm": False,
-    "tie_embeddings": True,
-    "granularity": "tensor",
+_CARRIED: dict[str, tuple[Any, ...]] = {
+    "linear": ("ternary",),
+    "norm_placement": tuple(ARCHITECTURES),
+    "activation": ("silu",),
+    "qk_norm": (False,),
+    "tie_embeddings": (True,),
+    "granularity": ("tensor",),
 }
-"""Settings of a model -> the value that the file can carry."""
+"""Settings of a model -> the values that a file can carry."""
+PRESET = "configs/gguf.toml"
 
 
-def save_gguf(model: Transformer, path: Path) -> None:
-    """Write a GGUF file for llama.cpp, whole or not at all.
+class _Tensor(NamedTuple):
+    """A tensor of the file, computed when it is written."""
+
+    shape: tuple[int, ...]
+    number: int
+    """Of its type."""
+    size: int
+    """In bytes."""
+    make: Callable[[], Tensor]
+    """Its bytes, uint8."""
+
+
+def save_gguf(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    path: Path | str,
+    kind: Kind = "tq2_0",
+    name: str = "",
+) -> Path:
+    """Write a GGUF file, whole or not at all.
 
     Arguments:
-        model: packed, on any device; ``pre_norm``, SiLU, a tied head, widths that are multiples of
-            256, and one scale per matrix that fp16 holds exactly. The embedding is rounded to fp16.
+        model: trained or packed, on any device; with the settings that :func:`unfit` accepts.
+        tokenizer: the model's own. None: the file has the size of the vocabulary alone, which is
+            enough for a benchmark.
         path: the file; one that exists is replaced.
+        kind: how matrices are stored, see :mod:`bitnet.export.gguf_types`.
+        name: of the model, which programs show.
+    Returns:
+        The path.
     Raises:
         UserError: the model has a setting, a layer or a number that the file cannot carry, which
             the message names; or the `gguf` package is missing.
+        OSError: the disk is full, ...; what was there is untouched.
     """
+    path = Path(path)
+    if kind not in KINDS:
+        near = nearest(kind, KINDS, 0)
+        raise UserError(f"{path}: unknown kind {kind!r}; the nearest is {near!r}")
     try:
-        from gguf import GGMLQuantizationType, GGUFWriter
+        from gguf import GGUFWriter
     except ImportError as error:
         raise UserError(
             f'{path}: writing GGUF needs the gguf extra: pip install "bitnet-train[gguf]"'
         ) from error
-    if why := unfit(model.config):
+    if why := unfit(model.config, kind):
         raise UserError(f"{path}: {why}")
-    plain, ternary = _tensors(model, path)
-    aside = path.with_name(f".tmp-{path.name}")
-    writer: Any = GGUFWriter(aside, "llama")
-    try:
-        _describe(writer, model.config)
-        for name, values in plain.items():
-            writer.add_tensor(name, values)
-        for name, blocks in ternary.items():
-            writer.add_tensor(name, blocks, raw_dtype=GGMLQuantizationType.TQ2_0)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        aside.replace(path)
-    finally:
-        writer.close()
-        aside.unlink(missing_ok=True)
+    if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+            f"{model.config.vocab_size}"
+        )
+    tensors = dict(_tensors(model, kind, path))
+    with new_file(path) as aside:
+        writer: Any = GGUFWriter(aside, ARCHITECTURES[model.config.norm_placement])
+        try:
+            if name:
+                writer.add_name(name)
+            _describe(writer, model.config, kind)
+            if tokenizer is None:
+                writer.add_tokenizer_model("none")
+            else:
+                write_tokenizer(writer, tokenizer, path)
+            for name, (shape, number, size, _) in tensors.items():
+                writer.add_tensor_info(name, shape, np.dtype(np.int8), size, raw_dtype=number)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            (file,) = writer.fout
+            writer.write_padding(file, file.tell())
+            for tensor in tensors.values():
+                file.write(tensor.make().numpy().data)
+                writer.write_padding(file, tensor.size)
+            file.flush()
+        finally:
+            writer.close()
+    return path
 
 
-def tq2_0(codes: Tensor, scale: Tensor) -> Tensor:
-    """Codes int8 ``[N, K]``, K a multiple of 256, and one scale, rounded to fp16, as TQ2_0:
-    uint8 ``[N, K / 256 * 66]``."""
-    digits = rearrange((codes + 1).byte(), "n (b h j m) -> j n b (h m)", h=2, j=4, m=32)
-    bits = digits[0] | digits[1] << 2 | digits[2] << 4 | digits[3] << 6
-    d = scale.half().reshape(1).view(torch.uint8).expand(*bits.shape[:2], 2)
-    return torch.cat((bits, d), 2).flatten(1)
-
-
-def unfit(config: ModelConfig) -> str:
-    """The setting of a model that the file cannot carry, as a sentence; "" if it can carry all."""
-    for key, wanted in _CARRIED.items():
-        if (value := getattr(config, key)) != wanted:
-            return f"GGUF carries model.{key} = {wanted!r}, not {value!r}"
+def unfit(config: ModelConfig, kind: Kind = "tq2_0") -> str:
+    """The settings of a model that a file cannot carry, as a sentence; "" if it can carry all."""
+    found = []
+    for key, carried in _CARRIED.items():
+        if (value := getattr(config, key)) not in carried:
+            found.append(f"model.{key} = {value!r} (it carries {' or '.join(map(repr, carried))})")
+    block = TYPES[kind].columns
     for key in ("d_model", "d_ff"):
-        if (width := getattr(config, key)) % BLOCK:
-            nearest = max(1, round(width / BLOCK)) * BLOCK
-            return (
-                f"model.{key} = {width} is no multiple of {BLOCK}, the columns that share a scale "
-                f"in GGUF's TQ2_0; the nearest is {nearest}"
-            )
-    return ""
+        if (width := getattr(config, key)) % block:
+            whole = max(1, round(width / block)) * block
+            found.append(f"model.{key} = {width} (rows are blocks of {block}; take {whole})")
+    listed = ", ".join(found)
+    return listed and f"GGUF ({kind}) cannot carry {listed}; {PRESET} has settings that it carries"
 
 
-def _tensors(model: Transformer, path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The file's tensors by name: floats ``[K]`` or ``[N, K]``, and matrices in TQ2_0."""
-    embedding = model.embed_tokens.weight.detach().half()
-    if not bool(embedding.isfinite().all()):
+def _tensors(model: Transformer, kind: Kind, path: Path) -> Iterator[tuple[str, _Tensor]]:
+    """The file's tensors by name. The order is that of llama.cpp's own files."""
+    embedding = model.embed_tokens.weight
+    if kind != "f32" and not bool(embedding.detach().half().isfinite().all()):
         raise UserError(f"{path}: embed_tokens: holds values that fp16 cannot")
-    plain = {"token_embd.weight": embedding.cpu().numpy()}
-    plain["output_norm.weight"] = _norm(model.norm)
-    ternary = {}
-    heads = {"attn_q": model.config.n_heads, "attn_k": model.config.n_kv_heads}
+    yield "token_embd.weight", _floats(embedding, "f32" if kind == "f32" else "f16")
+    names, heads = LAYER_NAMES, {}
+    if model.config.norm_placement == "sub_norm":
+        names = LAYER_NAMES | SUB_NORM_NAMES
+    else:
+        heads = {"attn_q": model.config.n_heads, "attn_k": model.config.n_kv_heads}
     for i, layer in enumerate(model.layers):
-        for theirs, ours in LAYER_NAMES.items():
-            module, name = layer.get_submodule(ours), f"blk.{i}.{theirs}.weight"
+        for theirs, ours in names.items():
+            module, name = layer.get_submodule(ours), f"blk.{i}.{theirs}"
             if ours.endswith("norm"):
-                plain[name] = _norm(module)
-                continue
-            where = f"{path}: layers.{i}.{ours}"
-            if not isinstance(module, TernaryLinear) or module.bias is not None:
-                raise UserError(f"{where}: expected a packed ternary layer without a bias")
-            if not torch.equal(module.scale.half().float(), module.scale):
-                raise UserError(f"{where}: its scale {float(module.scale)!r} is no fp16 number")
-            codes = module.codes().cpu()
-            if theirs in heads:  # llama.cpp's order of a head's rows: 0, E/2, 1, E/2 + 1, ...
-                codes = rearrange(codes, "(h two e) k -> (h e two) k", h=heads[theirs], two=2)
-            ternary[name] = tq2_0(codes, module.scale.cpu()).numpy()
-    return plain, ternary
+                yield f"{name}.weight", _floats(module.weight, "f32")
+            else:
+                where = f"{path}: layers.{i}.{ours}"
+                yield from _matrix(name, module, kind, heads.get(theirs, 0), where)
+    yield "output_norm.weight", _floats(model.norm.weight, "f32")
 
 
-def _norm(module: nn.Module) -> np.ndarray:
-    weight = module.weight
+def _floats(weight: Tensor | nn.Module, kind: Kind) -> _Tensor:
+    """A tensor that is not ternary."""
     assert isinstance(weight, Tensor)
-    return weight.detach().float().cpu().numpy()
+    stored = TYPES[kind]
+    one = torch.ones(())
+    rows, columns = weight.numel() // weight.shape[-1], weight.shape[-1]
+    return _Tensor(
+        tuple(weight.shape),
+        stored.number,
+        stored.bytes(rows, columns),
+        lambda: stored.encode(weight.detach().float().cpu(), one),
+    )
 
 
-def _describe(writer: Any, config: ModelConfig) -> None:
-    """Write the file's metadata: the shape, and that there is no vocabulary."""
+def _matrix(
+    name: str, layer: nn.Module, kind: Kind, heads: int, where: str
+) -> Iterator[tuple[str, _Tensor]]:
+    """A ternary matrix, and its scale if that stands beside it. ``heads``: those of rows that
+    llama.cpp has in another order."""
+    codes, scale = codes_and_scale(layer, where)
+    exact = kind in ("f32", "i2_s") or torch.equal(scale.half().float(), scale)
+    inside = exact and bool(codes.any())  # zeros alone have no scale
+    d = scale if inside else torch.ones(())
+    rows, columns = codes.shape
+    stored = TYPES[kind]
+
+    def make() -> Tensor:
+        codes, _ = codes_and_scale(layer, where)
+        if heads:  # llama.cpp's order of a head's rows: 0, E/2, 1, E/2 + 1, ...
+            codes = rearrange(codes, "(h two e) k -> (h e two) k", h=heads, two=2)
+        return stored.encode(codes, d)
+
+    size = stored.bytes(rows, columns)
+    yield f"{name}.weight", _Tensor((rows, columns), stored.number, size, make)
+    if not inside:
+        yield f"{name}.scale", _floats(scale.reshape(1), "f32")
+
+
+def _describe(writer: Any, config: ModelConfig, kind: Kind) -> None:
+    """Write the model's shape and the numbers that its arithmetic needs."""
+    writer.add_type("model")
+    writer.add_file_type(TYPES[kind].file_type)
+    writer.add_quantization_version(2)
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.d_model)
     writer.add_block_count(config.n_layers)
@@ -147,4 +211,3 @@ def _describe(writer: Any, config: ModelConfig) -> None:
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")

@@ -5,7 +5,7 @@ equal, whatever the format. How the logits of another program may differ depends
 so each format's own verifier says it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -45,9 +45,18 @@ def ternary_matrices(model: Transformer) -> Iterator[tuple[str, Tensor, Tensor]]
             yield name, module.codes(), module.scale
 
 
-def compare_codes(model: Transformer, loaded: Transformer, result: Verification) -> None:
+def compare_codes(
+    model: Transformer,
+    loaded: Transformer,
+    result: Verification,
+    fp16: Collection[str] = (),
+) -> None:
     """Compare codes, scales and the parameters around them with those of the model that was read
-    back from the file."""
+    back from the file.
+
+    Arguments:
+        fp16: parameters that the file may hold rounded to fp16.
+    """
     theirs = {name: (codes, scale) for name, codes, scale in ternary_matrices(loaded)}
     matrices = weights = 0
     for name, codes, scale in ternary_matrices(model):
@@ -65,10 +74,12 @@ def compare_codes(model: Transformer, loaded: Transformer, result: Verification)
     for name, parameter in model.named_parameters():
         if isinstance(model.get_submodule(name.rpartition(".")[0]), BitLinear):
             continue
-        if name not in rest or not torch.equal(rest[name], parameter):
+        found = rest.get(name)
+        rounded = parameter.half().float() if name in fp16 else parameter
+        if found is None or not (torch.equal(found, parameter) or torch.equal(found, rounded)):
             result.differences.append(f"{name}: differs")
     if not result.differences:
         result.compared.append(
             f"{matrices} matrices read back: {weights:,} codes and their scales are equal, and so "
-            "are embeddings and norms"
+            f"are embeddings and norms{' (within fp16)' if fp16 else ''}"
         )

@@ -82,7 +82,7 @@ def test_who_can_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         config = ModelConfig(**bench_decode.SIZES[size], max_seq_len=1).resolve()
         assert not refusals([LLAMA], CPU, config)
     assert config.num_parameters()["total"] == pytest.approx(730e6, rel=0.005)
-    assert "model.norm_placement" in refusals([LLAMA], CPU, tiny())[LLAMA]
+    assert "model.activation" in refusals([LLAMA], CPU, tiny())[LLAMA]
     assert "on a CPU" in refusals([LLAMA], torch.device("cuda"), carried())[LLAMA]
     monkeypatch.setattr(bench_decode, "find_spec", lambda name: None)
     said = refusals([LLAMA], CPU, carried())[LLAMA]

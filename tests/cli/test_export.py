@@ -132,3 +132,26 @@ def test_the_help_explains_every_kind(bitnet: Bitnet) -> None:
     for format in FORMATS.values():
         for kind, about in format.kinds.items():
             assert f"--kind {kind}: {about}" in words
+
+
+def test_one_file_runs_like_a_folder(bitnet: Bitnet, folders: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new" / "model.safetensors"
+    code, out, err = bitnet("export", folders / "model", "--to", "file", "--out", path, "--verify")
+    assert code == 0, err
+    assert "7 matrices read back" in out
+    words = ("--prompt", "The ", "--max-new-tokens", "4", "--temperature", "0")
+    spoken = bitnet("generate", path, *words)
+    assert spoken[:2] == bitnet("generate", folders / "model", *words)[:2]
+    assert spoken[0] == 0, spoken
+    code, out, err = bitnet("export", path, "--to", "folder", "--out", tmp_path / "f", "--verify")
+    assert code == 0, err
+
+
+def test_gguf_names_every_setting_that_does_not_fit(
+    bitnet: Bitnet, folders: Path, tmp_path: Path
+) -> None:
+    code, _, err = bitnet("export", folders / "model", "--to", "gguf", "--out", tmp_path / "m.gguf")
+    assert code == 2
+    for part in ("model.activation = 'relu2'", "model.d_model", "configs/gguf.toml"):
+        assert part in err
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitnet.export.gguf import _SPLITS
+from bitnet.export.gguf_vocab import _SPLITS
 from bitnet.export.hf import load_hf
 from bitnet.export.source import load_source
 from bitnet.schema import UserError
@@ -253,6 +253,7 @@ def test_tensors_that_our_model_has_not(tmp_path: Path, more: Fields, message: s
         ("llama.attention.key_length", 16, "key_length = 16"),
         ("llama.rope.scaling.type", "yarn", "rope.scaling.type = 'yarn', scaled rotary positions"),
         ("llama.rope.scaling.factor", 2.0, "rope.scaling.factor"),
+        ("llama.rope.scaling.type", "linear", "rope.scaling.type = 'linear'"),
         ("llama.attention.sliding_window", 32, "sliding_window = 32"),
         ("llama.expert_count", 8, "llama.expert_count = 8"),
         ("llama.logit_scale", 0.5, "llama.logit_scale = 0.5"),
@@ -260,7 +261,8 @@ def test_tensors_that_our_model_has_not(tmp_path: Path, more: Fields, message: s
         ("general.architecture", "qwen2", "model_type 'qwen2' cannot be imported"),
         ("general.type", "adapter", "GGUF of type 'adapter', not a model"),
         ("split.count", 3, "one part of several"),
-        ("tokenizer.ggml.model", "llama", "only byte-level BPE is supported"),
+        ("tokenizer.ggml.model", "bert", "only 'llama' .sentencepiece. and 'gpt2' .* supported"),
+        ("tokenizer.ggml.model", "llama", "has no tokenizer.ggml.scores"),
         ("tokenizer.ggml.tokens", None, "has no tokenizer.ggml.tokens"),
         ("tokenizer.ggml.merges", None, "has no tokenizer.ggml.merges"),
         ("tokenizer.ggml.merges", ["a b c"], "damaged|cannot be read"),
@@ -281,7 +283,8 @@ def test_keys_that_our_model_has_not(tmp_path: Path, key: str, value: Any, messa
 def test_neutral_keys_are_accepted(tmp_path: Path) -> None:
     neutral = {
         "llama.expert_count": 0,
-        "llama.rope.scaling.type": "none",
+        "llama.rope.scaling.type": "linear",
+        "llama.rope.scaling.factor": 1.0,
         "llama.attention.sliding_window": CONTEXT,
         "llama.attention.causal": True,
         "llama.attention.key_length": D // HEADS,

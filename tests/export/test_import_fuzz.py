@@ -1,6 +1,6 @@
 """Hostile model folders and GGUF files, from a seed: each loads, or one line says why not.
 
-The small form runs in this process. The full form (slow) is 300 folders and 300 GGUF files, in a
+The small form runs in this process. The full form (slow) is 300 folders and 600 files, in a
 separate process whose memory is measured.
 """
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.hostile import Fuzz, in_a_process
-from tests.helpers.import_fuzz import fuzz_folders, fuzz_gguf
+from tests.helpers.import_fuzz import fuzz_folders, fuzz_gguf, fuzz_ternary
 
 pytest.importorskip("transformers")
 
@@ -30,8 +30,14 @@ def test_hostile_gguf_files(tmp_path: Path) -> None:
     assert fuzz_gguf(tmp_path / "gguf", 30, 1) < 20
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_hostile_ternary_files(tmp_path: Path) -> None:
+    """GGUF of the architecture bitnet, and one-file models."""
+    assert fuzz_ternary(tmp_path / "ternary", 30, 1) < 25
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("fuzz", [fuzz_folders, fuzz_gguf])
+@pytest.mark.parametrize("fuzz", [fuzz_folders, fuzz_gguf, fuzz_ternary])
 def test_many_hostile_files_within_2_gb(tmp_path: Path, fuzz: Fuzz) -> None:
     loaded, gigabytes = in_a_process(fuzz, tmp_path / "full", 300)
     assert loaded < 200

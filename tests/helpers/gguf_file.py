@@ -55,7 +55,7 @@ def model() -> Transformer:
     shape: Fields = {"d_model": D, "n_heads": HEADS, "n_kv_heads": KV, "d_ff": FF}
     shape |= {"depth": LAYERS, "n_layers": LAYERS, "vocab_size": VOCAB, "max_seq_len": CONTEXT}
     maths: Fields = {"linear": "fp", "norm_placement": "pre_norm", "activation": "silu"}
-    maths |= {"tie_embeddings": False, "rope_theta": 50_000.0, "norm_eps": 2.0**-20}
+    maths |= {"tie_embeddings": False, "rope_theta": 50_000.0, "norm_eps": 1e-6}
     made = Transformer(ModelConfig(**shape, **maths))
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
@@ -104,7 +104,7 @@ def fields() -> Fields:
         "llama.feed_forward_length": FF,
         "llama.attention.head_count": HEADS,
         "llama.attention.head_count_kv": KV,
-        "llama.attention.layer_norm_rms_epsilon": 2.0**-20,
+        "llama.attention.layer_norm_rms_epsilon": 1e-6,
         "llama.rope.freq_base": 50_000.0,
         "llama.rope.dimension_count": D // HEADS,
         "llama.vocab_size": VOCAB,

@@ -15,8 +15,10 @@ import torch
 from bitnet.data.tokenizer import train_tokenizer
 from bitnet.export.facts import Facts
 from bitnet.export.folder import load, save_model
+from bitnet.export.gguf_write import save_gguf
 from bitnet.export.hf import load_hf
 from bitnet.export.hf_write import KINDS, save_hf
+from bitnet.export.one_file import save_one_file
 from bitnet.export.source import load_source
 from bitnet.linear import pack
 from bitnet.model import ModelConfig, Transformer
@@ -25,6 +27,7 @@ from bitnet.qat.recipe import Recipe
 from bitnet.schema import UserError
 from tests.helpers import hf_folder
 from tests.helpers.gguf_file import write as write_gguf
+from tests.helpers.gguf_models import model as small_ternary
 from tests.helpers.hostile import damaged, odd_file, somewhere
 
 TEXT = "to be or not to be, that is the question\n" * 20
@@ -207,6 +210,44 @@ def odd_keys(rng: random.Random) -> Callable[[dict[str, Any]], object]:
                 keys[key] = rng.choice(plain)
 
     return mutate
+
+
+def fuzz_ternary(root: Path, count: int, seed: int) -> int:
+    """``count`` ternary models, in GGUF and in one file of ours; how many of them loaded."""
+    rng, loaded = random.Random(seed), 0
+    root.mkdir()
+    tokenizer = train_tokenizer([TEXT], 300, root / "tokenizer.model", 1)
+    ours = small_ternary()
+    originals = [save_one_file(root / "whole.safetensors", ours, tokenizer)]
+    for kind in ("tq2_0", "i2_s"):
+        originals.append(save_gguf(ours, tokenizer, root / f"{kind}.gguf", kind))  # type: ignore[arg-type]
+    contents = {path: path.read_bytes() for path in originals}
+
+    def read(path: Path) -> Any:
+        return load(path) if path.suffix == ".safetensors" else load_hf(path)
+
+    for path in originals:
+        assert check(lambda: read(path), path.name)  # noqa: B023
+    for number in range(count):
+        original = rng.choice(originals)
+        whole, path = contents[original], original.with_stem("mutant")
+        kind = rng.random()
+        path.unlink(missing_ok=True)
+        path.write_bytes(whole)
+        if kind < 0.1:
+            odd_file(path, rng)
+        elif kind < 0.5 and path.suffix == ".gguf":
+            data, at = bytearray(whole), rng.choice([8, 16, *range(24, 20_000, 4)])
+            data[at : at + 8] = struct.pack("<q", rng.choice([n for n in NUMBERS if n < 2**63]))
+            path.write_bytes(bytes(data))
+        elif kind < 0.5:
+            path.write_bytes(odd_header(whole, rng))
+        else:
+            path.write_bytes(damaged(whole, rng))
+        loaded += check(lambda: read(path), f"seed {seed}, {original.name} {number}")  # noqa: B023
+        if path.is_dir():
+            path.rmdir()
+    return loaded
 
 
 def fuzz_gguf(root: Path, count: int, seed: int) -> int:
