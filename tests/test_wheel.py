@@ -133,7 +133,7 @@ def test_console_script(environment: Path, tmp_path: Path) -> None:
     assert "Usage: bitnet" in run(environment / "bin" / "bitnet", "--help", cwd=tmp_path)
 
 
-SHORT = ("train.steps=5", "train.batch_tokens=256", "train.micro_batch=1", "eval.max_tokens=1024")
+SHORT = ("train.steps=5", "train.batch_tokens=512", "train.micro_batch=1", "eval.max_tokens=1024")
 
 
 @pytest.mark.slow
