@@ -65,7 +65,7 @@ def chat_command(
     A model imported with a chat template answers messages. Any other model continues the text that
     you begin. /help lists the commands.
 
-    Example: bitnet chat runs/smol-packed --system "You are brief."
+    Example: bitnet chat runs/quickstart/model-packed
     """
     model, tokenizer = load_for_inference(folder, device, kernel)
     if model.norm.weight.is_cuda and not read_config(folder).quant.enabled:

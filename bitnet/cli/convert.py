@@ -62,8 +62,8 @@ def convert_command(
 
     SOURCE is Llama-like: full precision of ours, Hugging Face safetensors with their tokenizer, or
     GGUF (dequantized). The written folder holds fp32 weights and the recipe; train.py starts from
-    it with train.init_from=FOLDER, `bitnet pack` makes its integers. A BitNet of Hugging Face's
-    is imported as it is stored: master weights, to train on, or packed codes.
+    it with train.init_from=FOLDER, `bitnet pack` makes its integers. A ternary model (Hugging
+    Face's BitNet, ternary GGUF) is imported as it is stored: master weights, or packed codes.
 
     Try: bitnet convert SmolLM2-135M/ quant.weights=int quant.bits=4 --out runs/smol-w4
     """

@@ -63,8 +63,8 @@ def export_command(
 export_command.__doc__ = f"""{export_command.__doc__}
 
     What a format cannot carry is refused, with the settings that it can. Nothing is left behind by
-    an export that fails. --verify compares codes and scales, and then the logits and greedy tokens
-    of the program that the format belongs to, if that is installed. Exit code 1 if they differ.
+    an export that fails. --verify compares codes and scales, and then the logits of the program
+    that the format belongs to, if that is installed. Exit code 1 if they differ.
 
     \b
     {_formats().replace(chr(10), chr(10) + "    ")}
