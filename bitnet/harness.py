@@ -71,7 +71,7 @@ class Harness:
                     f"{self.context}"
                 )
             ids = (question + answer)[-self.context - 1 :]
-            endings.append(Ending(torch.tensor(ids, device="cpu"), len(answer)))
+            endings.append(Ending(torch.tensor(ids, dtype=torch.int64, device="cpu"), len(answer)))
         scores = log_likelihoods(self.model, endings, self.batch_size)
         return [(score.log_p, score.greedy) for score in scores]
 

@@ -59,7 +59,7 @@ def sliding_perplexity(
     context = context or longest
     if not 1 <= stride <= context or context < 2:
         raise UserError(f"stride: must be 1 to the context of {context}, got {stride}")
-    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)], device="cpu")
+    ids = torch.tensor([tokenizer.eos_id, *tokenizer.encode(text)], dtype=torch.int64, device="cpu")
     endings, seen = [], 1
     for begin in range(0, len(ids), stride):
         window = ids[begin : begin + context]

@@ -94,7 +94,7 @@ def _verify_ours(model: Transformer, tokenizer: Tokenizer, path: Path) -> Verifi
     compare_codes(model, loaded, result)
     result.record(read.model_bytes == tokenizer.model_bytes, "the tokenizer's file")
     prompt = encode_prompt(tokenizer, "The ")[: model.config.max_seq_len]
-    tokens = torch.tensor([prompt], dtype=torch.int64)
+    tokens = torch.tensor([prompt], dtype=torch.int64, device="cpu")
     with torch.no_grad(), evaluation_mode(model), evaluation_mode(loaded):
         result.record(torch.equal(model(tokens), loaded(tokens)), f"logits of {len(prompt)} tokens")
     return result

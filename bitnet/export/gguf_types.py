@@ -85,7 +85,7 @@ def _tq1_0(codes: Tensor, d: Tensor) -> Tensor:
     blocks = rearrange((codes + 1).short(), "n (b k) -> n b k", k=256)
     parts = []
     for values, digits in zip(blocks.split((160, 80, 16), 2), (5, 5, 4), strict=True):
-        weights = torch.tensor([81, 27, 9, 3, 1][:digits], dtype=torch.int16)
+        weights = torch.tensor([81, 27, 9, 3, 1][:digits], dtype=torch.int16, device="cpu")
         number = rearrange(values, "n b (j m) -> n b m j", j=digits).mul(weights).sum(3)
         parts.append(((number * 256 + 242) // 243).byte())
     return torch.cat((*parts, _block_scales(codes, d)), 2).flatten()
@@ -100,7 +100,7 @@ def _block_scales(codes: Tensor, d: Tensor) -> Tensor:
 def _i2_s(codes: Tensor, d: Tensor) -> Tensor:
     digits = rearrange((codes + 1).byte(), "n (b j m) -> j (n b m)", j=4, m=32)
     bits = digits[0] << 6 | digits[1] << 4 | digits[2] << 2 | digits[3]
-    tail = torch.zeros(_I2_S_TAIL, dtype=torch.uint8)
+    tail = torch.zeros(_I2_S_TAIL, dtype=torch.uint8, device="cpu")
     tail[:4] = d.reshape(1).view(torch.uint8)
     return torch.cat((bits, tail))
 

@@ -69,7 +69,13 @@ def verify_gguf(model: Transformer, tokenizer: Tokenizer, path: Path) -> Verific
         if not result.differences:
             result.compared.append(f"{len(texts)} texts have the same ids in llama.cpp")
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(model.config.vocab_size, (2, length), generator=generator)
+        tokens = torch.randint(
+            model.config.vocab_size,
+            (2, length),
+            generator=generator,
+            dtype=torch.int64,
+            device="cpu",
+        )
         with torch.no_grad(), evaluation_mode(model):
             _compare_logits(model(tokens), _logits(llama, tokens), result)
     finally:

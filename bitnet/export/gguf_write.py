@@ -162,7 +162,7 @@ def _floats(weight: Tensor | nn.Module, kind: Kind) -> _Tensor:
     """A tensor that is not ternary."""
     assert isinstance(weight, Tensor)
     stored = TYPES[kind]
-    one = torch.ones(())
+    one = torch.ones((), dtype=torch.float32, device="cpu")
     rows, columns = weight.numel() // weight.shape[-1], weight.shape[-1]
     return _Tensor(
         tuple(weight.shape),
@@ -180,7 +180,7 @@ def _matrix(
     codes, scale = codes_and_scale(layer, where)
     exact = kind in ("f32", "i2_s") or torch.equal(scale.half().float(), scale)
     inside = exact and bool(codes.any())  # zeros alone have no scale
-    d = scale if inside else torch.ones(())
+    d = scale if inside else torch.ones((), dtype=torch.float32, device="cpu")
     rows, columns = codes.shape
     stored = TYPES[kind]
 

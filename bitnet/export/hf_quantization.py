@@ -105,7 +105,7 @@ def read_scales(path: Path, metadata: Mapping[str, str] | None) -> dict[str, flo
 def of_inverse(inverse: Tensor, known: float | None) -> Tensor:
     """The scale fp32 ``[1]`` of an inverse: ``known``, where the inverse is that of it."""
     if known is not None:
-        scale = torch.tensor([known], dtype=torch.float32)
+        scale = torch.tensor([known], dtype=torch.float32, device="cpu")
         if torch.equal(scale.reciprocal(), inverse):
             return scale
     return inverse.reciprocal()

@@ -87,7 +87,9 @@ def _compare_logits(model: Transformer, theirs: Any, result: Verification) -> No
     config = model.config
     generator = torch.Generator().manual_seed(0)
     length = min(TOKENS, config.max_seq_len)
-    tokens = torch.randint(config.vocab_size, (2, length), generator=generator)
+    tokens = torch.randint(
+        config.vocab_size, (2, length), generator=generator, dtype=torch.int64, device="cpu"
+    )
     with torch.no_grad(), evaluation_mode(model):
         ours, logits = model(tokens), theirs(tokens).logits
     difference = ((ours - logits).abs() / ours.std()).flatten()
@@ -123,7 +125,9 @@ def _compare_generated(
         if at == count:
             continue
         with torch.no_grad(), evaluation_mode(model):
-            logits = model(torch.tensor([prompt + ours[:at]]))[0, -1]
+            logits = model(torch.tensor([prompt + ours[:at]], dtype=torch.int64, device="cpu"))[
+                0, -1
+            ]
         margin = float((logits[ours[at]] - logits[new[at]]) / logits.std())
         result.record(
             margin <= NEARLY_ALL,
@@ -136,8 +140,8 @@ def _compare_generated(
 
 def _generate_theirs(theirs: Any, prompt: list[int], count: int) -> list[int]:
     generated = theirs.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        torch.tensor([prompt], dtype=torch.int64, device="cpu"),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64, device="cpu"),
         max_new_tokens=count,
         do_sample=False,
         eos_token_id=None,

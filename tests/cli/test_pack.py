@@ -31,7 +31,7 @@ def test_pack_proves_and_the_packed_model_evaluates_alike(
     ]
     numbers = [re.findall(r"\d+\.\d+", table) for table in tables]
     assert numbers[0] == numbers[1]
-    assert len(numbers[0]) == 3
+    assert len(numbers[0]) == 4
 
 
 def test_pack_exits_1_when_the_proof_fails(

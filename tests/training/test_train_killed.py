@@ -55,7 +55,7 @@ def test_killed_again_and_again_is_bit_identical(
     for i, step in enumerate(moments):
         kill_at(spawn(args), metrics, step, generator.random() * 0.05)
         if i == kills // 2:  # one more, among the files of a checkpoint, before it has its name
-            inside = spawn(args, KILLED_INSIDE_A_SAVE, FSYNCS="3")
+            inside = spawn(args, KILLED_INSIDE_A_SAVE, FSYNCS="5")
             inside.communicate(timeout=120)
             assert inside.returncode == -signal.SIGKILL
             names = [p.name for p in (tmp_path / "killed/tiny/checkpoints").iterdir()]
