@@ -30,7 +30,7 @@ quickstart: $(RUN)  ## train a small ternary model on a CPU in minutes, pack it,
 	$(BIN)/bitnet eval $(QUICK)-packed --data data/python-stdlib --baselines
 	$(BIN)/bitnet generate $(QUICK)-packed --prompt "    def __init__(self" --max-new-tokens 100
 
-test: $(DEV)  ## run the tests (about 6 minutes on 2 idle cores)
+test: $(DEV)  ## run the tests (10 to 17 minutes on 2 idle cores)
 	$(BIN)/pytest $(SPREAD)
 
 slow: $(DEV)  ## run the tests that take minutes

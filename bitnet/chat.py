@@ -30,7 +30,7 @@ class Chat:
     max_new_tokens: int
     """of an answer, at most; if the context is nearly full, fewer"""
     system: str = ""
-    """what the model is told to be, by a template that has a place for it"""
+    """The system message; needs a chat template that takes one."""
     messages: list[Message] = field(default_factory=list)
     answers: int = 0
     """Answers asked for so far."""

@@ -277,8 +277,8 @@ def run_tasks(
 
 
 def _task_manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """lm_eval's index of tasks. That of its own, thousands of files, takes seconds; it is left out
-    where all names are tasks of the folder."""
+    """lm_eval's index of tasks. To index its own, thousands of files, takes seconds; this is
+    skipped if all names are tasks of the folder."""
     from lm_eval.tasks import TaskManager
 
     if include_path is None:

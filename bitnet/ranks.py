@@ -328,8 +328,8 @@ def _in_layers(config: Config, ranks: int, sequences: int, bf16: bool) -> float:
 
     - all-reduced in a forward, the outputs of o_proj and down_proj (int32 sums with a maximum; of
       the full-precision baseline in its dtype), and in the backward the gradient of an input that
-      is divided, fp32: once for attention and once for the MLP, or once per matrix where each has
-      an input of its own;
+      is divided, fp32: once for attention and once for the MLP, or once per matrix where no two
+      share an input;
     - exchanged twice in a forward and twice in its backward, a process's channels for the norms
       that need all (:class:`bitnet.training.tensor_parallel.ChannelRMSNorm`).
 

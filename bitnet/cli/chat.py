@@ -37,9 +37,7 @@ SAMPLING = {"temperature": float, "top_k": int, "top_p": float, "seed": int}
 
 def chat_command(
     folder: Folder,
-    system: Annotated[
-        str, typer.Option(help="What the model is told to be; needs a chat template.")
-    ] = "",
+    system: Annotated[str, typer.Option(help="The system message; needs a chat template.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)] = 512,
     temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 0.7,
     top_k: Annotated[int, typer.Option(help="Sample among the k most likely. 0: all.")] = 50,

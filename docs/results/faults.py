@@ -12,8 +12,8 @@ it did not strike had ended; the step that was reached, the newest checkpoint an
 run went on; whether all losses and norms of gradients, before and after, are those of a run that
 nothing struck, to the bit. Two agents of torchrun on this machine stand for two machines.
 
-The full disk is a tmpfs of 4 MB, the read-only ones are mounts: the script puts itself into a mount
-namespace of its own (unshare), as root or as a user who may. Steps, ranks and moments are seeded.
+The full disk is a tmpfs of 4 MB, the read-only ones are mounts: the script enters a new mount
+namespace (unshare); that needs root or the right to do so. Steps, ranks and moments are seeded.
 """
 
 import csv

@@ -231,9 +231,9 @@ static int32_t wrapped(const uint8_t *packed, int64_t bytes, const int8_t *codes
 }
 
 static bool may_wrap(const int8_t *codes, int64_t stride) {
-    int8_t least = 0;
-    for (int64_t i = 0; i < stride; i++) least = codes[i] < least ? codes[i] : least;
-    return least == -128;
+    int8_t lowest = 0;
+    for (int64_t i = 0; i < stride; i++) lowest = codes[i] < lowest ? codes[i] : lowest;
+    return lowest == -128;
 }
 
 /* 32 packed bytes of `rows` rows, times up to four tokens. */
