@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -101,6 +102,8 @@ class Terminal:
         self.pid, self.master = pty.fork()
         if self.pid == 0:
             os.environ["TERM"] = "dumb"
+            # A test run in the background starts with SIGINT ignored, and so would this program.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.execv(sys.executable, [sys.executable, "-c", SLOWLY, *words])
         self.said = ""
 
