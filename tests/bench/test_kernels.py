@@ -7,6 +7,7 @@ import math
 import os
 import re
 import statistics
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_contenders_of_a_gpu_are_every_formulation() -> None:
     # without 16 bits there would be no ratio
     assert contending.contenders(CPU, (), ("fp32",), run.WHATS, 1)[-1].formulation == "bf16"
     on_cpu = contending.contenders(CPU, *asked, 1)
-    families = set() if native.library() is None else {"addsub", "dot"}
+    families = set() if native.library() is None else {"addsub", "dot", "sum"}
     assert {one.formulation for one in on_cpu} == {"bf16", "auto", "reference"} | families
 
 
@@ -119,6 +120,46 @@ def test_bytes_moved_by_hand() -> None:
     assert by["torch", "linear"] == 2 * (70 * 130 + 3 * 130 + 3 * 70)
     assert by["bitnet", "linear"] == 70 * 48 + 2 * (3 * 130 + 3 * 70)
     assert by["bitnet", "matmul"] == 70 * 48 + 3 * 130 + 4 * 3 * 70
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs the native library")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_read_adds_every_word_up(threads: int) -> None:
+    problem = contending.make_problem(71, 3 * 64, 1, CPU)
+    words = struct.unpack(f"<{problem.packed.nbytes // 8}Q", problem.packed.numpy().tobytes())
+    expected = sum(words) % 2**64
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        total = int(contending.READ.build(problem, 2)(1))
+    finally:
+        torch.set_num_threads(before)
+    assert total % 2**64 == expected
+    assert contending.READ.bytes_moved(1, 71, 3 * 64) == problem.packed.nbytes
+
+
+@pytest.mark.skipif(native.library() is None, reason="needs the native library")
+def test_a_share_of_a_read_by_a_fake_clock() -> None:
+    """torch's matmul takes 8 s a call, the product 3 s, the read 2 s."""
+    takes = {torch.bfloat16: 8.0, torch.int32: 3.0, torch.int64: 2.0}
+    last: list[torch.dtype] = []
+
+    class Clock(FakeClock):
+        def record(self, call: timing.CALL, copies: int, calls: int) -> timing.Recorded:
+            def noted(i: int) -> Tensor:
+                y = call(i)
+                last.append(y.dtype)
+                return y
+
+            return super().record(noted, copies, 1)
+
+    choice = run.Selection(**SMALL | {"kernels": ("dot",)}, caches=("hot",), whats=("matmul",))
+    (group,) = run.groups(choice, CPU)
+    assert [one.formulation for one in group.contenders] == ["bf16", "dot", "sum"]
+    bench = run.Bench(HERE, choice, Clock(lambda: takes[last[-1]]))
+    base, dot, read = bench.measure(group)
+    assert base.roofline_share is None
+    assert (dot.roofline_share, read.roofline_share) == (pytest.approx(2 / 3), 1)
 
 
 def test_packages_that_are_not_there_are_said() -> None:

@@ -2,9 +2,14 @@
 
 All multiply by the same ternary matrix. Ours are timed twice: ``linear`` has float inputs and
 outputs and quantizes the activations, as a layer does; ``matmul`` is the integer product alone. The
-others have 16-bit inputs and outputs, so ratios of ``linear`` compare like with like.
+others have 16-bit inputs and outputs, so ratios of ``linear`` compare like with like. On a CPU,
+``read`` reads the packed weights and does no more than add them up, as 64-bit integers: no kernel
+whose weights come from memory can take less time.
+
+A CPU's weights lie in large pages, where the system can, as those of a loaded model do.
 """
 
+import ctypes
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,11 +23,13 @@ from torch import Tensor, nn
 from bitnet_kernels import KERNELS, bit_planes, pack_ternary, ternary_linear, ternary_matmul
 from bitnet_kernels.available import takes_native
 from bitnet_kernels.bench.timing import CALL
+from bitnet_kernels.cpu import native
+from bitnet_kernels.cpu.pages import use_large_pages
 from bitnet_kernels.dispatch import FORMULATIONS
 from bitnet_kernels.packing import packed_columns
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_FEW_TOKENS = {"addsub": 64, "sad": 64, "popcount": 64, "dp4a": 64}
+_FEW_TOKENS = {"addsub": 64, "sad": 64, "popcount": 64, "dp4a": 64, "read": 4}
 """Above this M the tables never choose these kernels, so timing them would be wasted."""
 
 
@@ -118,6 +125,8 @@ class Contender:
 
     def bytes_moved(self, m: int, n: int, k: int) -> int:
         """A lower bound: weights, activations and outputs, each moved once."""
+        if self.what == "read":
+            return self.weight_bytes(n, k)
         if self.what == "matmul":
             return self.weight_bytes(n, k) + m * k + 4 * m * n
         return self.weight_bytes(n, k) + DTYPES[self.dtype].itemsize * m * (k + n)
@@ -131,6 +140,7 @@ def _ours(kernel: str, what: str, dtype: str) -> Callable[[Problem, int], CALL]:
             takes_native(kernel, problem.device) and kernel == "addsub"
         )
         planes = [problem.planes.clone() if reads else None for _ in range(copies)]
+        _large_pages(packed, planes)
         if what == "matmul":
             x_q = problem.x_q
             return lambda i: ternary_matmul(x_q, packed[i], kernel, planes[i])
@@ -140,11 +150,35 @@ def _ours(kernel: str, what: str, dtype: str) -> Callable[[Problem, int], CALL]:
     return build
 
 
+def _large_pages(*copies: list[Tensor] | list[Tensor | None]) -> None:
+    tensors = [one for group in copies for one in group if one is not None]
+    if tensors and tensors[0].device.type == "cpu":
+        use_large_pages(tensors)
+
+
+def _read(problem: Problem, copies: int) -> CALL:
+    lib = native.library()
+    assert lib is not None  # contenders() has asked
+    packed = [problem.packed.clone() for _ in range(copies)]
+    _large_pages(packed)
+
+    def call(i: int) -> Tensor:
+        total = lib.bn_read(packed[i].data_ptr(), packed[i].nbytes, native.threads())
+        return torch.tensor(ctypes.c_int64(total).value, dtype=torch.int64, device=problem.device)
+
+    return call
+
+
+READ = Contender("bitnet", "read", "sum", "read", "int64", 2, None, _read)
+"""The time of a plain read of the packed weights, on a CPU with the native library."""
+
+
 def _torch(dtype: str) -> Callable[[Problem, int], CALL]:
     def build(problem: Problem, copies: int) -> CALL:
         x = problem.x(dtype)
         weight = problem.weight(dtype)
         weights = [weight.clone() for _ in range(copies)]
+        _large_pages(weights)
         return lambda i: nn.functional.linear(x, weights[i])
 
     return build
@@ -261,6 +295,9 @@ def contenders(
             for what, dtype in pairs
             if what in whats
         ]
+    ours_run = any(one.who == "bitnet" for one in found)
+    if ours_run and takes_native("auto", device) and few_enough("read", m):
+        found.append(READ)
     if device.type == "cuda":
         for who, name, bits, tolerance, theirs, make in _OTHERS:
             if who in kernels and find_spec(who) is not None:

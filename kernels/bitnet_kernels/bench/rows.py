@@ -26,11 +26,11 @@ class Row:
     """The GPU or CPU by name."""
     what: str
     """"linear": floats in, floats out, with the quantization of the activations; "matmul": int8 in,
-    int32 out."""
+    int32 out; "read": the packed weights are read and added up."""
     contender: str
     """"bitnet", or the package."""
     family: str
-    """"16-bit", "32-bit", "addsub", "dot", "auto", "reference", or "other"."""
+    """"16-bit", "32-bit", "addsub", "dot", "auto", "reference", "read", or "other"."""
     formulation: str
     m: int
     n: int
@@ -51,7 +51,8 @@ class Row:
     gb_s: float | None = None
     """Weights as stored, activations and outputs, each moved once, over the median; 10^9 bytes."""
     roofline_share: float | None = None
-    """The least time that this GPU's memory and int8 (16-bit) units allow, over the median."""
+    """The least time that this GPU's memory and int8 (16-bit) units allow, over the median; on
+    a CPU the time of a plain read of the packed weights, in the same rounds, over the median."""
     energy_uj_token: float | None = None
     """Microjoules per token, of the whole board."""
     exact: str

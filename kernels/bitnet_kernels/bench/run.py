@@ -7,7 +7,7 @@ same sources, versions and settings.
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ import torch
 
 from bitnet_kernels.bench import machine
 from bitnet_kernels.bench.contenders import (
+    READ,
     Contender,
     Problem,
     contenders,
@@ -172,7 +173,7 @@ class Bench:
                 p90_us=quantile(seconds[one.label], 0.9) * 1e6,
                 ratio_to_16bit=sixteen / medians[one.label],
                 gb_s=one.bytes_moved(group.m, group.n, group.k) / medians[one.label] / 1e9,
-                roofline_share=self._roofline_share(group, one, medians[one.label]),
+                roofline_share=self._roofline_share(group, one, medians),
                 energy_uj_token=self._energy(group, one, recorded[one.label]),
                 exact=verdicts[one.label],
                 replays=self.choice.replays,
@@ -225,13 +226,21 @@ class Bench:
                 raise
             return None, next(iter(str(error).splitlines()), repr(error))
 
-    def _roofline_share(self, group: Group, one: Contender, seconds: float) -> float | None:
+    def _roofline_share(
+        self, group: Group, one: Contender, medians: Mapping[str, float]
+    ) -> float | None:
+        """The least time over the median: by a GPU's limits; on a CPU, of our kernels, the time of
+        a plain read of the weights in the same rounds."""
         m, n, k = group.m, group.n, group.k
         floats = one.what == "linear" and one.who != "bitnet"
         ops = self.here.ops_16bit if floats else self.here.ops_int8
-        if self.here.bandwidth is None or ops is None:
+        if self.here.bandwidth is not None and ops is not None:
+            least = max(one.bytes_moved(m, n, k) / self.here.bandwidth, 2 * m * n * k / ops)
+        elif one.who == "bitnet" and READ.label in medians:
+            least = medians[READ.label]
+        else:
             return None
-        return max(one.bytes_moved(m, n, k) / self.here.bandwidth, 2 * m * n * k / ops) / seconds
+        return least / medians[one.label]
 
     def _energy(self, group: Group, one: Contender, recorded: Recorded) -> float | None:
         if (

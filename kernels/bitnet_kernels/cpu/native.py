@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI = 9
+ABI = 10
 """BN_ABI of ``native/bitnet_cpu.h``."""
 _I32, _I64, _F32, _POINTER = ctypes.c_int32, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _NORM = (_POINTER, _POINTER, _F32, _I64, _I64)
@@ -35,6 +35,7 @@ _SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "bn_isa_used": (ctypes.c_char_p, ()),
     "bn_families_share_layout": (_I32, ()),
     "bn_use_openmp": (None, (_POINTER, _POINTER, _POINTER)),
+    "bn_read": (_U64, (_POINTER, _I64, _I32)),
     "bn_workspace": (_I64, (_POINTER,)),
     "bn_step": (_I64, (_POINTER, _I64, _I32)),
     "bn_prefill": (_I64, (_POINTER, _POINTER, _POINTER, _I64, _I32)),

@@ -17,7 +17,7 @@
 #endif
 
 /* Grows with every change of this file; native.py refuses a library of another version. */
-#define BN_ABI 9
+#define BN_ABI 10
 
 BN_API int32_t bn_abi(void);
 
@@ -37,6 +37,11 @@ BN_API int32_t bn_families_share_layout(void);
 /* Hand over the OpenMP runtime of the process: the addresses of GOMP_parallel,
  * omp_get_thread_num and omp_get_num_threads. Until then everything runs on one thread. */
 BN_API void bn_use_openmp(void *parallel, void *thread_num, void *num_threads);
+
+/* Memory (read.c) */
+
+/* The sum modulo 2^64 of bytes / 8 words at `memory`, which is aligned to 8: a plain read. */
+BN_API uint64_t bn_read(const void *memory, int64_t bytes, int32_t threads);
 
 /* Ternary products (product.c)
  *
