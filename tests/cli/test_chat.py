@@ -121,6 +121,11 @@ class Terminal:
         return shown
 
     def type(self, text: str) -> None:
+        """Type, once the program waits: Python misses a Ctrl-C between its prompt and its wait."""
+        state = Path(f"/proc/{self.pid}/stat")
+        time.sleep(0 if state.exists() else 1)
+        while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)
         os.write(self.master, text.encode())
 
     def code(self) -> int:
