@@ -94,3 +94,53 @@ def test_the_sizes_are_those_of_the_configs(scaling: Any) -> None:
         options = [*study.SHAPE[size], "model.vocab_size=1024", "model.max_seq_len=256"]
         config = load_config([study.ROOT / study.CONFIG], options).model.resolve()
         assert config.num_parameters()["matrices"] == weights
+
+
+def test_models_of_equal_bytes_differ_by_two_percent_at_most(
+    scaling: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes worked out from the shapes of a layer: attention, gate, up and down."""
+    monkeypatch.syspath_prepend(RESULTS)
+    import equal_bytes
+
+    def total(d: int, kv: int, ff: int, bits: float, scales: int) -> float:
+        matrices = 2 * (2 * d * d + 2 * d * kv + 3 * d * ff)
+        return matrices * bits / 8 + 2 * 1024 * d + 4 * scales
+
+    assert "model.d_model=104" in equal_bytes.SHAPES["int4"]
+    ternary = total(128, 64, 384, 1.6, 14)
+    int4 = total(104, 26, 296, 4, 2 * (3 * 104 + 2 * 26 + 2 * 296))
+    assert abs(int4 / ternary - 1) < 0.02
+    assert abs(total(64, 64, 192, 16, 0) / ternary - 1) < 0.02
+
+
+def test_a_difference_within_the_spread_of_seeds_is_called_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(RESULTS)
+    import ablations
+
+    assert ablations.reading([-0.02, 0.01, 0.03], 0.005) == "smaller than the spread of seeds"
+    assert ablations.reading([0.01, 0.012, 0.013], 0.02) == "smaller than the spread of seeds"
+    assert ablations.reading([0.03, 0.04, 0.05], 0.02) == "worse"
+    assert ablations.reading([-0.05, -0.04, -0.03], 0.02) == "better"
+    assert ablations.reading([-0.05, -0.04], 0.02) == "too few seeds"
+
+
+def test_stochastic_rounding_keeps_the_mean_and_bf16_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neighbours of 1.001 in bf16 are 1 and 1 + 2^-7."""
+    import torch
+
+    monkeypatch.syspath_prepend(RESULTS)
+    import bf16_latents
+
+    generator = torch.Generator().manual_seed(0)
+    value = torch.full((100_001,), 1.001, dtype=torch.float32, device="cpu")
+    for sign in (1, -1):
+        found = bf16_latents.rounded(sign * value, generator)
+        assert set(found.unique().tolist()) == {sign * 1.0, sign * (1 + 2**-7)}
+        assert abs(float(found.double().mean()) - sign * 1.001) < 1e-4
+    exact = value.bfloat16().float()
+    assert torch.equal(bf16_latents.rounded(exact, generator), exact)

@@ -1,0 +1,132 @@
+"""What the choices of a ternary model are worth: ablations.csv.
+
+    python docs/results/ablations.py --data TRAIN --held-out TEXT --hours 2   # the missing rows
+    python docs/results/ablations.py table                                    # from the CSV
+
+Each variant differs from the ternary model of scaling.py in what its options say, at 0.4M weights
+and 5 tokens per weight, with the same tokens in the same order, 3 seeds, and the learning rate of
+the base. A variant may do better at a rate of its own: that is not searched.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+import scaling
+from scaling import ARMS, FIRST
+from study import Job, Row, Rows, main, read, tokens_for
+
+CSV = Path(__file__).resolve().parent / "ablations.csv"
+QAT = ("model.linear=fp", "quant.weights=absmean", "quant.granularity=tensor")
+TEACHER = "runs/study/{name}/model"
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "AdamW": ("optim.optimizer=adamw",),
+    "SiLU": ("model.activation=silu",),
+    "no weight decay": ("optim.weight_decay=0.0",),
+    "full precision for 30%": (*QAT, "qat.start=0.3"),
+    "distilled": (f"distill.teacher={TEACHER}",),
+    "cosine": ("optim.lr_schedule=cosine",),
+    "pre-norm": ("model.norm_placement=pre_norm",),
+    "scale per row": ("model.granularity=row",),
+    "trust mask": ("model.grad_mask=trust",),
+    "latents in bf16": (),
+    "weight decay throughout": ("optim.wd_schedule=constant",),
+    "two-stage": ("optim.lr_schedule=two_stage",),
+    "scale per 128": ("model.granularity=group",),
+    "clip mask": ("model.grad_mask=clip",),
+    "full precision for 10%": (*QAT, "qat.start=0.1"),
+    "full precision for 50%": (*QAT, "qat.start=0.5"),
+    "norm in each layer": ("model.norm_placement=in_linear",),
+}
+"""Name -> what differs from study.toml; the most interesting first."""
+SEEDS = (0, 1, 2)
+
+
+def jobs(_: Rows) -> list[Job]:
+    """All variants, once the sweep of scaling.py is complete."""
+    found = scaling.read(scaling.CSV)
+    if any(scaling.to_sweep(found, arm) for arm in ARMS):
+        raise SystemExit("scaling.py comes first: its sweep chooses the learning rates")
+    lr = scaling.best_lr(found, "ternary")
+    return [job(name, lr, seed) for name in VARIANTS for seed in SEEDS]
+
+
+def job(variant: str, lr: float, seed: int) -> Job:
+    """One run."""
+    size, per_weight = FIRST
+    teacher = scaling.job("fp", size, per_weight, scaling.best_lr(read(scaling.CSV), "fp"), 0).name
+    options = tuple(option.format(name=teacher) for option in VARIANTS[variant])
+    adamw, bf16 = variant == "AdamW", variant == "latents in bf16"
+    return Job(
+        name=f"{variant.replace(' ', '-').replace('%', '')}-{seed}",
+        arm=variant,
+        size=size,
+        tokens=tokens_for(size, per_weight),
+        lr=4e-3 if adamw else lr,
+        seed=seed,
+        options=options,
+        script="docs/results/bf16_latents.py" if bf16 else "train.py",
+        steps_as=1.6 if variant == "distilled" else 1.0,
+        rate_key="optim.lr" if adamw else "optim.muon_lr",
+    )
+
+
+def base() -> list[Row]:
+    """The rows of the ternary model itself, of scaling.csv."""
+    rows, (size, per_weight) = read(scaling.CSV), FIRST
+    tokens = str(tokens_for(size, per_weight))
+    return [
+        row
+        for row in scaling.of_grid(rows)
+        if (row["arm"], row["size"], row["tokens"]) == ("ternary", size, tokens)
+    ]
+
+
+def effects(rows: Rows, of: Rows, variant: str) -> list[float]:
+    """Loss of a variant minus that of the base of the same seed, in nats, sorted."""
+    losses = {row["seed"]: float(row["loss"]) for row in of}
+    return sorted(
+        float(row["loss"]) - losses[row["seed"]]
+        for row in rows
+        if row["arm"] == variant and row["seed"] in losses
+    )
+
+
+def table(rows: Rows | None = None, of: Rows | None = None) -> str:
+    """Markdown: each variant's loss against the base, the median and range of the seeds, and what
+    that says beside the spread of the base's seeds."""
+    rows, of = read(CSV) if rows is None else rows, base() if of is None else of
+    losses = sorted(float(row["loss"]) for row in of)
+    spread = losses[-1] - losses[0]
+    lines = [
+        "| variant | nats per token against the base | seeds | reading |",
+        "|---|---|---|---|",
+        f"| base | {statistics.median(losses):.4f} itself ({losses[0]:.4f} to {losses[-1]:.4f}) "
+        f"| {len(losses)} | spread of the seeds {spread:.4f} |",
+    ]
+    found = [(name, effects(rows, of, name)) for name in VARIANTS]
+    for name, values in sorted(
+        (pair for pair in found if pair[1]), key=lambda pair: statistics.median(pair[1])
+    ):
+        middle = statistics.median(values)
+        lines.append(
+            f"| {name} | {middle:+.4f} ({values[0]:+.4f} to {values[-1]:+.4f}) | {len(values)} "
+            f"| {reading(values, spread)} |"
+        )
+    return "\n".join(lines)
+
+
+def reading(values: list[float], spread: float) -> str:
+    """What the differences to the base say, beside the spread of its seeds."""
+    if len(values) < len(SEEDS):
+        return "too few seeds"
+    if values[0] * values[-1] <= 0 or abs(statistics.median(values)) < spread:
+        return "smaller than the spread of seeds"
+    return "better" if values[0] < 0 else "worse"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["table"]:
+        print(table())
+    else:
+        main(CSV, jobs, __doc__ or "")
