@@ -1,9 +1,11 @@
 """The studies of docs/results: what they search, which runs they choose, what they draw."""
 
+import math
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
@@ -61,8 +63,8 @@ def test_a_text_that_repeats_itself_is_searched_too(overlap: Any) -> None:
 
 
 def rows(scaling: Any, arm: str, losses: dict[float, float]) -> list[dict[str, str]]:
-    tokens = str(scaling.tokens_for("0.4M", 5))
-    common = {"arm": arm, "size": "0.4M", "tokens": tokens, "seed": "0"}
+    tokens = str(scaling.tokens_for("0.1M", 5))
+    common = {"arm": arm, "size": "0.1M", "tokens": tokens, "seed": "0"}
     return [common | {"lr": f"{lr:g}", "loss": str(loss)} for lr, loss in losses.items()]
 
 
@@ -73,7 +75,8 @@ def test_the_sweep_goes_on_past_an_end_that_is_best(scaling: Any) -> None:
     done = rows(scaling, "ternary", found)
     assert scaling.to_sweep(done, "ternary") == []
     wanted = scaling.jobs(done)
-    assert {job.lr for job in wanted if job.arm == "ternary"} == {0.04}
+    assert {job.lr for job in wanted if job.arm == "ternary" and job.size != "0.4M"} == {0.04}
+    assert {job.lr for job in wanted if job.arm == "ternary"} == {0.02, 0.04, 0.08}
     assert {job.lr for job in wanted if job.arm == "fp"} == {0.005, 0.01, 0.02}
 
 
@@ -144,3 +147,57 @@ def test_stochastic_rounding_keeps_the_mean_and_bf16_values(
         assert abs(float(found.double().mean()) - sign * 1.001) < 1e-4
     exact = value.bfloat16().float()
     assert torch.equal(bf16_latents.rounded(exact, generator), exact)
+
+
+def made_up(scaling: Any, gap: Any) -> list[dict[str, str]]:
+    """Rows of both arms, in which ternary loses what ``gap(weights, tokens per weight, seed)``
+    says."""
+    found = []
+    for size, per_weight in (("0.1M", 5), ("0.1M", 20), ("0.4M", 5), ("0.4M", 20), ("1.2M", 5)):
+        for arm, rates in (("fp", (0.005, 0.01, 0.02)), ("ternary", (0.01, 0.02, 0.04))):
+            swept = (size, per_weight) == scaling.FIRST
+            for lr in rates if swept else rates[1:2]:
+                for seed in range(3) if lr == rates[1] else range(1):
+                    loss = 3.0 + 0.1 * seed + (lr != rates[1])
+                    if arm == "ternary":
+                        loss += gap(scaling.WEIGHTS[size], per_weight, seed)
+                    row = {"arm": arm, "size": size, "lr": f"{lr:g}", "seed": str(seed)}
+                    row |= {"loss": repr(loss), "bits_per_byte": repr(loss), "commit": "abc"}
+                    row["tokens"] = str(scaling.tokens_for(size, per_weight))
+                    found.append(row)
+    return found
+
+
+def test_a_fit_finds_the_line_that_was_put_in(scaling: Any) -> None:
+    def gap(weights: int, per_weight: float, _: int) -> float:
+        return float(0.1 - 0.02 * math.log2(weights / 393_216) + 0.03 * math.log2(per_weight / 5))
+
+    found = scaling.fit(made_up(scaling, gap))
+    assert found["gap"]["coefficients"] == pytest.approx([0.1, -0.02, 0.03], abs=2e-4)
+    assert found["gap"]["misfit"] < 2e-4  # tokens come in whole steps, so 5.01 per weight
+    assert found["gap"]["seed_spread"] < 1e-9
+    assert len(found["cells"]) == 5
+    assert found["muon_lr"] == 0.02
+
+
+def test_the_intervals_of_a_fit_are_those_of_least_squares(scaling: Any) -> None:
+    """Seeds at -e, 0, +e: their spread is e, and the covariance that of the textbook,
+    (e / sqrt 3)^2 (X'X)^-1."""
+    found = scaling.fit(made_up(scaling, lambda n, d, seed: 0.1 + 0.01 * (seed - 1)))["gap"]
+    assert found["seed_spread"] == pytest.approx(0.01)
+    points = [(n, d) for n, d in ((106_496, 5), (106_496, 20), (393_216, 5), (393_216, 20))]
+    points.append((1_179_648, 5))
+    x = np.array([[1, math.log2(n / 393_216), math.log2(d / 5)] for n, d in points])
+    textbook = np.linalg.inv(x.T @ x) * 0.01**2 / 3
+    assert np.array(found["covariance"]) == pytest.approx(
+        textbook, rel=0.05, abs=0.03 * textbook.max()
+    )
+    for (low, high), variance in zip(found["intervals"], np.diag(textbook), strict=True):
+        assert high - low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.05)
+
+
+def test_the_published_fits_are_those_of_the_papers(scaling: Any) -> None:
+    """TriLM's abstract and table: 10% at 99M parameters and 8% at 3.9B."""
+    for weights, percent in ((99e6, 10), (3.9e9, 8)):
+        ternary, full = scaling.trilm(weights)
+        assert round(100 * (ternary / full - 1)) == percent

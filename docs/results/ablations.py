@@ -3,8 +3,8 @@
     python docs/results/ablations.py --data TRAIN --held-out TEXT --hours 2   # the missing rows
     python docs/results/ablations.py table                                    # from the CSV
 
-Each variant differs from the ternary model of scaling.py in what its options say, at 0.4M weights
-and 5 tokens per weight, with the same tokens in the same order, 3 seeds, and the learning rate of
+Each variant differs from the ternary model of scaling.py in what its options say, at 0.1M weights
+and 20 tokens per weight, with the same tokens in the same order, 3 seeds, and the learning rate of
 the base. A variant may do better at a rate of its own: that is not searched.
 """
 
@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 import scaling
-from scaling import ARMS, FIRST
+from scaling import ARMS
 from study import Job, Row, Rows, main, read, tokens_for
 
+WHERE = ("0.1M", 20.0)
+"""Size and tokens per weight."""
 CSV = Path(__file__).resolve().parent / "ablations.csv"
 QAT = ("model.linear=fp", "quant.weights=absmean", "quant.granularity=tensor")
 TEACHER = "runs/study/{name}/model"
@@ -32,7 +34,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "latents in bf16": (),
     "weight decay throughout": ("optim.wd_schedule=constant",),
     "two-stage": ("optim.lr_schedule=two_stage",),
-    "scale per 128": ("model.granularity=group",),
+    "scale per 64": ("model.granularity=group", "model.group_size=64"),
     "clip mask": ("model.grad_mask=clip",),
     "full precision for 10%": (*QAT, "qat.start=0.1"),
     "full precision for 50%": (*QAT, "qat.start=0.5"),
@@ -53,7 +55,7 @@ def jobs(_: Rows) -> list[Job]:
 
 def job(variant: str, lr: float, seed: int) -> Job:
     """One run."""
-    size, per_weight = FIRST
+    size, per_weight = WHERE
     teacher = scaling.job("fp", size, per_weight, scaling.best_lr(read(scaling.CSV), "fp"), 0).name
     options = tuple(option.format(name=teacher) for option in VARIANTS[variant])
     adamw, bf16 = variant == "AdamW", variant == "latents in bf16"
@@ -73,7 +75,7 @@ def job(variant: str, lr: float, seed: int) -> Job:
 
 def base() -> list[Row]:
     """The rows of the ternary model itself, of scaling.csv."""
-    rows, (size, per_weight) = read(scaling.CSV), FIRST
+    rows, (size, per_weight) = read(scaling.CSV), WHERE
     tokens = str(tokens_for(size, per_weight))
     return [
         row

@@ -1,33 +1,48 @@
 """What ternary costs on real text, by model size and tokens: scaling.csv, scaling.png.
 
     python docs/results/scaling.py --data TRAIN --held-out TEXT --hours 2     # the missing rows
+    python docs/results/scaling.py table | plot | fit                         # from the CSV
 
 Ternary and full-precision models of the same shape see the same tokens in the same order. The
-learning rate of the matrices (Muon) is swept for each arm at 0.4M weights and 5 tokens per weight,
+learning rate of the matrices (Muon) is swept for each arm at 0.1M weights and 5 tokens per weight,
 one seed, by factors of 2, and on past an end that is the best. Rule for other sizes: the same rate,
 since the spectral norm of Muon's update does not depend on the width. AdamW's rate, for embedding
 and norms, is the library's (`bitnet.config.default_lr`), 4e-3 at all these sizes, for both arms.
+
+``fit`` writes bitnet/scaling.json, from which `bitnet plan` predicts. A fit is linear in doublings
+of the weights N and of tokens per weight D/N: over so small a range a power law is no better
+founded. Its uncertainty is a bootstrap: each cell's mean moves by the pooled spread of its seeds;
+what the fit misses at the cells is added.
 """
 
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from study import Job, Row, Rows, main, tokens_for
+import numpy as np
+from study import RESULTS, ROOT, WEIGHTS, Job, Row, Rows, main, read, tokens_for
 
-CSV = Path(__file__).resolve().parent / "scaling.csv"
+CSV = RESULTS / "scaling.csv"
+FIT = ROOT / "bitnet" / "scaling.json"
 ARMS = {"ternary": (), "fp": ("model.linear=fp",)}
 SWEEP = {"ternary": (0.02, 0.04, 0.01), "fp": (0.01, 0.02, 0.005)}
 """Rates of the matrices that are tried first."""
-FIRST = ("0.4M", 5.0)
+FIRST = ("0.1M", 5.0)
 """Where the rates are swept."""
+CHECKED = ("0.4M", 5.0)
+"""Where the rates on both sides of the chosen one are trained too: does the rule hold there?"""
 GRID = (
     # size, tokens per weight, seeds
-    ("0.4M", 5.0, (1, 2)),
-    ("0.1M", 5.0, (0, 1, 2)),
+    ("0.1M", 5.0, (1, 2)),
     ("0.1M", 20.0, (0, 1, 2)),
-    ("1.2M", 5.0, (0,)),
-    ("0.4M", 20.0, (0,)),
+    ("0.4M", 5.0, (0, 1, 2)),
     ("0.1M", 80.0, (0,)),
-    ("0.4M", 20.0, (1, 2)),
+    ("1.2M", 5.0, (0,)),
+    ("0.4M", 20.0, (0, 1, 2)),
     ("1.2M", 5.0, (1, 2)),
     ("0.1M", 80.0, (1, 2)),
     ("2.8M", 5.0, (0,)),
@@ -84,6 +99,11 @@ def jobs(rows: Rows) -> list[Job]:
             for arm in ARMS:
                 if not left[arm]:
                     wanted.append(job(arm, size, per_weight, best_lr(rows, arm), seed))
+        if (size, per_weight) == CHECKED:
+            for arm in ARMS:
+                for factor in (2.0, 0.5) if not left[arm] else ():
+                    lr = best_lr(rows, arm) * factor
+                    wanted.append(job(arm, size, per_weight, lr, 0))
     return wanted
 
 
@@ -92,5 +112,218 @@ def of_grid(rows: Rows) -> list[Row]:
     return [row for row in rows if float(row["lr"]) == best_lr(rows, row["arm"])]
 
 
+class Cell(NamedTuple):
+    """Both arms at one size and number of tokens, in the seeds that both have."""
+
+    size: str
+    weights: int
+    per_weight: float
+    ternary: list[float]
+    """nats per token of each seed"""
+    fp: list[float]
+    bytes_per_token: float
+    """of the held-out text: bits per byte are nats / ln 2 / this"""
+
+    def gaps(self) -> list[float]:
+        """Ternary minus full precision, in nats, by seed."""
+        return [ternary - fp for ternary, fp in zip(self.ternary, self.fp, strict=True)]
+
+
+def cells(rows: Rows) -> list[Cell]:
+    """The cells of the grid for which both arms have a seed, by size and tokens."""
+    losses: dict[tuple[str, int], dict[str, dict[str, Row]]] = {}
+    for row in of_grid(rows):
+        arms = losses.setdefault((row["size"], int(row["tokens"])), {})
+        arms.setdefault(row["arm"], {})[row["seed"]] = row
+    found = []
+    for (size, tokens), arms in losses.items():
+        both = sorted(arms.get("ternary", {}).keys() & arms.get("fp", {}).keys())
+        if not both:
+            continue
+        one = arms["fp"][both[0]]
+        found.append(
+            Cell(
+                size,
+                WEIGHTS[size],
+                tokens / WEIGHTS[size],
+                [float(arms["ternary"][seed]["loss"]) for seed in both],
+                [float(arms["fp"][seed]["loss"]) for seed in both],
+                float(one["loss"]) / math.log(2) / float(one["bits_per_byte"]),
+            )
+        )
+    return sorted(found, key=lambda cell: (cell.weights, cell.per_weight))
+
+
+AT = (WEIGHTS["0.4M"], 5.0)
+"""Where the constant of a fit stands: weights, tokens per weight."""
+
+
+def design(points: list[Cell]) -> np.ndarray:
+    """1, doublings of the weights, doublings of the tokens per weight: ``[cells, 3]``."""
+    rows = [
+        (1.0, math.log2(cell.weights / AT[0]), math.log2(cell.per_weight / AT[1]))
+        for cell in points
+    ]
+    return np.array(rows)
+
+
+def fitted(
+    points: list[Cell], values: Callable[[Cell], list[float]], draws: int = 4000
+) -> dict[str, Any]:
+    """Least squares over the cells' means, with a bootstrap over seeds.
+
+    Arguments:
+        values: of a cell, one per seed.
+    Returns:
+        ``coefficients`` [3], their ``covariance`` [3, 3], 95% ``intervals`` [3, 2], the ``misfit``
+        (root mean square of what remains at the cells, by degrees of freedom) and the pooled
+        ``seed_spread``, a standard deviation.
+    """
+    x = design(points)
+    means = np.array([statistics.fmean(values(cell)) for cell in points])
+    counts = np.array([len(values(cell)) for cell in points])
+    squares = [sum((v - statistics.fmean(values(c))) ** 2 for v in values(c)) for c in points]
+    spread = math.sqrt(sum(squares) / max(1, int((counts - 1).sum())))
+    solve = np.linalg.pinv(x)
+    best = solve @ means
+    free = max(1, len(points) - x.shape[1])
+    misfit = math.sqrt(float(((means - x @ best) ** 2).sum()) / free)
+    noise = np.random.default_rng(0).normal(size=(draws, len(points)))
+    drawn = (means + noise * spread / np.sqrt(counts)) @ solve.T
+    return {
+        "coefficients": best.tolist(),
+        "covariance": np.cov(drawn.T).tolist(),
+        "intervals": np.quantile(drawn, (0.025, 0.975), axis=0).T.tolist(),
+        "misfit": misfit,
+        "seed_spread": spread,
+    }
+
+
+def fit(rows: Rows) -> dict[str, Any]:
+    """What bitnet/scaling.json holds; floats to 8 digits, so that all machines write the same."""
+    points = cells(rows)
+    found = {
+        "at": {"weights": AT[0], "tokens_per_weight": AT[1]},
+        "cells": [
+            {
+                "weights": cell.weights,
+                "tokens_per_weight": cell.per_weight,
+                "seeds": len(cell.fp),
+            }
+            for cell in points
+        ],
+        "muon_lr": best_lr(rows, "ternary"),
+        "bytes_per_token": points[0].bytes_per_token,
+        "gap": fitted(points, Cell.gaps),
+        "log_loss": fitted(points, lambda cell: [math.log(loss) for loss in cell.ternary]),
+        "commit": rows[0]["commit"],
+    }
+    rounded: dict[str, Any] = json.loads(
+        json.dumps(found), parse_float=lambda text: float(f"{float(text):.8g}")
+    )
+    return rounded
+
+
+def trilm(weights: float) -> tuple[float, float]:
+    """Loss of TriLM and of its full-precision models (arXiv 2407.12327), 99M to 3.9B parameters,
+    300B tokens."""
+    return 185 * weights**-0.26 + 1.76, 159 * weights**-0.26 + 1.67
+
+
+PARETOQ = ((125e6, 1.32), (1.5e9, 1.14))
+"""Parameters, and ternary over full-precision perplexity, of ParetoQ (arXiv 2502.02631): MobileLLM,
+with QAT for the last tenth of the tokens."""
+
+
+def table(rows: Rows | None = None) -> str:
+    """Markdown: the gap of each cell, the median and range of the seeds, beside published fits."""
+    points = cells(read(CSV) if rows is None else rows)
+    lines = [
+        "| weights in matrices | tokens per weight | full precision | ternary, packed "
+        "| gap, nats per token | gap | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for cell in points:
+        gaps = sorted(cell.gaps())
+        shown = f"{statistics.median(gaps):+.4f}"
+        if len(gaps) > 1:
+            shown += f" ({gaps[0]:+.4f} to {gaps[-1]:+.4f})"
+        share = 100 * statistics.fmean(gaps) / statistics.fmean(cell.fp)
+        lines.append(
+            f"| {cell.size} | {cell.per_weight:.0f} | {statistics.fmean(cell.fp):.3f} "
+            f"| {statistics.fmean(cell.ternary):.3f} | {shown} | {share:+.1f}% | {len(gaps)} |"
+        )
+    for weights in (99e6, 3.9e9):
+        ternary, full = trilm(weights)
+        name, share = f"TriLM, {weights / 1e6:,.0f}M parameters", 100 * (ternary / full - 1)
+        lines.append(
+            f"| *{name}* | *{300e9 / weights:,.0f}* | *{full:.2f}* | *{ternary:.2f}* "
+            f"| *{ternary - full:+.2f}* | *{share:+.0f}%* | |"
+        )
+    for weights, ratio in PARETOQ:
+        lines.append(
+            f"| *ParetoQ, {weights / 1e6:,.0f}M parameters* | | | | *{math.log(ratio):+.2f}* | | |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: Rows, out: Path) -> Path:
+    """The gap against tokens per weight, with the range of seeds, and the fit at each size."""
+    from matplotlib.figure import Figure
+
+    points, figure = cells(rows), Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    a, b, c = fit(rows)["gap"]["coefficients"]
+    for i, size in enumerate(dict.fromkeys(cell.size for cell in points)):
+        of = [cell for cell in points if cell.size == size]
+        places = [cell.per_weight for cell in of]
+        middle = [statistics.median(cell.gaps()) for cell in of]
+        low = [m - min(cell.gaps()) for m, cell in zip(middle, of, strict=True)]
+        high = [max(cell.gaps()) - m for m, cell in zip(middle, of, strict=True)]
+        label = f"{size} weights"
+        axes.errorbar(
+            places,
+            middle,
+            [low, high],
+            marker="o",
+            lw=0,
+            elinewidth=1.5,
+            capsize=4,
+            label=label,
+            color=f"C{i}",
+        )
+        ends = [min(p.per_weight for p in points), max(p.per_weight for p in points)]
+        line = [a + b * math.log2(WEIGHTS[size] / AT[0]) + c * math.log2(d / AT[1]) for d in ends]
+        axes.plot(ends, line, color=f"C{i}", lw=1, alpha=0.6)
+    axes.axhline(0, color="0.6", lw=0.8)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({round(cell.per_weight) for cell in points})
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlabel("tokens per weight")
+    axes.set_ylabel("ternary minus full precision, nats per token")
+    axes.set_title("Median and range of seeds; lines: the fit", fontsize=10)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(out, dpi=150, metadata={"Software": ""})
+    return out
+
+
+def draw(words: list[str]) -> None:
+    """What the words name, from the CSV."""
+    rows = read(CSV)
+    for word in words:
+        if word == "table":
+            print(table(rows))
+        elif word == "plot":
+            print(plot(rows, CSV.with_suffix(".png")))
+        else:
+            text = json.dumps(fit(rows), indent=1) + "\n"
+            FIT.write_text(text, encoding="utf-8")
+            print(text)
+
+
 if __name__ == "__main__":
-    main(CSV, jobs, __doc__ or "")
+    if sys.argv[1:] and {*sys.argv[1:]} <= {"table", "plot", "fit"}:
+        draw(sys.argv[1:])
+    else:
+        main(CSV, jobs, __doc__ or "")

@@ -375,7 +375,8 @@ def steps_of(folder: Path) -> list[Row]:
 
 def commit() -> str:
     """The commit of the code that trains, marked where files of it differ."""
-    paths = ["bitnet", "kernels", "train.py", "docs/results/*.py", "docs/results/*.toml"]
+    own = ("study.py", "study.toml", "overlap.py", "bf16_latents.py")
+    paths = ["bitnet", "kernels", "train.py", *(f"docs/results/{name}" for name in own)]
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *paths], check=False)

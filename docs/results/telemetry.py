@@ -1,0 +1,123 @@
+"""Does telemetry say early that the learning rate is wrong? telemetry.csv, telemetry.png.
+
+    python docs/results/telemetry.py --data TRAIN --held-out TEXT   # the rates that are missing
+    python docs/results/telemetry.py collect                        # telemetry.csv, from runs/study
+    python docs/results/telemetry.py table | plot                   # from the CSVs
+
+The ternary model with 0.1M weights is trained on 20 tokens per weight at rates of the matrices from
+far too low to far too high, one seed (rates.csv). From metrics.jsonl of each: the training loss,
+and zeros, flip rate and dead zone every 50 steps (bitnet/training/telemetry.py). A number predicts
+if, after a tenth of the run, it tells a bad rate from a good one.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from study import RESULTS, ROOT, Job, Row, Rows, main, read, tokens_for, write
+
+CSV = RESULTS / "telemetry.csv"
+RATES_CSV = RESULTS / "rates.csv"
+RATES = (0.0025, 0.01, 0.04, 0.16, 0.64, 0.005, 0.02, 0.08, 0.32)
+SIZE, PER_WEIGHT = "0.1M", 20.0
+NUMBERS = ("zeros", "flip_rate", "dead_zone")
+COLUMNS = ("lr", "step", "steps", "loss", *NUMBERS)
+
+
+def jobs(_: Rows) -> list[Job]:
+    """A run per rate."""
+    tokens = tokens_for(SIZE, PER_WEIGHT)
+    return [Job(f"rate-{lr:g}", "ternary", SIZE, tokens, lr, 0) for lr in RATES]
+
+
+def collect() -> list[Row]:
+    """The readings of the runs that have ended, with the mean loss of the last five lines."""
+    found = []
+    for row in sorted(read(RATES_CSV), key=lambda row: float(row["lr"])):
+        path = ROOT / "runs" / "study" / row["name"] / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        steps = [line for line in lines if "loss" in line]
+        for i, line in enumerate(steps):
+            if "ternary/zeros" not in line:
+                continue
+            loss = statistics.fmean(one["loss"] for one in steps[max(0, i - 4) : i + 1])
+            numbers = {name: line.get(f"ternary/{name}") for name in NUMBERS}
+            shown = {
+                name: "" if value is None else f"{value:.5f}" for name, value in numbers.items()
+            }
+            head = {"lr": row["lr"], "step": str(line["step"]), "steps": str(steps[-1]["step"])}
+            found.append({**head, "loss": f"{loss:.5f}", **shown})
+    return found
+
+
+def after(rows: Rows, lr: str, share: float) -> Row:
+    """The first reading of a rate after a share of the run."""
+    return next(
+        row
+        for row in rows
+        if row["lr"] == lr and int(row["step"]) >= share * int(row["steps"]) and row["flip_rate"]
+    )
+
+
+def table() -> str:
+    """Markdown: readings after a tenth of the run, beside the loss at its end."""
+    rows, ends = read(CSV), read(RATES_CSV)
+    lines = [
+        "| learning rate | held-out loss at the end | loss after 10% | zeros | flip rate "
+        "| dead zone |",
+        "|---|---|---|---|---|---|",
+    ]
+    best = min(float(row["loss"]) for row in ends)
+    for row in sorted(ends, key=lambda row: float(row["lr"])):
+        early = after(rows, row["lr"], 0.1)
+        mark = " (best)" if float(row["loss"]) == best else ""
+        lines.append(
+            f"| {row['lr']}{mark} | {float(row['loss']):.3f} | {float(early['loss']):.2f} "
+            f"| {float(early['zeros']):.3f} | {float(early['flip_rate']):.4f} "
+            f"| {float(early['dead_zone']):.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(out: Path) -> Path:
+    """Loss, flip rate, zeros and dead zone over the run, a curve per rate."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    rows = read(CSV)
+    rates = sorted({row["lr"] for row in rows}, key=float)
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    titles = {"loss": "training loss", "flip_rate": "flip rate", "zeros": "zeros"}
+    titles |= {"dead_zone": "dead zone"}
+    for axis, (column, title) in zip(figure.subplots(1, 4), titles.items(), strict=True):
+        for i, lr in enumerate(rates):
+            points = [row for row in rows if row["lr"] == lr and row[column]]
+            shares = [100 * int(row["step"]) / int(row["steps"]) for row in points]
+            color = colormaps["viridis"](i / max(1, len(rates) - 1))
+            axis.plot(shares, [float(row[column]) for row in points], color=color, label=lr)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("% of the run")
+        if column == "flip_rate":
+            axis.set_yscale("log")
+    figure.legend(
+        *figure.axes[0].get_legend_handles_labels(),
+        loc="outside right center",
+        fontsize=8,
+        title="rate",
+        frameon=False,
+    )
+    figure.savefig(out, dpi=130, metadata={"Software": ""})
+    return out
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    if words == ["collect"]:
+        write(CSV, collect(), COLUMNS)
+    elif words == ["table"]:
+        print(table())
+    elif words == ["plot"]:
+        print(plot(CSV.with_suffix(".png")))
+    else:
+        main(RATES_CSV, jobs, __doc__ or "")
