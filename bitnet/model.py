@@ -2,10 +2,10 @@
 
     tokens -> embedding -> n_layers x [x + attention(norm(x));  x + mlp(norm(x))] -> norm -> logits
 
-RMSNorm, rotary positions, grouped-query attention, a gated MLP, no biases. The matrices inside the
-layers are BitLinear (`linear = "ternary"`) or nn.Linear (`"fp"`, the full-precision baseline); the
-embedding, the head and the norms stay in high precision either way. Where the normalization sits
-is the one structural choice that ternary models add:
+RMSNorm, rotary positions, grouped-query attention, a gated MLP, no biases but, with
+``qkv_bias``, those of Qwen2. The matrices inside the layers are BitLinear (`linear = "ternary"`) or
+nn.Linear (`"fp"`, the full-precision baseline); all else stays in high precision either way. Where
+the normalization sits is the one structural choice that ternary models add:
 
     sub_norm   BitNet 2B4T (arXiv 2504.12285): pre-norms, plus a norm before each output projection
                (attn_sub_norm, ffn_sub_norm), which keeps the int8 activations there well scaled
@@ -71,6 +71,8 @@ class ModelConfig:
     """Gate of the MLP: squared ReLU (BitNet 2B4T) or SiLU (LLaMA)."""
     qk_norm: bool = False
     """RMSNorm on each head's queries and keys before the rotation."""
+    qkv_bias: bool = False
+    """Biases on q_proj, k_proj and v_proj, as in Qwen2."""
     tie_embeddings: bool = True
     """Use the embedding as the output head."""
     rope_theta: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10_000.0
@@ -158,12 +160,14 @@ class ModelConfig:
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters by kind: ``embedding`` (with an untied head), ``matrices`` (the layers',
-        which a ternary model quantizes), ``norms``, and their ``total``."""
+        which a ternary model quantizes), ``norms`` (with the biases), and their ``total``."""
         d, inputs = self.d_model, sum(k for _, k in self.matrices().values())
         embedding = self.vocab_size * d * (1 if self.tie_embeddings else 2)
         matrices = self.n_layers * sum(n * k for n, k in self.matrices().values())
         norms = {"sub_norm": 3 * d + self.d_ff, "pre_norm": 2 * d, "in_linear": inputs}
         norm = norms[self.norm_placement] + (2 * self.head_dim if self.qk_norm else 0)
+        if self.qkv_bias:
+            norm += d + 2 * self.n_kv_heads * self.head_dim
         counts = {"embedding": embedding, "matrices": matrices, "norms": self.n_layers * norm + d}
         return counts | {"total": sum(counts.values())}
 
@@ -207,8 +211,8 @@ def _divisors(n: int) -> list[int]:
 class NormLinear(nn.Linear):
     """nn.Linear with a learned RMSNorm on its input: the full-precision form of in_linear."""
 
-    def __init__(self, in_features: int, out_features: int, norm_eps: float) -> None:
-        super().__init__(in_features, out_features, bias=False)
+    def __init__(self, in_features: int, out_features: int, bias: bool, norm_eps: float) -> None:
+        super().__init__(in_features, out_features, bias)
         self.rms_norm = RMSNorm(in_features, norm_eps)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -220,11 +224,12 @@ def make_linear(config: ModelConfig, name: str) -> nn.Module:
     """Make the matrix ``name``, a key of :meth:`ModelConfig.matrices`, as the config says."""
     out_features, in_features = config.matrices()[name]
     norm = config.norm_placement == "in_linear"
+    bias = config.qkv_bias and name.endswith(("q_proj", "k_proj", "v_proj"))
     if config.linear == "ternary":
         return BitLinear(
             in_features,
             out_features,
-            bias=False,
+            bias=bias,
             granularity=config.granularity,
             group_size=config.group_size,
             norm=norm,
@@ -234,8 +239,8 @@ def make_linear(config: ModelConfig, name: str) -> nn.Module:
             int8_backward=config.int8_backward,
         )
     if norm:
-        return NormLinear(in_features, out_features, config.norm_eps)
-    return nn.Linear(in_features, out_features, bias=False)
+        return NormLinear(in_features, out_features, bias, config.norm_eps)
+    return nn.Linear(in_features, out_features, bias=bias)
 
 
 def make_norm(config: ModelConfig, features: int, *placements: str) -> nn.Module:
@@ -427,7 +432,8 @@ class Transformer(nn.Module):
     """A language model from a resolved :class:`ModelConfig`.
 
     Matrices start at N(0, 0.02), those that write to the residual stream (o_proj, down_proj)
-    smaller by sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2).
+    smaller by sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2). Biases start
+    at 0.
 
     Attributes:
         config: resolved.
@@ -454,6 +460,8 @@ class Transformer(nn.Module):
             if isinstance(module, nn.Linear | nn.Embedding):
                 residual = name.endswith(("o_proj", "down_proj"))
                 nn.init.normal_(module.weight, std=residual_std if residual else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None

@@ -21,6 +21,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"norm_placement": "in_linear", "qk_norm": True},
     {"qk_norm": True, "granularity": "row", "n_kv_heads": 4},
     {"granularity": "group", "group_size": 16, "n_kv_heads": 1},
+    {"qkv_bias": True},
+    {"qkv_bias": True, "norm_placement": "in_linear", "granularity": "row"},
 ]
 
 
@@ -42,8 +44,9 @@ def naive_norm(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
 def naive_linear(x: Tensor, weights: dict[str, Tensor], name: str, config: ModelConfig) -> Tensor:
     w = weights[f"{name}.weight"]
     x = naive_norm(x, weights, f"{name}.rms_norm.weight")
+    bias = weights.get(f"{name}.bias", torch.zeros(len(w), dtype=torch.float64))
     if config.linear == "fp":
-        return x @ w.t()
+        return x @ w.t() + bias
     codes, gamma = absmean_ternary(w, config.granularity, config.group_size)
     g = gamma.double()
     if gamma.dim() == 1:
@@ -52,7 +55,7 @@ def naive_linear(x: Tensor, weights: dict[str, Tensor], name: str, config: Model
         columns = torch.arange(w.shape[1]) // config.group_size
         g = g[:, columns]
     s = x.abs().amax(-1, keepdim=True) / 127
-    return ((x / s).round() * s) @ (codes.double() * g).t()
+    return ((x / s).round() * s) @ (codes.double() * g).t() + bias
 
 
 def naive_forward(model: Transformer, tokens: Tensor) -> Tensor:

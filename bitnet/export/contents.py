@@ -212,7 +212,7 @@ def _ternary_linear(linear: BitLinear | TernaryLinear, kernel: Kernel) -> Ternar
     layer = TernaryLinear(
         linear.in_features,
         linear.out_features,
-        bias=False,
+        bias=linear.bias is not None,
         device="meta",
         granularity=linear.granularity,
         group_size=linear.group_size,

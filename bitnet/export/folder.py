@@ -162,7 +162,8 @@ def load_model(
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Bytes by kind: ``embedding`` (with an untied head), ``matrices``, ``norms``, ``total``."""
+    """Bytes by kind: ``embedding`` (with an untied head), ``matrices``, ``norms`` (with biases),
+    ``total``."""
 
     fp32: dict[str, int]
     """If every parameter were fp32."""
@@ -181,7 +182,7 @@ def sizes(folder: Path | str) -> Sizes:
     for name, tensor in load_file(path).items():
         if name in FILES:
             continue
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", ".bias")):
             kind = "norms"
         else:
             kind = "matrices" if name.startswith("layers.") else "embedding"

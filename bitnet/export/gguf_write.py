@@ -35,6 +35,7 @@ _CARRIED: dict[str, tuple[Any, ...]] = {
     "norm_placement": tuple(ARCHITECTURES),
     "activation": ("silu",),
     "qk_norm": (False,),
+    "qkv_bias": (False,),
     "tie_embeddings": (True,),
     "granularity": ("tensor",),
 }

@@ -4,9 +4,10 @@
     model, tokenizer = load_hf("SmolLM2-135M-Q4_1.gguf")  # one file, its weights made fp32
     model, tokenizer = load_hf("bitnet-b1.58-2B-4T/")     # BitNet, latent or packed as it is stored
 
-What our model does not have (biases, scaled rotary positions, sliding windows, other head sizes) is
-refused by name: such a model would load and silently compute something else. Adapters (LoRA) are
-refused too: alone they are no model, and next to one it is unknown whether they are merged in.
+What our model does not have (biases other than Qwen2's, scaled rotary positions, sliding windows,
+other head sizes) is refused by name: such a model would load and silently compute something else.
+Adapters (LoRA) are refused too: alone they are no model, and next to one it is unknown whether they
+are merged in.
 
 This module reads folders, bitnet/export/gguf.py reads GGUF files; bitnet/export/llama.py lists what
 they must hold. Weights come from safetensors only, never from a pickle or from a file outside the

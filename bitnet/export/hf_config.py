@@ -129,16 +129,20 @@ def shape_of(theirs: Any, source: Path, kind: Kind | None) -> Shape:
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // heads
     kv_heads = theirs.num_key_value_heads or heads
     window = getattr(theirs, "sliding_window", None)
+    o_bias = theirs.model_type != "qwen2" and bool(getattr(theirs, "attention_bias", False))
+    biased = theirs.model_type == "qwen2" or o_bias
     refused = {
         f"rotary positions of type {rope_type!r}": rope_type != "default",
         "rotary positions with " + ", ".join(sorted(map(str, rope.keys() - _ROPE_KEYS))): bool(
             rope.keys() - _ROPE_KEYS
         ),
-        "attention_bias": getattr(theirs, "attention_bias", False),
         "mlp_bias": getattr(theirs, "mlp_bias", False),
         f"hidden_act {theirs.hidden_act!r}": theirs.hidden_act not in _ACTIVATIONS,
         f"heads of {head_dim} ({heads} of them in a hidden_size of {theirs.hidden_size})": (
             head_dim * heads != theirs.hidden_size
+        ),
+        "biases beside codes, by which 'autobitlinear' multiplies the scale": (
+            biased and kind == "offline"
         ),
         f"{kv_heads} key-value heads for {heads} heads": heads % kv_heads != 0,
         f"a sliding_window of {window}": window is not None
@@ -161,6 +165,8 @@ def shape_of(theirs: Any, source: Path, kind: Kind | None) -> Shape:
         activation=_ACTIVATIONS[theirs.hidden_act],
         sub_norm=theirs.model_type == "bitnet",
         qk_norm=theirs.model_type == "qwen3",
+        qkv_bias=biased,
+        o_bias=o_bias,
         ternary=kind is not None,
         coded=kind in ("offline", "packed"),
     )

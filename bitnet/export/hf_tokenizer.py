@@ -104,7 +104,10 @@ def load_hf_tokenizer(source: Path) -> Tokenizer:
     """The checkpoint's tokenizer: tokenizer.model, if that is sentencepiece's, or tokenizer.json.
 
     Its ends of a text must be those of config.json and generation_config.json, which are written
-    into a tokenizer.json; the first of config.json ends a document in training."""
+    into a tokenizer.json; the first of config.json ends a document in training.
+
+    Qwen's tokenizer.json brings a text into Unicode's normal form C first, which loses what was
+    written. Here it does not: other text than in that form has other ids, and stays as it is."""
     ends, first = _ends(source)
     path = source / "tokenizer.model"
     if path.is_file() and read_file(path).startswith(b"\n"):
@@ -112,6 +115,7 @@ def load_hf_tokenizer(source: Path) -> Tokenizer:
     path = source / "tokenizer.json"
     model_bytes = read_file(path)
     with user_input(f"{path}: not a tokenizer.json, or a damaged one"):
+        model_bytes = _without_nfc(model_bytes)
         added = {token["id"]: token["content"] for token in json.loads(model_bytes)["added_tokens"]}
     for end in ends:
         if end not in added:
@@ -131,6 +135,13 @@ def load_hf_tokenizer(source: Path) -> Tokenizer:
             "tokens other ids than the file says"
         )
     return tokenizer
+
+
+def _without_nfc(model_bytes: bytes) -> bytes:
+    content = json.loads(model_bytes)
+    if content.get("normalizer") != {"type": "NFC"}:
+        return model_bytes
+    return json.dumps(content | {"normalizer": None}, ensure_ascii=False).encode()
 
 
 def _ends(source: Path) -> tuple[list[int], int | None]:

@@ -15,6 +15,9 @@ number in six, so the scales themselves stand in the file's metadata, which tran
 read. From them our own import (:mod:`bitnet.export.hf_quantization`) gets back what was exported,
 bit for bit.
 
+With ``qkv_bias`` these classes have a bias of o_proj too, which is written as zeros. (Qwen2's own
+class has none, but transformers reads every tokenizer of that class by Qwen's rules.)
+
 Codes: uint8 ``[N / 4, K]``; row i N/4 + j stands in bits 2i and 2i + 1 of byte row j, as code + 1.
 Embeddings and norms are fp32. N rows, K columns.
 """
@@ -87,6 +90,11 @@ def unfit(model: Transformer, kind: str) -> str:
             return f"transformers' BitNet carries model.{key} = {values}, not {value!r}"
     if config.qk_norm and config.norm_placement == "sub_norm":
         return "transformers' BitNet carries model.qk_norm = False with 'sub_norm', not True"
+    if config.qkv_bias and kind == "offline":
+        return (
+            "has model.qkv_bias, and transformers multiplies biases by the scale in this kind; "
+            "export it with --kind packed or online"
+        )
     known = {name for name, _, _ in ternary_matrices(model)}
     for i in range(config.n_layers):
         for name in config.matrices():
@@ -127,8 +135,12 @@ def _tensors(model: Transformer, kind: str) -> tuple[dict[str, Tensor], dict[str
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         layer = name.rpartition(".")[0]
-        if kind == "online" or layer not in matrices:
+        if kind == "online" or layer not in matrices or name.endswith(".bias"):
             tensors[_theirs(name)] = parameter.detach()
+    if model.config.qkv_bias:
+        zeros = torch.zeros(model.config.d_model, dtype=torch.float32, device="cpu")
+        for i in range(model.config.n_layers):
+            tensors[f"model.layers.{i}.self_attn.o_proj.bias"] = zeros.clone()
     scales = {f"model.{name}": float(scale) for name, (_, scale) in matrices.items()}
     if kind == "online":
         return tensors, scales
@@ -164,7 +176,7 @@ def _config(config: ModelConfig, tokenizer: Tokenizer, kind: str) -> dict[str, A
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,  # read by version 4
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": False,
+        "attention_bias": config.qkv_bias,
         "mlp_bias": False,
         "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": 0.02,

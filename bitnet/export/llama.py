@@ -1,10 +1,10 @@
 """What a Llama-family checkpoint must hold, in any format: names, shapes, dtypes.
 
-Llama computes what our ``pre_norm`` model computes, Qwen3 that with ``qk_norm``, and BitNet what
-``sub_norm`` does. Their tensor names are ours, so importing means checking and renaming. Everything
-is checked from headers, in one pass over the names, before a tensor is read or a layer is made: a
-config may claim 10^9 layers. Matrices are floats, or ternary codes with a scale
-(bitnet/export/hf_quantization.py).
+Llama computes what our ``pre_norm`` model computes, Qwen2 that with ``qkv_bias``, Qwen3 that with
+``qk_norm``, and BitNet what ``sub_norm`` does. Their tensor names are ours, so importing means
+checking and renaming. Everything is checked from headers, in one pass over the names, before a
+tensor is read or a layer is made: a config may claim 10^9 layers. Matrices are floats, or ternary
+codes with a scale (bitnet/export/hf_quantization.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,8 +21,9 @@ from bitnet.linear import TernaryLinear
 from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError, nearest, user_input
 
-MODEL_TYPES = ("bitnet", "llama", "mistral", "qwen3")
+MODEL_TYPES = ("bitnet", "llama", "mistral", "qwen2", "qwen3")
 """Model types of config.json that compute what our model computes."""
+_O_PROJ = "self_attn.o_proj"
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
@@ -58,6 +59,11 @@ class Shape:
     """BitNet's norms before o_proj and down_proj."""
     qk_norm: bool = False
     """Qwen3's norms of each head's queries and keys."""
+    qkv_bias: bool = False
+    """Qwen2's biases of q_proj, k_proj and v_proj."""
+    o_bias: bool = False
+    """Whether the file has biases of o_proj too, as transformers' other classes do. They must be 0:
+    our model has none."""
     ternary: bool = False
     """Whether the layers' matrices are ternary: latent floats that are quantized in each forward,
     or, if ``coded``, codes and a scale."""
@@ -99,6 +105,10 @@ class Shape:
             layer[f"{name}.weight"] = size
             if self.coded:
                 layer[f"{name}.weight_scale"] = (1,)
+            if self.qkv_bias and name.endswith(("q_proj", "k_proj", "v_proj")):
+                layer[f"{name}.bias"] = size[:1]
+        if self.o_bias:
+            layer[f"{_O_PROJ}.bias"] = (d,)
         for i in range(self.n_layers):
             for name, shape in layer.items():
                 yield f"layers.{i}.{name}", shape
@@ -166,6 +176,12 @@ def build(
             raise UserError(f"{source}: damaged: tensor {tensor.name} holds NaN or infinity")
         if name.endswith(".weight_scale") and not bool((values > 0).all()):
             raise UserError(f"{source}: damaged: tensor {tensor.name} is a scale of 0 or below")
+        if name.endswith(f"{_O_PROJ}.bias"):
+            if bool(values.any()):
+                raise UserError(
+                    f"{source}: the model has {tensor.name}, which our model does not have"
+                )
+            continue
         tensors[name] = values
     embedding = tensors[_EMBEDDING]
     head = tensors.setdefault(_HEAD, embedding)
@@ -176,7 +192,8 @@ def build(
         for i in range(shape.n_layers):
             for name in (f"layers.{i}.{matrix}" for matrix in shape.matrices()):
                 codes, scale = tensors.pop(f"{name}.weight"), tensors.pop(f"{name}.weight_scale")
-                layer = TernaryLinear.from_codes(codes, scale.reshape(()))
+                bias = tensors.pop(f"{name}.bias", None)
+                layer = TernaryLinear.from_codes(codes, scale.reshape(()), bias)
                 model.set_submodule(name, layer)
                 tensors |= {f"{name}.{part}": value for part, value in layer.state_dict().items()}
     model.load_state_dict(tensors, assign=True)
@@ -199,6 +216,7 @@ def _config(source: Path, shape: Shape, vocab_size: int) -> ModelConfig:
         "norm_placement": "sub_norm" if shape.sub_norm else "pre_norm",
         "activation": shape.activation,
         "qk_norm": shape.qk_norm,
+        "qkv_bias": shape.qkv_bias,
         "rope_theta": shape.rope_theta,
         "norm_eps": shape.norm_eps,
     }

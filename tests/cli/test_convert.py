@@ -1,5 +1,6 @@
 """bitnet convert, and pack, generate and eval on every kind of folder, called as from a shell."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -109,6 +110,39 @@ def test_convert_then_pack_generate_and_eval(
     code, _, err = bitnet("pack", packed)
     assert code == 2
     assert "is integer already; there is nothing to pack" in err
+
+
+@pytest.mark.parametrize("keys", RECIPES[::2], ids=" ".join)
+def test_biases_of_qwen2_go_from_import_to_integers(
+    bitnet: Bitnet, root: Path, tmp_path: Path, keys: tuple[str, ...]
+) -> None:
+    """They train with the matrices, and the proof of the packed model includes them."""
+    latent, packed = tmp_path / "latent", tmp_path / "packed"
+    source, tokenizer = load(root / "pre")
+    torch.manual_seed(1)
+    model = Transformer(dataclasses.replace(source.config, qkv_bias=True))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    save_model(tmp_path / "pre", model, tokenizer)
+    code, _, err = bitnet("convert", tmp_path / "pre", *keys, "--out", latent)
+    assert code == 0, err
+    trained, _ = load(latent)
+    bias = trained.get_parameter("layers.1.self_attn.v_proj.bias")
+    assert torch.equal(bias, model.get_parameter("layers.1.self_attn.v_proj.bias"))
+    tokens = torch.arange(33).unsqueeze(0)
+    trained.train()(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert bias.grad is not None
+    assert bool(bias.grad.any())
+    code, out, err = bitnet("pack", latent, "--out", packed, "--tokens", "5")
+    assert code == 0, out + err
+    assert "proof: all equal, bit for bit" in out
+    small, _ = load(packed)
+    assert torch.equal(small.get_parameter("layers.1.self_attn.v_proj.bias"), bias)
+    code, _, err = bitnet("generate", packed, "--prompt", "def", "--max-new-tokens", "8")
+    assert code == 0, err
+    source.config = dataclasses.replace(source.config, qkv_bias=True)
+    with pytest.raises(ValueError, match=r"k_proj\.bias is missing"):
+        save_model(tmp_path / "none", source, tokenizer)
 
 
 def test_import_only_and_sub_norm(bitnet: Bitnet, root: Path, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ __all__ = ["runner"]  # a fixture
 LENGTHS = [1, 2, 3, 5, 7, 8, 9, 13, 16, 17, 21, 4, 6, 1, 30, 11, 12, 31, 33, 10]
 
 
-CALLED_AS_MODULES = {"group", "in_linear", "dense in_linear"}
+CALLED_AS_MODULES = {"group", "in_linear", "dense in_linear", "qkv_bias", "dense qkv_bias"}
 """Variants whose layers no fused step knows."""
 
 

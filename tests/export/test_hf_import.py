@@ -1,6 +1,8 @@
 """Importing Llama-family checkpoints: the same logits and tokens as transformers'."""
 
+import dataclasses
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ from bitnet.engine.engine import Engine
 from bitnet.evaluate import evaluate_text
 from bitnet.export.folder import load, save_model
 from bitnet.export.hf import add_sub_norms, load_hf
+from bitnet.export.hf_tokenizer import PROBES
 from bitnet.generate import encode_prompt, generate
 from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError
 from tests.helpers.hf_folder import TEXT, edit, llama, tokenizer_json, transformers, write
+from tests.helpers.tokenizer_file import byte_pairs
 
 pytest.importorskip("gguf")
 EPS = torch.finfo(torch.float32).eps
@@ -89,8 +93,108 @@ def test_qwen3_with_norms_of_queries_and_keys(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="heads of 16"):
         load_hf(tmp_path / "qwen3")
     edit(tmp_path / "qwen3", lambda c: c.update(head_dim=12, attention_bias=True))
-    with pytest.raises(UserError, match="attention_bias"):
+    with pytest.raises(UserError, match=r"missing tensor .*q_proj\.bias"):
         load_hf(tmp_path / "qwen3")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_qwen2_with_biases_of_queries_keys_and_values(tmp_path: Path, tied: bool) -> None:
+    fields = {k: v for k, v in llama().config.to_dict().items() if k not in ("model_type",)}
+    config = transformers.Qwen2Config(**fields | {"tie_word_embeddings": tied})
+    theirs = transformers.Qwen2ForCausalLM(config).eval()
+    for parameter in theirs.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        else:
+            torch.nn.init.normal_(parameter, std=0.2)
+    folder = write(theirs, tmp_path / "qwen2")
+    model, tokenizer = load_hf(folder)
+    assert model.config.qkv_bias
+    assert model.config.num_parameters()["total"] == sum(p.numel() for p in theirs.parameters())
+    tokens = torch.randint(0, 300, (2, 64))
+    ours, expected = model(tokens), theirs(tokens).logits
+    bound = 3 * 8 * 76**0.5 * EPS * expected.std()  # as above
+    assert (ours - expected).abs().max() < bound
+    without = Transformer(dataclasses.replace(model.config, qkv_bias=False))
+    without.load_state_dict({k: v for k, v in model.state_dict().items() if ".bias" not in k})
+    assert (without(tokens) - expected).abs().max() > 0.1 * expected.std(), "biases must matter"
+    prompt = encode_prompt(tokenizer, "to be or")
+    (new,) = Engine(model, tokenizer).generate([prompt], 20)
+    generated = theirs.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    assert new == generated[0, len(prompt) :].tolist()
+    again, _ = load(save_model(tmp_path / "ours", model, tokenizer))
+    assert torch.equal(again(tokens), ours)
+
+
+def test_a_qwen2_without_its_biases_is_damaged(tmp_path: Path) -> None:
+    fields = {k: v for k, v in llama().config.to_dict().items() if k not in ("model_type",)}
+    theirs = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**fields)).eval()
+    folder = write(theirs, tmp_path / "qwen2")
+    stored = load_file(folder / "model.safetensors")
+    bias = stored.pop("model.layers.1.self_attn.k_proj.bias")
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"missing tensor model\.layers\.1\.self_attn\.k_proj\.bias"
+    ):
+        load_hf(folder)
+    stored["model.layers.1.self_attn.k_proj.bias"] = bias[:-1].clone()
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"k_proj\.bias is \[23\]; the config wants \[24\]"):
+        load_hf(folder)
+    edit(folder, lambda c: c.update(use_sliding_window=True, sliding_window=32))
+    with pytest.raises(UserError, match="sliding_window of 32"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen3"])
+@torch.no_grad()
+def test_biases_of_other_classes_if_that_of_o_proj_is_zero(tmp_path: Path, name: str) -> None:
+    fields = {k: v for k, v in llama().config.to_dict().items() if k not in ("model_type",)}
+    config = getattr(transformers, f"{name}Config")(**fields | {"attention_bias": True})
+    theirs = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for key, parameter in theirs.named_parameters():
+        if key.endswith(".bias"):
+            torch.nn.init.uniform_(parameter, *(0, 0) if "o_proj" in key else (0.5, 1.5))
+    model, _ = load_hf(write(theirs, tmp_path / "hf"))
+    tokens = torch.randint(0, 300, (2, 64))
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-6)
+    theirs.model.layers[2].self_attn.o_proj.bias[7] = 1e-6
+    with pytest.raises(UserError, match=r"model\.layers\.2\.self_attn\.o_proj\.bias, which our"):
+        load_hf(write(theirs, tmp_path / "other"))
+
+
+def test_qwens_tokenizer_without_its_normal_form(tmp_path: Path) -> None:
+    """Qwen's own class, which normalizes, has the same ids for text that is in normal form C; other
+    text keeps its bytes."""
+    base = json.loads(byte_pairs(TEXT + "don't 123 'LL\r\n\n  é ü"))
+    split = {"Regex": transformers.models.qwen2.tokenization_qwen2.PRETOKENIZE_REGEX}
+    steps = [
+        {"type": "Split", "pattern": split, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+    ]
+    base["normalizer"] = {"type": "NFC"}
+    base["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    folder = write(llama(), tmp_path / "qwen2", json.dumps(base).encode())
+    theirs = transformers.Qwen2Tokenizer.from_pretrained(folder)
+    tokenizer = load_hf(folder)[1]
+    for text in (*PROBES, "I'LL 2026\r\n\n x", "\u212b and A\u030a"):
+        composed = unicodedata.normalize("NFC", text)
+        if "<|endoftext|>" not in text:  # text here, and the token there
+            assert tokenizer.encode(composed) == theirs.encode(composed)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("e\u0301") != tokenizer.encode("\xe9")
+    base["normalizer"] = {"type": "NFKC"}
+    (folder / "tokenizer.json").write_text(json.dumps(base))
+    with pytest.raises(UserError, match="normalizer NFKC changes the text"):
+        load_hf(folder)
 
 
 @torch.no_grad()

@@ -28,9 +28,13 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(model_type="qwen2"), "'qwen2' cannot be imported; the nearest .* is "),
+        (
+            lambda c: c.update(model_type="qwen"),
+            "'qwen' cannot be imported; the nearest .* is 'qwen3",
+        ),
+        (lambda c: c.update(model_type="qwen2"), "missing tensor .*q_proj.bias"),
         (lambda c: c.update(model_type="lama"), "the nearest supported is 'llama'"),
-        (lambda c: c.update(attention_bias=True), "attention_bias"),
+        (lambda c: c.update(attention_bias=True), "missing tensor .*q_proj.bias"),
         (lambda c: c.update(mlp_bias=True), "mlp_bias"),
         (lambda c: c.update(hidden_act="gelu"), "hidden_act 'gelu'"),
         (lambda c: c.update(head_dim=16), r"heads of 16 \(4 of them in a hidden_size of 48\)"),

@@ -23,8 +23,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"linear": "fp"},
     "row": {"granularity": "row", "norm_placement": "pre_norm", "n_kv_heads": 4},
     "silu, qk_norm": {"activation": "silu", "qk_norm": True, "n_kv_heads": 1},
+    "qkv_bias": {"qkv_bias": True},  # as modules
     "in_linear": {"norm_placement": "in_linear"},  # as modules
     "group": {"granularity": "group", "group_size": 8},  # as modules
+    "dense qkv_bias": {"linear": "fp", "qkv_bias": True},  # as modules
     "dense in_linear": {"linear": "fp", "norm_placement": "in_linear"},  # as modules
 }
 PACKABLE = [name for name, fields in VARIANTS.items() if fields.get("linear") != "fp"]
