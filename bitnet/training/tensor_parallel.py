@@ -3,6 +3,7 @@
     mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("shard", "tensor"))
     tensor_parallel(model, mesh["tensor"])     # in place; afterwards, over the other dimension:
     for block in model.layers:
+        gather_codes(block, as_codes=True)     # 2-bit codes; without it fp32 weights are gathered
         fully_shard(block, mesh=mesh["shard"])
     fully_shard(model, mesh=mesh["shard"])
 
