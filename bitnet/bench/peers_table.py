@@ -47,7 +47,7 @@ def _section(rows: Sequence[Figures]) -> str:
         "",
         "| model | threads | batch | prompt | contender | prefill, tokens/s "
         "| over llama.cpp (range) | decode, tokens/s | over llama.cpp (range) | agrees "
-        "| layers and head | memory |",
+        "| weights | memory |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
