@@ -28,6 +28,7 @@ from bitnet.engine.decoder import LARGEST_BATCH
 from bitnet.engine.engine import Engine
 from bitnet.engine.request import SamplingParams
 from bitnet.export.folder import load
+from bitnet.export.source import find_model
 from bitnet.generate import encode_prompt
 from bitnet.linear import Kernel
 from bitnet.model import Transformer
@@ -180,7 +181,7 @@ def model_class() -> type[Any]:
             else:
                 if device == "auto":
                     device = "cuda" if torch.cuda.is_available() else "cpu"
-                model, tokenizer = load(pretrained, device, kernel)
+                model, tokenizer = load(find_model(Path(pretrained)), device, kernel)
             self._device = model.norm.weight.device
             self._harness = Harness(model, tokenizer, _batch_size(batch_size))
 

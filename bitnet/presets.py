@@ -6,6 +6,7 @@ imports it. An installed package has no such root, so setup.py puts both, as the
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -17,9 +18,31 @@ def root() -> Path:
     return _CARRIED if _CARRIED.is_dir() else _PACKAGE.parent
 
 
+@dataclass(frozen=True)
+class Overlay:
+    """A config that makes a run only together with something else."""
+
+    needs: str
+    usage: str
+    """As arguments of ``bitnet train``."""
+    keys: tuple[str, ...] = ()
+    """Keys any of which gives what it needs; another config does too."""
+
+
+OVERLAYS = {
+    "gguf": Overlay("a config before it, which gives the size and the data", "15m gguf"),
+    "qat": Overlay(
+        "a model to start from",
+        "qat train.init_from=FOLDER data.path=FOLDER data.sources=TEXTS",
+        ("train.init_from", "qat.start"),
+    ),
+}
+"""Overlays by name."""
+
+
 def presets() -> dict[str, Path]:
     """The configs by name, small ones first: ``quickstart``, ``15m``, ..., and ``fp/15m``, ..., the
-    full-precision baselines."""
+    full-precision baselines; at the end :data:`OVERLAYS`."""
     configs = root() / "configs"
     found = {
         str(path.relative_to(configs).with_suffix("")): path for path in configs.rglob("*.toml")
@@ -27,6 +50,7 @@ def presets() -> dict[str, Path]:
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 
 
-def _order(name: str) -> tuple[int, int, str]:
+def _order(name: str) -> tuple[bool, int, int, str]:
     size = re.search(r"\d+", name)
-    return name.count("/"), int(size[0]) if size else 0, name
+    unsized = 0 if name.endswith("quickstart") else 10**9
+    return name in OVERLAYS, name.count("/"), int(size[0]) if size else unsized, name

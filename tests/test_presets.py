@@ -19,8 +19,33 @@ def test_every_config_of_the_checkout_is_a_preset_and_loads() -> None:
     assert found["fp/15m"] == ROOT / "configs/fp/15m.toml"
     names = list(found)
     assert names.index("15m") < names.index("125m") < names.index("fp/15m") < names.index("fp/125m")
+    assert names[-2:] == ["gguf", "qat"]
     for path in found.values():
         load_config([path])
+
+
+def test_an_overlay_is_no_run_by_itself(tmp_path: Path) -> None:
+    for words, message in (
+        (["gguf"], "gguf: needs a config before it, .*: bitnet train 15m gguf"),
+        (["gguf", "train.steps=3"], "gguf: needs a config before it"),
+        (["qat", "train.steps=3"], "qat: needs a model to start from: bitnet train qat train.init"),
+        (
+            ["16mm"],
+            "of quickstart, 15m, .*boundary, fp/.*; gguf, with a config .*; qat, with a model",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            split_args(words)
+    (tmp_path / "mine.toml").write_text("")
+    for words in (
+        ["60m", "gguf"],
+        [str(tmp_path / "mine.toml"), "qat"],
+        ["qat", "train.init_from=runs/fp/model"],
+        ["qat", "qat.start=auto"],
+        [str(ROOT / "configs/qat.toml")],  # by its path: said to be a config
+    ):
+        assert len(split_args(words)[0]) == sum("=" not in word for word in words)
+    assert load_config(*split_args(["60m", "gguf"])).model.width_multiple == 256
 
 
 def test_an_installed_package_has_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,14 +16,29 @@ from rich.console import Console
 from bitnet.config import describe
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.export.folder import load
+from bitnet.export.source import find_model
 from bitnet.linear import Kernel, pack
 from bitnet.model import Transformer, as_transformer
-from bitnet.presets import presets
+from bitnet.presets import OVERLAYS, presets
 from bitnet.progress import plain_console
 from bitnet.schema import UserError, nearest, read_file
 from bitnet_kernels import pack_ternary, ternary_matmul
 
-Folder = Annotated[Path, typer.Argument(help="A model folder, such as runs/quickstart/model.")]
+
+def model_of(path: Path) -> Path:
+    """The model folder that an argument names; for a run its ``model``, which is said on stderr."""
+    found = find_model(path)
+    if found != path:
+        print(f"{path} is a run: taking {found}", file=sys.stderr)
+    return found
+
+
+Folder = Annotated[
+    Path,
+    typer.Argument(
+        help="A model folder, such as runs/quickstart/model, or a run.", callback=model_of
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:N. auto: a GPU if there is one.")]
 KernelOption = Annotated[Kernel, typer.Option(help="Kernel of a packed model's layers.")]
 
@@ -39,16 +55,23 @@ def split_args(args: list[str]) -> tuple[list[str], list[str]]:
     neither is a file, too, or else the name of a config that comes with the package.
 
     Raises:
-        UserError: there is no config of that name.
+        UserError: there is no config of that name, or it is an overlay without what it needs.
     """
-    paths, overrides = list[str](), list[str]()
+    paths, overrides, names = list[str](), list[str](), list[str]()
     for word in args:
         if word.endswith(".toml") and ("=" not in word or is_file(word)):
             paths.append(word)
         elif "=" in word:
             overrides.append(word)
+        elif is_file(word):
+            paths.append(word)
         else:
-            paths.append(word if is_file(word) else str(_preset(word)))
+            paths.append(str(_preset(word)))
+            names.append(word)
+    if len(paths) == 1 and names and (overlay := OVERLAYS.get(names[0])):
+        given = {override.partition("=")[0].strip() for override in overrides}
+        if not given.intersection(overlay.keys):
+            raise UserError(f"{names[0]}: needs {overlay.needs}: bitnet train {overlay.usage}")
     return paths, overrides
 
 
@@ -56,9 +79,11 @@ def _preset(name: str) -> Path:
     found = presets()
     if name not in found:
         near = _nearest_name(name.lower(), list(found))
+        whole = ", ".join(one for one in found if one not in OVERLAYS)
+        more = "; ".join(f"{one}, with {OVERLAYS[one].needs}" for one in found if one in OVERLAYS)
         raise UserError(
             f"{name!r}: expected section.key=value (such as optim.lr=1e-3), a .toml file or one of "
-            f"{', '.join(found)}" + (f"; did you mean {near}?" if near else "")
+            f"{whole}; {more}" + (f"; did you mean {near}?" if near else "")
         )
     return found[name]
 

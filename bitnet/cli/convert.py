@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from bitnet.cli.common import read_text
+from bitnet.cli.common import model_of, read_text
 from bitnet.config import load_recipe
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.data.windows import first_inputs
@@ -29,7 +29,11 @@ CALIBRATION_TOKENS, CALIBRATION_WINDOW = 65_536, 512
 
 def convert_command(
     source: Annotated[
-        Path, typer.Argument(help="A model folder, a local Hugging Face folder, or a .gguf file.")
+        Path,
+        typer.Argument(
+            help="A model folder, a run, a local Hugging Face folder, or a .gguf file.",
+            callback=model_of,
+        ),
     ],
     settings: Annotated[
         list[str] | None,

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from bitnet.cli.common import valid_names
+from bitnet.cli.common import Folder, valid_names
 from bitnet.export.facts import read_facts
 from bitnet.export.folder import load
 from bitnet.export.formats import FORMATS
-from bitnet.export.source import find_model
+from bitnet.export.source import check_finite
 from bitnet.export.verification import Verification
 from bitnet.progress import plain_console, reporting
 from bitnet.schema import UserError
@@ -26,9 +26,7 @@ def _formats() -> str:
 
 
 def export_command(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A model folder, trained or packed, or a run.")
-    ],
+    folder: Folder,
     to: Annotated[str, typer.Option("--to", help=f"The format: {', '.join(FORMATS)}.")] = "",
     out: Annotated[str, typer.Option(help="The folder or file to write.")] = "",
     kind: Annotated[
@@ -45,8 +43,8 @@ def export_command(
         raise UserError("name what to write with --out, such as --out exported")
     if os.path.lexists(out):
         raise UserError(f"--out {out}: exists already; choose another path")
-    folder = find_model(model)
     ours, tokenizer = load(folder)
+    check_finite(ours, folder)
     with reporting(f"exporting to {to}"):
         format.save(ours, tokenizer, Path(out), kind, read_facts(folder))
     console = plain_console(soft_wrap=True)

@@ -51,8 +51,13 @@ def inspect_config(
 
     Try: bitnet inspect configs/700m.toml --world-size 16 --local-size 8
     """
-    if folder := next((arg for arg in args if is_file(f"{arg}/{CONFIG}")), ""):
-        raise UserError(f"{folder}: is a model folder: bitnet inspect model {folder}")
+    for arg in args:
+        if is_file(f"{arg}/{CONFIG}"):
+            raise UserError(f"{arg}: is a model folder: bitnet inspect model {arg}")
+        if is_file(f"{arg}/config.toml"):
+            raise UserError(
+                f"{arg}: is a run: bitnet inspect {arg}/config.toml, or bitnet inspect model {arg}"
+            )
     config = load_config(*split_args(args))
     if world_size:
         found = [rank_table(config.resolve(), world_size, local_size, bandwidth, network)]

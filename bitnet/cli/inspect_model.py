@@ -1,10 +1,10 @@
 """``bitnet inspect model FOLDER``: cost per generated token of a trained or packed model."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bitnet.cli.common import Folder
 from bitnet.energy import zero_share
 from bitnet.export.folder import load_model, read_config
 from bitnet.progress import plain_console
@@ -13,7 +13,7 @@ from bitnet.summary import energy_tables
 
 
 def inspect_model(
-    folder: Annotated[Path, typer.Argument(help="A model folder, trained or packed.")],
+    folder: Folder,
     context: Annotated[
         int, typer.Option(help="Positions in view. 0: the model's longest.", min=0, max=1 << 40)
     ] = 0,

@@ -12,6 +12,7 @@ from bitnet.cli.common import Folder
 from bitnet.export.contents import FolderConfig
 from bitnet.export.folder import CONFIG, load, read_config, save_model, sizes
 from bitnet.export.proof import Proof, prove
+from bitnet.export.source import check_finite
 from bitnet.generate import encode_prompt
 from bitnet.linear import BitLinear, pack
 from bitnet.model import Transformer, as_transformer
@@ -43,6 +44,7 @@ def pack_command(
     model, tokenizer = load(folder)
     config = read_config(folder)
     check_packable(folder, config, model, target)
+    check_finite(model, folder)
     longest = model.config.max_seq_len
     prompts = [encode_prompt(tokenizer, text)[:longest] for text in prompt or PROMPTS]
     room = longest - max(len(row) for row in prompts)

@@ -13,7 +13,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from bitnet.cli.common import Device, pick_device, read_text, valid_names, wide_console
+from bitnet.cli.common import Device, model_of, pick_device, read_text, valid_names, wide_console
 from bitnet.data.loader import sequential_windows
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.data.windows import split_of, text_windows, whole_inputs
@@ -44,7 +44,11 @@ MAX_WINDOW = 2048
 
 def ptq_command(
     model: Annotated[
-        Path, typer.Argument(help="Full precision: a model folder, a Hugging Face one, or a .gguf.")
+        Path,
+        typer.Argument(
+            help="Full precision: a model folder, a run, a Hugging Face folder, or a .gguf.",
+            callback=model_of,
+        ),
     ],
     data: Annotated[
         str, typer.Option(help="Prepared data folder: evaluate on val, calibrate on train.")

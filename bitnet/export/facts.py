@@ -2,6 +2,9 @@
 
 The model folder of a run lies in the run's folder, which has its config and its metrics. A folder
 that was moved elsewhere is exported without them.
+
+A card is made to be published, and paths name people, machines and projects. So of every path in
+the config only the last part stays.
 """
 
 import json
@@ -10,9 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
 from bitnet.schema import read_file
 
 _MAX_BYTES = 2**30
+_TEXTS = ("sample_prompt", "text_field")
+"""Keys whose value is a text, which may have a slash."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +29,11 @@ class Facts:
     name: str
     """Of the run, or of the model folder."""
     config: str = ""
-    """The run's config.toml."""
+    """The run's config.toml, of its paths the last parts; "" if it cannot be read as TOML."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """The newest evaluation: ``step``, ``tokens``, ``val_loss`` (nats) and ``val_bpb``."""
     sources: tuple[str, ...] = ()
-    """The training data, as ``data.sources`` names it."""
+    """The training data, as ``data.sources`` names it, of paths the last parts."""
 
 
 def read_facts(folder: Path) -> Facts:
@@ -37,7 +44,23 @@ def read_facts(folder: Path) -> Facts:
     if not (config.is_file() and metrics.is_file()):
         return Facts(folder.name)
     text = read_file(config, _MAX_BYTES).decode(errors="replace")
-    return Facts(run.name, text, _last_evaluation(metrics), _sources(text))
+    try:
+        settings = _without_paths(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return Facts(run.name, metrics=_last_evaluation(metrics))
+    shown = tomli_w.dumps(settings)
+    return Facts(run.name, shown, _last_evaluation(metrics), _sources(settings))
+
+
+def _without_paths(value: Any, key: str = "") -> Any:
+    """A value of a config with the last part in place of each path."""
+    if isinstance(value, dict):
+        return {key: _without_paths(one, key) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(one, key) for one in value]
+    if not isinstance(value, str) or key in _TEXTS or value.startswith("hf:"):
+        return value
+    return value.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
 
 
 def _last_evaluation(path: Path) -> dict[str, Any]:
@@ -51,11 +74,11 @@ def _last_evaluation(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _sources(text: str) -> tuple[str, ...]:
+def _sources(settings: dict[str, Any]) -> tuple[str, ...]:
     """``data.sources`` of a run's config; those of a mixture are tables."""
     try:
-        sources = tomllib.loads(text)["data"]["sources"]
-    except (tomllib.TOMLDecodeError, KeyError, TypeError):
+        sources = settings["data"]["sources"]
+    except (KeyError, TypeError):
         return ()
     names = [one.get("name", "") if isinstance(one, dict) else one for one in sources]
     return tuple(str(name) for name in names)

@@ -6,7 +6,7 @@ from bitnet.data.tokenizer import Tokenizer
 from bitnet.export.folder import CONFIG, is_ours, load, read_config
 from bitnet.export.hf import check_no_adapter, load_hf
 from bitnet.model import Transformer
-from bitnet.schema import UserError
+from bitnet.schema import UserError, user_input
 
 
 def load_source(path: Path | str) -> tuple[Transformer, Tokenizer]:
@@ -47,16 +47,27 @@ def import_model(path: Path | str, master_weights: bool = False) -> tuple[Transf
     return load(path)
 
 
+def check_finite(model: Transformer, where: Path) -> None:
+    """Raise UserError, beginning with ``where``, for a model with NaN or infinity in a parameter:
+    other programs would load it without a word."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise UserError(
+                f"{where}: {name} holds NaN or infinity, as after a training that diverged"
+            )
+
+
 def find_model(path: Path) -> Path:
     """The model folder that a path names: itself, or the ``model`` folder of a run.
 
     Raises:
         UserError: a run that has no model yet.
     """
-    if not path.is_dir() or (path / CONFIG).is_file():
+    with user_input(str(path)):  # no path, or a circle of links
+        if not path.is_dir() or (path / CONFIG).is_file():
+            return path
+    if not (path / "config.toml").is_file():  # no run: loading says what it is
         return path
     if (path / "model" / CONFIG).is_file():
         return path / "model"
-    if (path / "config.toml").is_file():
-        raise UserError(f"{path}: is a run without a model, which is written when training ends")
-    return path
+    raise UserError(f"{path}: is a run without a model, which is written when training ends")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from bitnet.export.facts import read_facts
+from bitnet.export.folder import load, save_model
 from bitnet.export.formats import FORMATS
 from bitnet.export.hf import load_hf
 
@@ -38,7 +40,13 @@ def test_a_run_names_its_model_and_gives_the_card_its_numbers(
 ) -> None:
     run = tmp_path / "my-run"
     shutil.copytree(folders / "model", run / "model")
-    (run / "config.toml").write_text('[data]\nsources = ["texts/"]\n')
+    (run / "config.toml").write_text(
+        '[run]\ndir = "/home/ada/secret/runs"\nname = "my-run"\n'
+        '[data]\nsources = ["/home/ada/secret/texts/", "hf:org/set:part", "python-stdlib"]\n'
+        'path = "..\\\\secret\\\\set"\ntokenizer = "secret/tokenizer.json"\n'
+        '[train]\ninit_from = "~/secret/start/model"\n[distill]\nteacher = "/secret/big"\n'
+        '[eval]\nsample_prompt = "a/b"\n[optim]\nlr = 1e-3\n'
+    )
     rows: list[dict[str, object]] = [
         {"step": 5, "tokens": 500, "val_loss": 3.5, "val_bpb": 1.5},
         {"step": 9, "tokens": 900, "val_loss": 3.25, "val_bpb": 1.25},
@@ -49,8 +57,15 @@ def test_a_run_names_its_model_and_gives_the_card_its_numbers(
     code, _, err = bitnet("export", run, "--to", "hf", "--kind", "online", "--out", run / "hf")
     assert code == 0, err
     card = (run / "hf" / "README.md").read_text()
-    for part in ("# my-run", "texts/", "900 in 9 steps", "3.2500 nats", "| 1.2500 |"):
+    for part in ("# my-run", "900 in 9 steps", "3.2500 nats", "| 1.2500 |", "lr = 0.001"):
         assert part in card
+    assert "| trained on | texts, hf:org/set:part, python-stdlib |" in card
+    assert "secret" not in card, "paths are private"
+    assert "ada" not in card
+    for line in ('path = "set"', 'tokenizer = "tokenizer.json"', 'sample_prompt = "a/b"'):
+        assert line in card
+    (run / "config.toml").write_text("secret [")
+    assert read_facts(run / "model").config == ""
     assert load_hf(run / "hf")[0].config.linear == "ternary"
     shutil.rmtree(run / "model")
     code, _, err = bitnet("export", run, "--to", "hf", "--out", tmp_path / "hf")
@@ -155,3 +170,18 @@ def test_gguf_names_every_setting_that_does_not_fit(
     for part in ("model.activation = 'relu2'", "model.d_model", "configs/gguf.toml"):
         assert part in err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["layers.0.mlp.up_proj.weight", "embed_tokens.weight"])
+def test_a_model_that_diverged_is_not_exported(
+    bitnet: Bitnet, folders: Path, tmp_path: Path, name: str
+) -> None:
+    model, tokenizer = load(folders / "model")
+    model.get_parameter(name).data[1, 2] = float("nan")
+    save_model(tmp_path / "model", model, tokenizer)
+    for to in FORMATS:
+        code, _, err = bitnet("export", tmp_path / "model", "--to", to, "--out", tmp_path / "out")
+        assert (code, f"model: {name} holds NaN or infinity" in err) == (2, True)
+    code, _, err = bitnet("pack", tmp_path / "model", "--out", tmp_path / "out")
+    assert (code, f"model: {name} holds NaN or infinity" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
