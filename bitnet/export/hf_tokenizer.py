@@ -12,8 +12,9 @@ pair of parts in a list of merges, so every way to cut a piece into two pieces i
 of the scores. Whether both give the same ids is not assumed: :func:`save_tokenizer` compares them
 on probes, and refuses.
 
-A special token's name in a text is text here, as in training (``split_special_tokens``). Only a
-literal U+2581, sentencepiece's mark for a space, becomes a space in transformers, and bytes here.
+A special token's name in a text is text here, as in training (``split_special_tokens``). In a model
+with a chat template it is the token: transformers renders a chat to one text and encodes that. Only
+a literal U+2581, sentencepiece's mark for a space, becomes a space in transformers, and bytes here.
 tokenizer.model is written as well: from it :func:`bitnet.export.hf.load_hf` makes our tokenizer.
 """
 
@@ -49,8 +50,8 @@ _SPACE = "\u2581"
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Write tokenizer.json and tokenizer_config.json into a folder, and tokenizer.model if there
-    is one.
+    """Write tokenizer.json and tokenizer_config.json into a folder; tokenizer.model and
+    chat_template.jinja if there is one.
 
     Raises:
         UserError: the files would give other ids, which are named; or the `hf` extra is missing.
@@ -79,15 +80,34 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         (folder / tokenizer.file_name).write_bytes(tokenizer.model_bytes)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # which takes tokenizer.json as it is
-        "bos_token": eos,
-        "eos_token": eos,
-        "pad_token": eos,
-        "split_special_tokens": True,
+        **_special_tokens(tokenizer, eos),
+        "split_special_tokens": tokenizer.chat_template is None,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_max_length": 10**30,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    if tokenizer.chat_template is not None:
+        source = tokenizer.chat_template.source.encode()  # bytes: its line ends are its own
+        (folder / "chat_template.jinja").write_bytes(source)
+
+
+def _special_tokens(tokenizer: Tokenizer, eos: str) -> dict[str, str | None]:
+    """The tokens that transformers knows by a name, and gives to a chat template under it.
+
+    Raises:
+        UserError: the template has a token that the vocabulary does not have; transformers would
+            add it, with an id that the model does not have.
+    """
+    if (template := tokenizer.chat_template) is None:
+        return {"bos_token": eos, "eos_token": eos, "pad_token": eos}
+    for name, token in template.tokens.items():
+        if token not in tokenizer.specials:
+            raise UserError(
+                f"{tokenizer.path}: its chat template has the {name} {token!r}, which is no "
+                "special token of the vocabulary"
+            )
+    return {"bos_token": None, "eos_token": eos, "pad_token": eos, **template.tokens}
 
 
 def probes(tokenizer: Tokenizer) -> Iterator[str]:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet.data.chat_template import Message
 from bitnet.data.tokenizer import Tokenizer
 from bitnet.evaluate import evaluation_mode
 from bitnet.export.hf import load_hf
@@ -24,6 +25,7 @@ from bitnet.export.hf_tokenizer import probes
 from bitnet.export.verification import Verification, compare_codes
 from bitnet.generate import encode_prompt, generate
 from bitnet.model import Transformer
+from bitnet.schema import UserError
 
 MEDIAN, NEARLY_ALL = 0.01, 0.1
 """Bounds of the median and of the 99.9% quantile of |difference|, in standard deviations of the
@@ -31,6 +33,15 @@ logits."""
 TOKENS = 64
 """Tokens to compare the logits of, and greedy tokens, or as many as the context holds."""
 PROMPTS = ("", "The ", "def __init__(self")
+CHATS: tuple[list[Message], ...] = (
+    [{"role": "user", "content": "to be?"}],
+    [
+        {"role": "user", "content": "  two  spaces \n"},
+        {"role": "assistant", "content": "naïve"},
+        {"role": "user", "content": "and?"},
+    ],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "x"}],
+)
 
 
 def verify_hf(model: Transformer, tokenizer: Tokenizer, path: Path) -> Verification:
@@ -52,7 +63,9 @@ def verify_hf(model: Transformer, tokenizer: Tokenizer, path: Path) -> Verificat
         return result
     # compiled, its functions would need a C++ compiler and half a minute
     with torch.compiler.set_stance("force_eager"), _quiet(transformers.utils.logging):
-        _compare_ids(transformers.AutoTokenizer.from_pretrained(path), tokenizer, result)
+        encoder = transformers.AutoTokenizer.from_pretrained(path)
+        _compare_ids(encoder, tokenizer, result)
+        _compare_chats(encoder, tokenizer, result)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(path).eval()
         _compare_logits(model, theirs, result)
         _compare_generated(model, tokenizer, theirs, result)
@@ -75,12 +88,31 @@ def _quiet(log: Any) -> Iterator[None]:
 
 def _compare_ids(theirs: Any, tokenizer: Tokenizer, result: Verification) -> None:
     texts = list(probes(tokenizer))
+    if tokenizer.chat_template is not None:  # a special token's name is the token there
+        texts = [text for text in texts if not any(name in text for name in tokenizer.specials)]
     for text in texts:
         ids, expected = theirs(text)["input_ids"], encode_prompt(tokenizer, text)
         if ids != expected:
             result.differences.append(f"{text!r} has the ids {ids} there, {expected} here")
     if not result.differences:
         result.compared.append(f"{len(texts)} texts have the same ids in transformers")
+
+
+def _compare_chats(theirs: Any, tokenizer: Tokenizer, result: Verification) -> None:
+    if (template := tokenizer.chat_template) is None:
+        return
+    equal = 0
+    for chat in CHATS:
+        try:
+            text = template.render(chat)
+        except UserError:  # not every template takes a system message
+            continue
+        found = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        if found != text or ids != tokenizer.encode_chat(template, chat):
+            result.differences.append(f"a chat of {len(chat)} messages is {found!r} there")
+        equal += 1
+    result.record(True, f"{equal} chats have the same text and ids by the chat template")
 
 
 def _compare_logits(model: Transformer, theirs: Any, result: Verification) -> None:

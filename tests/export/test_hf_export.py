@@ -10,6 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from bitnet.data.chat_template import ChatTemplate, Message
+from bitnet.data.tokenizer import Tokenizer
+from bitnet.data.tokenizer_json import JsonTokenizer
 from bitnet.export.facts import Facts
 from bitnet.export.folder import load, save_model
 from bitnet.export.hf import load_hf
@@ -29,6 +32,7 @@ from tests.helpers.hf_export import (
     trained,
     transformers,
 )
+from tests.helpers.hf_folder import tokenizer_json
 from tests.helpers.model_folders import packed
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about itself
@@ -140,6 +144,59 @@ def test_biases_where_transformers_would_compute_something_else(
     path.write_text(json.dumps(config))
     with pytest.raises(UserError, match="biases beside codes"):
         load_hf(tmp_path / "hf")
+
+
+CHATML = (
+    "{%- for m in messages %}\n{{ bos_token + m.role + '\n' + m.content + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ bos_token }}assistant\r\n{% endif %}"
+)
+CHATS: list[list[Message]] = [
+    [{"role": "user", "content": "to be? — <|im_end|> <x>"}],
+    [
+        {"role": "system", "content": " two  spaces "},
+        {"role": "user", "content": "whether"},
+        {"role": "assistant", "content": "'tis"},
+        {"role": "user", "content": "nobler\n"},
+    ],
+]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_a_chat_template_goes_out_and_comes_back(tmp_path: Path, words: Path, kind: str) -> None:
+    """transformers renders the same text, to the same ids; imported, it is the same template."""
+    path = words / "tokenizer.model"
+    coder: Tokenizer = JsonTokenizer(Path("tokenizer.json"), tokenizer_json())
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    if kind == "sentencepiece":
+        tokenizer(words)
+        coder, names = Tokenizer(path), {"bos_token": "<s>", "eos_token": "</s>"}
+    coder.chat_template = template = ChatTemplate(CHATML, names)
+    model = trained(vocab_size=coder.vocab_size)
+    save_hf(model, coder, tmp_path / "hf", "online", NO_FACTS)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for chat in CHATS:
+        for answer in (True, False):
+            text = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=answer)
+            assert text == template.render(chat, answer)
+        if "<|im_end|>" in chat[0]["content"] and kind == "byte-level":
+            continue  # a message's own <|im_end|> is text here, and the token there
+        ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        assert ids == coder.encode_chat(template, chat)
+    assert len(theirs) == coder.vocab_size
+    assert theirs("to be")["input_ids"] == [coder.eos_id, *coder.encode("to be")]
+    again = load_hf(tmp_path / "hf")[1].chat_template
+    assert again is not None
+    assert again.source == CHATML
+    assert again.tokens.items() >= names.items()
+    result = verify_hf(model, coder, tmp_path / "hf")
+    assert result.holds, result.differences
+    assert any("3 chats have the same text and ids" in line for line in result.compared)
+    (tmp_path / "hf" / "chat_template.jinja").write_text(CHATML.replace("role", "content"))
+    assert any("a chat of 1" in d for d in verify_hf(model, coder, tmp_path / "hf").differences)
+    coder.chat_template = ChatTemplate("{{ bos_token }}", {"bos_token": "<none>"})
+    with pytest.raises(UserError, match="bos_token '<none>', which is no special token"):
+        save_hf(model, coder, tmp_path / "other", "online", NO_FACTS)
+    assert not (tmp_path / "other").exists()
 
 
 @torch.no_grad()
