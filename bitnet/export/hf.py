@@ -52,7 +52,7 @@ def load_hf(source: Path | str, master_weights: bool = False) -> tuple[Transform
             extra is not installed.
     """
     source = Path(source)
-    if source.suffix.lower() == ".gguf" and source.is_file():
+    if _is_gguf(source):
         if master_weights:
             raise UserError(f"{source}: --master-weights is for Hugging Face folders")
         return load_gguf(source)
@@ -90,6 +90,17 @@ def add_sub_norms(model: Transformer) -> Transformer:
     if wider.config.tie_embeddings:
         wider.lm_head.weight = wider.embed_tokens.weight
     return wider.train(model.training)
+
+
+def _is_gguf(source: Path) -> bool:
+    """Whether a file is GGUF, by its name or by how it begins."""
+    with user_input(str(source)):
+        if not source.is_file():
+            return False
+        if source.suffix.lower() == ".gguf":
+            return True
+        with source.open("rb") as file:
+            return file.read(4) == b"GGUF"
 
 
 def _check_files(source: Path) -> None:
