@@ -1,9 +1,16 @@
-"""Muon for matrices whose rows are divided over processes, with the bits of ``torch.optim``.
+"""Muon on one process, and for matrices whose rows are divided over processes.
 
-Newton-Schulz iterations need the whole matrix. So each matrix has one process that orthogonalizes
-it: the others send it their rows of the update and get their rows of the result back, all matrices
-in one exchange each way. What is done per element, momentum, weight decay and the update, is done
-on the rows where they are. The iterations run in bf16, so bf16 is what is sent.
+The update of a matrix is its momentum with all singular values brought near 1, by Newton-Schulz
+iterations (Jordan's Muon, https://kellerjordan.github.io/posts/muon/). ``torch.optim.Muon`` runs
+them in bf16. On a GPU so do we, by its own function. On a CPU we run them in fp32: a CPU without
+matrix tiles multiplies bf16 numbers at half the speed of fp32 (AVX-512 BF16) or far more slowly
+(AVX2), and an iteration is nothing but products.
+
+Newton-Schulz iterations need the whole matrix. So each divided matrix has one process that
+orthogonalizes it: the others send it their rows of the update and get their rows of the result
+back, all matrices in one exchange each way. What is done per element, momentum, weight decay and
+the update, is done on the rows where they are. The update enters the iterations in bf16 and leaves
+them in bf16, so bf16 is what is sent, and any number of processes finds the same bits.
 """
 
 from collections.abc import Callable
@@ -15,13 +22,41 @@ from torch import Tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 
-class ShardedMuon(torch.optim.Muon):
-    """``torch.optim.Muon`` for parameters that are DTensors, divided by rows over one dimension of
-    their mesh. Arguments and state are the same; the state is divided as its parameter."""
+def orthogonalize(
+    update: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float
+) -> Tensor:
+    """Bring the singular values of a matrix near 1 by Newton-Schulz iterations.
+
+    With ``X = update / max(|update|, eps)`` in the Frobenius norm, transposed if it has more rows
+    than columns, each of the ``steps`` is, with coefficients (a, b, c)::
+
+        X <- (a I + b X X^T + c (X X^T)^2) X
+
+    Arguments:
+        update: float ``[N, K]``; it is rounded to bf16 first.
+    Returns:
+        bf16 ``[N, K]``: computed in fp32 on a CPU, in bf16 elsewhere.
+    """
+    update = update.bfloat16()
+    if update.device.type != "cpu":
+        return _zeropower_via_newtonschulz(update, coefficients, steps, eps)
+    a, b, c = coefficients
+    tall = update.shape[0] > update.shape[1]
+    x = (update.t() if tall else update).float()
+    x.div_(x.norm().clamp(min=eps))
+    for _ in range(steps):
+        gram = x @ x.t()
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.addmm(x, factor, x, beta=a)
+    return (x.t() if tall else x).bfloat16()
+
+
+class Muon(torch.optim.Muon):
+    """``torch.optim.Muon`` with :func:`orthogonalize`. Arguments and state are the same."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update; all processes call it."""
+        """One update."""
         assert closure is None, "gradients are there already"
         for group in self.param_groups:
             params: list[Any] = []
@@ -30,17 +65,37 @@ class ShardedMuon(torch.optim.Muon):
             self._init_group(group, params, grads, buffers)
             updates = []
             for grad, buffer in zip(grads, buffers, strict=True):
-                g, b = grad.to_local(), buffer.to_local()
+                g, b = own_rows(grad), own_rows(buffer)
                 b.lerp_(g, 1 - group["momentum"])
-                update = g.lerp(b, group["momentum"]) if group["nesterov"] else b
-                updates.append(update.bfloat16())
+                updates.append(g.lerp(b, group["momentum"]) if group["nesterov"] else b)
             newton_schulz = group["ns_coefficients"], group["ns_steps"], group["eps"]
-            found = _orthogonalized(params, updates, newton_schulz)
+            found = self._orthogonalized(params, updates, newton_schulz)
             for param, update in zip(params, found, strict=True):
                 lr = _adjust_lr(group["lr"], group["adjust_lr_fn"], param.shape)
-                rows = param.to_local()
+                rows = own_rows(param)
                 rows.mul_(1 - group["lr"] * group["weight_decay"])
                 rows.add_(update, alpha=-lr)
+
+    def _orthogonalized(
+        self, params: list[Any], updates: list[Tensor], newton_schulz: tuple[Any, ...]
+    ) -> list[Tensor]:
+        return [orthogonalize(update, *newton_schulz) for update in updates]
+
+
+class ShardedMuon(Muon):
+    """:class:`Muon` for parameters that are DTensors, divided by rows over one dimension of their
+    mesh: with the same bits. The state is divided as its parameter. All processes call ``step``."""
+
+    def _orthogonalized(
+        self, params: list[Any], updates: list[Tensor], newton_schulz: tuple[Any, ...]
+    ) -> list[Tensor]:
+        return _orthogonalized(params, [update.bfloat16() for update in updates], newton_schulz)
+
+
+def own_rows(tensor: Any) -> Tensor:
+    """This process's rows of a DTensor; any other tensor itself."""
+    rows: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return rows
 
 
 def _orthogonalized(
@@ -69,7 +124,7 @@ def _orthogonalized(
         for r, part in enumerate(_exchange(flat, got, sent, group).split(got))
     ]
     whole = {i: torch.cat([next(parts[r]) for r in range(size)]).view(shapes[i]) for i in owned}
-    whole = {i: _zeropower_via_newtonschulz(w, *newton_schulz) for i, w in whole.items()}
+    whole = {i: orthogonalize(w, *newton_schulz) for i, w in whole.items()}
 
     split = {i: whole[i].split(rows[i]) for i in owned}
     flat = torch.cat([split[i][r].flatten() for r in range(size) for i in owned] or [flat[:0]])

@@ -13,10 +13,10 @@ weights gives codes that no step ever trained (+0.12 to +1.07 bits per byte).
 A schedule is a pure function of (step, total steps, config) and nothing else, so a resumed run
 needs no scheduler state. ``torch.optim.lr_scheduler`` would keep such state and knows no WD.
 
-Two optimizers are offered. AdamW updates everything. ``muon`` gives the hidden matrices to
-``torch.optim.Muon`` (momentum, then Newton-Schulz iterations that bring the singular values of the
-update near 1) and leaves embeddings, head and norms to AdamW: a row of an embedding matrix is
-touched by few tokens, and orthogonalizing over such rows has no meaning.
+Two optimizers are offered. AdamW updates everything. ``muon`` gives the hidden matrices to Muon
+(momentum, then Newton-Schulz iterations that bring the singular values of the update near 1, in
+bitnet/training/muon.py) and leaves embeddings, head and norms to AdamW: a row of an embedding
+matrix is touched by few tokens, and orthogonalizing over such rows has no meaning.
 """
 
 import math
@@ -29,7 +29,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from bitnet.schema import STRICT, Count
-from bitnet.training.muon import ShardedMuon
+from bitnet.training.muon import Muon, ShardedMuon
 
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -186,7 +186,7 @@ def param_groups(model: nn.Module, config: OptimConfig) -> dict[str, list[nn.Par
 
 
 class Optimizers:
-    """One or two ``torch.optim`` optimizers that step together on one schedule.
+    """One or two optimizers that step together on one schedule.
 
     ``optimizers`` is the list to save and load. The peak learning rates are kept here, not in the
     optimizers' state: a resumed run uses those of its config.
@@ -270,7 +270,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizers:
         optimizers.add(adamw, config.lr, decay_scales)
     if groups["muon"]:
         sharded = hasattr(groups["muon"][0], "full_tensor")
-        muon = (ShardedMuon if sharded else torch.optim.Muon)(
+        muon = (ShardedMuon if sharded else Muon)(
             groups["muon"],
             lr=config.muon_lr,
             momentum=config.muon_momentum,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.training.checkpoint import load, load_newest, save
+from bitnet.training.muon import Muon
 from bitnet.training.state import (
     flatten,
     load_optimizer,
@@ -58,7 +59,7 @@ def train(make: MakeOptimizer, root: Path) -> tuple[nn.Module, torch.optim.Optim
     "make",
     [
         partial(torch.optim.AdamW, betas=(0.9, 0.95), amsgrad=True),
-        partial(torch.optim.Muon, weight_decay=0.1),
+        partial(Muon, weight_decay=0.1),
         torch.optim.SGD,  # without momentum, its states are None
     ],
 )

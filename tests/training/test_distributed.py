@@ -24,7 +24,7 @@ from bitnet.bitlinear import BitLinear, gather_codes, weights_quantized
 from bitnet.gathered import GatheredWeight, quantized, shard_of
 from bitnet.model import ModelConfig, Transformer
 from bitnet.training.distributed import World, parallel, place, recompute, whole
-from bitnet.training.muon import ShardedMuon
+from bitnet.training.muon import Muon, ShardedMuon
 from bitnet.training.optim import OptimConfig, build_optimizer
 from bitnet.training.step import split, train_step
 from tests.helpers.double import rotary64
@@ -208,7 +208,7 @@ def test_the_bytes_that_are_gathered(as_codes: bool, bits: int, tmp_path: Path) 
 
 
 def orthogonalize() -> list[tuple[Tensor, Tensor]]:
-    """Three updates of matrices by ShardedMuon and by torch's own: their values."""
+    """Three updates of matrices by ShardedMuon and by Muon on one process: their values."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     generator = torch.Generator().manual_seed(0)
     shapes = [(7, 5), (12, 12), (3, 9), (1, 4), (2, 2)]
@@ -216,7 +216,7 @@ def orthogonalize() -> list[tuple[Tensor, Tensor]]:
     plain = [nn.Parameter(value.clone()) for value in values]
     sharded = [nn.Parameter(distribute_tensor(value, mesh, [Shard(0)])) for value in values]
     options: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "original"}
-    optimizers = torch.optim.Muon(plain, **options), ShardedMuon(sharded, **options)
+    optimizers = Muon(plain, **options), ShardedMuon(sharded, **options)
     for step in range(3):
         for p, s in zip(plain, sharded, strict=True):
             if step == 1 and p.shape == (12, 12):
@@ -230,7 +230,7 @@ def orthogonalize() -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("n_ranks", [2, 3])  # more than some matrices have rows
-def test_muon_has_the_bits_of_torch(n_ranks: int, tmp_path: Path) -> None:
+def test_divided_muon_has_the_bits_of_one_process(n_ranks: int, tmp_path: Path) -> None:
     for values in on_ranks(orthogonalize, n_ranks, tmp_path):
         for plain, sharded in values:
             assert torch.equal(plain, sharded)
