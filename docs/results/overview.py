@@ -61,7 +61,9 @@ def quality() -> Panel:
 
     bars = (bar("full precision", "fp"), bar("ternary, packed", "ternary", OURS))
     title = "Bits per byte on unseen files (lower is better)"
-    return Panel(title, "2.0M parameters, 0.8M tokens, 3 seeds", bars)
+    row = rows("quickstart.csv", linear="ternary")[0]
+    parameters, tokens = float(row["fp32_bytes"]) / 4e6, float(row["tokens"]) / 1e6
+    return Panel(title, f"{parameters:.1f}M parameters, {tokens:.1f}M tokens, 3 seeds", bars)
 
 
 def size() -> Panel:
@@ -97,17 +99,18 @@ def training() -> Panel:
 
 
 def decoding() -> Panel:
-    """Tokens per second of one sequence."""
+    """Tokens per second of one sequence, on two threads, beside llama.cpp on the same weights."""
     name = f"decode_{CPU}.csv"
     contenders = (
-        ("transformers, bf16", "transformers-bf16", OTHER),
-        ("full precision, bf16", "baseline-bf16", OTHER),
-        ("ternary", "ours-auto", OURS),
+        ("llama.cpp, TQ2_0", "llama.cpp", OTHER),
+        ("the same, flash attention", "llama.cpp-fa", OTHER),
         ("ternary, head in bf16", "ours-bf16-head", OURS),
+        ("ternary, head in int8", "ours-int8-head", OURS),
     )
     bars = []
     for label, contender, color in contenders:
-        (row,) = rows(name, model="110m", batch="1", contender=contender)
+        wanted = {"model": "110m-silu", "threads": "2", "batch": "1", "contender": contender}
+        row = rows(name, **wanted)[-1]  # the newest
         bars.append(Bar(label, float(row["tokens_s"]), f"{float(row['tokens_s']):.0f}", color))
     conditions = f"110M parameters, random weights, batch 1, {row['device']}"
     return Panel("Decoding, tokens per second", conditions, tuple(bars))

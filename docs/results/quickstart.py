@@ -1,85 +1,107 @@
 """The quickstart model and its full-precision baseline on the same tokens: quickstart.csv.
 
-    python docs/results/quickstart.py          # about 20 minutes on 2 cores; writes the CSV
+    python docs/results/quickstart.py          # about 30 minutes on 2 idle cores; adds to the CSV
+    python docs/results/quickstart.py --threads 1 --seeds 0
     python docs/results/overview.py            # draws the README's picture from it
 
 Three seeds of each take turns, so that a machine that slows down slows both. A seed decides the
 initial weights and the order of the data: both models of a seed see the same tokens in the same
-order. Quality is that of the whole validation split; the ternary model is packed first.
+order. Quality is that of the whole validation split. The ternary model is packed and proved equal
+first (``bitnet pack``), and the packed one is evaluated. Each run is written when it is done, and a
+run that the CSV has already is left out, so the same command goes on where it was interrupted. The
+number of threads decides the order of sums, and so the last digits.
 """
 
-import csv
+import argparse
 import json
+import os
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from bitnet.bench import rows
 from bitnet.data.loader import TokenDataset, sequential_windows
 from bitnet.evaluate import evaluate_windows
-from bitnet.export.folder import load, save_model, sizes
-from bitnet.linear import pack
-from bitnet.model import Transformer
+from bitnet.export.folder import load, sizes
+from bitnet_kernels.bench import machine
 
 ROOT = Path(__file__).parent.parent.parent
 CSV = Path(__file__).parent / "quickstart.csv"
 CONFIGS = {"ternary": "configs/quickstart.toml", "fp": "configs/fp/quickstart.toml"}
-SEEDS = (0, 1, 2)
+COLUMNS = (
+    *("device", "threads", "linear", "seed", "tokens", "bits_per_byte", "loss"),
+    *("train_seconds", "tokens_per_second", "peak_memory_bytes", "fp32_bytes", "stored_bytes"),
+    *("fp32_matrix_bytes", "stored_matrix_bytes", "torch", "commit", "date", "command"),
+)
 
 
-def measure(kind: str, seed: int, folder: Path) -> dict[str, str | int | float]:
+def measure(kind: str, seed: int, threads: int, folder: Path) -> rows.Figures:
     """Train one run in ``folder``; return its row of the CSV."""
-    command = [sys.executable, "train.py", CONFIGS[kind], f"run.dir={folder}", "run.name=run"]
-    options = [f"run.seed={seed}", "log.wandb=disabled"]
-    subprocess.run([*command, *options], cwd=ROOT, check=True)
+    options = [f"run.seed={seed}", f"train.threads={threads}"]
+    command = ["train.py", CONFIGS[kind], *options]
+    places = [f"run.dir={folder}", "run.name=run", "log.wandb=disabled"]
+    commit, start = machine.commit(), time.monotonic()
+    subprocess.run([sys.executable, *command, *places], cwd=ROOT, check=True)
+    seconds = time.monotonic() - start
     run = folder / "run"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "loss" in row]
-    model, tokenizer = load(run / "model")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    model_folder = run / "model"
     if kind == "ternary":
-        packed = pack(model)
-        assert isinstance(packed, Transformer)
-        model = packed
-    stored = sizes(save_model(folder / "stored", model, tokenizer))
+        packing = [sys.executable, "-m", "bitnet", "pack", str(model_folder)]
+        subprocess.run(packing, cwd=ROOT, check=True)
+        model_folder = run / "model-packed"
+    model, tokenizer = load(model_folder)
+    stored = sizes(model_folder)
     validation = TokenDataset(ROOT / "data/python-stdlib", "val")
     windows = sequential_windows(validation, model.config.max_seq_len)
     result = evaluate_windows(model, windows, tokenizer.count_bytes)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "commit": commit,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "config": CONFIGS[kind],
-        "linear": kind,
-        "seed": seed,
-        "tokens": steps[-1]["tokens"],
-        "bits_per_byte": result.bits_per_byte,
-        "loss": result.loss,
-        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps),
-        "peak_memory_bytes": steps[-1]["peak_memory_bytes"],
-        "fp32_bytes": stored.fp32["total"],
-        "stored_bytes": stored.stored["total"],
-        "fp32_matrix_bytes": stored.fp32["matrices"],
-        "stored_matrix_bytes": stored.stored["matrices"],
-    }
+    return rows.as_figures(
+        {
+            "device": machine.describe(torch.device("cpu")).name,
+            "threads": threads,
+            "linear": kind,
+            "seed": seed,
+            "tokens": steps[-1]["tokens"],
+            "bits_per_byte": result.bits_per_byte,
+            "loss": result.loss,
+            "train_seconds": seconds,
+            "tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps),
+            "peak_memory_bytes": steps[-1]["peak_memory_bytes"],
+            "fp32_bytes": stored.fp32["total"],
+            "stored_bytes": stored.stored["total"],
+            "fp32_matrix_bytes": stored.fp32["matrices"],
+            "stored_matrix_bytes": stored.stored["matrices"],
+            "torch": torch.__version__,
+            "commit": commit,
+            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+            "command": shlex.join(command),
+        }
+    )
 
 
 def main() -> None:
-    """Run all."""
-    rows = []
-    for seed in SEEDS:
+    """Run all that the CSV does not have."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    for seed in options.seeds:
         for kind in CONFIGS:
+            done = rows.read(CSV, COLUMNS)
+            if any((row["linear"], row["seed"]) == (kind, str(seed)) for row in done):
+                continue
             with tempfile.TemporaryDirectory() as folder:
-                rows.append(measure(kind, seed, Path(folder)))
-    with CSV.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+                row = measure(kind, seed, options.threads, Path(folder))
+            rows.write(CSV, [*rows.read(CSV, COLUMNS), row], COLUMNS)
 
 
 if __name__ == "__main__":
