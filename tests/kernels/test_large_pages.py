@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitnet_kernels.cpu import pages
+from bitnet.engine.decoder import Decoder
+from bitnet.model import ModelConfig, Transformer
+from bitnet_kernels.cpu import native, pages
 
 MB = 2**20
 
@@ -54,6 +56,15 @@ def test_large_tensors_lie_in_large_pages() -> None:
     tensor = torch.ones(24 * MB, dtype=torch.uint8)
     pages.use_large_pages([tensor])
     assert in_large_pages(tensor) >= 20 * MB
+
+
+@pytest.mark.skipif(not system_can(), reason="this system has no large pages to give")
+@pytest.mark.skipif(native.library() is None, reason="needs the native library")
+def test_a_decoders_keys_and_values_lie_in_large_pages() -> None:
+    shape = ModelConfig(d_model=64, n_layers=2, n_heads=1, d_ff=64, vocab_size=9, max_seq_len=4096)
+    decoder = Decoder(Transformer(shape.resolve()), 8, 4096, cache_dtype="fp32")
+    assert decoder._state.kv.nbytes > 32 * MB
+    assert in_large_pages(decoder._state.kv) >= 28 * MB
 
 
 @pytest.mark.skipif(not system_can(), reason="this system has no large pages to give")
