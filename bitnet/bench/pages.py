@@ -61,6 +61,8 @@ def _regions(root: Path, figures: list[Row]) -> Iterator[Region]:
         yield Region("docs/decoding.md", *_marks("decode"), decoding)
         beside = partial(peers_table.table, decoded, pictures)
         yield Region("docs/decoding.md", *_marks("peers"), beside)
+        in_short = partial(peers_table.summary, decoded)
+        yield Region("README.md", *_marks("peers"), in_short)
     if (root / "docs/training.md").exists():
         training = partial(train_rows.table, train_rows.load(results))
         yield Region("docs/training.md", *_marks("training"), training)

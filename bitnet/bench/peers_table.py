@@ -8,6 +8,8 @@ from bitnet.bench.decode_table import NOTHING
 from bitnet.bench.rows import Figures, counted, distinct, origin
 from bitnet.summary import human
 
+OURS = "ours-bf16-head"
+
 
 def beside(rows: Sequence[Figures]) -> list[Figures]:
     """The rows that were measured beside llama.cpp."""
@@ -31,6 +33,31 @@ def table(rows: Sequence[Figures], images: Collection[str] = ()) -> str:
         if (image := image_name(group[0]["device"])) in images:
             parts.append(f"![Ratios to llama.cpp](results/{image})")
     return "\n\n".join(dict.fromkeys(parts)) or NOTHING
+
+
+def summary(rows: Sequence[Figures]) -> str:
+    """Markdown for a reader in a hurry: a line per machine, model and number of threads, for one
+    row and a prompt of 128 tokens."""
+    found: dict[tuple[str, ...], dict[str, Figures]] = {}
+    for row in beside(rows):
+        if (row["batch"], row["prompt"]) == ("1", "128"):
+            subject = row["device"], row["model"], row["threads"]
+            found.setdefault(subject, {})[row["contender"]] = row
+    lines = [
+        "| CPU | model | threads | tokens/s | over llama.cpp | without multiplications "
+        "| with `--head int8` | prompt |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for where, by_contender in sorted(found.items()):
+        if (ours := by_contender.get(OURS)) is None:
+            continue
+        cells = [f"{float(ours['tokens_s']):,.0f}"]
+        for contender in (OURS, "ours-addsub-bf16-head", "ours-int8-head"):
+            other = by_contender.get(contender)
+            cells.append(f"{float(other['over_llama_cpp']):.1f}" if other else "")
+        cells.append(f"{float(ours['first_over_llama_cpp']):.1f}")
+        lines.append("| " + " | ".join((*where, *cells)) + " |")
+    return "\n".join(lines) if len(lines) > 2 else NOTHING
 
 
 def prefill(row: Figures) -> float:

@@ -21,8 +21,8 @@ def report_command(
 ) -> None:
     """Draw tables and plots from docs/results/*.csv.
 
-    The tables of kernels/README.md, docs/decoding.md and docs/training.md stand between marked
-    lines and are replaced there. Plots need pip install -e ".[plots]".
+    The tables of README.md, kernels/README.md, docs/decoding.md and docs/training.md stand between
+    marked lines and are replaced there. Plots need pip install -e ".[plots]".
     """
     folder = Path(root) / RESULTS
     if not folder.is_dir():

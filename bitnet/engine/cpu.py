@@ -96,8 +96,8 @@ class CpuRunner:
         )
         self._model = native.NativeModel(model, self._most)
         matrices = [matrix for layer in weights.layers for matrix in layer.matrices()]
-        read = [t for matrix in (*matrices, weights.head) for t in tensors_of(matrix)]
-        use_large_pages([*read, state.kv])
+        every_step = [t for matrix in (*matrices, weights.head) for t in tensors_of(matrix)]
+        use_large_pages([*every_step, state.kv])
 
     def step(self, batch: int) -> None:
         """Feed the next token of each of the first ``batch`` rows."""

@@ -157,6 +157,12 @@ def test_figures_by_hand() -> None:
         "| 110m-silu | 2 | 2 | 5 | ours-bf16-head | 10 | 4.00 (2.00 to 4.00) | 2.0 "
         "| 4.00 (3.00 to 5.00) | 100% | 17 B | 90 B |"
     )
+    assert peers_table.summary(rows) == "No figures yet."  # not one row and 128 tokens
+    one = [row | {"batch": "1", "prompt": "128"} for row in rows]
+    int8 = one[0] | {"contender": "ours-int8-head", "over_llama_cpp": "6.04"}
+    assert peers_table.summary([*one, int8]).splitlines()[2:] == [
+        "| x | 110m-silu | 2 | 2 | 4.0 |  | 6.0 | 4.0 |"
+    ]
     assert tables.table(rows) == peers_table.table([]) == "No figures yet."
     assert "2.0 (4.00x llama.cpp, first token 1,000 ms)" in cli_bench_decode._line(rows)
 
