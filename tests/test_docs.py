@@ -34,7 +34,7 @@ def test_the_readme_shows_the_figures_of_the_csvs() -> None:
     )
     readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     results = " ".join(readme.partition("\n## Results\n")[2].split())
-    for name, bars in (("quality", 2), ("training", 1), ("decoding", 2)):
+    for name, bars in (("quality", 2), ("training", 2), ("decoding", 2)):
         for bar in overview[name]().bars[-bars:]:
             assert f" {bar.shown.rstrip('x')} " in results
 
