@@ -180,7 +180,8 @@ def memory(config: Config, layout: Layout, sequences: int, bf16: bool, kept: int
 
     Parameters, gradients and optimizer state are fp32: 4 bytes each, AdamW's state 8, Muon's 4.
 
-    Gradients: a bucket for each of ddp (``gradient_as_bucket_view``). fsdp has its part of all; of
+    Gradients: a bucket for each of ddp (``gradient_as_bucket_view``), and beside it, where a step
+    has several micro-batches, what accumulates before the last of them. fsdp has its part of all; of
     the group in the backward also the whole and a copy of it that is scattered; and from the head
     on the root's whole. Where a step has several micro-batches, whole gradients of all groups add
     up until the last (``set_requires_gradient_sync``).
@@ -212,11 +213,12 @@ def memory(config: Config, layout: Layout, sequences: int, bf16: bool, kept: int
     copies = n * codes * (2 if model.int8_backward != "none" else 1)
     if model.linear == "fp":
         copies = _BF16 * n * matrices if bf16 else 0
+    several = config.batch_sequences // layout.shares > sequences
     if not layout.in_fsdp:
-        gradients, buffers = _FP32 * parts, copies
+        gradients, buffers = _FP32 * parts * (1 + several), copies
     else:
         whole = max(2 * of_root, of_root + 2 * of_block)
-        if config.batch_sequences // layout.shares > sequences:
+        if several:
             whole = max(2 * of_root, of_root + (n + 1) * of_block - parts)
         gradients = _FP32 * (parts + whole)
         gathered = sum(p.gathered(model, layout) for p in block)
