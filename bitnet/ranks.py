@@ -180,11 +180,11 @@ def memory(config: Config, layout: Layout, sequences: int, bf16: bool, kept: int
 
     Parameters, gradients and optimizer state are fp32: 4 bytes each, AdamW's state 8, Muon's 4.
 
-    Gradients: a bucket for each of ddp (``gradient_as_bucket_view``), and beside it, where a step
-    has several micro-batches, what accumulates before the last of them. fsdp has its part of all;
-    of the group in the backward also the whole and a copy of it that is scattered; and from the head
-    on the root's whole. Where a step has several micro-batches, whole gradients of all groups add
-    up until the last (``set_requires_gradient_sync``).
+    Gradients: a bucket for each of ddp (``gradient_as_bucket_view``), and beside it, where a
+    step has several micro-batches, what accumulates before the last of them. fsdp has its part
+    of all; of the group in the backward also the whole and a copy of it that is scattered; and
+    from the head on the root's whole. Where a step has several micro-batches, whole gradients
+    of all groups add up until the last (``set_requires_gradient_sync``).
 
     Buffers: int8 codes of all ternary weights under ddp
     (:func:`bitnet.bitlinear.weights_quantized`). Under fsdp the process's own packed codes, the
