@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -37,7 +36,7 @@ CSV = Path(__file__).parent / "quickstart.csv"
 CONFIGS = {"ternary": "configs/quickstart.toml", "fp": "configs/fp/quickstart.toml"}
 COLUMNS = (
     *("device", "threads", "linear", "seed", "tokens", "bits_per_byte", "loss"),
-    *("train_seconds", "tokens_per_second", "peak_memory_bytes", "fp32_bytes", "stored_bytes"),
+    *("tokens_per_second", "peak_memory_bytes", "fp32_bytes", "stored_bytes"),
     *("fp32_matrix_bytes", "stored_matrix_bytes", "torch", "commit", "date", "command"),
 )
 
@@ -47,9 +46,8 @@ def measure(kind: str, seed: int, threads: int, folder: Path) -> rows.Figures:
     options = [f"run.seed={seed}", f"train.threads={threads}"]
     command = ["train.py", CONFIGS[kind], *options]
     places = [f"run.dir={folder}", "run.name=run", "log.wandb=disabled"]
-    commit, start = machine.commit(), time.monotonic()
+    commit = machine.commit()
     subprocess.run([sys.executable, *command, *places], cwd=ROOT, check=True)
-    seconds = time.monotonic() - start
     run = folder / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
@@ -72,7 +70,6 @@ def measure(kind: str, seed: int, threads: int, folder: Path) -> rows.Figures:
             "tokens": steps[-1]["tokens"],
             "bits_per_byte": result.bits_per_byte,
             "loss": result.loss,
-            "train_seconds": seconds,
             "tokens_per_second": statistics.median(row["tokens_per_second"] for row in steps),
             "peak_memory_bytes": steps[-1]["peak_memory_bytes"],
             "fp32_bytes": stored.fp32["total"],
