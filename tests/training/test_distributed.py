@@ -31,7 +31,10 @@ from tests.helpers.double import rotary64
 from tests.helpers.ranks import on_ranks, world_of
 
 CPU = torch.device("cpu")
-STEPS = 30
+STEPS = 6
+"""Of a case in make test; each takes every path, and the optimizers have their momentum."""
+MANY_STEPS = 30
+"""Of a case in fp64 among the slow tests."""
 SHAPE: dict[str, Any] = {"d_model": 24, "n_layers": 3, "n_heads": 2, "d_ff": 41, "vocab_size": 51}
 """41 and 51 rows: two processes have different numbers of them."""
 
@@ -72,7 +75,13 @@ def watch_codes(model: Transformer) -> list[list[tuple[Tensor, Tensor]]]:
 
 
 def compare(
-    strategy: str, optimizer: str, as_codes: bool, every: int, double: bool, **options: Any
+    strategy: str,
+    optimizer: str,
+    as_codes: bool,
+    every: int,
+    double: bool,
+    steps: int,
+    **options: Any,
 ) -> Counter:
     """Train one model in this process and another together with the others, in fp32 from the same
     weights in each step. Counts what was compared."""
@@ -88,7 +97,7 @@ def compare(
     optimizers = build_optimizer(ours, config), build_optimizer(together, config)
     ours_seen, seen = watch_codes(ours), watch_codes(together)
     counts = Counter[str]()
-    for step in range(STEPS):
+    for step in range(steps):
         if not double:
             with torch.no_grad():
                 copy_weights(ours, together)
@@ -97,7 +106,7 @@ def compare(
         for model, all_of, part in ((ours, optimizers[0], alone), (stepped, optimizers[1], world)):
             tokens, targets = part.share(batch[:, :-1]), part.share(batch[:, 1:])
             micro_batches = split(tokens, targets, 2)
-            when = step, STEPS, config
+            when = step, steps, config
             results.append(train_step(model, all_of, micro_batches, *when, nullcontext(), part))
         close = 1e-8 if double else 1e-5
         assert results[1].loss == pytest.approx(results[0].loss, abs=close, rel=0), step
@@ -126,37 +135,38 @@ CASES = {
 }
 
 
-IN_FP64 = {"ddp, muon", "fsdp, codes, muon, checkpointing"}
+IN_FP64 = ("ddp, muon", "fsdp, codes, muon, checkpointing")
+"""Of the cases, those that make test also runs in fp64."""
 
 
 @pytest.mark.parametrize(
-    ("case", "double"),
+    ("case", "double", "steps"),
     [
-        pytest.param(case, double, marks=pytest.mark.slow if double and case not in IN_FP64 else ())
-        for double in (False, True)
-        for case in CASES
+        *((case, False, STEPS) for case in CASES),
+        *((case, True, STEPS) for case in IN_FP64),
+        *(pytest.param(case, True, MANY_STEPS, marks=pytest.mark.slow) for case in CASES),
     ],
 )
 def test_two_processes_train_as_one(
-    case: str, double: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, double: bool, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strategy, optimizer, as_codes, every, options = CASES[case]
     if double:
         monkeypatch.setattr(bitnet.model, "rotary", rotary64)
 
     def work() -> Counter:
-        return compare(strategy, optimizer, as_codes, every, double, **options)
+        return compare(strategy, optimizer, as_codes, every, double, steps, **options)
 
     first, second = on_ranks(work, 2, tmp_path)
     assert first == second
-    assert first["weights"] == 7 * 3 * STEPS
+    assert first["weights"] == 7 * 3 * steps
     assert first["gathered as codes"] == (as_codes and "mask" not in case)
 
 
 def test_one_process_has_shards_too(tmp_path: Path) -> None:
     """Whose scales, one per row, FSDP2 does not gather."""
     (counts,) = on_ranks(
-        lambda: compare("fsdp", "adamw", True, 0, False, granularity="row"), 1, tmp_path
+        lambda: compare("fsdp", "adamw", True, 0, False, STEPS, granularity="row"), 1, tmp_path
     )
     assert counts["weights"] == 7 * 3 * STEPS
 
@@ -164,11 +174,11 @@ def test_one_process_has_shards_too(tmp_path: Path) -> None:
 @pytest.mark.slow  # four processes
 def test_copies_of_a_divided_model(tmp_path: Path) -> None:
     def work() -> Counter:
-        return compare("hsdp", "muon", True, 0, False)
+        return compare("hsdp", "muon", True, 0, False, MANY_STEPS)
 
     counts = on_ranks(work, 4, tmp_path)
     assert all(count == counts[0] for count in counts)
-    assert counts[0]["weights"] == 7 * 3 * STEPS
+    assert counts[0]["weights"] == 7 * 3 * MANY_STEPS
 
 
 def bytes_gathered(as_codes: bool) -> tuple[int, int]:
