@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from functools import cache
 from typing import Any
 
 import pytest
@@ -55,15 +56,22 @@ def by_hand(model: Transformer, prompt: list[int], n: int) -> list[int]:
     return tokens
 
 
+@cache
+def texts_by_hand(kind: str) -> list[list[int]]:
+    """Of :data:`PROMPTS`, each alone."""
+    model = model_of(kind)
+    return [by_hand(model, prompt, N) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("max_batch", [1, 8])
 @pytest.mark.parametrize("chunk", [1, 7, 64])
 @pytest.mark.parametrize("kind", ["fp", "ternary", "packed"])
 def test_texts_are_those_of_the_model(kind: str, max_batch: int, chunk: int) -> None:
     """Prompts in batches of 1, or of 8, 8 and 4; in a new cache and in a used one."""
-    model, prompts = model_of(kind), prompts_of_all_lengths(20)
+    model, prompts = model_of(kind), PROMPTS
     assert len({len(prompt) for prompt in prompts}) > 10
     engine = Engine(model, max_batch=max_batch, chunk=chunk)
-    texts = [by_hand(model, prompt, N) for prompt in prompts]
+    texts = texts_by_hand(kind)
     assert len({tuple(text) for text in texts}) > 15  # two prompts may lead into the same loop
     assert engine.generate(prompts, N) == texts
     assert engine.generate(prompts[::-1], N) == texts[::-1]
