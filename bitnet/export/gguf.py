@@ -2,13 +2,14 @@
 
     architecture   our model                  its matrices
     llama          pre_norm, SiLU             dequantized to fp32; ternary if they are stored so
+    qwen2          the same with qkv_bias     the same
     bitnet         sub_norm, SiLU, a tied     ternary: the codes and scales of the file
                    head
 
 The names of a file become ours, and for llama the rows of q_proj and k_proj their order: llama.cpp
 rotates neighbouring channels by one angle, our model channels i and i + E/2, and its converter
-interleaves the rows. (For bitnet llama.cpp does as we do.) Every key of the architecture and every
-tensor must be one that our model has, so that nothing is left out silently.
+interleaves the rows. (For the others llama.cpp does as we do.) Every key of the architecture and
+every tensor must be one that our model has, so that nothing is left out silently.
 
 A matrix counts as ternary where its type is (tq1_0, tq2_0, bitnet.cpp's i2_s) or a ``.scale``, one
 number that multiplies its output, stands beside it; in the architecture bitnet always. The nonzero
@@ -33,7 +34,8 @@ from bitnet.model import Transformer
 from bitnet.schema import UserError, nearest
 
 ARCHITECTURES = {"pre_norm": "llama", "sub_norm": "bitnet"}
-"""``model.norm_placement`` -> architecture of a file."""
+"""``model.norm_placement`` -> architecture of a file that is written."""
+_QWEN2 = "qwen2"
 _NAMES = {
     "token_embd.weight": "embed_tokens.weight",
     "output_norm.weight": "norm.weight",
@@ -109,7 +111,7 @@ def _architecture(keys: Keys) -> str:
     if keys.get("split.count", int, 1) > 1:
         raise UserError(f"{source}: is one part of several; join them first (llama-gguf-split)")
     arch: str = keys.need("general.architecture", str)
-    if arch not in (known := tuple(ARCHITECTURES.values())):
+    if arch not in (known := (*ARCHITECTURES.values(), _QWEN2)):
         raise UserError(
             f"{source}: model_type {arch[:60]!r} cannot be imported; the nearest supported "
             f"architecture of a GGUF is {nearest(arch, known, 0)!r} (of {', '.join(known)})"
@@ -164,6 +166,7 @@ def _shape(keys: Keys, arch: str, ternary: bool) -> Shape:
         norm_eps=keys.real(f"{arch}.attention.layer_norm_rms_epsilon"),
         tied=True,
         sub_norm=arch == "bitnet",
+        qkv_bias=arch == _QWEN2,
         ternary=ternary,
         coded=ternary,
     )
@@ -175,11 +178,12 @@ def _stored(source: Path, reader: Any, shape: Shape) -> dict[str, Stored]:
     stored: dict[str, Stored] = {}
     used: set[str] = set()
     names = LAYER_NAMES | SUB_NORM_NAMES if shape.sub_norm else LAYER_NAMES
-    heads = {} if shape.sub_norm else {"attn_q": shape.n_heads, "attn_k": shape.n_kv_heads}
+    interleaved = not (shape.sub_norm or shape.qkv_bias)
+    heads = {"attn_q": shape.n_heads, "attn_k": shape.n_kv_heads} if interleaved else {}
     tensors = {str(tensor.name): tensor for tensor in reader.tensors}
     for name, tensor in tensors.items():
         kind = tensor.tensor_type.name
-        if name.endswith(".bias"):
+        if name.endswith(".bias") and not shape.qkv_bias:
             raise UserError(f"{source}: has biases ({name}), which our model does not have")
         if name.startswith("rope_freqs") or ".rope_freqs" in name:
             raise UserError(f"{source}: has {name}: scaled rotary positions are not supported")
@@ -187,11 +191,11 @@ def _stored(source: Path, reader: Any, shape: Shape) -> dict[str, Stored]:
             raise UserError(f"{source}: tensor {name} is {kind}; expected a float weight")
         ours, dims = _NAMES.get(name, name), _dims(tensor)
         block, _, rest = name.removeprefix("blk.").partition(".")
-        part = rest.removesuffix(".weight")
-        if not (name.startswith("blk.") and rest.endswith(".weight") and _is_number(block)):
+        part, _, what = rest.rpartition(".")
+        if not (name.startswith("blk.") and what in ("weight", "bias") and _is_number(block)):
             part = ""
         if part in names:
-            ours = f"layers.{block}.{names[part]}.weight"
+            ours = f"layers.{block}.{names[part]}.{what}"
         if not (shape.coded and ours.endswith("_proj.weight")):
             stored[ours] = Stored(name, dims, partial(_read, tensor, heads.get(part, 0)))
             continue

@@ -16,6 +16,8 @@ from bitnet.schema import UserError
 from tests.helpers.gguf_file import (
     CONTEXT,
     HEADS,
+    KV,
+    LAYERS,
     VOCAB,
     D,
     Fields,
@@ -75,6 +77,42 @@ def test_transformers_reads_the_same(tmp_path: Path) -> None:
     ours, _ = load_hf(tmp_path / "model.gguf")
     for name, tensor in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[name.removeprefix("model.")], tensor), name
+
+
+def as_qwen2(keys: Fields) -> None:
+    keys["general.architecture"] = "qwen2"
+    for key in [key for key in keys if key.startswith("llama.")]:
+        keys[f"qwen2.{key.removeprefix('llama.')}"] = keys.pop(key)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+@torch.no_grad()
+def test_qwen2_with_its_biases(tmp_path: Path, kind: str) -> None:
+    """Rows of q_proj and k_proj are not interleaved there; transformers is another reader."""
+    transformers = pytest.importorskip("transformers")
+    generator = np.random.default_rng(0)
+    rows = {"attn_q": D, "attn_k": D // HEADS * KV, "attn_v": D // HEADS * KV}
+    more = {
+        f"blk__{i}__{part}__bias": generator.normal(size=n).astype(np.float32)
+        for i in range(LAYERS)
+        for part, n in rows.items()
+    }
+    path = write(tmp_path / "model.gguf", as_qwen2, kind, **more)
+    ours, _ = load_hf(path)
+    assert ours.config.qkv_bias
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    ).eval()
+    state = {n.removeprefix("model."): t for n, t in theirs.state_dict().items()}
+    assert state.keys() == ours.state_dict().keys()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+    tokens = torch.randint(VOCAB, (2, 20))
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+    fails(write(tmp_path / "none.gguf", as_qwen2), "missing tensor .*q_proj.bias")
+    more["blk__1__attn_output__bias"] = np.zeros(D, np.float32)
+    other = write(tmp_path / "more.gguf", as_qwen2, **more)
+    fails(other, "unexpected tensor .*attn_output.bias")
 
 
 def test_a_tied_head_and_padding(tmp_path: Path) -> None:
@@ -258,7 +296,7 @@ def test_tensors_that_our_model_has_not(tmp_path: Path, more: Fields, message: s
         ("llama.expert_count", 8, "llama.expert_count = 8"),
         ("llama.logit_scale", 0.5, "llama.logit_scale = 0.5"),
         ("llama.final_logit_softcapping", 30.0, "final_logit_softcapping"),
-        ("general.architecture", "qwen2", "model_type 'qwen2' cannot be imported"),
+        ("general.architecture", "qwen3", "'qwen3' cannot be imported; the nearest .* is 'qwen2'"),
         ("general.type", "adapter", "GGUF of type 'adapter', not a model"),
         ("split.count", 3, "one part of several"),
         ("tokenizer.ggml.model", "bert", "only 'llama' .sentencepiece. and 'gpt2' .* supported"),
