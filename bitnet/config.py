@@ -11,8 +11,9 @@ number of parameters N. These rules follow:
 
     learning rate   2.4e-3 * (140M / N)^0.29, at most 4e-3   TriLM's table (arXiv 2407.12327) to 5%
                     a sixth of that for the full-precision baseline (ternary takes 6 to 8 times)
-                    a tenth of *that* to fine-tune a saved full-precision model (QAT takes 1/10 to
-                    1/100), with [quant] or, as the control, without it
+                    a tenth of *that* to train a saved model on (train.init_from): a ternary one, a
+                    full-precision one as ternary or with [quant] (QAT takes 1/10 to 1/100), or, as
+                    the control, without
     batch           262,144 * sqrt(N / 50M) tokens, to a power of two in 16k .. 1M: 262k at 50M
                     (QuEST, arXiv 2502.05003), 1M at 700M (b1.58)
     tokens          20 N (Chinchilla, arXiv 2203.15556)
@@ -107,7 +108,8 @@ class TrainConfig:
     steps: Count = 0
     """Optimizer steps in the run. 0: tokens / batch_tokens, rounded up."""
     init_from: str = ""
-    """Folder of a saved model to start from; it gives the shape, tokenizer and [quant]."""
+    """Folder of a saved model to start from; it gives the shape, tokenizer and [quant], and the
+    default learning rate is a tenth of pretraining's."""
     max_bad_steps: Positive = 10
     """Consecutive steps with a non-finite loss or gradient before the run ends; each is skipped."""
 
@@ -216,8 +218,8 @@ class Config:
                 f"{self.data.seq_len}"
             )
         n_parameters = model.num_parameters()["total"]
-        fine_tune = bool(self.train.init_from) and model.linear == "fp"
-        lr = self.optim.lr or default_lr(n_parameters, model.linear, fine_tune)
+        saved = bool(self.train.init_from)
+        lr = self.optim.lr or default_lr(n_parameters, model.linear, saved)
         optim = dataclasses.replace(self.optim, lr=lr)
         train = self._resolve_train(n_parameters)
         config = dataclasses.replace(self, model=model, optim=optim, train=train)
@@ -413,14 +415,14 @@ def _resolve_qat(config: Config, n_parameters: int) -> Config:
     return dataclasses.replace(config, qat=qat, optim=optim)
 
 
-def default_lr(n_parameters: int, linear: str, fine_tune: bool = False) -> float:
+def default_lr(n_parameters: int, linear: str, saved: bool = False) -> float:
     """The peak learning rate (AdamW) by the rule of the module's docstring, to two digits.
 
-    ``fine_tune``: a saved full-precision model, to be trained on.
+    ``saved``: of a run that starts from a saved model.
     """
     lr = min(4e-3, 2.4e-3 * (140e6 / n_parameters) ** 0.29)
     lr /= 1 if linear == "ternary" else 6
-    return float(f"{lr / 10 if fine_tune else lr:.1e}")
+    return float(f"{lr / 10 if saved else lr:.1e}")
 
 
 def default_batch_tokens(n_parameters: int) -> int:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from bitnet.config import Config
+from bitnet.config import Config, default_lr
 from bitnet.data.loader import INDEX, read_index
 from bitnet.data.mixture import shares
 from bitnet.energy import (
@@ -58,11 +58,13 @@ def one_line(config: Config) -> str:
     model, train = config.model, config.train
     total = model.num_parameters()["total"]
     arithmetic = str(config.quant) if config.quant.enabled else model.linear
+    lr, default = config.optim.lr, default_lr(total, model.linear, saved=True)
+    tenth = ", a tenth of pretraining's" if train.init_from and lr == default else ""
     return (
         f"{config.run.name}: {arithmetic}, {human(total)} parameters ({model.n_layers} layers, "
         f"{model.d_model} wide, {model.n_heads}/{model.n_kv_heads} heads, FFN {model.d_ff}, "
         f"vocabulary {model.vocab_size}); {train.steps} steps of {train.batch_tokens} tokens = "
-        f"{human(train.tokens)}; {config.optim.optimizer}, LR {config.optim.lr:g}"
+        f"{human(train.tokens)}; {config.optim.optimizer}, LR {lr:g}{tenth}"
     )
 
 

@@ -180,8 +180,9 @@ def test_dial_rules_meet_the_published_tables() -> None:
         ratio = default_lr(int(n), "ternary") / default_lr(int(n), "fp")
         assert ratio == pytest.approx(6, rel=0.05)  # each is rounded to two digits
     assert default_lr(1_000_000, "ternary") == 4e-3
-    fine_tune = default_lr(1_000_000, "fp", fine_tune=True)
-    assert fine_tune == pytest.approx(default_lr(1_000_000, "fp") / 10, rel=0.01)
+    for linear in ("fp", "ternary"):
+        tenth = default_lr(1_000_000, linear) / 10
+        assert default_lr(1_000_000, linear, saved=True) == pytest.approx(tenth, rel=0.01)
     assert default_batch_tokens(50_000_000) == 2**18  # QuEST
     assert default_batch_tokens(700_000_000) == 2**20  # b1.58
     assert default_batch_tokens(1000) == 2**14

@@ -21,6 +21,7 @@ from bitnet.qat.prepare import prepare as quantize
 from bitnet.qat.recipe import Recipe
 from bitnet.qat.schedule import optimal_share
 from bitnet.schema import UserError
+from bitnet.summary import one_line
 from bitnet.training.distributed import World
 from bitnet.training.optim import OptimConfig, param_groups
 from tests.helpers.shared import Shared
@@ -339,6 +340,12 @@ def test_the_dial_takes_a_tenth_for_a_saved_model_and_for_its_control(pretrained
     n = control.model.num_parameters()["total"]
     assert control.optim.lr == pytest.approx(default_lr(n, "fp") / 10, rel=0.05)
     assert load_config([], [*start, "quant.weights=int"]).resolve().optim.lr == control.optim.lr
+    ternary = load_config([], [*start, "model.linear=ternary"]).resolve()
+    assert ternary.optim.lr == pytest.approx(default_lr(n, "ternary") / 10, rel=0.05)
+    asked = load_config([], [*start, "optim.lr=1e-3"]).resolve()
+    assert asked.optim.lr == 1e-3
+    assert one_line(ternary).endswith(f"LR {ternary.optim.lr:g}, a tenth of pretraining's")
+    assert one_line(asked).endswith("LR 0.001")
 
 
 MISTAKES = [
