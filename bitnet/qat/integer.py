@@ -55,8 +55,11 @@ def pack_bits(codes: Tensor, bits: int, offset: int) -> Tensor:
         raise TypeError(f"codes: expected int8, got {codes.dtype}")
     if codes.dim() != 2:
         raise ValueError(f"codes: expected shape [N, K], got {list(codes.shape)}")
+    if codes.is_meta:
+        shape = len(codes), _row_bytes(codes.shape[1], bits)
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
     digits = codes.to(torch.int64) + offset
-    if not codes.is_meta and bool(((digits < 0) | (digits >= 2**bits)).any()):
+    if bool(((digits < 0) | (digits >= 2**bits)).any()):
         raise ValueError(
             f"codes: expected values in {-offset} .. {2**bits - 1 - offset} ({bits} bits), got "
             f"{int(codes.min())} .. {int(codes.max())}"
@@ -130,7 +133,7 @@ class IntLayer(CalledLayer, nn.Module):
         _check_codes(found, recipe)
         codes, scale, zero_point = found
         self.recipe, self.columns, self.dtype = recipe, codes.shape[1], layer.weight.dtype
-        if self._odd:
+        if self._odd and not codes.is_meta:
             codes = (codes - 1) >> 1
         self.register_buffer("packed", pack_bits(codes, self._bits, self._offset))
         self.register_buffer("scale", scale.detach().clone())
@@ -207,8 +210,7 @@ def _check_codes(found: Codes, recipe: Recipe) -> None:
     codes, scale, zero_point = found
     if codes.dim() != 2:
         raise ValueError(f"codes: expected shape [N, K], got {list(codes.shape)}")
-    n, k = codes.shape
-    shape = {"tensor": [], "row": [n], "group": [n, -(-k // recipe.group_size)]}[recipe.granularity]
+    shape = list(recipe.quantizer.scale_shape(*codes.shape))
     if scale.dtype != torch.float32 or list(scale.shape) != shape:
         raise ValueError(
             f"scale: expected float32 {shape} for granularity {recipe.granularity!r}, got "

@@ -65,7 +65,11 @@ class QATLayer(CalledLayer, nn.Module):
         self.recipe, self.lambda_w, self.lambda_a = recipe, 1.0, 1.0
         step = None
         if recipe.quantizer.learned:
-            start = recipe.quantizer.initial_step(self.weight.flatten(1))
+            matrix, quantizer = self.weight.flatten(1), recipe.quantizer
+            meta = matrix.is_meta
+            start = (
+                quantizer.without_values(matrix).scale if meta else quantizer.initial_step(matrix)
+            )
             step = nn.Parameter(start, requires_grad=self.weight.requires_grad)
         self.weight_step = step
         observed = observed and recipe.static
@@ -83,7 +87,10 @@ class QATLayer(CalledLayer, nn.Module):
     def quantize(self) -> Codes:
         """Codes int8 ``[N, K]``, scale and zero point (or None) of the weight now; a
         convolution's weight is the matrix ``[out_channels, in_channels / groups * kernel]``."""
-        return self.recipe.quantizer.quantize(self.weight.flatten(1), self.weight_step)
+        matrix, quantizer = self.weight.flatten(1), self.recipe.quantizer
+        if matrix.is_meta:
+            return quantizer.without_values(matrix)
+        return quantizer.quantize(matrix, self.weight_step)
 
     def input_range(self, check: bool = True) -> tuple[Tensor | None, Tensor | None]:
         """Scale fp32 ``[]`` and zero point (or None) of static activations; (None, None) of others.
@@ -99,6 +106,10 @@ class QATLayer(CalledLayer, nn.Module):
                 "input_observer: has seen no input; run calibrate(), or train with the observer "
                 f"unfrozen, first (a {type(self).__name__} of weight {list(self.weight.shape)})"
             )
+        if observer.n_seen.is_meta:  # a layer without memory: see WeightQuantizer.without_values
+            scale = torch.empty((), dtype=torch.float32, device="meta")
+            zero = torch.empty((), dtype=torch.int32, device="meta")
+            return scale, None if recipe.activation_symmetric else zero
         low, high = observer.range()
         return static_range(low, high, recipe.activation_bits, recipe.activation_symmetric)
 

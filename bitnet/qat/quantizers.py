@@ -148,6 +148,23 @@ class WeightQuantizer:
         scale, zero_point = self.scale(weight, step)
         return Codes(self.codes(weight.float(), scale, zero_point), scale, zero_point)
 
+    def scale_shape(self, n: int, k: int) -> tuple[int, ...]:
+        """The shape of the scale of a weight ``[N, K]``."""
+        groups = -(-k // self.group_size)
+        return {"tensor": (), "row": (n,), "group": (n, groups)}[self.granularity]
+
+    def without_values(self, weight: Tensor) -> Codes:
+        """Codes, scale and zero point of a weight without memory: shapes and dtypes alone.
+
+        torch has most operators for meta tensors in Python: :meth:`quantize` would import its
+        compiler, which takes seconds, and then 50 ms for a layer. Errors as :meth:`scale`.
+        """
+        _check_weight(weight)
+        shape = self.scale_shape(*weight.shape)
+        scale = torch.empty(shape, dtype=torch.float32, device="meta")
+        zero = torch.empty(shape, dtype=torch.int32, device="meta") if self.affine else None
+        return Codes(torch.empty(weight.shape, dtype=torch.int8, device="meta"), scale, zero)
+
     def fake_quantize(self, weight: Tensor, step: Tensor | None = None) -> Quantized:
         """:meth:`quantize` and the codes' value, differentiable in the weight and the step.
 

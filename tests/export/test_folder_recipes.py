@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitnet.data.tokenizer import Tokenizer
+from bitnet.export.contents import structure_of
 from bitnet.export.folder import load, load_model, read_config, save_model, sizes
 from bitnet.model import Transformer
 from bitnet.qat.prepare import convert
@@ -57,6 +59,34 @@ def test_qat_round_trips(tmp_path: Path, recipe: Recipe, tied: bool) -> None:
     assert first.keys() == second.keys()
     matrices = sizes(tmp_path / "0").stored["matrices"]
     assert matrices < sizes(tmp_path / "latent").stored["matrices"] / 2
+
+
+class Operators(TorchDispatchMode):
+    """Names of the operators that run within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_a_structure_has_the_shapes_of_the_model_and_computes_nothing(recipe: Recipe) -> None:
+    """On the meta device torch computes in Python and imports its compiler, which takes seconds."""
+    latent, integer = prepared(recipe), converted(recipe)
+    for model, weights in ((latent, "latent"), (integer, "integer")):
+        with Operators() as seen:
+            structure = structure_of(model.config, weights, recipe)  # type: ignore[arg-type]
+        described = [
+            {name: (tensor.shape, tensor.dtype) for name, tensor in one.state_dict().items()}
+            for one in (structure, model)
+        ]
+        assert described[0] == described[1]
+        computing = ("abs", "mean", "sum", "amax", "clamp", "div", "mul", "where", "round")
+        assert not seen.names & set(computing)
 
 
 def test_a_loaded_qat_model_trains_on(tmp_path: Path) -> None:
