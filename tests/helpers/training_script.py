@@ -6,13 +6,22 @@ train.py is in no package, so it is loaded by its path.
 import importlib.util
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
+
+import numpy as np
+import torch
+from torch.distributed import TCPStore
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 
@@ -37,7 +46,7 @@ def exact(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def torchrun(n: int, *args: str) -> str:
-    """Train with ``n`` processes, on one thread each."""
+    """Train with ``n`` processes, on one thread each, which torchrun starts."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
     done = subprocess.run(
         [sys.executable, *(launcher if n > 1 else []), str(TRAIN), *args],
@@ -50,18 +59,109 @@ def torchrun(n: int, *args: str) -> str:
     return done.stdout
 
 
-def spawn(args: list[str], wrapper: str = "", **environment: str) -> subprocess.Popen[str]:
-    """Start train.py; ``wrapper`` is code that runs it after a change."""
-    command = [str(TRAIN), *args]
-    if wrapper:
-        command = ["-c", f"import sys; sys.argv = {command!r}\n{wrapper}"]
+def start(args: list[str]) -> subprocess.Popen[str]:
+    """Start train.py in a new interpreter."""
     return subprocess.Popen(
-        [sys.executable, *command],
+        [sys.executable, str(TRAIN), *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **environment},
     )
+
+
+def spawn(
+    args: list[str],
+    wrapper: str = "",
+    before: Callable[[], object] = lambda: None,
+    **environment: str,
+) -> subprocess.Popen[str]:
+    """Start train.py; ``wrapper`` is code that runs it after a change, ``before`` is called in the
+    process.
+
+    The process is a copy of this one, which has imported torch already. It has the signals, the
+    arguments and the environment of a new one, and none of its random state.
+    """
+    code = wrapper or 'import runpy, sys; runpy.run_path(sys.argv[0], run_name="__main__")'
+
+    def program() -> Never:
+        os.closerange(3, 1 << 16)  # Popen waits for an exec or for this
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+        before()
+        os.environ.update(environment)
+        sys.argv = [str(TRAIN), *args]
+        sys.orig_argv = [sys.executable, *sys.argv]
+        warnings.resetwarnings()
+        torch.seed()
+        np.random.seed()
+        random.seed()
+        status = 1
+        try:
+            exec(code, {"__name__": "spawned"})
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(status)
+
+    return subprocess.Popen(
+        [sys.executable],  # for the error, if it cannot be started
+        preexec_fn=program,
+        restore_signals=False,  # what Python ignores stays ignored
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextmanager
+def spawn_ranks(n: int, args: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """``n`` processes of a run, with what torchrun gives them: the environment, and a store that
+    is not in one of them. They end with the block."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
+    processes = [spawn(args, **environment, **one) for one in own]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            for stream in (process.stdout, process.stderr):
+                assert stream is not None
+                stream.close()
+
+
+def outputs(processes: list[subprocess.Popen[str]], timeout: float = 120) -> tuple[str, str]:
+    """What processes print and what they say on stderr, until all have ended."""
+    with ThreadPoolExecutor(len(processes)) as pool:
+        said = list(pool.map(lambda one: one.communicate(timeout=timeout), processes))
+    return "".join(out for out, _ in said), "".join(err for _, err in said)
+
+
+def train_ranks(n: int, *args: str) -> str:
+    """Train with ``n`` processes, on one thread each; returns what they print."""
+    with spawn_ranks(n, list(args)) if n > 1 else nullcontext([spawn(list(args))]) as processes:
+        out, err = outputs(processes)
+    assert [process.returncode for process in processes] == [0] * n, err
+    return out
 
 
 def kill_at(process: subprocess.Popen[str], metrics: Path, step: int, delay: float) -> None:

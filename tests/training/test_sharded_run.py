@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.checkpoints import names
-from tests.helpers.training_script import read_metrics, torchrun
+from tests.helpers.training_script import read_metrics, train_ranks
 
 
 @pytest.mark.slow
@@ -21,17 +21,17 @@ def test_two_processes_one_and_two_again(config_file: Path, tmp_path: Path) -> N
         rows = read_metrics(folder / "tiny")
         return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
-    torchrun(2, *args, f"run.dir={first}", "train.steps=9", "distributed.strategy=fsdp")
+    train_ranks(2, *args, f"run.dir={first}", "train.steps=9", "distributed.strategy=fsdp")
     newest = first / "tiny" / "checkpoints" / "step_00000009"
     assert {"model.00000.safetensors", "model.00001.safetensors"} <= names(newest)
     shutil.copytree(first, second)
-    out = torchrun(1, *args, f"run.dir={first}", "train.steps=12")
+    out = train_ranks(1, *args, f"run.dir={first}", "train.steps=12")
     assert "resumed at step 9" in out
     ddp = "distributed.strategy=ddp"
-    out = torchrun(2, *args, f"run.dir={second}", "train.steps=12", ddp)
+    out = train_ranks(2, *args, f"run.dir={second}", "train.steps=12", ddp)
     assert out.count("resumed at step 9") == 1, "the main process speaks for all"
     assert losses(first).keys() == losses(second).keys() == set(range(1, 13))
     assert abs(losses(first)[10] - losses(second)[10]) < 1e-6
-    out = torchrun(2, *args, f"run.dir={first}", "train.steps=14", "distributed.strategy=fsdp")
+    out = train_ranks(2, *args, f"run.dir={first}", "train.steps=14", "distributed.strategy=fsdp")
     assert "resumed at step 12" in out
     assert losses(first).keys() == set(range(1, 15))

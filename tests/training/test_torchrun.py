@@ -1,4 +1,8 @@
-"""torchrun and train.py: what one process writes, from two; signals, kills, mistakes and hangs."""
+"""torchrun and train.py: what one process writes, from two; signals, kills, mistakes and hangs.
+
+torchrun itself starts those that it has to start again. The others have the environment that it
+gives, but are forked: torchrun's three interpreters would each import torch.
+"""
 
 import json
 import os
@@ -14,7 +18,15 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.training_script import TRAIN, Run, exact, read_metrics
+from tests.helpers.training_script import (
+    TRAIN,
+    Run,
+    exact,
+    outputs,
+    read_metrics,
+    spawn_ranks,
+    train_ranks,
+)
 
 COMMAND = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 
@@ -48,36 +60,33 @@ def torchrun(*args: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate(timeout=60)
 
 
-def finished(*args: str, timeout: float = 120) -> tuple[int, str]:
-    with torchrun(*args) as process:
-        out, _ = process.communicate(timeout=timeout)
-        return process.returncode, out
-
-
 def without_reductions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is the same whatever the order of sums, of the steps before a code turns."""
     return [{key: row[key] for key in ("step", "tokens", "lr", "wd") if key in row} for row in rows]
 
 
+def wait_for_step(step: int, metrics: Path) -> None:
+    deadline = time.monotonic() + 100
+    while not (metrics.exists() and f'{{"step": {step},' in metrics.read_text()):
+        assert time.monotonic() < deadline, f"no step {step}"
+        time.sleep(0.01)
+
+
 def pid_of(agent: subprocess.Popen[str], rank: int, metrics: Path, step: int) -> int:
     """A process of the agent, once the metrics hold a step."""
-    deadline = time.monotonic() + 100
-    while time.monotonic() < deadline:
-        if metrics.exists() and f'{{"step": {step},' in metrics.read_text():
-            children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
-            for child in children:
-                environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-                if f"RANK={rank}".encode() in environment:
-                    return int(child)
-        time.sleep(0.01)
-    raise AssertionError(f"no process of rank {rank} came to step {step}")
+    wait_for_step(step, metrics)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in environment:
+            return int(child)
+    raise AssertionError(f"no process of rank {rank}")
 
 
 def test_ddp_writes_what_one_process_writes(config_file: Path, tmp_path: Path, run: Run) -> None:
     """Two shares of 4 sequences are the two micro-batches of one process: to the bit."""
     expected = exact(run("run.name=one"))
-    code, out = finished(str(config_file), f"run.dir={tmp_path}", "run.name=two")
-    assert code == 0, out
+    out = train_ranks(2, str(config_file), f"run.dir={tmp_path}", "run.name=two")
     assert exact(read_metrics(tmp_path / "two")) == expected
     assert out.count("step 40/40") == 1, "one process speaks"
     assert (tmp_path / "two" / "model" / "model.safetensors").read_bytes() == (
@@ -88,9 +97,8 @@ def test_ddp_writes_what_one_process_writes(config_file: Path, tmp_path: Path, r
 def test_fsdp_is_killed_and_resumes(config_file: Path, tmp_path: Path, run: Run) -> None:
     """SIGKILL of a process ends the other and torchrun starts both again: nothing is lost or
     doubled, and the run ends as one that was never killed."""
-    options = ("distributed.strategy=fsdp", f"run.dir={tmp_path}")
-    code, out = finished(str(config_file), *options, "run.name=whole")
-    assert code == 0, out
+    options = ("distributed.strategy=fsdp", f"run.dir={tmp_path}", "train.steps=22")
+    train_ranks(2, str(config_file), *options, "run.name=whole")
     expected = exact(read_metrics(tmp_path / "whole"))
     metrics = tmp_path / "killed" / "metrics.jsonl"
     with torchrun("--max-restarts=1", str(config_file), *options, "run.name=killed") as agent:
@@ -99,7 +107,7 @@ def test_fsdp_is_killed_and_resumes(config_file: Path, tmp_path: Path, run: Run)
         assert agent.returncode == 0, out
     assert "resumed at step 14" in out
     assert exact(read_metrics(tmp_path / "killed")) == expected
-    alone = exact(run("run.name=one"))
+    alone = exact(run("run.name=one", "train.steps=22"))
     assert without_reductions(expected) == without_reductions(alone)
     losses = [[row["loss"] for row in rows if "loss" in row][:2] for rows in (expected, alone)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5, rel=0)
@@ -107,10 +115,12 @@ def test_fsdp_is_killed_and_resumes(config_file: Path, tmp_path: Path, run: Run)
 
 def test_a_signal_to_one_process_stops_all(config_file: Path, tmp_path: Path) -> None:
     metrics = tmp_path / "tiny" / "metrics.jsonl"
-    with torchrun(str(config_file), f"run.dir={tmp_path}", "train.steps=100000") as agent:
-        os.kill(pid_of(agent, 1, metrics, 3), signal.SIGTERM)
-        out, _ = agent.communicate(timeout=60)
-    assert agent.returncode != 0
+    args = [str(config_file), f"run.dir={tmp_path}", "train.steps=100000"]
+    with spawn_ranks(2, args) as processes:
+        wait_for_step(3, metrics)
+        processes[1].send_signal(signal.SIGTERM)
+        out, _ = outputs(processes, timeout=60)
+    assert all(process.returncode for process in processes)
     stopped = re.search(r"stopped at step (\d+) and saved", out)
     assert stopped is not None, out
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
@@ -119,11 +129,13 @@ def test_a_signal_to_one_process_stops_all(config_file: Path, tmp_path: Path) ->
 
 
 def test_a_mistake_is_reported_once(config_file: Path, tmp_path: Path) -> None:
-    code, out = finished(
-        str(config_file), f"run.dir={tmp_path}", "train.batch_tokens=288", "train.micro_batch=1"
-    )
-    assert code != 0
-    lines = [line for line in out.splitlines() if line.startswith("error: ")]
+    mistake = ("train.batch_tokens=288", "train.micro_batch=1")
+    with spawn_ranks(2, [str(config_file), f"run.dir={tmp_path}", *mistake]) as processes:
+        assert processes[0].wait(60) == 2
+        processes[1].terminate()  # as torchrun does
+        _, err = outputs(processes)
+    assert processes[1].returncode
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert lines == [
         "error: train.batch_tokens = 288 is 9 sequences of data.seq_len = 32, which 2 processes "
         "cannot share equally; the nearest that they can: 256"

@@ -127,11 +127,9 @@ def test_a_closed_terminal_saves_and_ends(config_file: Path, tmp_path: Path) -> 
 
 def test_nohup_trains_on(config_file: Path, tmp_path: Path) -> None:
     """SIGHUP that is ignored when the process starts stays ignored."""
-    process = subprocess.Popen(
-        [sys.executable, str(TRAIN), str(config_file), f"run.dir={tmp_path}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    process = spawn(
+        [str(config_file), f"run.dir={tmp_path}"],
+        before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
     metrics = tmp_path / "tiny" / "metrics.jsonl"
     while not (metrics.exists() and '{"step": 3,' in metrics.read_text()):
@@ -140,7 +138,7 @@ def test_nohup_trains_on(config_file: Path, tmp_path: Path) -> None:
     process.send_signal(signal.SIGHUP)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert b"done: the model is in" in out
+    assert "done: the model is in" in out
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
@@ -239,15 +237,10 @@ def test_a_full_disk(config_file: Path, tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
-    process = subprocess.run(
-        [sys.executable, str(TRAIN), str(config_file), f"run.dir={tmp_path}"],
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert process.returncode == 2, process.stderr
-    *_, error = process.stderr.splitlines()
+    process = spawn([str(config_file), f"run.dir={tmp_path}"], before=limit)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    *_, error = err.splitlines()
     assert re.fullmatch(r"error: .*model.safetensors: (File too large|No space .*)", error), error
-    assert "Traceback" not in process.stderr
+    assert "Traceback" not in err
     assert list((tmp_path / "tiny" / "checkpoints").iterdir()) == []

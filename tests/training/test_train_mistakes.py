@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.training_script import TRAIN, spawn, train
+from tests.helpers.training_script import TRAIN, start, train
 
 MISTAKES: list[tuple[str, list[str], str]] = [
     ("typo in a key", ["optim.lrr=1"], "unknown key optim.lrr; the nearest is optim.lr"),
@@ -84,7 +84,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 
 
 def test_the_same_from_the_shell() -> None:
-    process = spawn([str(TRAIN.parent / "configs/quickstart.toml"), "optim.lrr=1"])
+    process = start([str(TRAIN.parent / "configs/quickstart.toml"), "optim.lrr=1"])
     out, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert err == "error: command line: unknown key optim.lrr; the nearest is optim.lr\n"
@@ -92,7 +92,7 @@ def test_the_same_from_the_shell() -> None:
 
 
 def test_help_teaches() -> None:
-    process = spawn(["--help"])
+    process = start(["--help"])
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     lines = [line.strip() for line in out.splitlines()]
