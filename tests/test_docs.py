@@ -152,6 +152,23 @@ def test_the_page_on_processes_shows_the_tables_of_the_csvs(
     assert shown == table != ""
 
 
+@pytest.mark.parametrize(
+    ("study", "page"),
+    [
+        ("scaling", "README.md"),
+        ("scaling", "docs/evidence.md"),
+    ],
+)
+def test_the_pages_on_evidence_show_the_tables_of_the_csvs(
+    study: str, page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(DOCS / "results")  # a study of several files
+    table = runpy.run_path(str(DOCS / "results" / f"{study}.py"), run_name=study)["table"]()
+    text = (DOCS.parent / page).read_text(encoding="utf-8")
+    shown = text.partition(f"<!-- {study}:begin -->\n")[2].partition(f"\n<!-- {study}:end -->")[0]
+    assert shown == table != ""
+
+
 def test_a_report_draws_the_page_on_training(
     bitnet: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """The studies of docs/results: what they search, which runs they choose, what they draw."""
 
+import json
 import math
 import random
 from pathlib import Path
@@ -172,27 +173,26 @@ def test_a_fit_finds_the_line_that_was_put_in(scaling: Any) -> None:
     def gap(weights: int, per_weight: float, _: int) -> float:
         return float(0.1 - 0.02 * math.log2(weights / 393_216) + 0.03 * math.log2(per_weight / 5))
 
-    found = scaling.fit(made_up(scaling, gap))
-    assert found["gap"]["coefficients"] == pytest.approx([0.1, -0.02, 0.03], abs=2e-4)
-    assert found["gap"]["misfit"] < 2e-4  # tokens come in whole steps, so 5.01 per weight
-    assert found["gap"]["seed_spread"] < 1e-9
-    assert len(found["cells"]) == 5
-    assert found["muon_lr"] == 0.02
+    points = scaling.cells(made_up(scaling, gap))
+    found = scaling.fit(points)
+    assert found["coefficients"] == pytest.approx([0.1, -0.02, 0.03], abs=2e-4)
+    assert found["misfit"] < 2e-4  # tokens come in whole steps, so 5.01 per weight
+    assert found["seed_spread"] < 1e-9
+    assert scaling.fit(points[:4]) == {}  # four cells: too few
+    assert scaling.fit([points[0]] * 6) == {}  # six in one place
 
 
 def test_the_intervals_of_a_fit_are_those_of_least_squares(scaling: Any) -> None:
     """Seeds at -e, 0, +e: their spread is e, and the covariance that of the textbook,
     (e / sqrt 3)^2 (X'X)^-1."""
-    found = scaling.fit(made_up(scaling, lambda n, d, seed: 0.1 + 0.01 * (seed - 1)))["gap"]
+    rows = made_up(scaling, lambda n, d, seed: 0.1 + 0.01 * (seed - 1))
+    found = scaling.fit(scaling.cells(rows))
     assert found["seed_spread"] == pytest.approx(0.01)
     points = [(n, d) for n, d in ((106_496, 5), (106_496, 20), (393_216, 5), (393_216, 20))]
     points.append((1_179_648, 5))
     x = np.array([[1, math.log2(n / 393_216), math.log2(d / 5)] for n, d in points])
-    textbook = np.linalg.inv(x.T @ x) * 0.01**2 / 3
-    assert np.array(found["covariance"]) == pytest.approx(
-        textbook, rel=0.05, abs=0.03 * textbook.max()
-    )
-    for (low, high), variance in zip(found["intervals"], np.diag(textbook), strict=True):
+    variances = np.diag(np.linalg.inv(x.T @ x)) * 0.01**2 / 3
+    for (low, high), variance in zip(found["intervals"], variances, strict=True):
         assert high - low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.05)
 
 
@@ -201,3 +201,12 @@ def test_the_published_fits_are_those_of_the_papers(scaling: Any) -> None:
     for weights, percent in ((99e6, 10), (3.9e9, 8)):
         ternary, full = scaling.trilm(weights)
         assert round(100 * (ternary / full - 1)) == percent
+
+
+def test_the_package_carries_the_cells_of_the_rows(scaling: Any) -> None:
+    found = scaling.summary(scaling.read(scaling.CSV))
+    stored = json.loads(scaling.FIT.read_text(encoding="utf-8"))
+    assert stored["cells"] == found["cells"]
+    assert stored["fit"].keys() == found["fit"].keys()
+    for key, value in stored["fit"].items():
+        assert np.array(value) == pytest.approx(np.array(found["fit"][key]), rel=1e-4, abs=1e-6)

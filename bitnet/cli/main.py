@@ -12,6 +12,7 @@ bitnet = group(
         "train": "bitnet.cli.train:train",
         "prepare": "bitnet.cli.prepare:prepare_command",
         "inspect": "bitnet.cli.inspect:inspect_group",
+        "plan": "bitnet.cli.plan:plan_command",
         "pack": "bitnet.cli.pack:pack_command",
         "generate": "bitnet.cli.generate:generate_command",
         "chat": "bitnet.cli.chat:chat_command",

@@ -9,17 +9,16 @@ one seed, by factors of 2, and on past an end that is the best. Rule for other s
 since the spectral norm of Muon's update does not depend on the width. AdamW's rate, for embedding
 and norms, is the library's (`bitnet.config.default_lr`), 4e-3 at all these sizes, for both arms.
 
-``fit`` writes bitnet/scaling.json, from which `bitnet plan` predicts. A fit is linear in doublings
-of the weights N and of tokens per weight D/N: over so small a range a power law is no better
-founded. Its uncertainty is a bootstrap: each cell's mean moves by the pooled spread of its seeds;
-what the fit misses at the cells is added.
+``fit`` writes bitnet/scaling.json: the cells, of which `bitnet plan` tells, and from ``LEAST``
+cells on a fit of the gap, linear in doublings of the weights N and of the tokens per weight D/N.
+Over so small a range a power law is no better founded. The intervals are a bootstrap over seeds:
+each cell's mean moves by the pooled spread of its seeds.
 """
 
 import json
 import math
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,8 +120,6 @@ class Cell(NamedTuple):
     ternary: list[float]
     """nats per token of each seed"""
     fp: list[float]
-    bytes_per_token: float
-    """of the held-out text: bits per byte are nats / ln 2 / this"""
 
     def gaps(self) -> list[float]:
         """Ternary minus full precision, in nats, by seed."""
@@ -140,7 +137,6 @@ def cells(rows: Rows) -> list[Cell]:
         both = sorted(arms.get("ternary", {}).keys() & arms.get("fp", {}).keys())
         if not both:
             continue
-        one = arms["fp"][both[0]]
         found.append(
             Cell(
                 size,
@@ -148,7 +144,6 @@ def cells(rows: Rows) -> list[Cell]:
                 tokens / WEIGHTS[size],
                 [float(arms["ternary"][seed]["loss"]) for seed in both],
                 [float(arms["fp"][seed]["loss"]) for seed in both],
-                float(one["loss"]) / math.log(2) / float(one["bits_per_byte"]),
             )
         )
     return sorted(found, key=lambda cell: (cell.weights, cell.per_weight))
@@ -167,59 +162,60 @@ def design(points: list[Cell]) -> np.ndarray:
     return np.array(rows)
 
 
-def fitted(
-    points: list[Cell], values: Callable[[Cell], list[float]], draws: int = 4000
-) -> dict[str, Any]:
-    """Least squares over the cells' means, with a bootstrap over seeds.
+LEAST = 5
+"""Cells that a fit of three coefficients needs, over two sizes and two numbers of tokens."""
 
-    Arguments:
-        values: of a cell, one per seed.
+
+def fit(points: list[Cell], draws: int = 4000) -> dict[str, Any]:
+    """The gap by least squares over the cells' means; {} if there are too few cells.
+
     Returns:
-        ``coefficients`` [3], their ``covariance`` [3, 3], 95% ``intervals`` [3, 2], the ``misfit``
-        (root mean square of what remains at the cells, by degrees of freedom) and the pooled
-        ``seed_spread``, a standard deviation.
+        ``coefficients`` [3] in nats: at ``AT``, for a doubling of the weights, for a doubling of
+        the tokens per weight; their 95% ``intervals`` [3, 2]; the ``misfit`` (root mean square of
+        what remains at the cells, by degrees of freedom) and the pooled ``seed_spread``, a standard
+        deviation.
     """
     x = design(points)
-    means = np.array([statistics.fmean(values(cell)) for cell in points])
-    counts = np.array([len(values(cell)) for cell in points])
-    squares = [sum((v - statistics.fmean(values(c))) ** 2 for v in values(c)) for c in points]
+    if len(points) < LEAST or np.linalg.matrix_rank(x) < x.shape[1]:
+        return {}
+    means = np.array([statistics.fmean(cell.gaps()) for cell in points])
+    counts = np.array([len(cell.gaps()) for cell in points])
+    squares = [sum((g - statistics.fmean(c.gaps())) ** 2 for g in c.gaps()) for c in points]
     spread = math.sqrt(sum(squares) / max(1, int((counts - 1).sum())))
     solve = np.linalg.pinv(x)
     best = solve @ means
-    free = max(1, len(points) - x.shape[1])
+    free = len(points) - x.shape[1]
     misfit = math.sqrt(float(((means - x @ best) ** 2).sum()) / free)
     noise = np.random.default_rng(0).normal(size=(draws, len(points)))
     drawn = (means + noise * spread / np.sqrt(counts)) @ solve.T
     return {
         "coefficients": best.tolist(),
-        "covariance": np.cov(drawn.T).tolist(),
         "intervals": np.quantile(drawn, (0.025, 0.975), axis=0).T.tolist(),
         "misfit": misfit,
         "seed_spread": spread,
     }
 
 
-def fit(rows: Rows) -> dict[str, Any]:
-    """What bitnet/scaling.json holds; floats to 8 digits, so that all machines write the same."""
+def summary(rows: Rows) -> dict[str, Any]:
+    """What bitnet/scaling.json holds; floats to 6 digits, so that all machines write the same."""
     points = cells(rows)
     found = {
-        "at": {"weights": AT[0], "tokens_per_weight": AT[1]},
+        "commit": rows[0]["commit"],
         "cells": [
             {
                 "weights": cell.weights,
                 "tokens_per_weight": cell.per_weight,
                 "seeds": len(cell.fp),
+                "gap": statistics.median(cell.gaps()),
+                "low": min(cell.gaps()),
+                "high": max(cell.gaps()),
             }
             for cell in points
         ],
-        "muon_lr": best_lr(rows, "ternary"),
-        "bytes_per_token": points[0].bytes_per_token,
-        "gap": fitted(points, Cell.gaps),
-        "log_loss": fitted(points, lambda cell: [math.log(loss) for loss in cell.ternary]),
-        "commit": rows[0]["commit"],
+        "fit": fit(points),
     }
     rounded: dict[str, Any] = json.loads(
-        json.dumps(found), parse_float=lambda text: float(f"{float(text):.8g}")
+        json.dumps(found), parse_float=lambda text: float(f"{float(text):.6g}")
     )
     return rounded
 
@@ -273,7 +269,7 @@ def plot(rows: Rows, out: Path) -> Path:
 
     points, figure = cells(rows), Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    a, b, c = fit(rows)["gap"]["coefficients"]
+    line = fit(points)
     for i, size in enumerate(dict.fromkeys(cell.size for cell in points)):
         of = [cell for cell in points if cell.size == size]
         places = [cell.per_weight for cell in of]
@@ -292,16 +288,20 @@ def plot(rows: Rows, out: Path) -> Path:
             label=label,
             color=f"C{i}",
         )
-        ends = [min(p.per_weight for p in points), max(p.per_weight for p in points)]
-        line = [a + b * math.log2(WEIGHTS[size] / AT[0]) + c * math.log2(d / AT[1]) for d in ends]
-        axes.plot(ends, line, color=f"C{i}", lw=1, alpha=0.6)
+        if line:
+            a, b, c = line["coefficients"]
+            ends = [min(p.per_weight for p in points), max(p.per_weight for p in points)]
+            at = a + b * math.log2(WEIGHTS[size] / AT[0])
+            heights = [at + c * math.log2(d / AT[1]) for d in ends]
+            axes.plot(ends, heights, color=f"C{i}", lw=1, alpha=0.6)
     axes.axhline(0, color="0.6", lw=0.8)
     axes.set_xscale("log", base=2)
     ticks = sorted({round(cell.per_weight) for cell in points})
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.set_xlabel("tokens per weight")
     axes.set_ylabel("ternary minus full precision, nats per token")
-    axes.set_title("Median and range of seeds; lines: the fit", fontsize=10)
+    title = "Median and range of seeds" + ("; lines: the fit" if line else "")
+    axes.set_title(title, fontsize=10)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(out, dpi=150, metadata={"Software": ""})
@@ -317,7 +317,7 @@ def draw(words: list[str]) -> None:
         elif word == "plot":
             print(plot(rows, CSV.with_suffix(".png")))
         else:
-            text = json.dumps(fit(rows), indent=1) + "\n"
+            text = json.dumps(summary(rows), indent=1) + "\n"
             FIT.write_text(text, encoding="utf-8")
             print(text)
 

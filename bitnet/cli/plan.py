@@ -1,0 +1,84 @@
+"""``bitnet plan``: what to train in so many hours, and what is known about such runs."""
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from bitnet.cli.common import split_args
+from bitnet.plan import MEASURED, all_depths, load_cells, measured_speed, nearest, propose
+from bitnet.progress import plain_console, reporting
+from bitnet.summary import human
+
+
+def plan_command(
+    hours: Annotated[
+        float, typer.Option(help="Hours of training on this machine's CPU.", min=0.001, max=1e5)
+    ],
+    args: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG]... [SECTION.KEY=VALUE]...",
+            help="What to train, at a depth to be found. Default: quickstart.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int,
+        typer.Option(help="Tokens of the run. 0: 20 per parameter.", min=0, max=10**13),
+    ] = 0,
+) -> None:
+    """Propose depth, batch and tokens for so many hours on this machine.
+
+    Trains four small models for some seconds each, on random tokens, to measure this CPU; half a
+    minute in all. Then proposes the largest model.depth whose 20 tokens per parameter fit into the
+    time, with the command that trains it. Larger depths are assumed to reach the FLOP/s of the
+    largest measured one. Other programs on the machine slow the measurement as they would the run.
+
+    What ternary costs is said where the scaling study measured it (docs/evidence.md): as the gap
+    in nats per token to the full-precision baseline, at the nearest size and tokens. Nothing is
+    predicted for runs more than a doubling away from what was measured.
+
+    Example: bitnet plan --hours 2
+
+    Example: bitnet plan --hours 8 --tokens 100000000 15m
+    """
+    words = args or ["quickstart"]
+    paths, overrides = split_args(words)
+    if not paths:
+        words = ["quickstart", *words]
+        paths, overrides = split_args(words)
+    configs = all_depths(paths, overrides)
+    speeds = []
+    for depth in MEASURED:
+        with reporting(f"measuring depth {depth}"):
+            speeds.append(measured_speed(configs[depth - 1], 6.0))
+    plan = propose(configs, speeds, hours, tokens)
+    config = plan.config
+    console = plain_console(highlight=False, soft_wrap=True)
+    how = "measured" if plan.measured else f"at the FLOP/s of depth {MEASURED[-1]}"
+    console.print(
+        f"depth {config.model.depth}: {human(config.model.num_parameters()['total'])} parameters; "
+        f"{config.train.steps:,} steps of {config.train.batch_tokens:,} tokens = "
+        f"{human(config.train.tokens)}; about {plan.hours:.2g} hours, "
+        f"{plan.tokens_per_second:,.0f} tokens/s ({how})"
+    )
+    command = [*words, f"model.depth={config.model.depth}", f"train.steps={config.train.steps}"]
+    console.print(f"  bitnet train {shlex.join(command)}")
+    cells = load_cells()
+    cell = nearest(cells, plan.weights, config.train.tokens)
+    if cell is None:
+        low, high = (human(pick(cell.weights for cell in cells)) for pick in (min, max))
+        few, many = (pick(cell.tokens_per_weight for cell in cells) for pick in (min, max))
+        console.print(
+            f"The study covers {low} to {high} weights in matrices at {few:.0f} to {many:.0f} "
+            f"tokens per weight. This run has {human(plan.weights)} and "
+            f"{config.train.tokens / plan.weights:.0f}: too far to say what ternary costs."
+        )
+    else:
+        console.print(
+            f"Nearest in the study: {human(cell.weights)} weights in matrices, "
+            f"{cell.tokens_per_weight:.0f} tokens per weight: ternary is {cell.gap:+.3f} nats per "
+            f"token from full precision ({cell.low:+.3f} to {cell.high:+.3f}, "
+            f"{cell.seeds} seed{'s' * (cell.seeds > 1)})."
+        )

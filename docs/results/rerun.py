@@ -1,0 +1,75 @@
+"""Does a row's command give the same bits again? rerun.csv.
+
+    python docs/results/rerun.py --data TRAIN --held-out TEXT        # two rows of scaling.csv
+
+The rows are picked at random, once: another call compares the same ones. Each is trained anew in
+another folder by its own command, packed and evaluated. On the machine that made the row the loss
+has to be the same to the last bit; another CPU may round in another order.
+"""
+
+import argparse
+import os
+import random
+import shlex
+import subprocess
+import sys
+
+import torch
+from study import RESULTS, ROOT, Job, Row, Rows, Study, integers, read, write
+
+from bitnet.export.folder import load_model
+from bitnet_kernels.bench import machine
+
+CSV = RESULTS / "scaling.csv"
+SEED = 20261130
+"""Of the choice."""
+COLUMNS = ("name", "loss", "loss_again", "same_bits", "commit", "commit_again", "cpu_again")
+
+
+def picked(rows: Rows) -> list[Row]:
+    """Two rows."""
+    return random.Random(SEED).sample(sorted(rows, key=lambda row: row["name"]), 2)
+
+
+def no_jobs(_: Rows) -> list[Job]:
+    """A study that trains nothing by itself."""
+    return []
+
+
+def main() -> None:
+    """Train both again, compare, write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--held-out", required=True)
+    arguments = parser.parse_args()
+    study = Study(CSV, no_jobs, argparse.Namespace(**vars(arguments), hours=8.0, only=None))
+    found = []
+    for row in picked(read(CSV)):
+        name = f"again-{row['name']}"
+        words = [
+            f"run.name={name}" if word.startswith("run.name=") else word
+            for word in shlex.split(row["command"])[1:]
+        ]
+        code = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": code}
+        subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, check=True)
+        model = load_model(ROOT / "runs" / "study" / name / "model")
+        loss = repr(study.evaluate(integers(model)).loss)
+        found.append(
+            {
+                "name": row["name"],
+                "loss": row["loss"],
+                "loss_again": loss,
+                "same_bits": "yes" if loss == row["loss"] else "no",
+                "commit": row["commit"],
+                "commit_again": study.commit,
+                "cpu_again": machine.describe(torch.device("cpu")).name,
+            }
+        )
+    write(RESULTS / "rerun.csv", found, COLUMNS)
+    for row in found:
+        print(*row.values())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""``bitnet plan`` with speeds that are given, so that only the command runs."""
+
+from collections.abc import Callable
+
+import pytest
+
+from bitnet.plan import Cell
+
+Bitnet = Callable[..., tuple[int, str, str]]
+SMALL = ("data.vocab_size=1024", "data.path=no-such-data")
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """5,000 tokens per second at depth 1, less for larger ones as FLOPs rise; one cell."""
+
+    def speed(config: object, _: float) -> float:
+        return 5000.0
+
+    monkeypatch.setattr("bitnet.cli.plan.measured_speed", speed)
+    monkeypatch.setattr(
+        "bitnet.cli.plan.load_cells", lambda: [Cell(393_216, 27.0, 3, 0.05, 0.04, 0.06)]
+    )
+
+
+def test_it_proposes_a_run_with_its_command_and_what_is_known(bitnet: Bitnet) -> None:
+    code, out, err = bitnet("plan", "--hours", "1", *SMALL)
+    assert code == 0, err
+    assert out.startswith("depth 2: ")
+    assert f"bitnet train quickstart {' '.join(SMALL)} model.depth=2 train.steps=" in out
+    assert "ternary is +0.050 nats per token from full precision (+0.040 to +0.060, 3 seeds)" in out
+
+
+def test_it_says_nothing_of_runs_that_are_far_from_the_study(bitnet: Bitnet) -> None:
+    code, out, err = bitnet("plan", "--hours", "200", "quickstart", *SMALL)
+    assert code == 0, err
+    assert "The study covers 393.2k to 393.2k weights in matrices at 27 to 27 tokens" in out
+    assert "too far to say what ternary costs." in out
+    assert "(at the FLOP/s of depth 4)" in out
+
+
+def test_too_little_time_is_one_line(bitnet: Bitnet) -> None:
+    code, out, err = bitnet("plan", "--hours", "0.01", "--tokens", "999999999", *SMALL)
+    assert (code, out) == (2, "")
+    assert "--hours 0.01: is too short; 999,999,999 tokens at depth 1 take" in err
