@@ -29,7 +29,7 @@ quickstart: $(RUN)  ## train a small ternary model on a CPU in minutes, pack it,
 	$(BIN)/bitnet pack $(QUICK)
 	$(BIN)/bitnet eval $(QUICK)-packed --data data/python-stdlib --baselines
 	$(BIN)/bitnet generate $(QUICK)-packed --prompt "    def __init__(self" \
-	  --max-new-tokens 150 --temperature 0.7 --top-p 0.9
+	  --max-new-tokens 150 --temperature 1 --top-p 0.95
 
 test: $(DEV)  ## run the tests (10 to 17 minutes on 2 idle cores)
 	$(BIN)/pytest $(SPREAD)

@@ -57,13 +57,14 @@ def quality() -> Panel:
     def bar(label: str, kind: str, color: str = OTHER) -> Bar:
         runs = [float(row["bits_per_byte"]) for row in rows("quickstart.csv", linear=kind)]
         value = statistics.median(runs)
-        return Bar(label, value, f"{value:.3f} ({min(runs):.3f} to {max(runs):.3f})", color)
+        spread = f" ({min(runs):.3f} to {max(runs):.3f})" if len(runs) > 1 else ", one seed"
+        return Bar(label, value, f"{value:.3f}{spread}", color)
 
     bars = (bar("full precision", "fp"), bar("ternary, packed", "ternary", OURS))
     title = "Bits per byte on unseen files (lower is better)"
     row = rows("quickstart.csv", linear="ternary")[0]
     parameters, tokens = float(row["fp32_bytes"]) / 4e6, float(row["tokens"]) / 1e6
-    return Panel(title, f"{parameters:.1f}M parameters, {tokens:.1f}M tokens, 3 seeds", bars)
+    return Panel(title, f"{parameters:.1f}M parameters, {tokens:.1f}M tokens", bars)
 
 
 def size() -> Panel:
