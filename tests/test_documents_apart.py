@@ -125,7 +125,7 @@ def test_without_a_separator_all_is_one_document() -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("linear", ["fp", "ternary"])
 def test_documents_are_apart_in_one_graph(linear: str) -> None:
-    model = small(linear=linear)
+    model = small(linear=linear, n_layers=1)
     model.document_separator = END
     graph = torch.compile(model, fullgraph=True, backend="aot_eager")
     tokens = sequences(2)

@@ -305,7 +305,7 @@ def test_int8_backward_reaches_every_matrix() -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 @pytest.mark.parametrize("linear", ["fp", "ternary"])
 def test_compiles_without_graph_break(linear: str) -> None:
-    model = small(linear=linear)
+    model = small(linear=linear, n_layers=1)
     tokens = torch.randint(0, 50, (2, 16))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(tokens), model(tokens), rtol=1e-5, atol=1e-6)

@@ -124,9 +124,10 @@ def test_compiled_step(device: torch.device, int8_backward: str) -> None:
     (test_first_step_is_the_cpus); a GPU's compiler divides approximately, which moves some."""
     torch._dynamo.reset()
     compiled = partial(torch.compile, fullgraph=True, backend=size("aot_eager", "inductor"))
-    losses, gradients = trained(device, wrap=compiled, int8_backward=int8_backward)
+    options = {"int8_backward": int8_backward, "n_layers": size(1, 2)}
+    losses, gradients = trained(device, wrap=compiled, **options)
     assert all(value.isfinite().all() for value in losses + gradients)
-    exact, exact_gradients = trained(device, 1, int8_backward=int8_backward)
+    exact, exact_gradients = trained(device, 1, **options)
     for ours, theirs in zip(losses[:2], exact, strict=True):
         assert float(ours) == pytest.approx(float(theirs), abs=size(1e-5, 1e-4))
     noise = 2e-2 if int8_backward == "none" else 0.2
