@@ -1,7 +1,8 @@
 """Compiles kernels for GPUs that are not present, inspects them, and prints the findings as JSON.
 
 Not a test module: ``test_sass_kernels.py`` runs it without TRITON_INTERPRET, with "few" or "every"
-and a folder as its arguments. Few are one of the catalog's matmuls per kind and two forms.
+and a folder as its arguments. Few are one of the catalog's matmuls per kind and two forms, for
+sm_90 alone.
 Keys: "reports" of the kernels below and of the catalog's matmuls as dictionaries, "listings" of two
 loops of the real thing, "cli" with exit code, stdout and stderr of command lines.
 """
@@ -34,7 +35,8 @@ from bitnet_kernels.sass import (
     parse,
 )
 
-CAPABILITIES = (80, 90)
+EVERY, FOLDER = sys.argv[1] == "every", Path(sys.argv[2])
+CAPABILITIES = (80, 90) if EVERY else (90,)
 DP4A = tl.constexpr("dp4a.u32.s32 $0, $2, $3, $1;")
 SAD = tl.constexpr("vabsdiff4.u32.u32.u32.add $0, $2, $3, $1;")
 
@@ -221,9 +223,8 @@ def forms(n_kinds: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    every, folder = sys.argv[1] == "every", Path(sys.argv[2])
     matmuls = [spec for spec in gpu_catalog.catalog() if spec.weights]
-    if not every:
+    if not EVERY:
         first = {spec.name.partition(" ")[0]: spec for spec in reversed(matmuls)}
         matmuls = list(first.values())
     reports: list[Report] = [inspect(s, sm) for s in own_specs() + matmuls for sm in CAPABILITIES]
@@ -231,17 +232,18 @@ if __name__ == "__main__":
     for spec in matmuls:
         for sm in CAPABILITIES:
             check(spec, sm)
-    inspected = ("inspect", "kernels", "--arch", "sm_80", "--arch", "sm_90")
+    archs = [word for sm in CAPABILITIES for word in ("--arch", f"sm_{sm}")]
+    inspected = ("inspect", "kernels", *archs)
     found: dict[str, Any] = {
         "reports": [report._asdict() for report in reports],
         "listings": {f"sm_{sm}": compile_spec(real["sad M=1"], sm).sass for sm in CAPABILITIES},
         "marked": listing(real["dp4a M=1"], 90),
         "estimate": estimate_us("sad", TileConfig(1, 8, 2048), 90, 1, 4096, 4096),
-        "forms": forms(5 if every else 1),
+        "forms": forms(5 if EVERY else 1),
         "cli": {
             "two": run(
-                *inspected, "--kernel", "SAD m=1", "--sass", str(folder / "a" / "b"),
-                "--csv", str(folder / "figures.csv"),
+                *inspected, "--kernel", "SAD m=1", "--sass", str(FOLDER / "a" / "b"),
+                "--csv", str(FOLDER / "figures.csv"),
             ),
             "none": run(*inspected, "--kernel", "sat M=1"),
             "unwritable": run(*inspected, "--kernel", "sad M=1", "--csv", f"{__file__}/f"),
