@@ -87,13 +87,23 @@ def nearest(cells: Sequence[Cell], weights: float, tokens: float) -> Cell | None
     return min(near, key=lambda cell: sum(doublings(cell)), default=None)
 
 
+def shape_words(paths: Sequence[Path | str], overrides: Sequence[str], depth: int) -> list[str]:
+    """The overrides that give a config another depth: shape keys that its files set follow from the
+    depth again; those of ``overrides`` stay."""
+    given = load_config(paths).model
+    named = {override.partition("=")[0].strip() for override in overrides}
+    followed = ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff")
+    reset = [f"model.{key}" for key in followed if getattr(given, key)]
+    return [f"model.depth={depth}", *(f"{key}=0" for key in reset if key not in named)]
+
+
 def at_depth(paths: Sequence[Path | str], overrides: Sequence[str], depth: int) -> Config:
     """The config at another depth, resolved, with 20 tokens per parameter.
 
     Raises:
         UserError: a mistake in the config.
     """
-    config = load_config(paths, [*overrides, f"model.depth={depth}"])
+    config = load_config(paths, [*overrides, *shape_words(paths, overrides, depth)])
     train = dataclasses.replace(config.train, steps=0, tokens=0)
     return dataclasses.replace(config, train=train).resolve()
 

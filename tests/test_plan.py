@@ -18,7 +18,7 @@ from bitnet.schema import UserError
 
 N = 393_216  # depth 2, by hand: 2 layers of 2 (128 x 128) + 2 (64 x 128) + 3 (384 x 128)
 SMALL = ("data.vocab_size=1024", "train.batch_tokens=2048", "data.path=no-such-data")
-PATHS = [presets()["quickstart"]]
+PATHS = [presets()["quickstart"]]  # which sets its layers by itself
 
 
 def cell(weights: int, per_weight: float) -> Cell:
@@ -45,6 +45,8 @@ def test_the_nearest_of_two_cells_speaks() -> None:
 def test_a_depth_wants_twenty_tokens_per_parameter() -> None:
     config = at_depth(PATHS, SMALL, 2)
     model = config.model
+    assert model.n_layers == 2
+    assert at_depth(PATHS, (*SMALL, "model.n_layers=5"), 2).model.n_layers == 5
     assert model.num_parameters()["matrices"] == N
     total = N + 1024 * 128 + 2 * (3 * 128 + 384) + 128  # embedding, and norms as in sub_norm
     assert config.train.steps == -(-20 * total // 2048)

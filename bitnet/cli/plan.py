@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from bitnet.cli.common import split_args
-from bitnet.plan import MEASURED, all_depths, load_cells, measured_speed, nearest, propose
+from bitnet.plan import (
+    MEASURED,
+    all_depths,
+    load_cells,
+    measured_speed,
+    nearest,
+    propose,
+    shape_words,
+)
 from bitnet.progress import plain_console, reporting
 from bitnet.summary import human
 
@@ -63,7 +71,8 @@ def plan_command(
         f"{human(config.train.tokens)}; about {plan.hours:.2g} hours, "
         f"{plan.tokens_per_second:,.0f} tokens/s ({how})"
     )
-    command = [*words, f"model.depth={config.model.depth}", f"train.steps={config.train.steps}"]
+    shape = shape_words(paths, overrides, config.model.depth)
+    command = [*words, *shape, f"train.steps={config.train.steps}"]
     console.print(f"  bitnet train {shlex.join(command)}")
     cells = load_cells()
     cell = nearest(cells, plan.weights, config.train.tokens)

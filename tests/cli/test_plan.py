@@ -27,7 +27,10 @@ def test_it_proposes_a_run_with_its_command_and_what_is_known(bitnet: Bitnet) ->
     code, out, err = bitnet("plan", "--hours", "1", *SMALL)
     assert code == 0, err
     assert out.startswith("depth 2: ")
-    assert f"bitnet train quickstart {' '.join(SMALL)} model.depth=2 train.steps=" in out
+    assert (
+        f"bitnet train quickstart {' '.join(SMALL)} model.depth=2 model.n_layers=0 train.steps="
+        in out
+    )
     assert "ternary is +0.050 nats per token from full precision (+0.040 to +0.060, 3 seeds)" in out
 
 
