@@ -36,7 +36,7 @@ def plan_command(
         typer.Option(help="Tokens of the run. 0: 20 per parameter.", min=0, max=10**13),
     ] = 0,
 ) -> None:
-    """Propose depth, batch and tokens for so many hours on this machine.
+    """Propose depth, batch and tokens for some hours of training.
 
     Trains four small models for some seconds each, on random tokens, to measure this CPU; half a
     minute in all. Then proposes the largest model.depth whose 20 tokens per parameter fit into the
