@@ -44,6 +44,7 @@ from bitnet.model import Transformer, as_transformer
 from bitnet.qat.layers import QATLinear
 from bitnet.qat.prepare import convert
 from bitnet_kernels.bench import machine
+from bitnet_kernels.cpu import native
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = Path(__file__).resolve().parent
@@ -78,6 +79,7 @@ COLUMNS = (
     "torch",
     "python",
     "cpu",
+    "kernels",
     "threads",
     "data",
     "command",
@@ -350,6 +352,7 @@ class Study:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "cpu": machine.describe(torch.device("cpu")).name,
+            "kernels": native.used() or "torch",  # which round sums in different orders
             "threads": 1,
             "data": self.data,
             "command": shlex.join(["python", *words]),
