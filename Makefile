@@ -31,7 +31,7 @@ quickstart: $(RUN)  ## train a small ternary model on a CPU in minutes, pack it,
 	$(BIN)/bitnet generate $(QUICK)-packed --prompt "    def __init__(self" \
 	  --max-new-tokens 150 --temperature 1 --top-p 0.95
 
-test: $(DEV)  ## run the tests (10 to 17 minutes on 2 idle cores)
+test: $(DEV)  ## run the tests (about 9 minutes on 2 cores)
 	$(BIN)/pytest $(SPREAD)
 
 slow: $(DEV)  ## run the tests that take minutes

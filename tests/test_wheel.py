@@ -84,6 +84,7 @@ def test_wheel_holds_the_packages_and_nothing_else(built: Path) -> None:
     }
     checkout = ["train.py", *sorted((ROOT / "configs").rglob("*.toml"))]
     expected |= {f"bitnet/checkout/{(ROOT / path).relative_to(ROOT)}" for path in checkout}
+    expected.add("bitnet/scaling.json")  # what bitnet plan knows
     assert names == expected | ({LIBRARY} if COMPILER else set())
     assert wheel.stem.split("-", 2)[2] == f"cp311-abi3-{PLATFORM}"
 
