@@ -38,10 +38,11 @@ def plan_command(
 ) -> None:
     """Propose depth, batch and tokens for some hours of training.
 
-    Trains four small models for some seconds each, on random tokens, to measure this CPU; half a
-    minute in all. Then proposes the largest model.depth whose 20 tokens per parameter fit into the
-    time, with the command that trains it. Larger depths are assumed to reach the FLOP/s of the
-    largest measured one. Other programs on the machine slow the measurement as they would the run.
+    Trains four small models for some seconds each, on random tokens, to measure this CPU; half
+    a minute in all, and longer with large batches. Then proposes the largest model.depth whose
+    20 tokens per parameter fit into the time, with the command that trains it. Larger depths
+    are assumed to reach the FLOP/s of the largest measured one. Other programs on the machine
+    slow the measurement as they would the run.
 
     What ternary costs is said where the scaling study measured it (docs/evidence.md): as the gap
     in nats per token to the full-precision baseline, at the nearest size and tokens. Nothing is

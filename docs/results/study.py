@@ -22,7 +22,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,6 +152,8 @@ def link_data(text: str) -> list[str]:
     link.parent.mkdir(parents=True, exist_ok=True)
     if not link.exists():
         link.symlink_to(Path(text).resolve())
+    if link.resolve() != Path(text).resolve():
+        raise SystemExit(f"{link.parent}: belongs to {link.resolve()}; remove it for another text")
     name = f"data/study/{link.name}"
     return [] if suffixes == ".jsonl.xz" else [f'data.sources=["{name}"]']
 
@@ -158,7 +161,8 @@ def link_data(text: str) -> list[str]:
 def held_out(train: str, text: str) -> list[str]:
     """The held-out documents that share nothing with the training text. The search is made once:
     its findings go to overlap.csv, the documents to data/study."""
-    kept = ROOT / "data" / "study" / "held_out.json"
+    key = f"{sha256(Path(train))[:8]}-{sha256(Path(text))[:8]}"
+    kept = ROOT / "data" / "study" / f"held_out-{key}.json"
     if not kept.exists():
         texts = list(documents([text], "text"))
         report = search(documents([train], "text"), texts)
@@ -286,6 +290,9 @@ class Study:
             if job is not None:
                 try:
                     self.make(job)
+                except Exception:
+                    self.failed.add(job.name)
+                    print(f"{job.name}: {traceback.format_exc()}", flush=True)
                 finally:
                     with self.lock:
                         self.running.discard(job.name)
@@ -386,11 +393,6 @@ def commit() -> str:
     return head.stdout.strip() + ("-dirty" if changed.returncode else "")
 
 
-def seeds(rows: Rows) -> Iterator[int]:
-    """The seeds of rows, sorted."""
-    yield from sorted({int(row["seed"]) for row in rows})
-
-
 def main(path: Path, jobs: Jobs, about: str) -> None:
     """The command line of a study's script: make the rows that the CSV lacks."""
     parser = argparse.ArgumentParser(description=about.partition("\n")[0])
@@ -418,3 +420,5 @@ def main(path: Path, jobs: Jobs, about: str) -> None:
         job.name for job in jobs(study.rows()) if job.name not in {r["name"] for r in study.rows()}
     ]
     print(f"{len(left)} runs remain" + (f": {' '.join(left)}" if left else ""))
+    if study.failed:
+        raise SystemExit(f"failed: {' '.join(sorted(study.failed))}")

@@ -3,8 +3,8 @@
 All multiply by the same ternary matrix. Ours are timed twice: ``linear`` has float inputs and
 outputs and quantizes the activations, as a layer does; ``matmul`` is the integer product alone. The
 others have 16-bit inputs and outputs, so ratios of ``linear`` compare like with like. On a CPU,
-``read`` reads the packed weights and does no more than add them up, as 64-bit integers: no kernel
-whose weights come from memory can take less time.
+``read`` reads the packed weights in order and does no more than add them up, as 64-bit integers. A
+kernel whose weights come from memory takes about as long; less, where it fetches ahead.
 
 A CPU's weights lie in large pages, where the system can, as those of a loaded model do.
 """
