@@ -198,12 +198,17 @@ def test_ctrl_c_ends_the_real_trainer(tmp_path: Path) -> None:
     text[99_998::100_000] = text[99_999::100_000] = ord("\n")
     file.write_bytes(text.tobytes())
     command = [sys.executable, "-m", "bitnet", "prepare", str(file), "--vocab-size", "30000"]
-    run = subprocess.Popen(
-        [*command, "--path", str(tmp_path / "set")],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
+    # A shell that starts the tests in the background has them ignore SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        run = subprocess.Popen(
+            [*command, "--path", str(tmp_path / "set")],
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
     wait_for(lambda: bool(children.read_text(encoding="utf-8").split()), 300)
     (child,) = map(int, children.read_text(encoding="utf-8").split())

