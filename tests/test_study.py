@@ -203,6 +203,23 @@ def test_the_published_fits_are_those_of_the_papers(scaling: Any) -> None:
         assert round(100 * (ternary / full - 1)) == percent
 
 
+def test_a_size_at_which_another_rate_is_better_is_not_carried(scaling: Any) -> None:
+    def row(arm: str, size: str, lr: str, loss: str) -> dict[str, str]:
+        tokens = str(scaling.tokens_for(size, 5.0))
+        shown = {"arm": arm, "size": size, "lr": lr, "loss": loss, "tokens": tokens}
+        return {**shown, "seed": "0", "commit": "x"}
+
+    swept = [row(arm, "0.1M", lr, "4") for arm in scaling.ARMS for lr in ("0.01", "0.02", "0.04")]
+    swept += [row(arm, "0.1M", "0.08", "3.9") for arm in scaling.ARMS]
+    chosen = [row(arm, "0.4M", "0.08", "3.5") for arm in scaling.ARMS]
+    rows = [*swept, *chosen, row("ternary", "0.4M", "0.16", "3.6")]
+    assert [cell["weights"] for cell in scaling.summary(rows)["cells"]] == [106496, 393216]
+    rows.append(row("fp", "0.4M", "0.04", "3.4"))
+    assert scaling.badly_tuned(rows) == {"0.4M"}
+    assert [cell["weights"] for cell in scaling.summary(rows)["cells"]] == [106496]
+    assert "| 0.4M, badly tuned | 5 |" in scaling.table(rows)
+
+
 def test_the_package_carries_the_cells_of_the_rows(scaling: Any) -> None:
     found = scaling.summary(scaling.read(scaling.CSV))
     stored = json.loads(scaling.FIT.read_text(encoding="utf-8"))

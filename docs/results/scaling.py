@@ -106,6 +106,18 @@ def jobs(rows: Rows) -> list[Job]:
     return wanted
 
 
+def badly_tuned(rows: Rows) -> set[str]:
+    """The sizes at which an arm does better at another rate than the one carried there: their gaps
+    measure the rate as well."""
+    first = {(r["arm"], r["size"], r["tokens"]): r for r in of_grid(rows) if r["seed"] == "0"}
+    found = set()
+    for row in rows:
+        chosen = first.get((row["arm"], row["size"], row["tokens"]))
+        if chosen and row["seed"] == "0" and float(row["loss"]) < float(chosen["loss"]):
+            found.add(row["size"])
+    return found
+
+
 def of_grid(rows: Rows) -> list[Row]:
     """The rows at the chosen rates."""
     return [row for row in rows if float(row["lr"]) == best_lr(rows, row["arm"])]
@@ -198,7 +210,8 @@ def fit(points: list[Cell], draws: int = 4000) -> dict[str, Any]:
 
 def summary(rows: Rows) -> dict[str, Any]:
     """What bitnet/scaling.json holds; floats to 6 digits, so that all machines write the same."""
-    points = cells(rows)
+    badly = badly_tuned(rows)
+    points = [cell for cell in cells(rows) if cell.size not in badly]
     found = {
         "commit": rows[0]["commit"],
         "cells": [
@@ -233,7 +246,8 @@ with QAT for the last tenth of the tokens."""
 
 def table(rows: Rows | None = None) -> str:
     """Markdown: the gap of each cell, the median and range of the seeds, beside published fits."""
-    points = cells(read(CSV) if rows is None else rows)
+    rows = read(CSV) if rows is None else rows
+    points, badly = cells(rows), badly_tuned(rows)
     lines = [
         "| weights in matrices | tokens per weight | full precision | ternary, packed "
         "| gap, nats per token | gap | seeds |",
@@ -245,8 +259,9 @@ def table(rows: Rows | None = None) -> str:
         if len(gaps) > 1:
             shown += f" ({gaps[0]:+.4f} to {gaps[-1]:+.4f})"
         share = 100 * statistics.fmean(gaps) / statistics.fmean(cell.fp)
+        size = f"{cell.size}, badly tuned" if cell.size in badly else cell.size
         lines.append(
-            f"| {cell.size} | {cell.per_weight:.0f} | {statistics.fmean(cell.fp):.3f} "
+            f"| {size} | {cell.per_weight:.0f} | {statistics.fmean(cell.fp):.3f} "
             f"| {statistics.fmean(cell.ternary):.3f} | {shown} | {share:+.1f}% | {len(gaps)} |"
         )
     for weights in (99e6, 3.9e9):
