@@ -5,10 +5,9 @@ import re
 from collections.abc import Collection, Sequence
 
 from bitnet.bench.decode_table import NOTHING
+from bitnet.bench.decode_worker import BF16_HEAD
 from bitnet.bench.rows import Figures, counted, distinct, origin
 from bitnet.summary import human
-
-OURS = "ours-bf16-head"
 
 
 def beside(rows: Sequence[Figures]) -> list[Figures]:
@@ -49,10 +48,10 @@ def summary(rows: Sequence[Figures]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for where, by_contender in sorted(found.items()):
-        if (ours := by_contender.get(OURS)) is None:
+        if (ours := by_contender.get(BF16_HEAD)) is None:
             continue
         cells = [f"{float(ours['tokens_s']):,.0f}"]
-        for contender in (OURS, "ours-addsub-bf16-head", "ours-int8-head"):
+        for contender in (BF16_HEAD, "ours-addsub-bf16-head", "ours-int8-head"):
             other = by_contender.get(contender)
             cells.append(f"{float(other['over_llama_cpp']):.1f}" if other else "")
         cells.append(f"{float(ours['first_over_llama_cpp']):.1f}")

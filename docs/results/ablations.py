@@ -5,7 +5,7 @@
 
 Each variant differs from the ternary model of scaling.py in what its options say, at 0.1M weights
 and 20 tokens per weight, with the same tokens in the same order, 3 seeds, and the learning rate of
-the base. A variant may do better at a rate of its own: that is not searched.
+the base. Another rate may suit a variant better; none is searched.
 """
 
 import statistics

@@ -5,9 +5,11 @@
 
 Ternary and full-precision models of the same shape see the same tokens in the same order. The
 learning rate of the matrices (Muon) is swept for each arm at 0.1M weights and 5 tokens per weight,
-one seed, by factors of 2, and on past an end that is the best. Rule for other sizes: the same rate,
-since the spectral norm of Muon's update does not depend on the width. AdamW's rate, for embedding
-and norms, is the library's (`bitnet.config.default_lr`), 4e-3 at all these sizes, for both arms.
+one seed, by factors of 2, and on past an end that is the best. Other sizes get the same rate, since
+the spectral norm of Muon's update does not depend on the width. That fails for full precision at
+0.4M weights, where half the rate is better; such sizes are marked (:func:`badly_tuned`). AdamW's
+rate, for embedding and norms, is the library's (`bitnet.config.default_lr`), 4e-3 at all these
+sizes, for both arms.
 
 ``fit`` writes bitnet/scaling.json: the cells, of which `bitnet plan` tells, and from ``LEAST``
 cells on a fit of the gap, linear in doublings of the weights N and of the tokens per weight D/N.

@@ -30,6 +30,20 @@ def folder(tmp_path: Path) -> Path:
     return write(llama(), tmp_path / "llama")
 
 
+def greedy_tokens(theirs: Any, prompt: list[int], count: int) -> list[int]:
+    """What transformers generates after a prompt, greedily."""
+    generated = theirs.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    found: list[int] = generated[0, len(prompt) :].tolist()
+    return found
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -55,15 +69,7 @@ def test_the_same_logits_and_tokens(tmp_path: Path, changes: dict[str, Any]) -> 
     assert (ours - expected).abs().max() < bound
     prompt = encode_prompt(tokenizer, "to be or")
     (new,) = generate(model, [prompt], 20)
-    generated = theirs.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=20,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    assert new == generated[0, len(prompt) :].tolist()
+    assert new == greedy_tokens(theirs, prompt, 20)
 
 
 @torch.no_grad()
@@ -121,15 +127,7 @@ def test_qwen2_with_biases_of_queries_keys_and_values(tmp_path: Path, tied: bool
     assert (without(tokens) - expected).abs().max() > 0.1 * expected.std(), "biases must matter"
     prompt = encode_prompt(tokenizer, "to be or")
     (new,) = Engine(model, tokenizer).generate([prompt], 20)
-    generated = theirs.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=20,
-        do_sample=False,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    assert new == generated[0, len(prompt) :].tolist()
+    assert new == greedy_tokens(theirs, prompt, 20)
     again, _ = load(save_model(tmp_path / "ours", model, tokenizer))
     assert torch.equal(again(tokens), ours)
 
