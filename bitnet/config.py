@@ -13,7 +13,7 @@ number of parameters N. These rules follow:
                     a sixth of that for the full-precision baseline (ternary takes 6 to 8 times)
                     a tenth of *that* to train a saved model on (train.init_from): a ternary one, a
                     full-precision one as ternary or with [quant] (QAT takes 1/10 to 1/100), or, as
-                    the control, without
+                    the control, without. Muon's is 0.02 in both arms, a tenth for a saved model
     batch           262,144 * sqrt(N / 50M) tokens, to a power of two in 16k .. 1M: 262k at 50M
                     (QuEST, arXiv 2502.05003), 1M at 700M (b1.58)
     tokens          20 N (Chinchilla, arXiv 2203.15556)
@@ -220,7 +220,8 @@ class Config:
         n_parameters = model.num_parameters()["total"]
         saved = bool(self.train.init_from)
         lr = self.optim.lr or default_lr(n_parameters, model.linear, saved)
-        optim = dataclasses.replace(self.optim, lr=lr)
+        muon_lr = self.optim.muon_lr or (0.002 if saved else 0.02)
+        optim = dataclasses.replace(self.optim, lr=lr, muon_lr=muon_lr)
         train = self._resolve_train(n_parameters)
         config = dataclasses.replace(self, model=model, optim=optim, train=train)
         _check_combination(config)

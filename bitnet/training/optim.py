@@ -71,8 +71,8 @@ class OptimConfig:
     cosine that ends there"""
     wd_zero_fraction: _Fraction = 0.6
     """share of the run after which weight decay is 0 (zero_at, cosine)"""
-    muon_lr: _Positive = 0.02
-    """muon: peak learning rate of the hidden matrices"""
+    muon_lr: _NotNegative = 0.0
+    """muon: peak learning rate of the hidden matrices; 0 = 0.02, a tenth of it for a saved model"""
     muon_momentum: _Momentum = 0.95
     """muon: decay of the mean of the gradient (Nesterov)"""
     muon_ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5
@@ -241,13 +241,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizers:
 
     Arguments:
         model: parameters already on their device; wrapped (compiled, distributed) or not.
-        config: with ``lr`` resolved, above 0.
+        config: with ``lr`` and, for Muon, ``muon_lr`` resolved, above 0.
 
     Raises:
-        ValueError: ``lr`` is still 0, or ``muon`` finds no matrix in the model's layers.
+        ValueError: a learning rate is still 0, or ``muon`` finds no matrix in the model's layers.
     """
-    if config.lr <= 0:
-        raise ValueError("config.lr must be above 0 here: resolve the config first")
+    for name in ("lr", "muon_lr") if config.optimizer == "muon" else ("lr",):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"config.{name} must be above 0 here: resolve the config first")
     groups = param_groups(model, config)
     if config.optimizer == "muon" and not groups["muon"]:
         raise ValueError('optimizer "muon" found no matrix: no parameter name has a part "layers"')

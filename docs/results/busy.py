@@ -43,7 +43,8 @@ if threads:
     torch.set_num_threads(threads)
 torch.manual_seed(0)
 model = Transformer(ModelConfig(depth=3, vocab_size=4096, max_seq_len=256))
-optimizers = build_optimizer(model, OptimConfig(optimizer="muon", lr=4e-3, muon_ns_steps=3))
+optim = OptimConfig(optimizer="muon", lr=4e-3, muon_lr=0.02, muon_ns_steps=3)
+optimizers = build_optimizer(model, optim)
 steps, begin = -1, 0.0
 while steps < 1 or time.perf_counter() - begin < seconds:
     tokens = torch.randint(4096, (4, 257))

@@ -85,7 +85,7 @@ def compare(
 ) -> Counter:
     """Train one model in this process and another together with the others, in fp32 from the same
     weights in each step. Counts what was compared."""
-    world, config = world_of(strategy), OptimConfig(lr=4e-3, optimizer=optimizer)  # type: ignore[arg-type]
+    world, config = world_of(strategy), OptimConfig(lr=4e-3, muon_lr=0.02, optimizer=optimizer)  # type: ignore[arg-type]
     alone, ours = World(CPU), small(**options)
     together = small(**options)
     if double:

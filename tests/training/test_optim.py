@@ -156,7 +156,7 @@ def test_steps_outside_the_run_are_refused(
         {"decay_fraction": 1.5},
         {"decay_fraction": math.nan},
         {"warmup_steps": 1.5},
-        {"muon_lr": 0.0},
+        {"muon_lr": -0.01},
         {"muon_ns_steps": 100},
     ],
 )
@@ -209,8 +209,10 @@ def test_wrapped_models_keep_their_groups() -> None:
 def test_unresolved_or_impossible_configs_are_refused() -> None:
     with pytest.raises(ValueError, match="lr must be above 0"):
         build_optimizer(small_model(), OptimConfig())
+    with pytest.raises(ValueError, match="muon_lr must be above 0"):
+        build_optimizer(small_model(), OptimConfig(lr=0.1, optimizer="muon"))
     with pytest.raises(ValueError, match="no matrix"):
-        build_optimizer(nn.Linear(3, 3), OptimConfig(lr=0.1, optimizer="muon"))
+        build_optimizer(nn.Linear(3, 3), OptimConfig(lr=0.1, muon_lr=0.1, optimizer="muon"))
 
 
 # Updates
@@ -299,7 +301,9 @@ def test_muon_shrinks_an_idle_matrix_as_adamw_does() -> None:
 def test_muon_averages_gradients_with_nesterov_momentum() -> None:
     torch.manual_seed(0)
     model = nn.ModuleDict({"layers": nn.Linear(12, 12, bias=False)})
-    optimizers = build_optimizer(model, OptimConfig(optimizer="muon", lr=1e-3, weight_decay=0.0))
+    optimizers = build_optimizer(
+        model, OptimConfig(optimizer="muon", lr=1e-3, muon_lr=0.02, weight_decay=0.0)
+    )
     matrix = model["layers"].weight
     buffer = torch.zeros(12, 12)
     for _ in range(3):
@@ -319,7 +323,7 @@ def test_muon_averages_gradients_with_nesterov_momentum() -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_state_round_trip_continues_exactly(optimizer: Any) -> None:
-    model, config = Tiny(), OptimConfig(lr=1e-2, optimizer=optimizer)
+    model, config = Tiny(), OptimConfig(lr=1e-2, muon_lr=0.02, optimizer=optimizer)
     optimizers = build_optimizer(model, config)
     model.draw_gradients(0)
     optimizers.step()
@@ -351,7 +355,7 @@ def _resume(model: nn.Module, saved: Optimizers, config: OptimConfig) -> Optimiz
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_language_model_learns(optimizer: Any) -> None:
     model = small_model()
-    optimizers = build_optimizer(model, OptimConfig(lr=1e-2, optimizer=optimizer))
+    optimizers = build_optimizer(model, OptimConfig(lr=1e-2, muon_lr=0.02, optimizer=optimizer))
     tokens = torch.arange(17).remainder(5).repeat(4, 1)
     losses = []
     for step in range(40):

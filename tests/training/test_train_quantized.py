@@ -342,6 +342,10 @@ def test_the_dial_takes_a_tenth_for_a_saved_model_and_for_its_control(pretrained
     assert load_config([], [*start, "quant.weights=int"]).resolve().optim.lr == control.optim.lr
     ternary = load_config([], [*start, "model.linear=ternary"]).resolve()
     assert ternary.optim.lr == pytest.approx(default_lr(n, "ternary") / 10, rel=0.05)
+    assert {one.optim.muon_lr for one in (control, ternary)} == {0.002}
+    assert (
+        load_config([], ["model.depth=1", "model.vocab_size=64"]).optim.muon_lr == 0
+    )  # unresolved
     asked = load_config([], [*start, "optim.lr=1e-3"]).resolve()
     assert asked.optim.lr == 1e-3
     assert one_line(ternary).endswith(f"LR {ternary.optim.lr:g}, a tenth of pretraining's")
