@@ -31,6 +31,7 @@ from einops import rearrange
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from bitnet.export.folder import load
@@ -72,9 +73,8 @@ def logit_loss(student_BTV: Tensor, teacher_BTV: Tensor, temperature: float) -> 
     Arguments:
         student_BTV, teacher_BTV: logits ``[..., V]``, any float dtype (the sums are in fp32).
     """
-    student = F.log_softmax(student_BTV.float() / temperature, -1)
-    teacher = F.log_softmax(teacher_BTV.float() / temperature, -1)
-    return _kl(student, teacher) * temperature**2
+    loss: Tensor = _Divergence.apply(student_BTV, teacher_BTV, temperature)
+    return loss * temperature**2
 
 
 def relation_loss(student_BTD: Tensor, teacher_BTD: Tensor, heads: int) -> Tensor:
@@ -83,18 +83,57 @@ def relation_loss(student_BTD: Tensor, teacher_BTD: Tensor, heads: int) -> Tenso
     Arguments:
         student_BTD, teacher_BTD: ``[B, T, width]``; widths may differ. heads: divides both.
     """
-    return _kl(_relations(student_BTD, heads), _relations(teacher_BTD, heads))
+    loss: Tensor = _Divergence.apply(
+        _relations(student_BTD, heads), _relations(teacher_BTD, heads), 1.0
+    )
+    return loss
 
 
 def _relations(states_BTD: Tensor, heads: int) -> Tensor:
-    """log R: ``[B, T, heads * d]`` -> ``[B, heads, T, T]``, every token to every token."""
+    """Logits of R: ``[B, T, heads * d]`` -> ``[B, heads, T, T]``, every token to every token."""
     x = rearrange(states_BTD.float(), "b t (h d) -> b h t d", h=heads)
-    return F.log_softmax(x @ x.transpose(-1, -2) / math.sqrt(x.shape[-1]), -1)
+    return x @ x.transpose(-1, -2) / math.sqrt(x.shape[-1])
 
 
-def _kl(student: Tensor, teacher: Tensor) -> Tensor:
-    """Of log-probabilities over the last axis, mean over all others."""
-    return (teacher.exp() * (teacher - student)).sum(-1).mean()
+_CPU_CHUNK, _GPU_CHUNK = 2**18, 2**26
+"""Logits per chunk. CPU: 1 MiB in fp32 stays in the cache; fresh tensors of many MiB cost page
+faults in each operation. GPU: 256 MiB, large enough to fill the device."""
+
+
+class _Divergence(torch.autograd.Function):
+    """``KL(softmax(teacher / T) || softmax(student / T))`` over the last axis, averaged over rows,
+    from logits: fp32 ``[]``. Differentiable once, in the student.
+
+    The gradient, ``(softmax(student / T) - softmax(teacher / T)) / (M T)`` for M rows, is computed
+    in the forward, chunk by chunk, and is all that is kept for the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        student_MV, teacher_MV = student.flatten(0, -2), teacher.flatten(0, -2)
+        limit = _CPU_CHUNK if student.device.type == "cpu" else _GPU_CHUNK
+        rows = max(1, limit // student.shape[-1])
+        gradient_MV = torch.empty_like(student_MV, dtype=torch.float32)
+        sums = []
+        for ours_MV, theirs_MV, part_MV in zip(
+            student_MV.split(rows), teacher_MV.split(rows), gradient_MV.split(rows), strict=True
+        ):
+            log_student = F.log_softmax(ours_MV.float() / temperature, -1)
+            log_teacher = F.log_softmax(theirs_MV.float() / temperature, -1)
+            taught = log_teacher.exp()
+            sums.append((taught * (log_teacher - log_student)).sum())
+            torch.sub(log_student.exp_(), taught, out=part_MV)
+        ctx.save_for_backward(gradient_MV)
+        ctx.shape, ctx.dtype = student.shape, student.dtype
+        ctx.scale = 1 / (len(student_MV) * temperature)
+        return torch.stack(sums).sum() / len(student_MV)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_MV,) = ctx.saved_tensors
+        gradient = (gradient_MV * (grad * ctx.scale)).view(ctx.shape)
+        return gradient.to(ctx.dtype), None, None
 
 
 class Distiller:

@@ -95,6 +95,22 @@ def test_relation_loss_of_other_widths(ours: int, theirs: int, heads: int) -> No
     assert relation_loss(teacher, teacher, heads).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_chunks_of_rows_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """7 x 3 rows of 40, in chunks of 2 rows with one left over: loss and gradient as without."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(7, 3, 40, requires_grad=True), torch.randn(7, 3, 40)
+    whole = logit_loss(student, teacher, 2.0)
+    (of_whole,) = torch.autograd.grad(whole, student)
+    monkeypatch.setattr("bitnet.training.distill._CPU_CHUNK", 99)
+    parts = logit_loss(student, teacher, 2.0)
+    (of_parts,) = torch.autograd.grad(parts, student)
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert torch.equal(of_parts, of_whole)  # rows do not know of each other
+    log_q, log_p = (F.log_softmax(x / 2, -1) for x in (student.detach(), teacher))
+    wanted = 2 * (log_q.exp() - log_p.exp()) / 21
+    torch.testing.assert_close(of_whole, wanted)
+
+
 def test_losses_are_fp32_whatever_comes_in() -> None:
     x, y = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
     for dtype in (torch.bfloat16, torch.float16):
