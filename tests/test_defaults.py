@@ -139,7 +139,8 @@ def ptq(method: Callable[..., Transformer], **options: Any) -> Callable[[], obje
 def optimizer(kind: str) -> Callable[[], object]:
     def case() -> object:
         model = small_model()
-        optimizers = build_optimizer(model, OptimConfig(optimizer=kind, lr=1e-2))  # type: ignore[arg-type]
+        config = OptimConfig(optimizer=kind, lr=1e-2, muon_lr=0.02)  # type: ignore[arg-type]
+        optimizers = build_optimizer(model, config)
         for _ in range(3):
             hidden = model.hidden(TOKENS[:, :-1]).flatten(0, 1)
             loss = linear_cross_entropy(hidden, model.lm_head.weight, TOKENS[:, 1:].flatten())
