@@ -18,8 +18,8 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: object) -> None:
-    """Raise TypeError or ValueError unless ``value`` is an integer of at least 1, or the symbol
-    of one."""
+    """Raise TypeError or ValueError unless ``value`` is an integer of at least 1, or a symbolic
+    one."""
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     if value < 1 or value >= 2**31:
@@ -27,7 +27,7 @@ def check_count(name: str, value: object) -> None:
 
 
 def check_columns(name: str, columns: int) -> None:
-    """Raise ValueError if so many columns may overflow an int32 sum: K * 128 from 2^31 on."""
+    """Raise ValueError if sums of so many columns may overflow int32: if K * 128 >= 2^31."""
     if columns >= 2**24:
         raise ValueError(f"{name}: K = {columns} may overflow int32 sums; expected K < 2^24")
 
@@ -65,8 +65,8 @@ def check_x_q(x_q: Tensor) -> None:
 
 
 def check_scale(scale: Tensor, n: int, more: str = "") -> None:
-    """Raise TypeError or ValueError unless ``scale`` is fp32 ``[]`` or ``[N]``; the message says
-    that ``more`` is allowed."""
+    """Raise TypeError or ValueError unless ``scale`` is fp32 ``[]`` or ``[N]``; the message names
+    ``more`` as allowed, too."""
     check_dtype("scale", scale, torch.float32)
     if scale.dim() > 1 or (scale.dim() == 1 and scale.shape[0] != n):
         raise ValueError(f"scale: expected shape [] or [{n}]{more}, got {list(scale.shape)}")
@@ -113,7 +113,7 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def no_backward(ctx: Any, *grads: Any) -> None:
-    """The backward of every operator: RuntimeError, which says what to do instead."""
+    """The backward of every operator: raises a RuntimeError that says what to do instead."""
     raise RuntimeError(
         "the operators of bitnet_kernels have no backward: packed weights are for inference. "
         "Train with bitnet.BitLinear and pack afterwards, or call under torch.no_grad()."

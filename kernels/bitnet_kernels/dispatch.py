@@ -1,14 +1,14 @@
 """Choose the formulation and its configuration for a shape on a device, from tables kept as data.
 
-``tables/sm_NN.json`` ships with the package, one per GPU architecture. A file of the same form in
-the user's cache (``$XDG_CACHE_HOME/bitnet``, else ``~/.cache/bitnet``), named after the GPU, holds
-the measurements of :func:`bitnet_kernels.tune.tune`. It wins for the shapes and M that it has.
+The package ships ``tables/sm_NN.json``, one per GPU architecture. A file of the same form in the
+user's cache (``$XDG_CACHE_HOME/bitnet``, else ``~/.cache/bitnet``), named after the GPU, holds the
+measurements of :func:`bitnet_kernels.tune.tune`. It takes precedence for its shapes and M.
 Every entry gives the time of one formulation for one shape:
 
     {"m": 1, "n": 4096, "k": 4096, "formulation": "sad", "config": [1, 8, 2048, 1, 1, 1], "us": 4.2}
 
 Any shape is looked up at the next power of two of M and at the nearest N and K. A configuration
-that fits the device's shared memory is never wrong, only slow: every kernel takes every shape.
+that fits the device's shared memory can be slow, but never wrong: every kernel takes every shape.
 """
 
 import hashlib
@@ -33,8 +33,9 @@ FORMULATIONS = {
 """Every way to compute the product, and its family."""
 KERNELS = ("auto", "addsub", "dot", *FORMULATIONS, "reference")
 """The values of ``kernel=``. ``addsub``: multiplication-free; ``dot``: multiplier units on decoded
-codes; a formulation of either by name; all of these are Triton, on CUDA or in the interpreter.
-``reference``: plain torch, on any device. ``auto``: the fastest, by device and shape."""
+codes; or the name of a formulation of either. All of these are Triton kernels, on CUDA or in the
+interpreter. ``reference``: plain torch, on any device. ``auto``: the fastest, by device and shape.
+"""
 ARCHITECTURES = (80, 89, 90, 100)
 """Compute capabilities with a table of their own."""
 LANE_COLUMNS = {"sad": 2048, "dp4a": 2048, "popcount": 4096}
@@ -44,7 +45,8 @@ _SHARED_BYTES = {80: 166_912, 87: 166_912, 90: 232_448, 100: 232_448, 103: 232_4
 99 KiB."""
 MAX_M = 4096
 _LARGEST = 1 << 20
-"""Most bytes of a user's table: thousands of entries; more would take seconds at every start."""
+"""Most bytes of a user's table: thousands of entries. Reading more would take seconds at every
+start."""
 
 
 class TileConfig(NamedTuple):
@@ -126,7 +128,8 @@ def _check(entry: Entry) -> None:
 
 def shared_bytes(formulation: str, config: TileConfig) -> int:
     """Upper bound of the shared memory of a configuration, in bytes: the pipeline's tiles of
-    weights and activations, four of these with packed weights; next to none for one warp."""
+    weights and activations, with four tiles of activations per tile of packed weights. One warp
+    needs next to none."""
     if formulation in LANE_COLUMNS:
         return 0
     planes = 4 if formulation == "gemm" else 1
@@ -148,7 +151,7 @@ def table_to_json(table: Table) -> str:
 
 @cache
 def shipped(capability: int) -> Table:
-    """The table of the package for a compute capability, such as 90: its own, else that of the next
+    """The package's table for a compute capability, such as 90: its own, else the table of the next
     lower one among those with no more shared memory."""
     fitting = [arch for arch in ARCHITECTURES if shared_limit(arch) <= shared_limit(capability)]
     lower = [arch for arch in fitting if arch <= capability]
@@ -158,8 +161,8 @@ def shipped(capability: int) -> Table:
 
 
 def cache_file(device_name: str) -> Path:
-    """Where the measurements of this user's GPU of that name are kept."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))  # ignored unless absolute, as its spec says
+    """The file that holds this user's measurements of the GPU of that name."""
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))  # its spec: ignore it unless absolute
     root = root if root.is_absolute() else Path.home() / ".cache"
     return root / "bitnet" / (re.sub(r"\W+", "_", device_name).strip("_") + ".json")
 
@@ -178,8 +181,8 @@ def fingerprint() -> str:
 
 @cache
 def tuned(device_name: str) -> Table:
-    """The measurements of this GPU with these kernels; no entries where there are none (or none
-    that can be read: tuning again writes them anew)."""
+    """The measurements of this GPU with these kernels; no entries if there are none, or if they
+    cannot be read (tuning again writes the file anew)."""
     path = cache_file(device_name)
     try:
         if not path.is_file() or path.stat().st_size > _LARGEST:  # a FIFO would be waited for
@@ -213,8 +216,8 @@ def choose(
 ) -> tuple[str, TileConfig]:
     """The fastest formulation that ``kernel`` allows for a shape, and its configuration.
 
-    The user's own measurements decide where they have this N, K and M; else the nearest shape of
-    the shipped table does, among what fits the GPU's shared memory.
+    The user's own measurements decide if they have this N, K and M, else the nearest shape of the
+    shipped table. Only configurations that fit the GPU's shared memory count.
     """
     names, m, limit = allowed(kernel, planes), bucket(m), shared_limit(capability)
     own = [entry for entry in tuned(device_name).entries if entry[:3] == (m, n, k)]
@@ -225,7 +228,8 @@ def choose(
             if entry.formulation in names and shared_bytes(entry.formulation, entry.config) <= limit
         ]
         if candidates:
-            # Of equals the multiplier units: there latency decides, and they have work to spare.
+            # Of equals take dot, the multiplier units: there latency decides, and they have work
+            # to spare.
             best = min(
                 candidates,
                 key=lambda entry: (

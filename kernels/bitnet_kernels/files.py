@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8) through a draft beside ``path``: a reader never sees half of it.
+    """Write ``text`` (UTF-8) to a draft beside ``path``, then rename it: no reader sees half of it.
 
     Raises OSError (the folder is read-only, the disk full, ...); the old file is then untouched.
     """

@@ -7,8 +7,8 @@ activations stay in natural order:
 
     byte i   [ w[i + 3K/4]+1 | w[i + 2K/4]+1 | w[i + K/4]+1 | w[i]+1 ]     bits 7..0
 
-Base-3, 5 codes per byte (3^5 = 243 <= 256, 1.6 bits per code): the layout of files. A fifth less to
-store and send is worth having on disk; on a GPU its decode costs more than the bytes it saves.
+Base-3, 5 codes per byte (3^5 = 243 <= 256, 1.6 bits per code): the layout of files. It saves a
+fifth of the bytes to store and send; on a GPU, decoding it costs more than the saved bytes gain.
 """
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from bitnet_kernels.checks import check_count, check_tensor
 
 K_MULTIPLE = 64
-"""K is padded to a multiple of it, so that a quarter-plane is a whole number of 16-byte loads."""
+"""K is padded to a multiple of this, so that a quarter-plane is a whole number of 16-byte loads."""
 _POWERS_OF_3 = (1, 3, 9, 27, 81)
 
 
@@ -69,8 +69,8 @@ def unpack_ternary(packed: Tensor, in_features: int) -> Tensor:
     """The inverse of :func:`pack_ternary`: uint8 ``[N, ceil(K/64)*16]`` -> int8 ``[N, K]``.
 
     Raises:
-        TypeError, ValueError: wrong dtype, a shape that K = ``in_features`` cannot have, or a bit
-            pair 11, which no codes make.
+        TypeError, ValueError: wrong dtype, a shape that does not fit K = ``in_features``, or a bit
+            pair 11, which encodes no code.
     """
     check_count("in_features", in_features)
     check_packed(packed, packed_columns(in_features), in_features)
@@ -84,14 +84,14 @@ def _check_pairs(packed: Tensor) -> None:
 
 
 def codes_of(packed: Tensor, in_features: int) -> Tensor:
-    """:func:`unpack_ternary` without a check of the values, so that on a GPU nothing waits."""
+    """:func:`unpack_ternary` without a check of the values, which would wait for a GPU."""
     planes = [(packed >> shift) & 3 for shift in (0, 2, 4, 6)]
     return (torch.cat(planes, 1)[:, :in_features].to(torch.int8) - 1).contiguous()
 
 
 def plane_words(packed_bytes: int) -> int:
-    """Length in int32 words of one bit plane of a row of ``packed_bytes``: a bit per column,
-    padded to 128 columns so that a plane is a whole number of 16-byte loads."""
+    """Length, in int32 words, of one bit plane of a row of ``packed_bytes``: one bit per column,
+    padded to a multiple of 128 columns, so that a plane is a whole number of 16-byte loads."""
     return -(-packed_bytes // 32) * 4
 
 
@@ -101,11 +101,11 @@ def bit_planes(packed: Tensor) -> Tensor:
     Arguments:
         packed: uint8 ``[N, P]`` from :func:`pack_ternary`.
     Returns:
-        int32 ``[N, 2, ceil(P/32)*4]``: bit ``i`` of word ``q`` says of column ``32 q + i`` whether
-        the weight is not 0 (first plane) and whether it is -1 (second).
+        int32 ``[N, 2, ceil(P/32)*4]``: bit ``i`` of word ``q`` says whether the weight in column
+        ``32 q + i`` is not 0 (first plane) and whether it is -1 (second).
     Raises:
         TypeError, ValueError: not uint8 ``[N, P]`` with P a positive multiple of 16, or a bit pair
-            11, which no codes make.
+            11, which encodes no code.
     """
     check_tensor("packed", packed)
     if packed.dtype != torch.uint8:
@@ -118,7 +118,7 @@ def bit_planes(packed: Tensor) -> Tensor:
     words = plane_words(p)
     out = packed.new_empty((n, 2, 4 * words))
     bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    for rows, part in zip(out.split(1024), packed.split(1024), strict=True):  # 8 times as large
+    for rows, part in zip(out.split(1024), packed.split(1024), strict=True):  # 8 times the bytes
         codes = torch.cat([(part >> shift) & 3 for shift in (0, 2, 4, 6)], 1)
         codes = pad(codes, (0, 32 * words - 4 * p), value=1).view(-1, 4 * words, 8)
         rows[:, 0] = ((codes != 1).to(torch.uint8) << bits).sum(-1, dtype=torch.uint8)
@@ -140,7 +140,7 @@ def unpack_base3(packed: Tensor, in_features: int) -> Tensor:
     """The inverse of :func:`pack_base3`: uint8 ``[N, ceil(K/5)]`` -> int8 ``[N, K]``.
 
     Raises:
-        TypeError, ValueError: wrong dtype or shape, or a byte above 242, which no codes make.
+        TypeError, ValueError: wrong dtype or shape, or a byte above 242, which encodes no codes.
     """
     check_count("in_features", in_features)
     check_packed(packed, -(-in_features // 5), in_features)

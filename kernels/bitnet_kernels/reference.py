@@ -22,7 +22,7 @@ from bitnet_kernels.packing import codes_of
 EPS = 1e-5
 """Lower clamp of the statistic (max|x| or mean|W|), not of the scale."""
 _EXACT_K = 2**24 // 128**2
-"""fp32 sums of products of any two int8 values are exact integers up to 2^24: up to this K."""
+"""fp32 sums of products of any two int8 values are exact up to 2^24, and so up to this K."""
 
 
 def absmax_int8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def absmax_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     from it is NaN; other tokens are untouched.
 
     Arguments:
-        x: float ``[..., K]``, K >= 1. Statistics are taken in fp32 whatever its dtype.
+        x: float ``[..., K]``, K >= 1. Statistics are computed in fp32, whatever its dtype.
     Returns:
         codes int8 ``[..., K]`` and scale fp32 ``[...]``; ``codes * scale[..., None]`` is about x.
     """
@@ -46,14 +46,14 @@ def absmax(x: Tensor) -> Tensor:
 
 
 def int8_codes(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`absmax_int8` of fp32 tokens by their ``max|x|``, fp32 ``[...]``; ``x`` may be some of
-    the columns over which that was taken."""
-    # A tensor, not a number: on CUDA torch divides by a number by multiplying with its reciprocal,
+    """:func:`absmax_int8` of fp32 tokens whose ``max|x|`` is given, fp32 ``[...]``. ``x`` may hold
+    only some of the columns of which that is the maximum."""
+    # Divide by a tensor, not by a number: for a number torch multiplies by its reciprocal on CUDA,
     # which rounds differently.
     scale = absmax.clamp(min=EPS) / absmax.new_full((), 127.0)
     scale = torch.where(absmax.isfinite(), scale, torch.nan)
-    # What stays is allocated before what goes: else the hole that a large temporary leaves is taken
-    # by smaller tensors, and on a CPU a training step peaks 3% higher.
+    # Allocate the result before the temporaries: else smaller tensors take the hole that a large
+    # temporary leaves, and the peak memory of a training step on a CPU is 3% higher.
     codes = torch.empty_like(x, dtype=torch.int8)
     codes.copy_((x / scale.unsqueeze(-1)).round_().nan_to_num_(0.0))  # within +-127: rounds once
     return codes, scale
@@ -62,12 +62,13 @@ def int8_codes(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
 def clamped_mean(magnitude: Tensor) -> Tensor:
     """``max(mean, EPS)`` over the last axis of a tensor >= 0, fp32; NaN where a term is not finite.
 
-    Each term is cut to a whole number of units. A unit is 2^(e - bits), where 2^e is the largest
-    power of two that the largest term reaches. With n <= 2^L terms and bits = 61 - L, the int64 sum
-    stays below 2^62 and is exact in any order. What is cut is at most 2^(2L - 61) of the mean.
+    Each term is truncated to a whole number of units. A unit is 2^(e - bits), where 2^e is the
+    largest power of two that the largest term reaches. With n <= 2^L terms and bits = 61 - L, the
+    int64 sum stays below 2^62 and is exact in any order. The truncation loses at most 2^(2L - 61)
+    of the mean.
     """
     n = int(magnitude.shape[-1])  # torch.jit.trace has tensors there
-    if n == 0:  # a weight without rows; columns there always are
+    if n == 0:  # a weight without rows; it always has columns
         return magnitude.new_full(magnitude.shape[:-1], torch.nan, dtype=torch.float32)
     largest = magnitude.amax(-1).float()
     return mean_of_units(sum_of_units(magnitude, largest, n), largest, n)
@@ -77,9 +78,9 @@ def sum_of_units(magnitude: Tensor, largest: Tensor, n: int) -> Tensor:
     """The terms of :func:`clamped_mean` in whole units, added: int64 ``[...]``.
 
     Arguments:
-        magnitude: ``[..., K]`` >= 0: all terms of a mean, or some of them, since such sums of parts
-            add up to that of the whole.
-        largest: fp32 ``[...]``, the largest of all terms. n: their number.
+        magnitude: ``[..., K]`` >= 0: all terms of a mean, or a part of them; the sums of the parts
+            add up to the sum of all terms.
+        largest: fp32 ``[...]``, the largest of all terms. n: the number of all terms.
     """
     bits, exponent = _unit(largest, n)
     units_per_one = torch.view_copy((254 + bits - exponent) << 23, dtype=torch.float32)
@@ -96,16 +97,16 @@ def mean_of_units(total: Tensor, largest: Tensor, n: int) -> Tensor:
 
 
 def _unit(largest: Tensor, n: int) -> tuple[int, Tensor]:
-    """Bits per term, and the biased exponent in fp32 of the largest, int32 ``[...]``. Powers of two
-    are made from them; products with such are exact."""
-    # view_copy and not view, which torch.jit.trace cannot record with a dtype
+    """Bits per term, and the biased fp32 exponent of the largest, int32 ``[...]``. The callers make
+    powers of two from them; products with powers of two are exact."""
+    # view_copy, not view: torch.jit.trace cannot record a view with a dtype
     exponent = torch.view_copy(largest.clamp(min=2.0**-60), dtype=torch.int32) >> 23
     return 61 - (n - 1).bit_length(), exponent
 
 
 def absmean(weight: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Ternary codes, int8 in the shape of a float weight, and one fp32 scale ``[]`` for all:
-    ``gamma = max(mean|W|, 1e-5)``; +1 above ``alpha * gamma``, -1 below its negative."""
+    ``gamma = max(mean|W|, 1e-5)``; +1 above ``alpha * gamma``, -1 below ``-alpha * gamma``."""
     gamma = clamped_mean(weight.abs().flatten())
     threshold = alpha * gamma
     return (weight > threshold).to(torch.int8) - (weight < -threshold).to(torch.int8), gamma
@@ -137,8 +138,8 @@ def stochastic_int8_columns(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`absmax_int8` and the row sum ``X = sum_k x_q`` (int32 ``[...]``) that kernels which
-    work on ``code + 1`` subtract."""
+    """:func:`absmax_int8` and the row sum ``X = sum_k x_q``, int32 ``[...]``. Kernels that multiply
+    by ``code + 1`` subtract it."""
     codes, scale = absmax_int8(x)
     return codes, scale, codes.sum(-1, dtype=torch.int32)
 
@@ -147,8 +148,8 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Exact ``a @ b.mT`` of any values: int8 ``[..., M, K]`` and ``[..., N, K]`` -> int32
     ``[..., M, N]``, K < 2^17 so that int32 holds every sum of products up to 128^2.
 
-    fp32 products in slices of K short enough to be exact, out of autocast, whose dtypes cannot hold
-    the sums. It asks nothing of the device, so it can be traced and transformed.
+    It multiplies in fp32, in slices of K short enough to be exact, with autocast off, whose dtypes
+    cannot hold the sums. It reads no value on the host, so it can be traced and transformed.
     """
     acc = a.new_zeros((), dtype=torch.int32)
     with torch.autocast(a.device.type, enabled=False):
@@ -172,7 +173,7 @@ def rescale(
 def rescale_(
     y: Tensor, s_x: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """:func:`rescale` of accumulators that are fp32 already, in place."""
+    """:func:`rescale` of accumulators that are already fp32, in place."""
     y *= s_x.unsqueeze(-1)
     y *= scale
     if bias is not None:
@@ -259,13 +260,14 @@ def ternary_linear(
 
 
 def exact_sum(terms: Tensor) -> Tensor:
-    """The sum over the last axis, with the same bits in whatever order it is added.
+    """The sum over the last axis, with the same bits in any order of addition.
 
-    A floating-point sum depends on its order, and every device has its own. Here each term is first
-    rounded to a multiple of 2^(L - 52) P, with 2^L the power of 2 from the number of terms on and P
-    the one above the largest term; adding and subtracting 2^L P does that. All partial sums are
-    then multiples of it below 2^L P, which fp64 holds exactly, so no addition rounds. What is lost
-    is at most 2^(2L - 52) of the sum: 2^-28 for 4096 terms, an ulp of fp32 being 2^-23.
+    A floating-point sum depends on the order of addition, which differs between devices. Here each
+    term is first rounded to a multiple of 2^(L - 52) P, by adding and subtracting 2^L P. 2^L is the
+    smallest power of 2 that is at least the number of terms, P the power of 2 above the largest
+    term. All partial sums are then multiples of 2^(L - 52) P below 2^L P, which fp64 holds exactly,
+    so no addition rounds. The rounding of the terms changes the sum by at most 2^(2L - 52) of it:
+    2^-28 for 4096 terms, where an ulp of fp32 is 2^-23.
 
     Arguments:
         terms: float ``[..., K]``, K >= 1, not negative.
@@ -279,7 +281,7 @@ def exact_sum(terms: Tensor) -> Tensor:
 
 
 def _mean(total: Tensor, count: int) -> Tensor:
-    """``total / count`` in fp64, rounded once more to fp32. By a tensor, as in absmax_int8."""
+    """``total / count`` in fp64, then rounded to fp32. Divides by a tensor, as int8_codes does."""
     return (total / total.new_full((), count)).float()
 
 
@@ -297,15 +299,15 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     rows = x.float()
     mean_square = _mean(exact_sum(rows.double().square()), x.shape[-1])
-    # By way of fp64: torch's fp32 root is not always correctly rounded on CPU (MKL's is used).
+    # The root is taken in fp64: on a CPU torch's fp32 root (MKL's) is not always correctly rounded.
     rms = (mean_square + mean_square.new_full((), eps)).double().sqrt().float()
     rstd = rms.new_full((), 1.0) / rms
     return (rows * rstd.unsqueeze(-1) * weight.float()).to(x.dtype)
 
 
 def norm_backward(dy: Tensor, x: Tensor, weight: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of an RMSNorm's y = x r w, with each token's ``r = 1 / sqrt(mean(x^2) + eps)``,
-    n = x r and g = dy w: ``dx = r (g - n mean(g n))`` and ``dw = sum over tokens of dy n``."""
+    """The gradients of an RMSNorm y = x r w, with each token's ``r = 1 / sqrt(mean(x^2) + eps)``:
+    ``dx = r (g - n mean(g n))`` and ``dw = sum over tokens of dy n``, for n = x r and g = dy w."""
     n, g = x * r.unsqueeze(-1), dy * weight
     dx = r.unsqueeze(-1) * (g - n * (g * n).mean(-1, keepdim=True))
     return dx, (dy * n).reshape(-1, x.shape[-1]).sum(0)
@@ -317,8 +319,8 @@ def gate(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def gate_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of :func:`gate`: ``2 relu(gate) up dy``, 0 where the gate is shut whatever
-    ``up`` is, and ``relu(gate)^2 dy``."""
+    """The gradients of :func:`gate`: ``2 relu(gate) up dy``, which is 0 where ``gate <= 0``
+    whatever ``up`` is, and ``relu(gate)^2 dy``."""
     relu = gate.relu()
     dgate = (dy * up * relu * 2).masked_fill(relu <= 0, 0.0)
     return dgate, relu.square() * dy
@@ -419,7 +421,8 @@ def decode_attention(
     queries = q.float().reshape(b, t, g, h // g, e).permute(0, 2, 1, 3, 4)  # [B, G, T, H/G, E]
     scores = torch.einsum("bgtre,bgle->bgtrl", queries, k) * e**-0.5
     p = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    # 0 * NaN is NaN: what a column must not show to those that do not see it is taken out of v.
+    # 0 * NaN is NaN, so a column that is not finite would reach queries that do not see it: it is
+    # set to 0 in v.
     bad = ~v.isfinite().all(-1)  # [B, G, L]
     y = torch.einsum("bgtrl,bgle->bgtre", p, v.masked_fill(bad.unsqueeze(-1), 0.0))
     y = y.masked_fill((seen & bad[:, :, None, None]).any(-1, keepdim=True), torch.nan)

@@ -1,8 +1,8 @@
 """Make the tables of :mod:`bitnet_kernels.dispatch`: by timing on a GPU, or by a static model.
 
 :func:`tune` times every candidate on the GPU at hand and writes the user's cache. Without a GPU
-:func:`static_table` ranks the same candidates by their machine code. The shipped tables come from
-it, for GPUs that nobody has measured yet; their ``source`` says so.
+:func:`static_table` ranks the same candidates by their machine code. It made the shipped tables,
+for GPUs that nobody has measured yet; their ``source`` says so.
 """
 
 import itertools
@@ -49,8 +49,8 @@ Cost = Callable[[str, list[TileConfig], int, int, int], list[float]]
 
 
 def candidates(formulation: str, m: int, n: int, k: int, limit: int) -> list[TileConfig]:
-    """The configurations worth trying for a shape, of at most ``limit`` bytes of shared memory;
-    none where a formulation cannot win."""
+    """The configurations worth trying for a shape, with at most ``limit`` bytes of shared memory;
+    none if the formulation cannot win."""
     tokens = bucket(m)
     found: Iterator[TileConfig]
     if formulation in ("gemm", "unpacked"):
@@ -78,7 +78,7 @@ def candidates(formulation: str, m: int, n: int, k: int, limit: int) -> list[Til
             for rows, groups, split in itertools.product((1, 2, 4, 8), (1, 2, 4, 8), (1, 2, 4, 8))
             if rows * block_m <= sums
         )
-    # A slice of K shorter than a block would only wait for the others.
+    # Slices of K shorter than a block would leave programs that only wait for the others.
     useful = [one for one in found if one.split_k == 1 or one.split_k * one.block_k <= k]
     return [one for one in useful if shared_bytes(formulation, one) <= limit]
 
@@ -96,7 +96,7 @@ def best_entries(
         for formulation in FORMULATIONS:
             if tried := candidates(formulation, m, n, k, limit):
                 times = [round(us, 3) for us in cost(formulation, tried, m, n, k)]
-                # Of equals the largest block: it reads the activations least often.
+                # Of equals take the largest block: it reads the activations least often.
                 best = min(
                     zip(times, tried, strict=True), key=lambda one: (one[0], -one[1].block_n)
                 )
@@ -110,7 +110,7 @@ def static_table(
     tokens: Sequence[int] = TOKENS,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Table:
-    """The table of a GPU architecture by the static model; needs Triton, but no GPU."""
+    """The table of a GPU architecture from the static model; needs Triton, but no GPU."""
 
     from bitnet_kernels.sass import estimate_us
 
@@ -122,8 +122,8 @@ def static_table(
 
 
 class Timer:
-    """Times candidates on a GPU: those of a formulation take turns, in CUDA graphs, with cold
-    weights. Each is compared with the reference first."""
+    """Times candidates on a GPU, in CUDA graphs, with cold weights. The candidates of a formulation
+    take turns. Each is first compared with the reference."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -185,13 +185,13 @@ def tune(
     :func:`bitnet_kernels.dispatch.choose` finds them from then on.
 
     Arguments:
-        device_name, capability: of the GPU: ``dispatch.key_of``.
-        cost: microseconds of candidates: a :class:`Timer`.
+        device_name, capability: of the GPU, from ``dispatch.key_of``.
+        cost: gives the microseconds of candidates: a :class:`Timer`.
     Returns:
-        The cache's path, which is written after each shape. Its entries for other shapes and M are
-        kept, those of a damaged file or of other kernels dropped.
+        The path of the cache file, which is written after each shape. Entries for other shapes and
+        M are kept; entries of a damaged file or of other kernels are dropped.
     Raises:
-        RuntimeError: a candidate is not exact; nothing is written of its shape.
+        RuntimeError: a candidate is not exact; nothing is written for its shape.
     """
     path = cache_file(device_name)
     source = f"measured on {device_name}, kernels {fingerprint()}"

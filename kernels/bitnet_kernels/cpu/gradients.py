@@ -1,8 +1,8 @@
 """The gradients of a ternary layer in fp32 on a CPU, where the native library is faster than torch.
 
-Integers are exact in fewer bits than floats, so a product with codes can be cheaper than one of
-floats and still as good: on Intel's AMX (``native/tiles.c``), by sums that are looked up
-(``native/lookup.c``), or as three products of int8 numbers.
+Integers are exact in fewer bits than floats, so a product with codes can cost less than a product
+of floats and be as accurate: on Intel's AMX (``native/tiles.c``), with a table of sums
+(``native/lookup.c``), or as three int8 products.
 """
 
 import torch
@@ -14,11 +14,12 @@ from bitnet_kernels.cpu.training import library_of, takes
 
 _ALIGNED = 64
 _TOKENS = 2**16
-"""Most tokens of a sum of products of int8 numbers, which reaches half of int32's range."""
+"""Most tokens of a sum of int8 products, which then reaches half of int32's range."""
 
 
 def takes_input_gradient(*tensors: Tensor) -> bool:
-    """:func:`takes`, where :func:`input_gradient` is faster than torch: with AMX or AVX-512."""
+    """Whether :func:`takes` holds and :func:`input_gradient` is faster than torch: with AMX or
+    AVX-512."""
     if not takes(*tensors):
         return False
     lib = native.library()
@@ -26,7 +27,8 @@ def takes_input_gradient(*tensors: Tensor) -> bool:
 
 
 def takes_weight_gradient(*tensors: Tensor) -> bool:
-    """:func:`takes`, where :func:`weight_gradient` is faster than torch: with AMX or VNNI."""
+    """Whether :func:`takes` holds and :func:`weight_gradient` is faster than torch: with AMX or
+    VNNI."""
     if not takes(*tensors):
         return False
     lib = native.library()
@@ -34,13 +36,13 @@ def takes_weight_gradient(*tensors: Tensor) -> bool:
 
 
 def _multiplies_digits(tokens: int) -> bool:
-    """Whether three integer products are exact and faster than one of floats."""
+    """Whether three integer products are exact and faster than one fp32 product."""
     return native.used() == "avx512" and tokens <= _TOKENS and int_mm.int_mm_takes_any_int8()
 
 
 def input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor) -> Tensor:
-    """:func:`bitnet_kernels.reference.input_gradient` with sums in another order: by AMX where the
-    CPU has it, each product exact and sums rounded as in fp32; else with AVX-512 by additions."""
+    """:func:`bitnet_kernels.reference.input_gradient` with sums in another order: on AMX if the
+    CPU has it, with exact products and sums rounded as in fp32, else on AVX-512 by additions."""
     lib = library_of(dy, gamma)
     m, n, k = *dy.shape, codes.shape[1]
     if lib is None or 0 in (m, n) or not (lib.bn_has_tiles() or lib.bn_has_lookup()):
@@ -58,9 +60,10 @@ def input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor) -> Tensor:
 
 
 def weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
-    """:func:`bitnet_kernels.reference.weight_gradient` by AMX as :func:`input_gradient`, or where
-    the CPU has VNNI by whole numbers: ``dy * s_x`` is rounded to 2^-23 of the largest of its column
-    and cut into three digits of 8 bits, whose products with ``x_q`` are exact, and their sums."""
+    """:func:`bitnet_kernels.reference.weight_gradient`, on AMX as in :func:`input_gradient`, or on
+    VNNI in integers: ``dy * s_x`` is rounded to multiples of 2^-23 of its column's largest value
+    and cut into three 8-bit digits. Their products with ``x_q``, and the sums of these, are exact.
+    """
     lib = library_of(dy, s_x)
     m, n, k = *dy.shape, x_q.shape[1]
     if lib is None or 0 in (m, n) or not (lib.bn_has_tiles() or _multiplies_digits(m)):

@@ -1,15 +1,15 @@
-"""Exact integer products by ``torch._int_mm``, which has conditions that nobody documents.
+"""Exact integer products by ``torch._int_mm``, which has undocumented conditions.
 
-* CPU: K > 1 (torch 2.13 returns wrong products at K = 1), and strides [K, 1] or, of the right
-  operand, [1, N] to the letter.
+* CPU: K > 1 (torch 2.13 returns wrong products at K = 1), and strides of exactly [K, 1], or [1, N]
+  for the right operand.
 * CPU without VNNI: oneDNN adds pairs of products in int16. Ternary codes on the right cannot
-  overflow it; two operands of any int8 values can, and so can ternary codes on the left. It is also
-  30 times slower than fp32 there (torch 2.13, 2048 x 768 x 768, AMD Zen 3), so the native library
-  multiplies by the codes, packed for the call.
+  overflow it; two operands of any int8 values can, and so can ternary codes on the left. oneDNN is
+  also 30 times slower than fp32 there (torch 2.13, 2048 x 768 x 768, AMD Zen 3), so the native
+  library multiplies by the codes, which are packed for each call.
 * CUDA: M > 16, and K and N in multiples of 8.
 
-Each function pads, copies or takes the reference until the product is exact. Elsewhere than on a
-CPU and CUDA, and where no condition can be met, :func:`bitnet_kernels.reference.int8_matmul` runs.
+Each function pads or copies the operands as needed for an exact product. On other devices, and
+where no condition can be met, :func:`bitnet_kernels.reference.int8_matmul` runs.
 
 M tokens, K in_features, N out_features.
 """
@@ -49,8 +49,8 @@ def codes_matmul(x_q: Tensor, codes: Tensor) -> Tensor:
 
 
 def _native_is_faster(x_q: Tensor, codes: Tensor) -> bool:
-    """Whether the native library is there and faster: on a CPU whose ``torch._int_mm`` has no
-    instructions of its own."""
+    """Whether there is a native library and it is faster: on a CPU without VNNI, the instructions
+    for ``torch._int_mm``."""
     if x_q.device.type != "cpu" or torch.cpu._is_vnni_supported():
         return False
     return native.library() is not None and native.runs_now(x_q, codes)
@@ -67,9 +67,9 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 @cache
 def int_mm_takes_any_int8() -> bool:
-    """Whether ``torch._int_mm`` on this CPU is exact for any int8 values: where the CPU has the
-    VNNI instructions and oneDNN uses them (ONEDNN_MAX_CPU_ISA may forbid it). A product whose pairs
-    overflow int16 shows it."""
+    """Whether ``torch._int_mm`` on this CPU is exact for any int8 values: if the CPU has the VNNI
+    instructions and oneDNN uses them (ONEDNN_MAX_CPU_ISA may forbid it). A test product whose pairs
+    overflow int16 shows whether it does."""
     if not torch.cpu._is_vnni_supported():
         return False
     a = torch.tensor([[127], [-128]], dtype=torch.int8, device="cpu").repeat(32, 256)
@@ -96,8 +96,8 @@ def scaled_matmul(
 
 
 def _row_major(matrix: Tensor) -> Tensor:
-    """With strides [K, 1] to the letter: torch accepts any stride of a dimension of size 1, but
-    ``torch._int_mm`` (2.13, CPU) leaves its output unwritten for strides below K."""
+    """The matrix with strides of exactly [K, 1]. Torch accepts any stride for a dimension of size
+    1, but ``torch._int_mm`` (2.13, CPU) leaves its output unwritten for strides below K."""
     if matrix.stride() == (matrix.shape[1], 1):
         return matrix
     return matrix.new_empty(matrix.shape).copy_(matrix)

@@ -1,7 +1,7 @@
 """A language model for ``native/step.c``: pointers to its tensors, laid out once.
 
-The structures are those of ``native/bitnet_cpu.h``. Every tensor is checked here, when it is bound:
-native code sees no other memory.
+``native/bitnet_cpu.h`` declares the same structures. Every tensor is checked here, when it is
+bound: native code sees no other memory.
 """
 
 import ctypes
@@ -84,8 +84,8 @@ class TernaryWeights(NamedTuple):
     """A ternary matrix ``[N, K]``, in one of two layouts (:mod:`bitnet_kernels.packing`), and its
     scale, fp32 ``[]`` or ``[N]``.
 
-    ``packed`` uint8 ``[N, ceil(K/64)*16]`` is for the family dot, or with ``addsub`` for that one
-    where it takes packed weights (:func:`native.families_share_layout`); ``planes`` int32
+    ``packed`` uint8 ``[N, ceil(K/64)*16]`` is for the family dot, or with ``addsub`` for the family
+    addsub if that takes packed weights (:func:`native.families_share_layout`). ``planes`` int32
     ``[N, 2, words]`` is for addsub.
     """
 
@@ -155,7 +155,7 @@ class Model:
 
 
 def _require(fits: bool, message: str) -> None:
-    """Native code reads what it is pointed to: these checks also hold under ``python -O``."""
+    """Native code reads what its pointers show: so these checks also hold under ``python -O``."""
     if not fits:
         raise ValueError(f"model: {message}")
 
@@ -217,7 +217,7 @@ class NativeModel:
         model: its tensors, which are read and written where they are.
         most: most tokens at a time.
     Attributes:
-        workspace: uint8, made anew where torch's number of threads grows.
+        workspace: uint8, made anew when torch's number of threads grows.
     """
 
     def __init__(self, model: Model, most: int) -> None:
@@ -296,7 +296,7 @@ class NativeModel:
         """Feed the next token of each of the first ``batch`` rows, and advance the active ones.
 
         Raises:
-            IndexError: a token that is not in the vocabulary; nothing was done.
+            IndexError: a token is not in the vocabulary; nothing was done.
         """
         _require(1 <= batch <= min(self._rows, self._model.most), f"no batch of {batch}")
         threads = self._threads()
@@ -308,7 +308,7 @@ class NativeModel:
         """Append tokens to rows, without advancing their lengths.
 
         Arguments:
-            tokens: int64 ``[M]``, those of the pieces one after another.
+            tokens: int64 ``[M]``, the tokens of the pieces one after another.
             pieces: row, first column and number of tokens (>= 1) of each.
         Raises:
             IndexError: as :meth:`step`.

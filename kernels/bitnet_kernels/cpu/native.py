@@ -1,15 +1,15 @@
 """The native CPU library: found, loaded and told about threads.
 
 It is plain C (``native/``), built when the package is installed, and never required: without it
-:func:`library` is None and torch operators do the work. Python calls it by ctypes, so it needs
+:func:`library` is None and torch operators do the work. Python calls it through ctypes, so it needs
 neither Python's headers nor torch's, and one build serves every Python and every torch.
 
-One build holds the code of several instruction sets; the best that the CPU runs is chosen when the
+One build holds code for several instruction sets. The best one that the CPU runs is chosen when the
 library is first used. ``BITNET_CPU=avx2`` (or another name) forces one, and so does :func:`use`.
 
-Threads are torch's own: see ``native/threads.c``. A forked child has none of them and runs on one,
-as it does where torch has an OpenMP runtime without GNU's entry points (LLVM's, and so macOS, has
-them).
+The library runs on torch's own threads: see ``native/threads.c``. A forked child has none of them,
+so it runs on one thread. So does a process whose torch has an OpenMP runtime without GNU's entry
+points (LLVM's runtime has them, also on macOS).
 """
 
 import ctypes
@@ -135,7 +135,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None where there is none; :func:`missing` says why.
+    """The loaded library, or None if there is none; :func:`missing` says why.
 
     Raises:
         ValueError: ``BITNET_CPU`` names an instruction set that this CPU does not run.
@@ -148,7 +148,7 @@ def library() -> ctypes.CDLL | None:
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(lib, name)
             function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError):  # of another machine, or of an older source
+    except (OSError, AttributeError):  # built for another machine, or from an older source
         return None
     if lib.bn_abi() != ABI:
         return None
@@ -160,7 +160,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def missing() -> str:
-    """Why there is no library, in a clause; empty where there is one."""
+    """Why there is no library, in a clause; empty if there is one."""
     if library() is not None:
         return ""
     if _path() is None:
@@ -171,7 +171,7 @@ def missing() -> str:
 
 
 def available() -> tuple[str, ...]:
-    """The instruction sets of the library that this CPU runs, best first; none without it."""
+    """The library's instruction sets that this CPU runs, best first; none without the library."""
     lib = library()
     return () if lib is None else _names(lib)
 
@@ -186,7 +186,7 @@ def use(name: str) -> None:
     """Use an instruction set from now on, in the whole process. For tests and measurements.
 
     Raises:
-        ValueError: there is no library, or this CPU does not run it.
+        ValueError: there is no library, or this CPU does not run the instruction set.
     """
     lib = library()
     if lib is None:
@@ -195,15 +195,15 @@ def use(name: str) -> None:
 
 
 def families_share_layout() -> bool:
-    """Whether addsub, by the instruction set in use, reads packed weights: there is then no second
-    layout, of bit planes."""
+    """Whether addsub reads packed weights on the instruction set in use. If so, there is no second
+    layout in bit planes."""
     lib = library()
     return lib is not None and bool(lib.bn_families_share_layout())
 
 
 def runs_now(*tensors: Tensor) -> bool:
     """Whether these are plain tensors, whose memory a call may use now. Compiled code, traces and
-    torch.func's transforms see torch operators instead, which they know better."""
+    torch.func's transforms get torch operators instead, which they can analyze."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
@@ -211,7 +211,7 @@ def runs_now(*tensors: Tensor) -> bool:
 
 
 def threads() -> int:
-    """Threads of a call: torch's number."""
+    """The number of threads of a call, which is torch's."""
     return torch.get_num_threads()
 
 
@@ -235,8 +235,8 @@ def _path() -> Path | None:
 
 
 def _whole(path: Path) -> bool:
-    """Whether a file of Linux's format (ELF, 64 bits) reaches to the end of its last table. To load
-    half of one, which an interrupted copy leaves, would end the process."""
+    """Whether a file of Linux's format (ELF, 64 bits) reaches to the end of its last table. An
+    interrupted copy leaves half a file, and loading that would end the process."""
     with path.open("rb") as file:
         head = file.read(64)
     if head[:4] != b"\x7fELF":
@@ -251,11 +251,11 @@ def _whole(path: Path) -> bool:
 def _openmp() -> tuple[int, ...] | None:
     """The addresses of three functions in the OpenMP runtime that torch runs on.
 
-    torch's library is linked to the runtime, whatever its file is called (wheels with CUDA rename
-    it), so a look-up that starts at torch's library finds that one and no other.
+    torch's library is linked to that runtime, whatever its file is called (wheels with CUDA rename
+    it), so a look-up that starts at torch's library finds this runtime and no other.
     """
     macos = Path(torch.__file__).parent / "lib" / "libtorch_cpu.dylib"
-    for name in ("libtorch_cpu.so", str(macos)):  # Linux finds what is loaded by its bare name
+    for name in ("libtorch_cpu.so", str(macos)):  # Linux finds a loaded library by its bare name
         try:
             runtime = ctypes.CDLL(name)
             functions = [getattr(runtime, function) for function in _OPENMP]

@@ -1,8 +1,8 @@
-"""What is done token by token, by the native library: the CPU implementations of the operators that
-quantize, normalize and attend.
+"""The CPU implementations of the operators that work token by token: they quantize, normalize and
+attend.
 
-fp32 activations run there; other dtypes, and all where there is no library, by the reference, whose
-bits these are. Attention adds in another order.
+fp32 activations run in the native library; other dtypes, and all of them without the library, in
+the reference. Both give the same bits, except that attention adds in another order.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ Quantized = tuple[Tensor, Tensor, Tensor]
 
 
 def library_for(x: Tensor) -> ctypes.CDLL | None:
-    """The library if it takes the activations x, else None."""
+    """The library if it accepts the activations x, else None."""
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return None
     return native.library()
@@ -130,7 +130,7 @@ def decode_attention(
 
 
 def _quantized(x: Tensor) -> Quantized:
-    """Empty codes, scale and sum of x's tokens."""
+    """Uninitialized codes, scale and sum for x's tokens."""
     return (
         x.new_empty(x.shape, dtype=torch.int8),
         x.new_empty(x.shape[:-1]),

@@ -1,8 +1,8 @@
 """Ternary products by the native library: the arguments of ``native/product.c``.
 
-The callers have checked shapes, dtypes and devices (:mod:`bitnet_kernels.ops.ternary`); this module
-makes what the C code takes for granted: row-major tensors, an own row of memory for each output,
-a workspace. A call runs on torch's number of threads.
+The callers have checked shapes, dtypes and devices (:mod:`bitnet_kernels.ops.ternary`). This module
+provides what the C code expects: row-major tensors, memory of its own for each output, a workspace.
+A call runs on as many threads as torch uses.
 
 M tokens, K in_features, N out_features.
 """
@@ -17,19 +17,19 @@ from bitnet_kernels.cpu import native
 from bitnet_kernels.packing import packed_columns, plane_words
 
 _CACHE = 32 << 20
-"""Bytes of weights from which a product runs at the speed of memory, whatever it computes."""
+"""With more bytes of weights than this, memory limits the speed of a product."""
 _PER_THREAD = 1 << 18
-"""Multiply-adds that are worth waking a thread for: a few microseconds."""
+"""Multiply-adds that make it worthwhile to wake a thread: a few microseconds of work."""
 
 
 def takes_addsub(kernel: str, m: int, packed: Tensor, planes: Tensor | None) -> bool:
     """Whether ``kernel``, a family or ``"auto"``, means addsub for M tokens.
 
-    ``auto`` means dot, except for one token and weights that no cache holds: there both families
-    wait for memory. addsub was the faster by a tenth on an Ice Lake (57 against 48 G weights/s at
-    55 MB) and the slower by 6% on a busy Sapphire Rapids. In a cache dot leads for one token (156
-    against 97) and the more so for more (128 tokens: 250 against 94). With AVX2 addsub computes for
-    longer than it waits: 46 G weights/s against 76 (Zen 3, 55 MB).
+    ``auto`` means dot, except for one token with weights that no cache holds, where both families
+    wait for memory. There addsub was a tenth faster on an Ice Lake (57 against 48 G weights/s at
+    55 MB) and 6% slower on a busy Sapphire Rapids. If a cache holds the weights, dot is faster: 156
+    against 97 for one token, 250 against 94 for 128 tokens. With AVX2 addsub computes for longer
+    than it waits: 46 G weights/s against 76 (Zen 3, 55 MB).
     """
     if kernel == "auto":
         waits = planes is not None and not native.families_share_layout()
@@ -39,8 +39,8 @@ def takes_addsub(kernel: str, m: int, packed: Tensor, planes: Tensor | None) -> 
 
 def matmul(x_q: Tensor, packed: Tensor, planes: Tensor | None, addsub: bool) -> Tensor:
     """int8 ``[M, K]`` times packed uint8 ``[N, P]`` -> int32 ``[M, N]``. ``addsub`` reads bit
-    planes, unless both families read packed weights; without ``planes`` it makes them, which takes
-    longer than the product."""
+    planes, unless both families read packed weights. Without ``planes`` this call makes them, which
+    takes longer than the product."""
     (m, k), n = x_q.shape, packed.shape[0]
     acc = x_q.new_empty((m, n), dtype=torch.int32)
     if m and n:
@@ -79,8 +79,8 @@ def linear(
     bias: Tensor | None,
     addsub: bool,
 ) -> Tensor:
-    """fp32 ``[M, N]`` of float tokens x ``[M, K]``, which it quantizes; the rest as above."""
-    x = x.float()  # the dtype in which absmax_int8 computes, too
+    """Quantize float tokens x ``[M, K]``, then as :func:`quantized_linear`: fp32 ``[M, N]``."""
+    x = x.float()  # absmax_int8 computes in fp32, too
     (m, k), n = x.shape, packed.shape[0]
     y = x.new_empty((m, n))
     if m and n:
@@ -114,7 +114,7 @@ def bit_planes(packed: Tensor) -> Tensor:
 
 
 def _weights(packed: Tensor, planes: Tensor | None, addsub: bool) -> list[Tensor | None]:
-    """The layout that the kernel reads, and None for the other."""
+    """``[packed, planes]``, with None for the layout that the kernel does not read."""
     if not addsub or native.families_share_layout():
         return [packed, None]
     return [None, bit_planes(packed) if planes is None else planes]
@@ -128,7 +128,7 @@ def _call(
     k: int,
     *operands: Sequence[Tensor | int | None],
 ) -> None:
-    """Call a function of the library with the addresses of the operands, made contiguous, and a
+    """Make the operands contiguous, then call a function of the library with their addresses and a
     workspace."""
     lib = native.library()
     assert lib is not None

@@ -1,8 +1,9 @@
-"""What only training needs, by the native library: fp32 tensors on a CPU, in one pass over memory.
+"""Functions of the native library that only training needs: fp32 tensors on a CPU, in one pass
+over memory.
 
-:func:`takes` says whether these functions serve; elsewhere torch operators do the same. Each result
-but the random ones has the bits of its reference, or where it sums floats, an order of its own that
-no number of threads changes.
+:func:`takes` says whether these functions can run; else torch operators do the same. Except for
+random numbers, results have the bits of the reference. Functions that sum floats add in an order
+of their own, which the number of threads does not change.
 """
 
 from ctypes import CDLL
@@ -18,7 +19,7 @@ _BLOCK = 32
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the native library computes with these: plain fp32 tensors on a CPU, eagerly."""
+    """Whether the native library takes these: plain fp32 tensors on a CPU, in eager mode."""
     return native.runs_now(*tensors) and library_of(*tensors) is not None
 
 
@@ -106,11 +107,12 @@ def absmean(weight: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
 
 
 def rescale_(acc: Tensor, s_x: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """:func:`bitnet_kernels.reference.rescale` to fp32 of contiguous int32 ``[M, N]``, in its
-    memory. ``bias``: fp32."""
+    """:func:`bitnet_kernels.reference.rescale` to fp32 of contiguous int32 ``[M, N]``, in the
+    memory of ``acc``. ``bias``: fp32."""
     lib = library_of(s_x, scale, *([] if bias is None else [bias]))
     if lib is None or not acc.numel():  # an empty tensor has no address
-        # Half of the time goes into touching new memory, so the memory of acc is taken here too.
+        # Touching new memory takes half of the time, so the result reuses the memory of acc here,
+        # too.
         y = acc.view(torch.float32).copy_(acc)
         return reference.rescale_(y, s_x, scale, bias, torch.float32)
     s_x, scale = s_x.contiguous(), scale.contiguous()
@@ -129,8 +131,9 @@ def rescale_(acc: Tensor, s_x: Tensor, scale: Tensor, bias: Tensor | None) -> Te
 
 def stochastic_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`bitnet_kernels.reference.stochastic_int8` with other random numbers: a counter-based
-    generator, whose seed is drawn from torch's global one. So ``torch.manual_seed`` decides them,
-    and a run that restores torch's generator repeats them, with any number of threads."""
+    generator makes them, whose seed is drawn from torch's global generator. So
+    ``torch.manual_seed`` determines them, and a run that restores torch's generator repeats them,
+    with any number of threads."""
     lib = library_of(x)
     if lib is None:
         return reference.stochastic_int8(x)
@@ -143,7 +146,7 @@ def stochastic_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stochastic_int8_columns(x: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`bitnet_kernels.reference.stochastic_int8_columns`; random numbers as in
+    """:func:`bitnet_kernels.reference.stochastic_int8_columns`, with random numbers as in
     :func:`stochastic_int8`."""
     lib = library_of(x, s)
     if lib is None:
@@ -169,8 +172,8 @@ def _seed() -> int:
 
 
 def cross_entropy_(z: Tensor, targets: Tensor, losses: Tensor) -> None:
-    """The losses of tokens, ``logsumexp(z) - z[target]``, and in the memory of their logits the
-    gradients, ``softmax(z) - onehot``. Where a logit is NaN, so is all of its token.
+    """Write the tokens' losses, ``logsumexp(z) - z[target]``, and overwrite their logits with the
+    gradients, ``softmax(z) - onehot``. A NaN logit makes its token's loss and gradient NaN.
 
     Arguments:
         z: contiguous fp32 ``[M, V]``, V >= 1. targets: int64 ``[M]``. losses: fp32 ``[M]``,

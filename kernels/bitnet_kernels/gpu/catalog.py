@@ -1,4 +1,4 @@
-"""The catalog of compiled forms worth looking at, gathered from the kernels' files."""
+"""The catalog of compiled forms worth inspecting, gathered from the kernels' files."""
 
 import pkgutil
 from importlib import import_module
@@ -8,8 +8,8 @@ from bitnet_kernels.gpu.common import Spec
 
 
 def catalog() -> list[Spec]:
-    """The specs of all files of this package that have a ``specs()``; a new kernel's file is found
-    by itself.
+    """The specs of all files of this package that have a ``specs()``; a new kernel's file needs no
+    registration.
 
     Raises:
         ValueError: two specs have the same name.

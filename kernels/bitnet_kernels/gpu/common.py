@@ -5,21 +5,21 @@ The kernels differ only in how they fill their int32 accumulators. All take the 
 :func:`launch`), so one launch and one description serve all.
 
 **Dependent launch.** A generation step is hundreds of short kernels, and each would wait until the
-one before it has drained. From compute capability 9.0 on a kernel may start earlier, while its
-predecessor still runs (CUDA C++ Programming Guide, "Programmatic Dependent Launch"), so
+one before it has finished. From compute capability 9.0 on a kernel may start earlier, while its
+predecessor still runs (CUDA C++ Programming Guide, "Programmatic Dependent Launch"). So
 *every* Triton kernel of this package, including the matmuls of training, keeps one rule:
 
-* it is launched with :func:`launch_options`, and begins with :func:`await_inputs`, in every thread,
-  before its first load, store or atomic. Only parameters may be used before, and
+* it is launched with :func:`launch_options`, and every thread calls :func:`await_inputs` before its
+  first load, store or atomic. Before that call it may use only its parameters and
   :func:`prefetch_weights`, which yields no value.
 
-Then memory is read and written as if kernels ran one after the other. The wait ends when the kernel
-before has completed and its writes are visible. If that kernel was launched early too, it completed
-only after its own wait had ended, so by induction all kernels before it have completed. A kernel
-may write memory that earlier ones still read, because the caching allocator reuses memory in the
-stream's order: hence no store before the wait either. Kernels of torch, fills and copies do not
-take part: the stream waits for completion before them, and the wait after them does so too. An
-event, and so another stream, sees completion only. A CUDA graph keeps all this: capture turns the
+Then memory is read and written as if kernels ran one after the other. The wait ends when the
+preceding kernel has completed and its writes are visible. If that kernel was launched early too, it
+completed only after its own wait had ended, so by induction all kernels before it have completed.
+No store may precede the wait either: the caching allocator reuses memory in the stream's order, so
+a kernel may write memory that earlier ones still read. Kernels of torch, fills and copies do not
+take part: the stream waits for completion before them, and a kernel of ours waits for theirs. An
+event, and so another stream, sees only completion. A CUDA graph keeps all this: capture turns the
 option into a special kind of edge (CUDA 12.3).
 """
 
@@ -37,7 +37,7 @@ from bitnet_kernels.dispatch import TileConfig
 
 INTERPRETED = not isinstance(tl.sum, triton.JITFunction)
 """Whether Triton runs kernels in its CPU interpreter. Triton reads TRITON_INTERPRET when it
-decorates a function, so the type of its own functions tells the value at its import."""
+decorates a function, so the type of its own functions shows the value at Triton's import."""
 ASSEMBLY = not INTERPRETED and torch.version.hip is None
 """Whether kernels take their inline-PTX branch; the plain one runs wherever Triton does."""
 _ASSEMBLY = tl.constexpr(ASSEMBLY)
@@ -61,8 +61,9 @@ class Spec(NamedTuple):
 
     ``types`` holds the types of pointers (arguments in neither dict are int32), ``constants`` the
     constexpr values and the pointers that are None, ``aligned`` the arguments that the launch
-    guarantees to be divisible by 16. ``tokens`` is the M it is made for and ``weights`` the number
-    of weights that one program reads per iteration of its main loop; both 0 without packed weights.
+    guarantees to be divisible by 16. ``tokens`` is the M that the form is made for, ``weights`` the
+    number of weights that one program reads per iteration of its main loop; both are 0 without
+    packed weights.
     """
 
     name: str
@@ -87,8 +88,8 @@ def spec_of(
     num_stages: int = 1,
     sizes: tuple[str, ...] = (),
 ) -> Spec:
-    """The :class:`Spec` of a kernel without packed weights. A pointer of type None is None; the
-    other pointers and the ``sizes`` are divisible by 16."""
+    """The :class:`Spec` of a kernel without packed weights. A pointer whose type is None is None;
+    the other pointers and the ``sizes`` are divisible by 16."""
     given = {pointer: kind for pointer, kind in types.items() if kind is not None}
     missing = dict.fromkeys(types.keys() - given.keys())
     aligned = (*given, *sizes)
@@ -100,7 +101,7 @@ def spec_of(
 def launch_options(device: torch.device) -> dict[str, bool]:
     """The options of every launch on a device: no fused multiply-add, which would skip a rounding
     that the reference makes, and ``launch_pdl`` on CUDA from compute capability 9.0 on. Other
-    backends and the interpreter do not know the latter."""
+    backends and the interpreter do not know ``launch_pdl``."""
     options = {"enable_fp_fusion": False}
     if ASSEMBLY and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
         options["launch_pdl"] = True
@@ -109,8 +110,8 @@ def launch_options(device: torch.device) -> dict[str, bool]:
 
 @triton.jit
 def await_inputs() -> None:
-    """Wait for the kernels before this one, then let the next one start, which waits in turn;
-    nothing where kernels are not launched early. Before this a kernel touches no memory."""
+    """Wait for the kernels before this one, then let the next one start, which waits in turn. Does
+    nothing where kernels are not launched early. Before this call a kernel touches no memory."""
     if _ASSEMBLY and cuda_capability_geq(9, 0):
         gdc_wait()
         gdc_launch_dependents()
@@ -126,11 +127,11 @@ def prefetch_weights(
     BLOCK_N: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Before the wait: have L2 fetch the first block of a program's weights, BLOCK elements from
-    ``begin`` on of each of BLOCK_N rows of ``w [N, LENGTH]``.
+    """Before the wait, make L2 fetch the first block of a program's weights: BLOCK elements from
+    ``begin`` on, of each of BLOCK_N rows of ``w [N, LENGTH]``.
 
-    It is safe even while another kernel writes the weights: all reads and writes of memory meet in
-    L2, and a prefetch to L2 gives the program no value. A line has 128 bytes; where rows begin
+    It is safe even while another kernel writes the weights: all reads and writes of memory go
+    through L2, and a prefetch to L2 gives the program no value. A line has 128 bytes. If rows begin
     within a line, the last line of a block may be missed.
     """
     if _ASSEMBLY and cuda_capability_geq(9, 0):
@@ -148,9 +149,9 @@ def program(
 ) -> tl.tuple:
     """(tile, first row, first column, slice of K) of this program.
 
-    The grid has one dimension, which may hold 2^31 programs (the others hold 65535). Neighbours
+    The grid has one dimension, which can hold 2^31 programs (the others hold 65535). Neighbors
     share columns first, in groups of 8 tiles: when M is large, many programs read the same weights
-    at once, and L2 serves them. int64: products with K or N may pass 2^31.
+    at once, and L2 serves them. Rows and columns are int64: products with K or N may exceed 2^31.
     """
     tile = tl.program_id(0) // SPLIT_K
     tiles_m = tl.cdiv(M, BLOCK_M)
@@ -178,8 +179,8 @@ def store(
     N: tl.tensor,
     SCALE_PER_ROW: tl.constexpr,
 ) -> None:
-    """The epilogue, in the order of :func:`bitnet_kernels.reference.rescale`; with ``s_x_ptr`` None
-    it stores the accumulators themselves. A ``row_sum_ptr`` that is not None says that ``acc`` sums
+    """The epilogue, in the order of :func:`bitnet_kernels.reference.rescale`. If ``s_x_ptr`` is
+    None, it stores the accumulators themselves. If ``row_sum_ptr`` is not None, ``acc`` sums
     (w + 1) * x."""
     if row_sum_ptr is not None:
         acc -= tl.load(row_sum_ptr + rows)
@@ -213,9 +214,10 @@ def finish(
 ) -> None:
     """Add up the slices of K, if there are several, and run the epilogue.
 
-    ``sums[i]`` belongs to ``rows + i`` and ``cols``, which broadcast to its shape. Integer atomics
-    are exact in any order, so the result does not depend on which program comes last; that one
-    stores. The barrier orders every thread's additions before the arrival that announces them.
+    ``sums[i]`` belongs to ``rows + i`` and ``cols``, which broadcast to its shape. The program that
+    arrives last stores the result. Integer atomics are exact in any order, so the result does not
+    depend on which one that is. The barrier orders every thread's additions before the arrival that
+    announces them.
     """
     if SPLIT_K == 1:
         for i in tl.static_range(len(sums)):
@@ -241,7 +243,7 @@ def finish(
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Contiguous and on a 16-byte boundary, as 16-byte loads need."""
+    """``tensor``, contiguous and on a 16-byte boundary, as 16-byte loads need."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -256,7 +258,7 @@ def launch(
     rescale: Rescale | None,
     **constants: Any,
 ) -> Tensor:
-    """Run a matmul kernel on operands in its layout.
+    """Run a matmul kernel on operands in the kernel's layout.
 
     Arguments:
         x, w: activations of M tokens and weights of N rows, aligned.
@@ -264,12 +266,12 @@ def launch(
         row_sum: int32 ``[M]``, for kernels that sum (w + 1) * x.
         constants: the kernel's own constexprs.
     Returns:
-        ``[M, N]``: int32 accumulators, or with ``rescale`` outputs of its dtype.
+        ``[M, N]``: int32 accumulators, or with ``rescale`` outputs in its dtype.
     """
     m, n, _ = sizes
     s_x, scale, bias, dtype = rescale or (None, None, None, torch.int32)
-    # The interpreter of Triton 3.9 rounds fp32 to bf16 wrongly (ties away from zero, lost carries),
-    # so there the cast is torch's.
+    # Triton 3.9's interpreter rounds fp32 to bf16 wrongly (ties away from zero, lost carries), so
+    # there torch does the cast.
     stored_dtype = torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
     y = x.new_empty((m, n), dtype=stored_dtype)
     tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)

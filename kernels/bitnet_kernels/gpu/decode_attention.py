@@ -1,18 +1,19 @@
 """Attention over a static cache, its columns split over programs (flash-decoding).
 
 A step has few queries, so its cost is reading the cache once, and one program per row and head
-would leave most of a GPU idle. The filled columns are therefore cut into ``SPLITS`` slices; each
+would leave most of a GPU idle. The filled columns are therefore cut into ``SPLITS`` slices. Each
 program walks its slice with the running maximum and sum of online softmax (FlashAttention, arXiv
-2205.14135), and a second kernel weighs the slices' results. The queries of all heads that share a
-key/value head, and of all tokens of a chunk, are the rows of one tile, so a generation step and the
-prefill of a prompt use the same kernel, which reads a column once for all of them.
+2205.14135), and a second kernel combines the slices' results by their weights. The queries of all
+heads that share a key/value head, and of all tokens of a chunk, are the rows of one tile, which
+reads a column once for all of them. So a generation step and the prefill of a prompt use the same
+kernel.
 
 The grid depends on shapes alone; the kernel reads the rows' lengths on the device. Slices always
 have equal lengths, so a captured graph stays balanced while rows grow. Slices past the end of a
-short row are empty and cost a launched program.
+short row are empty; each still costs a launched program.
 
 An int8 cache is never dequantized: codes go into the dot as they are, the keys' scales multiply the
-scores, the values' scales the probabilities.
+scores, and the values' scales multiply the probabilities.
 """
 
 from typing import NamedTuple
@@ -41,8 +42,8 @@ _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 class Tile(NamedTuple):
-    """The tile of a program: ``block_m`` queries (a dot takes at least 16) and ``block_n`` columns
-    at a time, of one of ``splits`` slices."""
+    """The tile of a program: ``block_m`` queries (a dot takes at least 16), and ``block_n`` columns
+    at a time of one of ``splits`` slices."""
 
     block_m: int
     block_n: int
@@ -54,12 +55,13 @@ class Tile(NamedTuple):
 def tile_of(
     queries: int, programs: int, head_dim: int, n_columns: int, wide: bool, n_sm: int, chunk: bool
 ) -> Tile:
-    """The tile of attention, so that nothing spills, and with few forms, since each is compiled:
-    the number of slices is a power of two, and a chunk's tile does not depend on its length.
+    """The tile of attention, chosen so that no register spills. Every form is compiled, so there
+    are few: the number of slices is a power of two, and a chunk's tile does not depend on its
+    length.
 
     Arguments:
-        queries: of a row and key/value head, T * H / G; programs: such pairs, B * G.
-        wide: whether the dots are of fp32, which has no tensor cores.
+        queries: per row and key/value head, T * H / G; programs: such pairs, B * G.
+        wide: whether the dots are in fp32, which has no tensor cores.
         n_sm: multiprocessors of the GPU; there are slices enough for one or two programs on each.
         chunk: whether T > 1.
     """
@@ -85,7 +87,7 @@ def operand(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
         return x
 
 
-@triton.jit(do_not_specialize=("T", "QUERIES"))  # else prompts' lengths compile it anew
+@triton.jit(do_not_specialize=("T", "QUERIES"))  # else new prompt lengths compile it anew
 def attention_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -113,8 +115,9 @@ def attention_kernel(
     BLOCK_E: tl.constexpr,
 ) -> None:
     """BLOCK_M of the ``QUERIES = T * REPEATS`` queries of one row and key/value head, over slice
-    ``program_id(2)`` of the columns. REPEATS is H / G; SCALE is log2(e) / sqrt(E), so that
-    probabilities are powers of 2; CHUNK whether T > 1; QK and PV the dtypes of the two dots.
+    ``program_id(2)`` of the columns. REPEATS is H / G. SCALE is log2(e) / sqrt(E), so that
+    probabilities are powers of 2. CHUNK says whether T > 1. QK and PV are the dtypes of the two
+    dots.
 
     With one slice y is ``[B, T, H, E]``. Else it is fp32 ``[SPLITS, B * T * H, E]``, not yet
     divided by the sum; the maximum and the sum are fp32 ``[SPLITS, B * T * H]``.
@@ -168,7 +171,7 @@ def attention_kernel(
             scales = tl.load(v_scale_ptr + cache + columns, filled, other=0.0)[None, :]
             p = tl.where(seen, p * scales, 0.0)
         elif CHUNK:
-            # 0 * NaN is NaN: what is not finite must not reach queries that do not see it.
+            # 0 * NaN is NaN: a value that is not finite must not reach queries that do not see it.
             wide_v = widen(v)
             finite = tl.abs(wide_v) < float("inf")
             v = narrow(tl.where(finite, wide_v, 0.0), v.dtype)
@@ -184,7 +187,7 @@ def attention_kernel(
         heads += split * (tl.num_programs(0) // blocks).to(tl.int64) * T * H
         tl.store(max_ptr + heads, top, valid)
         tl.store(sum_ptr + heads, total, valid)
-        if first < end:  # else nobody reads it: the sum is 0
+        if first < end:  # else the sum is 0 and nothing reads y
             tl.store(y_ptr + heads[:, None] * E + lanes, acc, valid[:, None] & inside)
 
 
@@ -200,7 +203,7 @@ def combine_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ) -> None:
-    """Head ``program_id(0)`` of HEADS = B * T * H from its slices; layouts as above."""
+    """Combine the slices of head ``program_id(0)`` of HEADS = B * T * H; layouts as above."""
     await_inputs()
     head = tl.program_id(0).to(tl.int64)
     slices = tl.arange(0, BLOCK_S)
@@ -216,9 +219,9 @@ def combine_kernel(
 
 
 def dot_dtypes(activations: torch.dtype, cache: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of ``q k^T`` and of ``p v``: fp32, or 16 bits where only the rounding of
-    probabilities is lost. int8 codes are exact in 16 bits; probabilities times a scale are not
-    within fp16's range."""
+    """The dtypes of ``q k^T`` and of ``p v``: fp32, or 16 bits where that only rounds the
+    probabilities. int8 codes are exact in 16 bits. Probabilities times a scale may leave fp16's
+    range."""
     if activations == torch.float32 or cache not in (activations, torch.int8):
         return torch.float32, torch.float32
     return activations, torch.bfloat16 if cache == torch.int8 else cache
@@ -233,7 +236,7 @@ def decode_attention(
     v_scale: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """As :func:`bitnet_kernels.decode_attention`, of checked arguments."""
+    """:func:`bitnet_kernels.decode_attention` for checked arguments."""
     (b, t, h, e), (_, g, n_columns, _) = q.shape, k_cache.shape
     y = q.new_empty((b, t, h * e))
     if not b * t:
@@ -302,8 +305,8 @@ def decode_attention(
 
 
 def specs() -> list[Spec]:
-    """A step (T = 1) and a chunk of a prompt, four query heads per key/value head; second
-    passes."""
+    """A step (T = 1) and a chunk of a prompt, with four query heads per key/value head; and the
+    second passes."""
     forms = [
         _spec("bf16", "bf16", 128, 1),
         _spec("bf16", "i8", 128, 1),

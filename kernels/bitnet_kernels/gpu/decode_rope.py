@@ -2,8 +2,8 @@
 
 The kernel reads a token's column, which is also its position, on the device, so a launch captured
 in a CUDA graph stays right while the rows grow. Bit-exact with
-:func:`bitnet_kernels.reference.rope_append`: fp32 in its order, without fused multiply-add,
-one cast to the activations' dtype, then the cast or the quantization to the cache's.
+:func:`bitnet_kernels.reference.rope_append`: it computes in fp32 in the same order, without fused
+multiply-add, casts once to the activations' dtype, then casts or quantizes to the cache's dtype.
 """
 
 import torch
@@ -28,7 +28,7 @@ def append(
     E: tl.constexpr,
     EPS: tl.constexpr,
 ) -> None:
-    """Write both halves of a head into a column of the cache, counted over rows and heads."""
+    """Write both halves of a head into the cache, at a column counted over all rows and heads."""
     first, second = widen(first), widen(second)
     at = cache_ptr + column * E + lanes
     inside = lanes < E // 2
@@ -108,7 +108,7 @@ def rope_append(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor:
-    """As :func:`bitnet_kernels.rope_append`, of checked arguments."""
+    """:func:`bitnet_kernels.rope_append` for checked arguments."""
     (b, t, columns), (_, g, n_columns, e) = qkv.shape, k_cache.shape
     heads = columns // e
     q = qkv.new_empty((b, t, heads - 2 * g, e))

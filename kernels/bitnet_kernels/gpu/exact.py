@@ -1,8 +1,8 @@
-"""Floating point whose bits depend on neither the device nor the order.
+"""Floating-point arithmetic whose bits depend neither on the device nor on the order of additions.
 
-* :func:`widen` and :func:`narrow` convert between an input's dtype and the one computed in.
+* :func:`widen` and :func:`narrow` convert between an input's dtype and the dtype of computation.
 * Sums: every term is first rounded to a grid so coarse that all partial sums are exact, see
-  :func:`bitnet_kernels.reference.exact_sum`; then warps may add in whatever order they like.
+  :func:`bitnet_kernels.reference.exact_sum`; then warps may add in any order.
 
 Square roots and divisions are ``tl.sqrt_rn`` and ``tl.div_rn``: Triton's own are approximations in
 fp32. In fp64, ``/`` rounds correctly.
@@ -18,7 +18,8 @@ from bitnet_kernels.gpu.common import INTERPRETED
 MAX_BLOCK = 8192
 """The longest row that one program holds in registers: 16 values per thread."""
 _BY_BITS = tl.constexpr(INTERPRETED)
-"""Triton 3.9's interpreter rounds fp32 to bf16 wrongly and reads denormals of bf16 wrongly."""
+"""Whether to convert bf16 by its bits: Triton 3.9's interpreter rounds fp32 to bf16 wrongly and
+reads denormals of bf16 wrongly."""
 
 
 class RowTile(NamedTuple):
@@ -35,8 +36,8 @@ class RowTile(NamedTuple):
 
 
 def row_tile(m: int, k: int, interpreted: bool = INTERPRETED) -> RowTile:
-    """The tile for ``m`` rows of ``k`` columns: one row per program, several where they are short.
-    The interpreter pays per operation, not per lane, so it gets more rows."""
+    """The tile for ``m`` rows of ``k`` columns: one row per program, or several short ones. The
+    interpreter takes time per operation, not per lane, so it gets more rows."""
     block_k = min(triton.next_power_of_2(k), MAX_BLOCK)
     block_m = min(triton.next_power_of_2(m), 64 if interpreted else max(1024 // block_k, 1))
     num_warps = min(max(block_m * block_k // 512, 1), 16)
@@ -68,7 +69,7 @@ def narrow(x: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def magnitude(x: tl.tensor) -> tl.tensor:
-    """|x|, infinity for NaN: a maximum would drop NaN, but infinity survives it."""
+    """|x|, and infinity for NaN: a maximum would drop a NaN, but keeps infinity."""
     inf = float("inf")
     x = tl.abs(x)
     return tl.where(x < inf, x, inf)
@@ -84,5 +85,5 @@ def grid_of(largest: tl.tensor, TERMS: tl.constexpr) -> tl.tensor:
 
 @triton.jit
 def on_grid(terms: tl.tensor, grid: tl.tensor) -> tl.tensor:
-    """fp64 terms rounded so that adding them is exact; NaN if the largest was not finite."""
+    """fp64 terms, rounded so that adding them is exact; NaN if the largest is not finite."""
     return (terms + grid) - grid

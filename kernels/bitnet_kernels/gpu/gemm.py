@@ -1,13 +1,12 @@
 """The matmul on int8 tensor cores, for more tokens (family dot).
 
 The weights are the *left* operand, decoded in registers on their way into the tensor core, so no
-decoded weight is written back to shared memory. The tokens are the right operand, at least 8 of
-them (swapped operands: y^T = W x^T). One tile of bytes holds four slices of K, one per
-quarter-plane, and each takes one ``tl.dot`` with the matching slice of x. Codes enter as w + 1,
-which takes a shift and an AND for four of them, and the epilogue subtracts the sum of the
-activations.
+decoded weight is written back to shared memory. The tokens, at least 8, are the right operand
+(swapped operands: y^T = W x^T). One tile of bytes holds four slices of K, one per quarter-plane,
+and each takes one ``tl.dot`` with the matching slice of x. Codes enter as w + 1: decoding four of
+them takes a shift and an AND, and the epilogue subtracts the sum of the activations.
 
-For thousands of tokens the decoding, which every tile repeats, costs more than it saves. Then the
+Every tile repeats the decoding. For thousands of tokens that costs more than it saves, so the
 weights are unpacked once to int8 in a scratch buffer, and the same kernel runs on one plane of
 plain codes (formulation "unpacked").
 """
@@ -69,7 +68,7 @@ def gemm_kernel(
     cols = col + tl.arange(0, BLOCK_N)[:, None]
     per_part = tl.cdiv(tl.cdiv(P, BLOCK_P), SPLIT_K) * BLOCK_P
     end = tl.minimum((part + 1) * per_part, P)
-    if PLANES == 4:  # else the kernel before is still unpacking the weights
+    if PLANES == 4:  # else the preceding kernel is still unpacking the weights
         prefetch_weights(w_ptr, col, part * per_part, N, P, BLOCK_N, BLOCK_P)
     await_inputs()
     # Rows and columns past the end repeat the last one, and are not stored.

@@ -14,15 +14,15 @@ through shared memory.
     w = -1: |127 - x - 0| = 127 - x     w = +1: |127 - x - 254| = 127 + x     w = 0: |0 - 127|
 
 so every column adds w x + 127, whatever its weight. This needs x >= -127, which holds for the
-quantizer's codes. For any int8 (FULL_RANGE) B is FF where w = +1: those columns add one more, and
-the kernel counts them.
+quantizer's codes. For any int8 (FULL_RANGE) B is FF where w = +1. Those columns add one too many,
+so the kernel counts them.
 
 **dp4a** (family dot), four weights in two instructions: one AND keeps the codes of a quarter-plane
 in place, DP4A multiplies them there, and the four planes' sums are shifted down at the end. A code
 is w + 1, so the sum of the activations is subtracted.
 
-Both are described in NVIDIA's PTX ISA (prmt, vabsdiff4, dp4a); without PTX a plain branch selects
-x, -x or 0.
+NVIDIA's PTX ISA describes the instructions (prmt, vabsdiff4, dp4a). Without PTX a plain branch
+selects x, -x or 0.
 """
 
 import triton
@@ -39,11 +39,11 @@ from bitnet_kernels.gpu.common import (
 )
 
 LANE_WORDS = tl.constexpr(128)
-"""Words that a warp loads of a row at once: 32 lanes, 16 bytes each."""
+"""Words of a row that a warp loads at once: 32 lanes, 16 bytes each."""
 
 # $8 packed word; -> $0..3 Z, $4..7 B for columns (i, i + 2P, i+1, i+1 + 2P), the same from byte 2,
-# then the same of planes 1 and 3. A selector is a nibble 4 + code: entries 4..7 are the second
-# table, which (unlike the first) the machine takes as an immediate.
+# then both for planes 1 and 3. A selector is a nibble 4 + code: entries 4..7 are the second
+# table, which (unlike the first) can be an immediate.
 SAD_TABLES = tl.constexpr("""{
 .reg .b32 low, high;
 lop3.b32 low, $8, 0x33333333, $9, 0xEA;
@@ -104,7 +104,7 @@ dp4a.u32.s32 $3, codes, $12, $7;
 
 @triton.jit
 def quarters(words: tl.tensor) -> tl.tuple:
-    """``[..., 4 n]`` -> four ``[..., n]`` that a lane already holds: no instruction."""
+    """``[..., 4 n]`` -> four ``[..., n]``, which a lane already holds: it takes no instruction."""
     lead: tl.constexpr = words.shape[: len(words.shape) - 1]
     even, odd = tl.split(tl.reshape(words, lead + [words.shape[len(lead)] // 4, 2, 2]))
     w0, w2 = tl.split(even)
@@ -142,8 +142,8 @@ def step(
     ASM: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tl.tuple:
-    """Add one block of columns to every sum. Past the end of a row the activations read as 0,
-    which makes the weights there irrelevant."""
+    """Add one block of columns to every sum. Past the end of a row the activations read as 0, so
+    the weights there do not matter."""
     per_token: tl.constexpr = 1 if SAD or not ASM else 4
     inside: tl.tensor = at < W if MASKED else None
     w_inside = inside[None, :, :] if MASKED else None

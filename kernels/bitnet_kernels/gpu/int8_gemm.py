@@ -1,4 +1,4 @@
-"""The matmul of training: int8 codes by int8 codes on tensor cores, the rescale in its epilogue.
+"""The matmul of training: int8 by int8 codes on tensor cores, with the rescale in its epilogue.
 
 Training has thousands of tokens and a weight that changes at every step, so nothing is packed: both
 operands are plain int8 with K along their rows, as tensor cores need. The tokens are the left
@@ -28,7 +28,7 @@ from bitnet_kernels.gpu.common import (
 from bitnet_kernels.gpu.exact import narrow, widen
 
 _ALIGNMENT = 16
-"""Bytes of a load: rows are padded to a multiple of it."""
+"""Bytes of a load: rows are padded to a multiple of this."""
 _L2_BYTES = 32
 """Bytes per clock that an SM gets from L2, roughly, on any of these GPUs."""
 CONFIGS = {
@@ -43,8 +43,9 @@ CONFIGS = {
 """The tiles of the product, by the compute capability whose shared memory they fit, the largest
 first. For N a multiple of 16 all compile to int8 tensor-core instructions and spill no register.
 
-Triton 3.9 waits for an integer product before it starts the next one (it does not for fp8), so an
-H100 idles between the steps of a lone program; a step of 128 columns keeps that short."""
+Triton 3.9 waits for an integer product before it starts the next one (not so for fp8), so an H100
+with a single program per SM idles between steps; a step of 128 columns keeps the idle time short.
+"""
 _MACS = {90: 4096, 80: 2048, 89: 1024}
 """int8 multiply-accumulates per clock and SM, from the vendor's data sheets."""
 
@@ -67,7 +68,7 @@ def int8_gemm_kernel(
     BLOCK_K: tl.constexpr,
 ) -> None:
     """One tile of x int8 ``[M, K]`` times w int8 ``[N, K]``, rescaled in the order of
-    :func:`bitnet_kernels.reference.rescale`; with ``s_x_ptr`` None the int32 sums themselves.
+    :func:`bitnet_kernels.reference.rescale`; the int32 sums themselves if ``s_x_ptr`` is None.
     ``EVEN_K``: K is a multiple of BLOCK_K, so loads need no mask."""
     await_inputs()
     _, row, col, _ = program(M, N, BLOCK_M, BLOCK_N, 1)
@@ -105,8 +106,8 @@ def int8_gemm_kernel(
 
 
 def int8_gemm(config: TileConfig, x: Tensor, w: Tensor, rescale: Rescale | None = None) -> Tensor:
-    """Exact ``x @ w.T`` of any int8 values: ``[M, K]`` and ``[N, K]``, K >= 1 -> ``[M, N]``, int32
-    sums, or with ``rescale`` outputs of its dtype."""
+    """Exact ``x @ w.T`` of any int8 values: ``[M, K]`` and ``[N, K]``, K >= 1 -> ``[M, N]``: int32
+    sums, or with ``rescale`` outputs in its dtype."""
     (m, k), n = x.shape, w.shape[0]
     if padding := -k % _ALIGNMENT:
         x, w, k = pad(x, (0, padding)), pad(w, (0, padding)), k + padding
@@ -143,9 +144,9 @@ def tile_for(m: int, n: int, device: torch.device) -> TileConfig:
 
 @lru_cache(maxsize=65536)
 def best_tile(m: int, n: int, capability: int, n_sms: int) -> TileConfig:
-    """The configuration that takes the fewest clocks by a static model: programs run in waves of
-    one per SM, and a program takes as long as its multiply-accumulates or its loads from L2,
-    whichever is longer. Large tiles load less, small ones leave fewer SMs idle."""
+    """The configuration that takes the fewest clocks in a static model. Programs run in waves of
+    one per SM, and a program takes the longer of its multiply-accumulates and its loads from L2.
+    Large tiles load less, small ones leave fewer SMs idle."""
     fitting = next(one for one in CONFIGS if shared_limit(one) <= shared_limit(capability))
 
     def clocks(config: TileConfig) -> float:
@@ -157,8 +158,8 @@ def best_tile(m: int, n: int, capability: int, n_sms: int) -> TileConfig:
 
 
 def spec(config: TileConfig, outputs: str = "*bf16") -> Spec:
-    """A configuration compiled ahead of time, for K a multiple of its step: outputs with one scale
-    per tensor and no bias, or int32 sums (``outputs`` ``"*i32"``)."""
+    """A configuration, compiled ahead of time, for K a multiple of its step. It gives outputs with
+    one scale per tensor and no bias, or int32 sums (``outputs`` ``"*i32"``)."""
     scale = None if outputs == "*i32" else "*fp32"
     operands = {"x_ptr": "*i8", "w_ptr": "*i8", "y_ptr": outputs}
     types = operands | {"s_x_ptr": scale, "scale_ptr": scale, "bias_ptr": None}
@@ -176,5 +177,5 @@ def spec(config: TileConfig, outputs: str = "*bf16") -> Spec:
 
 
 def specs() -> list[Spec]:
-    """Each tile, and the int32 sums of one; those that an A100 takes compile for any GPU."""
+    """Each tile, and one with int32 sums. These are the A100's tiles, which compile for any GPU."""
     return [*(spec(config) for config in CONFIGS[80]), spec(CONFIGS[80][0], "*i32")]

@@ -32,7 +32,7 @@ def plan(
 
 
 def interpreted_config(formulation: str, m: int, n: int, k: int) -> TileConfig:
-    """The interpreter pays per operation, hardly per lane: few programs, large tiles."""
+    """Few programs with large tiles: the interpreter takes time per operation, hardly per lane."""
     tokens = triton.next_power_of_2(max(m, 1))
     rows = triton.next_power_of_2(max(n, 1))
     columns = triton.next_power_of_2(k)
@@ -60,7 +60,7 @@ def matmul(
         planes: ``packing.bit_planes`` of ``packed``, for popcount.
         row_sum: int32 ``[M]``, the sums of the codes, if known.
         rescale: turns the int32 accumulators into outputs.
-        full_range: the codes may hold -128, which those of the quantizer do not.
+        full_range: the codes may hold -128, which the quantizer never gives.
     """
     n, p = packed.shape
     m = x_q.shape[0]

@@ -1,13 +1,13 @@
 """RMSNorm and quantization in one kernel, with the operation before the norm in a transformer.
 
     x                            before the projections of attention, or of the MLP
-    x + residual                 the same; the sum is the residual stream and is returned too
+    x + residual                 likewise; the sum is the residual stream and is returned too
     relu(gate)^2 * up            before the MLP's last projection
 
 One program per token (several short tokens share one). A row of up to 8192 columns is read once and
 stays in registers through the norm's statistic, max|y| and the codes. Each step rounds to the dtype
-of x where the operators of torch that it replaces would, so the codes are those of the parts done
-one by one; bit-exact with :func:`bitnet_kernels.reference.rmsnorm_quant` and its neighbours.
+of x where the torch operators that it replaces would, so the codes equal those of the separate
+operators; bit-exact with :func:`bitnet_kernels.reference.rmsnorm_quant` and its neighbors.
 """
 
 import torch
@@ -68,9 +68,9 @@ def norm_quant_kernel(
     BLOCK_K: tl.constexpr,
     STEPS: tl.constexpr,
 ) -> None:
-    """BLOCK_M rows of ``x [M, K]``. INPUT: "x", "x + residual" or "relu2", other being None, the
-    residual or ``up``; h (of the residual only) receives the input of the norm. ``TERMS`` is the
-    power of 2 from K on, ``STEPS * BLOCK_K >= K``."""
+    """BLOCK_M rows of ``x [M, K]``. INPUT is "x", "x + residual" or "relu2"; ``other`` is then
+    None, the residual or ``up``. h (only with a residual) receives the input of the norm. ``TERMS``
+    is the smallest power of 2 that is at least K; ``STEPS * BLOCK_K >= K``."""
     await_inputs()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = (rows < M)[:, None]
@@ -159,7 +159,7 @@ def launch(
 
 
 def specs() -> list[Spec]:
-    """Each input at a model's common width and at the most for one block, and one for several."""
+    """Each input at a model's common width and at the longest single block; one at several."""
     inputs = ("x", "x + residual", "relu2")
     return [
         *(_spec(input, "bf16", 4096) for input in inputs),

@@ -1,18 +1,19 @@
 """The multiplication-free matmul for few tokens, one bit of the activations at a time (addsub).
 
-Both operands are bit planes: weights Z (is not 0) and S (is -1), activations b = 0..7 of their
-two's complement. 32 columns take three instructions per plane:
+Both operands are bit planes: of the weights Z (is not 0) and S (is -1), of the activations bits
+b = 0..7 of their two's complement. 32 columns take three instructions per plane:
 
     t = (x_b ^ S) & Z                                    LOP3: x_b, its complement, or 0
     sum_k w x = sum_b (+-)2^b popcount(t_b) + #(w = -1)  the sign bit's plane counts negative
 
 since ~x = -x - 1. POPC runs at a quarter of the rate of the others, so a carry-save adder, two
 LOP3, adds words first (Harley and Seal; Warren, "Hacker's Delight", 5-1): one register of ones per
-plane remains, and only the carries, half as many words, are counted. Every plane has a separate
-count: the epilogue shifts it by b once per output, so the loop neither shifts nor multiplies.
+plane remains, and only the carries, half the number of words, are counted. Every plane has a
+separate count: the epilogue shifts it by b once per output, so the loop neither shifts nor
+multiplies.
 
 The weights' planes are a second layout (``packing.bit_planes``), made once when a layer is loaded.
-:func:`activation_planes` makes those of the activations before the matmul.
+:func:`activation_planes` makes the planes of the activations before each matmul.
 """
 
 import torch
@@ -67,7 +68,7 @@ POPC = tl.constexpr("popc.b32 $0, $1;")
 
 @triton.jit
 def popcount(word: tl.tensor, ASM: tl.constexpr) -> tl.tensor:
-    """The number of set bits of each int32; without PTX by adding ever wider fields."""
+    """The number of set bits of each int32. Without PTX it adds ever wider fields."""
     if ASM:
         return tl.inline_asm_elementwise(POPC, "=r,r", [word], tl.int32, True, 1)
     word = (word & 0x55555555) + ((word >> 1) & 0x55555555)
@@ -91,7 +92,7 @@ def step(
     ASM: tl.constexpr,
     MASKED: tl.constexpr,
 ) -> tl.tuple:
-    """Add one block of words to the sums. A token has 16: per plane its ones and its count of
+    """Add one block of words to the sums. A token has 16 sums: per plane its ones and its count of
     twos."""
     x_at = at + at // 128 * (7 * 128)
     inside: tl.tensor = at < W if MASKED else None
@@ -204,7 +205,7 @@ def popcount_kernel(
 def activation_planes_kernel(
     x_ptr: tl.tensor, planes_ptr: tl.tensor, K: tl.tensor, BLOCKS: tl.tensor, WORDS: tl.constexpr
 ) -> None:
-    """32 * WORDS codes of one token to WORDS words of 8 planes."""
+    """Turn 32 * WORDS codes of one token into WORDS words of 8 planes."""
     await_inputs()
     PIECES: tl.constexpr = 128 // WORDS
     piece = tl.program_id(0) % (PIECES * BLOCKS)

@@ -1,9 +1,9 @@
 """Activation quantization: int8 codes, the scale and the row sum of a token in one kernel.
 
 One program per token (several short tokens share one). A row of up to 8192 columns is read once and
-stays in registers; a longer one is walked twice, first for max|x|, then for the codes, and the
-second walk finds it in the L2 cache. Bit-exact with :func:`bitnet_kernels.reference.quant`;
-Triton's ``/`` on fp32 is an approximation on CUDA, ``div_rn`` is not.
+stays in registers. A longer row is read twice, first for max|x|, then for the codes; the second
+pass finds it in the L2 cache. Bit-exact with :func:`bitnet_kernels.reference.quant`: it divides by
+``div_rn``, since Triton's ``/`` on fp32 is an approximation on CUDA.
 """
 
 import torch
@@ -28,9 +28,9 @@ def scale_of(largest: tl.tensor, EPS: tl.constexpr) -> tl.tuple:
 def codes_of(x: tl.tensor, scale: tl.tensor, finite: tl.tensor) -> tl.tensor:
     """int32 ``round_half_even(x / scale)``, 0 in a row that is not finite.
 
-    1.5 * 2^23 = 0x4B400000 as bits: a sum with it has no fraction bits, so the addition itself
-    rounds, and leaves the integer in the mantissa. It needs no clamp: |x| / (max|x| / 127), both
-    divisions rounded, is below 127.5.
+    It adds 1.5 * 2^23, whose bits are 0x4B400000: the sum has no fraction bits, so the addition
+    itself rounds, and leaves the integer in the mantissa. It needs no clamp: |x| / (max|x| / 127),
+    with both divisions rounded, is below 127.5.
     """
     scaled = tl.div_rn(tl.where(finite, x, 0.0), scale)
     return (scaled + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
@@ -65,7 +65,7 @@ def quant_kernel(
     BLOCK_K: tl.constexpr,
     STEPS: tl.constexpr,
 ) -> None:
-    """BLOCK_M rows of ``x [M, K]``; outputs as in ``reference.quant``, the codes ``[M, COLUMNS]``
+    """BLOCK_M rows of ``x [M, K]``; outputs as in ``reference.quant``, but codes ``[M, COLUMNS]``
     with zeros from K on. ``STEPS * BLOCK_K >= COLUMNS >= K``."""
     await_inputs()
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -97,8 +97,8 @@ def quant_kernel(
 def quant(x: Tensor, padded_columns: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """float ``[M, K]`` -> codes int8 ``[M, K]``, scale fp32 ``[M]``, row sum int32 ``[M]``.
 
-    With ``padded_columns`` (>= K) the codes are ``[M, padded_columns]``, zeros from K on: rows of
-    whole 16-byte loads for the matmuls.
+    With ``padded_columns`` (>= K) the codes are ``[M, padded_columns]``, with zeros from K on, so
+    that matmuls read rows in whole 16-byte loads.
     """
     columns = padded_columns or x.shape[1]
     return launch(x, columns, row_tile(x.shape[0], columns))
@@ -130,7 +130,7 @@ def launch(x: Tensor, columns: int, tile: RowTile) -> tuple[Tensor, Tensor, Tens
 
 
 def specs() -> list[Spec]:
-    """The forms for a model's common widths, for short rows and for those of several blocks."""
+    """The forms for a model's common widths, for short rows and for rows of several blocks."""
     forms = (("bf16", 256), ("bf16", 4096), ("bf16", 28672), ("fp32", 8192))
     return [_spec(dtype, k, row_tile(64, k, interpreted=False)) for dtype, k in forms]
 

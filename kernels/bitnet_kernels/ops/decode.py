@@ -1,8 +1,8 @@
 """The operators of attention over a static cache.
 
-The rows' lengths, which grow, are read on the device. Shapes and launches stay the same from one
-generation step to the next, the kernels never wait for the device, and one CUDA graph serves every
-step. The reference, which runs where there is no Triton, does wait.
+The kernels read the rows' lengths, which grow, on the device. Shapes and launches stay the same
+from one generation step to the next, nothing waits for the device, and one CUDA graph serves every
+step. The reference, which runs without Triton, does wait for the device.
 
 B rows, T new tokens per row, H query heads, G key/value heads (G divides H), E channels per head
 (even, at most 256), S >= B rows and L columns of the cache. The cache of one layer is contiguous:
@@ -41,14 +41,14 @@ def rope_append(
     rotate-half form) and write keys and values into the cache, in place.
 
     Token t of row b has position and column ``lengths[b] + t``. It is written if ``t < n_valid[b]``
-    and the cache has that column, else dropped: an ``n_valid`` above T means T, a row with none is
-    left as it is, and nothing is ever written from column L on. Queries are rotated whether their
-    token is written or not; positions outside the tables take the nearest of their rows. Lengths
-    are not advanced.
+    and the cache has that column, else dropped. So an ``n_valid`` above T means T, a row with
+    ``n_valid`` 0 is left as it is, and nothing is ever written from column L on. Queries are
+    rotated whether their token is written or not. A position outside the tables takes their nearest
+    row. Lengths are not advanced.
 
     Arguments:
         qkv: fp32, bf16 or fp16 ``[B, T, (H + 2G) * E]``: queries, keys, values, head by head.
-        cos, sin: fp32 ``[L, E]``, of the angle of each position and channel.
+        cos, sin: fp32 ``[L, E]``, the cosine and sine of each position's and channel's angle.
         k_cache, v_cache: fp32, bf16, fp16 or int8 ``[S, G, L, E]``, contiguous. Keys are rotated in
             fp32 and cast to the dtype of qkv, then cast or quantized to the cache's.
         lengths, n_valid: int32 or int64 ``[B]``, on the device: the columns filled and the tokens
@@ -86,20 +86,20 @@ def decode_attention(
     """Grouped-query attention of the new tokens over the cache:
     ``softmax(q k^T / sqrt(E)) v`` in fp32, one cast at the end.
 
-    Query t of row b sees columns ``0 .. lengths[b] + t`` (what :func:`rope_append` has just written
-    among them), all L where the cache ends before; a negative length counts as 0. Other columns do
-    not change its output, whatever they hold. If a column that it sees holds a NaN or an infinity,
-    the output of that head is not finite. Queries of padding tokens may see columns that
-    were never written: their outputs have no meaning.
+    Query t of row b sees columns ``0 .. lengths[b] + t``, which include those that
+    :func:`rope_append` has just written, or all L where the cache ends before. A negative length
+    counts as 0. Other columns do not change its output, whatever they hold. If a column that it
+    sees holds a NaN or an infinity, the output of that head is not finite. Queries of padding
+    tokens may see columns that were never written: their outputs have no meaning.
 
     Arguments:
         q: fp32, bf16 or fp16 ``[B, T, H, E]``, rotated.
-        k_cache, v_cache, k_scale, v_scale: as for :func:`rope_append`, whatever is in them.
+        k_cache, v_cache, k_scale, v_scale: as for :func:`rope_append`, with any contents.
         lengths: int32 or int64 ``[B]``, on the device: columns filled *before* the new tokens.
     Returns:
         ``[B, T, H * E]`` in the dtype of q. On CUDA the columns are cut into slices whose number
-        depends on shapes and device, never on the lengths; probabilities are rounded to 16 bits for
-        the product with values where q and cache have 16 bits or fewer.
+        depends on shapes and device, never on the lengths. Where q and cache have 16 bits or fewer,
+        probabilities are rounded to 16 bits for the product with the values.
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, device, shape or layout.
     """

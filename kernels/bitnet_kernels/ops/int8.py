@@ -2,7 +2,7 @@
 
 A weight changes at every training step, so packing it would be wasted work. Its int8 codes go
 straight to int8 tensor cores (Triton on CUDA), or to ``torch._int_mm``. Every device gives the same
-bits. The differentiable layer is built on top, see ``bitnet.quant``.
+bits. The differentiable layer in ``bitnet.quant`` is built on these operators.
 
 M tokens, K in_features, N out_features.
 """
@@ -34,15 +34,15 @@ def int8_linear(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """The forward of a ternary layer in training: multiply, rescale,
+    """The forward of a ternary layer in training: multiply, then rescale,
     ``y = ((acc * s_x) * scale) + bias`` in fp32 in this order, then one cast (BitNet b1.58, arXiv
-    2402.17764). The bits of :func:`bitnet_kernels.quantized_linear` of the packed codes.
+    2402.17764). It gives the bits of :func:`bitnet_kernels.quantized_linear` of the packed codes.
 
     Arguments:
         x_q: int8 ``[..., K]``, 1 <= K < 2^24, of any values.
         s_x: fp32 ``[...]``, the scale of each token.
-        codes: int8 ``[N, K]`` in {-1, 0, +1}. A check of the values would wait for the device, so
-            there is none: with other codes the outputs may be wrong.
+        codes: int8 ``[N, K]`` in {-1, 0, +1}. The values are not checked, because the check would
+            wait for the device: with other codes the outputs may be wrong.
         scale: fp32 ``[]`` (one per tensor) or ``[N]`` (one per row).
         bias: float ``[N]`` or None; added after the rescale, never scaled.
         out_dtype: float dtype of the outputs.

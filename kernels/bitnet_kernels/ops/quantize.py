@@ -3,9 +3,9 @@
 Every device gives the bits of :mod:`bitnet_kernels.reference`. Nothing here waits for a device, so
 a CUDA graph can capture it.
 
-K columns. A *quantized token* is three tensors: codes int8
-``[..., K]``, scale fp32 ``[...]``, row sum of the codes int32 ``[...]``. Where what is quantized
-holds a NaN or an infinity, its scale is NaN and its codes are 0.
+K columns. A *quantized token* is three tensors: codes int8 ``[..., K]``, scale fp32 ``[...]``, row
+sum of the codes int32 ``[...]``. A token that holds a NaN or an infinity when it is quantized gets
+scale NaN and codes 0.
 """
 
 import torch
@@ -27,7 +27,7 @@ def quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     ``scale = max(max|x|, 1e-5) / 127``, ``codes = round_half_even(x / scale)``.
 
     Arguments:
-        x: float ``[..., K]``, K >= 1. Statistics are taken in fp32 whatever the dtype, so a
+        x: float ``[..., K]``, K >= 1. Statistics are computed in fp32, whatever the dtype, so a
             float64 beyond fp32's range counts as infinite.
     Returns:
         codes int8 ``[..., K]``, scale fp32 ``[...]``, row sum of the codes int32 ``[...]``.
@@ -39,7 +39,7 @@ def quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rmsnorm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalize each token, round to its dtype, quantize: :func:`quant` of
+    """Normalize each token, round to its dtype and quantize: :func:`quant` of
     :func:`bitnet_kernels.reference.rmsnorm`.
 
     Arguments:
@@ -59,8 +59,8 @@ def rmsnorm_quant(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor
 def add_rmsnorm_quant(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`rmsnorm_quant` of ``h = x + residual``, which is returned too: the residual stream.
-    A separate function, so that the number of results does not depend on an argument.
+    """:func:`rmsnorm_quant` of ``h = x + residual``, the residual stream, which is returned too.
+    It is a separate function so that the number of results does not depend on an argument.
 
     Arguments:
         x, weight, eps: as for :func:`rmsnorm_quant`.

@@ -1,8 +1,9 @@
 """The one way to register an operator with torch.
 
-A public function checks its arguments, then calls ``torch.ops.bitnet.<name>``, which does not. That
-operator is a ``torch.library.custom_op``: ``torch.compile`` sees one node and no graph break. It
-runs one of three implementations, which take the same arguments and give the same bits:
+A public function checks its arguments, then calls ``torch.ops.bitnet.<name>``, which checks
+nothing. That operator is a ``torch.library.custom_op``: ``torch.compile`` sees one node and no
+graph break. It runs one of three implementations, which take the same arguments and give the same
+bits:
 
     cuda         Triton, where :func:`bitnet_kernels.available.takes_triton` says so
     cpu          torch operators that are faster than the reference, if there are any: on a CPU, and
@@ -35,9 +36,9 @@ def register(
     """Register ``torch.ops.bitnet.<name>``. It has no backward.
 
     Arguments:
-        reference: plain torch; its annotations are the operator's schema. For an operator
-            with an argument ``kernel`` it is a function that chooses the implementation by it, and
-            ``cpu`` and ``cuda`` are None.
+        reference: plain torch; its annotations are the operator's schema. For an operator with an
+            argument ``kernel`` it is a function that chooses the implementation by that argument;
+            ``cpu`` and ``cuda`` are then None.
         fake: makes empty results of the right shape, dtype and device.
         cpu, cuda: faster implementations; None where there is none. They are chosen by the device
             of the first argument, a tensor. The operator makes all results contiguous.
@@ -75,8 +76,8 @@ def rows(x: Tensor) -> Tensor:
 
 
 def reshaped(y: Tensor, *shape: int) -> Tensor:
-    """``y``, which the caller must not use afterwards, in its final shape and without a copy. For
-    autograd the result is not a view: it forbids in-place operators on a view that a custom
-    function returns."""
+    """``y`` in its final shape, without a copy. The caller must not use ``y`` afterwards. For
+    autograd the result is not a view, because autograd forbids in-place operators on a view that a
+    custom function returns."""
     result: Tensor = torch.ops.aten._unsafe_view(y.contiguous(), shape)
     return result

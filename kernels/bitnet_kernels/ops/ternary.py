@@ -1,6 +1,6 @@
 """The operators of packed ternary weights.
 
-``kernel="auto"`` means something else on every device, but all kernels give the same int32
+``kernel="auto"`` chooses a different kernel on each device, but all kernels give the same int32
 accumulators bit for bit, and the same outputs.
 
 M tokens, K in_features, N out_features, P = ceil(K/64)*16 packed bytes per row.
@@ -42,9 +42,9 @@ def ternary_matmul(
         packed: uint8 ``[N, P]`` from :func:`bitnet_kernels.packing.pack_ternary`.
         kernel: one of :data:`bitnet_kernels.KERNELS`.
         planes: :func:`bitnet_kernels.packing.bit_planes` of ``packed``, a second layout that
-            ``"popcount"`` reads, and ``"addsub"`` on a CPU. Without it ``"addsub"`` is ``"sad"`` on
-            a GPU, and a CPU makes them for each call. Nothing checks that they belong to
-            ``packed``.
+            ``"popcount"`` reads, and ``"addsub"`` on a CPU. Without planes ``"addsub"`` is
+            ``"sad"`` on a GPU, and on a CPU each call makes them. Nothing checks that they belong
+            to ``packed``.
     Returns:
         int32 ``[M, N]``.
     Raises:
@@ -77,7 +77,7 @@ def ternary_linear(
             infinity (the outputs of such a token are NaN).
         packed: uint8 ``[N, P]`` from :func:`bitnet_kernels.packing.pack_ternary`.
         scale: fp32 ``[]`` (one per tensor), ``[N]`` (one per row) or ``[N, ceil(K/group_size)]``
-            (one per group of ``group_size`` columns; no Triton kernel takes it).
+            (one per group of ``group_size`` columns, which no Triton kernel takes).
         bias: float ``[N]`` or None; added after the rescale, never scaled.
         kernel, planes: see :func:`ternary_matmul`.
         out_dtype: float dtype of the outputs; x's where None.
@@ -121,8 +121,8 @@ def quantized_linear(
     planes: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
-    """:func:`ternary_linear` of tokens that :func:`bitnet_kernels.quant` or one of the fused
-    quantizers has already quantized: several layers may share them.
+    """:func:`ternary_linear` of tokens already quantized, by :func:`bitnet_kernels.quant` or one of
+    the fused quantizers. Several layers can share them.
 
     Arguments:
         x_q: int8 ``[..., K]``, 1 <= K < 2^24.

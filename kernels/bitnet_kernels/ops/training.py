@@ -1,9 +1,9 @@
 """The operators that only training needs, beside its integer products (:mod:`.int8`).
 
 They are not public: ``bitnet.quant`` and ``bitnet.elementwise`` call them with arguments that fit,
-where :func:`bitnet_kernels.cpu.training.takes` says that they are worth it (for gradients of a
-layer :mod:`bitnet_kernels.cpu.gradients`). They are registered so
-that fake tensors, dispatch modes and profilers see them.
+where :func:`bitnet_kernels.cpu.training.takes` says that they are worth it (for the gradients of a
+layer, :mod:`bitnet_kernels.cpu.gradients` says so). They are registered so that fake tensors,
+dispatch modes and profilers see them.
 """
 
 from typing import Any

@@ -99,9 +99,9 @@ _DRIVER = Lock()
 
 @contextmanager
 def _as_if_here(target: Any) -> Iterator[None]:
-    """What kernels ask of their target while they are compiled (``tl.target_info``) is answered by
-    the driver for the GPU that is here, if any: be that driver, for one compilation at a time. (A
-    kernel must not be launched meanwhile.)"""
+    """Stand in for Triton's driver, for one compilation at a time. Kernels query their target while
+    they are compiled (``tl.target_info``), and the driver would answer for the GPU present here, if
+    any. No kernel may be launched meanwhile."""
     from triton.runtime import driver
 
     with _DRIVER:
@@ -114,5 +114,5 @@ def _as_if_here(target: Any) -> Iterator[None]:
 
 
 def _output(*command: str) -> str:
-    """stdout of a tool; nvdisasm warns on stderr that sm_80 files are of an older format."""
+    """stdout of a tool; nvdisasm warns on stderr that sm_80 files have an older format."""
     return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout

@@ -1,12 +1,12 @@
 """Count the cost of a kernel's main loop, and bound its speed.
 
-The counts are facts of the listing: every instruction of the loop once, except NOPs, over the
-weights that one thread consumes per pass. The speed is a bound from published rates, not a
+The counts are facts of the listing: every instruction of the loop counts once, except NOPs, divided
+by the weights that one thread consumes per pass. The speed is a bound from published rates, not a
 measurement: it ignores latencies, occupancy, bank conflicts and the time of a launch.
 
-Weights per pass: packed weights are loaded evict-first, so they are four times the bytes of those
-loads, however the loop is unrolled. Kernels whose weights go through shared memory have no such
-load. There the tensor-core instructions of the loop show the unrolling: ``spec.weights`` per
+Weights per pass: packed weights are loaded evict-first, so their number is four times the bytes of
+those loads, however the loop is unrolled. Kernels whose weights go through shared memory have no
+such load. There the tensor-core instructions of the loop show the unrolling: ``spec.weights`` per
 ``spec.weights * BLOCK_M`` multiply-accumulates.
 """
 
@@ -25,11 +25,11 @@ _LANES = 32
 
 
 class Arch(NamedTuple):
-    """A GPU: the one of its compute capability that the figures are given for.
+    """The GPU that stands for its compute capability in the figures.
 
     From the vendor's data sheets: ``clock_ghz`` is the highest boost clock, ``int8_macs`` the dense
-    multiply-accumulates of the tensor cores a clock and SM. ``fp32_lanes`` as in the CUDA C++
-    Programming Guide's table of arithmetic throughput.
+    multiply-accumulates of the tensor cores per clock and SM. ``fp32_lanes`` comes from the CUDA
+    C++ Programming Guide's table of arithmetic throughput.
     """
 
     gpu: str
@@ -57,8 +57,8 @@ ARCHS = {
 """The targets of ahead-of-time compilation, by name."""
 
 _MMA_SHARE = 0.63
-"""Of the tensor cores' rate, what mma instructions that read registers reach from Hopper on
-(arXiv 2402.13499 measures 62.9% on an H100); wgmma and tcgen05 reach all of it."""
+"""The share of the tensor cores' rate that mma instructions, which read registers, reach from
+Hopper on (arXiv 2402.13499 measures 62.9% on an H100); wgmma and tcgen05 reach all of it."""
 
 _PIPES = (
     ("tensor", r"[A-Z]+MMA"),
@@ -74,28 +74,29 @@ _PIPES = (
     ("alu", r"\w+"),
 )
 _RATES = {"issue": 128, "alu": 64, "imad": 64, "xu": 16, "lsu": 32}
-"""Thread instructions per clock and SM, the same from 8.0 to 10.0, after the CUDA C++ Programming
+"""Thread instructions per clock and SM, the same from 8.0 to 10.0, from the CUDA C++ Programming
 Guide's table of arithmetic throughput: 64 for integer add, logic, shift, compare, multiply-add and
-vabsdiff4, 16 for popc; fp32 is the Arch's. Which instruction goes to which pipe follows Nsight
+vabsdiff4, 16 for popc; the rate of fp32 is in Arch. The pipe of each instruction follows Nsight
 Compute's description of its pipelines: IMAD and dot products share the heavy half of the FMA pipe.
-For the lsu it is words of 4 bytes: L1 moves 128 bytes per clock, if every lane reads its own."""
+"lsu" counts words of 4 bytes: L1 moves 128 bytes per clock, if every lane reads its own."""
 
 
 class Report(NamedTuple):
     """The findings of :func:`inspect` about a kernel compiled for ``sm_<sm>``.
 
-    Counts are thread instructions of one pass of the main loop, or where named so divided by the
-    weights that a thread consumes in it; these and the speeds are None for a kernel without
-    weights. ``by_pipe`` has words of 4 bytes for "lsu" and multiply-accumulates for "tensor".
+    Counts are thread instructions of one pass of the main loop. ``instructions_per_weight`` and
+    ``by_pipe`` are divided by the weights that a thread consumes in that pass. ``by_pipe`` counts
+    words of 4 bytes for "lsu" and multiply-accumulates for "tensor". A kernel without weights has
+    None for ``instructions_per_weight`` and the speeds.
 
     ``weight_load_bits``: widths of the weight loads, or of all global loads where these cannot be
     told apart; empty for bulk copies.
     ``multipliers_on_data``, ``data_moves``, ``address_multiplies``: opcodes of the loop, in order;
-    see :class:`bitnet_kernels.sass.taint.Multipliers`. ``multipliers_outside``: what multiplies
-    data outside that loop and is no epilogue's, see :func:`bitnet_kernels.sass.taint.outside`.
+    see :class:`bitnet_kernels.sass.taint.Multipliers`. ``multipliers_outside``: opcodes that
+    multiply data outside the loop and the epilogue, see :func:`bitnet_kernels.sass.taint.outside`.
     ``local_accesses``: LDL and STL in the whole kernel.
-    ``weights_per_clock``: an SM's at best, over all pipes; ``bound``: what limits it, "memory" if
-    it is at least ``needed_weights_per_clock``, else a pipe or "issue".
+    ``weights_per_clock``: the most that an SM reaches, over all pipes; ``bound``: the limit:
+    "memory" if that is at least ``needed_weights_per_clock``, else a pipe or "issue".
     ``notes``: what the counting could not see, in words.
     """
 
@@ -124,11 +125,11 @@ class Report(NamedTuple):
 
 
 _reports: dict[tuple[str, int], Report] = {}
-"""Reports made in this process: reading a listing takes a good part of a second."""
+"""Reports made in this process, since reading a listing takes most of a second."""
 
 
 def inspect(spec: "Spec", sm: int) -> Report:
-    """Compile a spec and report on it; ``sm`` must be that of one of :data:`ARCHS`.
+    """Compile a spec and report on it, for an ``sm`` in :data:`ARCHS`.
 
     Raises:
         ValueError: see :func:`bitnet_kernels.sass.compile.compile_spec`.
@@ -148,7 +149,7 @@ def _inspect(spec: "Spec", sm: int) -> Report:
     found = multipliers(code, loop)
     weights, notes = _weights_per_pass(spec, body)
     if not loop.looped:
-        if weights:  # others may well hold a whole row in registers
+        if weights:  # a kernel without weights may hold a whole row in registers
             notes.append("no loop: the whole kernel is counted")
     elif any(other.body < loop.body and not _waits(code, other) for other in loops(code)):
         notes.append("a loop inside the main loop is counted as one pass of it")
@@ -200,7 +201,7 @@ def listing(spec: "Spec", sm: int) -> str:
 
 
 def _weights_per_pass(spec: "Spec", body: list[Instruction]) -> tuple[int, list[str]]:
-    """Of one thread, and notes."""
+    """The weights of one thread per pass, and notes."""
     if not spec.weights:
         return 0, []
     marked = sum(one.access_bits for one in body if one.is_weight_load)
@@ -220,8 +221,8 @@ def _tile_tokens(spec: "Spec") -> int:
 
 
 def _macs(instruction: Instruction) -> int:
-    """Multiply-accumulates of a tensor-core instruction, a thread's share. A warpgroup's shape is
-    64xNxK; a warp's has N = 8 and is written as MK or M8K (16832: 16 x 8 x 32)."""
+    """A thread's share of the multiply-accumulates of a tensor-core instruction. A warpgroup's
+    shape is 64xNxK. A warp's shape has N = 8 and is written as MK or M8K (16832: 16 x 8 x 32)."""
     if not instruction.is_tensor_core:
         return 0
     if shape := re.search(r"\.64x(\d+)x(\d+)", instruction.opcode):
@@ -232,13 +233,13 @@ def _macs(instruction: Instruction) -> int:
 
 
 def _waits(code: list[Instruction], loop: Loop) -> bool:
-    """A loop that polls a barrier, and passes once when its data is there."""
+    """Whether a loop polls a barrier: it passes once when its data is there."""
     return any(code[i].base == "SYNCS" for i in loop.body)
 
 
 def _weight_load_bits(body: list[Instruction], weight_bytes: float) -> list[int]:
-    """Where loads are not marked and those of one width make up just the bytes of the weights, it
-    is that width."""
+    """The widths of the weight loads. If no load is marked, and the loads of one width add up to
+    the bytes of the weights, that is the width."""
     marked = {one.access_bits for one in body if one.is_weight_load}
     bits = Counter(one.access_bits for one in body if one.base in ("LDG", "LDGSTS"))
     exact = [width for width, n in bits.items() if width * n == 8 * weight_bytes]
@@ -266,7 +267,7 @@ def _by_pipe(spec: "Spec", body: list[Instruction], weights: int) -> dict[str, f
             counts[pipe] += max(one.access_bits // 32, 1)
         else:
             counts[pipe] += 1
-    if counts.get("tensor") == 0:  # a shape that the listing does not tell
+    if counts.get("tensor") == 0:  # a shape that the listing does not show
         counts["tensor"] = weights * _tile_tokens(spec)
     return {pipe: count / weights for pipe, count in sorted(counts.items())}
 

@@ -4,7 +4,8 @@
     address               guard base.modifiers operands
 
 A loop is a natural loop of the control-flow graph: a backward branch whose target lies on every
-path to it (code that ptxas moved out of line jumps backward too), with everything that leads to it.
+path to the branch, with all code between them. (Code that ptxas moved out of line jumps backward,
+too.)
 """
 
 import re
@@ -20,8 +21,8 @@ _BITS = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 25
 class Instruction(NamedTuple):
     """One instruction: ``IMAD.WIDE.U32`` has the base ``IMAD`` and modifiers ``WIDE``, ``U32``.
 
-    ``guard`` is the predicate that it is executed under, "" for always; ``target`` the address
-    that it may branch to, or None.
+    ``guard`` is the predicate that must hold for it to be executed, "" for always; ``target`` is
+    the address that it may branch to, or None.
     """
 
     address: int
@@ -54,20 +55,20 @@ class Instruction(NamedTuple):
 
     @property
     def is_weight_load(self) -> bool:
-        """A global load marked evict-first: the matmuls load packed weights so, and them alone."""
+        """Whether it is a global load marked evict-first: the matmuls mark only packed weights."""
         return self.base == "LDG" and "EF" in self.modifiers
 
 
 class Loop(NamedTuple):
-    """Indices of the instructions of a loop; ``looped`` is False where it is the whole kernel,
-    because that has no loop."""
+    """Indices of the instructions of a loop. ``looped`` is False if this is a whole kernel that has
+    no loop."""
 
     body: frozenset[int]
     looped: bool = True
 
 
 def parse(listing: str) -> list[Instruction]:
-    """The instructions of a listing, NOPs and all, in order of their addresses.
+    """The instructions of a listing, including NOPs, in order of their addresses.
 
     Raises:
         ValueError: the listing holds none, or more than one function.
@@ -96,16 +97,16 @@ def parse(listing: str) -> list[Instruction]:
 
 
 def _split(text: str) -> tuple[str, ...]:
-    """Operands at commas outside brackets."""
+    """The operands, split at commas outside brackets."""
     return tuple(part.strip() for part in re.split(r",(?![^\[{(]*[\]})])", text) if part.strip())
 
 
 def successors(code: list[Instruction]) -> list[list[int]]:
-    """Which instructions may follow each one. A call goes on behind itself (a loop that calls is
-    still a loop) and into its function, which ends where it returns.
+    """Which instructions may follow each one. A call is followed both by the next instruction (a
+    loop that calls is still a loop) and by its function, which ends where it returns.
 
     Raises:
-        ValueError: an indirect branch, whose targets the listing does not tell.
+        ValueError: an indirect branch, whose targets the listing does not show.
     """
     index = {instruction.address: i for i, instruction in enumerate(code)}
     following: list[list[int]] = []
@@ -119,13 +120,13 @@ def successors(code: list[Instruction]) -> list[list[int]]:
         elif base in ("BRA", "JMP", "CALL") and instruction.target is not None:
             goes_on = conditional or base == "CALL" or len(instruction.operands) > 1
             following.append([index[instruction.target], *(after if goes_on else [])])
-        else:  # BSSY names where BSYNC ends, which stands right before it
+        else:  # BSSY names the address right after its BSYNC
             following.append(after)
     return following
 
 
 def predecessors(code: list[Instruction]) -> list[list[int]]:
-    """Which instructions may come right before each one, by :func:`successors`."""
+    """Which instructions may come right before each one, from :func:`successors`."""
     before: list[list[int]] = [[] for _ in code]
     for i, targets in enumerate(successors(code)):
         for target in targets:
@@ -134,8 +135,8 @@ def predecessors(code: list[Instruction]) -> list[list[int]]:
 
 
 def functions(code: list[Instruction]) -> frozenset[int]:
-    """Indices of what calls lead to and returns from: of the functions that the kernel calls. (A
-    call that never returns is a jump.)"""
+    """Indices of the instructions of the functions that the kernel calls, which calls enter and
+    returns leave. (A call that never returns is a jump.)"""
     edges, index = successors(code), {one.address: i for i, one in enumerate(code)}
     found: set[int] = set()
     for one in code:
@@ -147,7 +148,7 @@ def functions(code: list[Instruction]) -> frozenset[int]:
 
 
 def loops(code: list[Instruction]) -> list[Loop]:
-    """Every loop, those of one head as one."""
+    """Every loop; loops with the same head are one."""
     following, before = successors(code), predecessors(code)
     reachable = _reach(following, 0)
     bodies: dict[int, set[int]] = {}
@@ -161,7 +162,7 @@ def loops(code: list[Instruction]) -> list[Loop]:
 
 
 def _reach(edges: list[list[int]], start: int, without: int = -1) -> set[int]:
-    """What can be reached from ``start``, itself included, on paths around ``without``."""
+    """The nodes reachable from ``start``, including itself, on paths that avoid ``without``."""
     seen = {start} - {without}
     stack = list(seen)
     while stack:
@@ -173,10 +174,10 @@ def _reach(edges: list[list[int]], start: int, without: int = -1) -> set[int]:
 
 
 def main_loop(code: list[Instruction]) -> Loop:
-    """The innermost loop that loads the most weights; where weights come in other ways, the one
-    with the most tensor-core instructions, else the most bytes from global memory.
+    """The innermost loop that loads the most weights. If weights come in other ways, it is the one
+    with the most tensor-core instructions, else the one that loads the most bytes of global memory.
 
-    Of two that load as much the shorter one: masked copies of a loop are the longer ones.
+    Of two loops that load the same amount it is the shorter, since masked copies are longer.
     """
 
     def score(loop: Loop) -> tuple[int, int, int]:

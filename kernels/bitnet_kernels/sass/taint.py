@@ -1,8 +1,8 @@
 """Find the multipliers that touch data: taint analysis of SASS.
 
-Data is every value that a load from memory fills (global, shared, tensor memory, atomics), and
-every result computed from data: in registers, uniform registers and predicates, vectors register by
-register, also where a predicate computed from data guards the instruction. Constant memory holds
+Data is every value loaded from memory (global, shared, tensor memory, atomics), and every result
+computed from data: in registers, uniform registers and predicates, vectors register by register. A
+result is also data if a predicate computed from data guards the instruction. Constant memory holds
 kernel parameters and is not data. Local memory belongs to one thread and holds spilled registers:
 all of it is data once any data was stored there, none before. The analysis follows the control flow
 of the whole kernel, since registers are reused: a register stops being data where an unguarded
@@ -10,9 +10,9 @@ instruction overwrites it. Branches on data are not followed.
 
 Multiplier units also move, shift and add: ptxas writes ``R4 = R5`` as IMAD.MOV and a shift by two
 as IMAD.SHL by 4, to spread work over pipes. So for *integer* multiply-adds on data the other factor
-decides: with 0, or a power of two up to sign, they count as moves, whether the factor stands in the
-instruction or in a register that holds it on every path. Any other integer multiply-add, and every
-floating-point multiplier, dot product and tensor-core instruction, multiplies data."""
+decides: if it is 0 or plus or minus a power of two, they count as moves, whether the factor is in
+the instruction or in a register that holds it on every path. Any other integer multiply-add, and
+every floating-point multiplier, dot product and tensor-core instruction, multiplies data."""
 
 import re
 from collections.abc import Iterable
@@ -43,8 +43,8 @@ _ALWAYS = re.compile(r"\w*(MUL|MAD|FMA)\w*|U?IDP\w*|MUFU")
 class Multipliers(NamedTuple):
     """The instructions of a loop that run on multiplier units, by what they do there.
 
-    ``on_data``: multiply data. ``moving``: move, shift or add data, by a constant 0 or power of two
-    or with data as the addend alone. ``on_addresses``: no data enters at all.
+    ``on_data``: multiply data. ``moving``: move, shift or add data: the factor is a constant 0 or
+    power of two, or only the addend is data. ``on_addresses``: have no data among their operands.
     """
 
     on_data: list[Instruction]
@@ -76,8 +76,8 @@ def multipliers(code: list[Instruction], loop: Loop) -> Multipliers:
 
 
 def outside(code: list[Instruction], loop: Loop) -> list[Instruction]:
-    """The instructions that multiply data outside a main loop, without the epilogue's: it may use
-    fp32 products, outside every loop and every called function."""
+    """The instructions that multiply data outside a main loop and the epilogue. The epilogue may
+    use fp32 products outside every loop and every called function."""
     inner = functions(code).union(*(other.body for other in loops(code)))
     rest = Loop(frozenset(range(len(code))) - loop.body)
     allowed = {id(code[i]) for i in rest.body - inner if code[i].base in ("FMUL", "FMUL2")}
@@ -85,7 +85,7 @@ def outside(code: list[Instruction], loop: Loop) -> list[Instruction]:
 
 
 def taints(code: list[Instruction]) -> list[int]:
-    """For each instruction the registers that may hold data before it, as a bit mask."""
+    """For each instruction, a bit mask of the registers that may hold data before it."""
     following = successors(code)
     behind_calls = [i + 1 for i, one in enumerate(code) if one.base == "CALL" and i + 1 < len(code)]
     effects = [(_writes(one), _surely_writes(one), _reads(one)) for one in code]
@@ -108,9 +108,9 @@ def taints(code: list[Instruction]) -> list[int]:
 
 
 def _outputs_and_sources(instruction: Instruction) -> tuple[list[str], list[str]]:
-    """An instruction's operands, told apart. Outputs come first; how many depends on the opcode.
-    What may be either, of an opcode that is not known here, is counted as both: that errs on the
-    side of data."""
+    """An instruction's operands, split into outputs and sources. Outputs come first; their number
+    depends on the opcode. For an unknown opcode, operands that may be either count as both, which
+    errs on the side of data."""
     base, operands = instruction.base, list(instruction.operands)
     if not operands or _NO_OUTPUT.fullmatch(base) or operands[0][0] in "[`gdt":
         return [], operands
@@ -130,8 +130,8 @@ def _is_predicate(operand: str) -> bool:
 
 
 def _width(instruction: Instruction) -> int:
-    """Registers that an output holds, or may hold. Inputs are taken to be as wide, but for those of
-    loads and for IMAD.WIDE's factors: too wide by one register at worst."""
+    """Registers that an output may occupy. Inputs count as equally wide, except those of loads and
+    IMAD.WIDE's factors: this is too wide by one register at worst."""
     base, modifiers = instruction.base, instruction.modifiers
     if instruction.is_tensor_core:
         shape = re.search(r"\.64x(\d+)x", instruction.opcode)
@@ -149,22 +149,22 @@ def _width(instruction: Instruction) -> int:
 
 
 def _writes(instruction: Instruction) -> int:
-    """The registers that it may write."""
+    """The registers that an instruction may write."""
     outputs, _ = _outputs_and_sources(instruction)
     local = _LOCAL_MEMORY if instruction.base in ("STL", "ST") else 0
     return _union(_mask(operand, _width(instruction)) for operand in outputs) | local
 
 
 def _surely_writes(instruction: Instruction) -> int:
-    """Those that it writes if it is executed for certain: conversions to and from 64 bits, whose
-    width is not clear from the opcode, count as narrow."""
+    """The registers that an instruction is certain to write if it is executed: conversions to and
+    from 64 bits, whose width the opcode does not show, count as narrow."""
     outputs, _ = _outputs_and_sources(instruction)
     width = 1 if {"F64", "S64"} & {*instruction.modifiers} else _width(instruction)
     return 0 if instruction.guard else _union(_mask(operand, width) for operand in outputs)
 
 
 def _reads(instruction: Instruction) -> int:
-    """The registers of all sources, and of the guard."""
+    """The registers of an instruction's sources and guard."""
     local = _LOCAL_MEMORY if instruction.base == "LDL" else 0
     return _union(_source_masks(instruction)) | _mask(instruction.guard, 1) | local
 
@@ -180,7 +180,7 @@ def _source_masks(instruction: Instruction) -> list[int]:
 
 
 def _mask(operand: str, width: int) -> int:
-    """The registers that an operand names; those of addresses have widths of their own."""
+    """The registers that an operand names; address registers have widths of their own."""
     bare = operand.strip("!-~|+")
     if bare in _ALL_PREDICATES:
         return _ALL_PREDICATES[bare]
@@ -199,8 +199,8 @@ def _union(masks: Iterable[int]) -> int:
 
 
 def _only_shifts(code: list[Instruction], before: list[list[int]], i: int, factor: str) -> bool:
-    """Whether a factor of instruction ``i`` is 0 or a power of two up to sign: as it stands there,
-    or in a register into which every path moves such a constant. ``before`` is
+    """Whether a factor of instruction ``i`` is 0 or plus or minus a power of two: in the
+    instruction itself, or in a register into which every path moves such a constant. ``before`` is
     :func:`bitnet_kernels.sass.read.predecessors` of ``code``."""
     if _is_shift(factor):
         return True
@@ -211,7 +211,7 @@ def _only_shifts(code: list[Instruction], before: list[list[int]], i: int, facto
     seen, stack = {i}, [i]
     while stack:
         above = before[stack.pop()]
-        if not above:  # the kernel's begin, or code that only calls lead to
+        if not above:  # the kernel's start, or code that is reached only by calls
             return False
         for j in {*above} - seen:
             seen.add(j)
@@ -224,7 +224,7 @@ def _only_shifts(code: list[Instruction], before: list[list[int]], i: int, facto
 
 
 def _moves_shift(instruction: Instruction) -> bool:
-    """Whether it writes a constant 0 or power of two, up to sign, into one register."""
+    """Whether an instruction writes 0 or plus or minus a power of two into one register."""
     opcode, operands = instruction.opcode, instruction.operands
     moves = (opcode in ("MOV", "UMOV") and len(operands) == 2) or (
         re.fullmatch(r"IMAD\.MOV(\.U32)?", opcode) and operands[1:3] == ("RZ", "RZ")
@@ -233,7 +233,7 @@ def _moves_shift(instruction: Instruction) -> bool:
 
 
 def _is_shift(constant: str) -> bool:
-    """A factor that is 0 (RZ) or plus or minus a power of two, as it stands in the instruction."""
+    """Whether an instruction's factor is 0 (RZ) or plus or minus a power of two."""
     if constant.strip("-") in ("RZ", "URZ"):
         return True
     if not re.fullmatch(r"-?0x[0-9a-f]+", constant):
