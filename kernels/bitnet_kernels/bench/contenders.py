@@ -1,12 +1,12 @@
-"""The contenders: the 16-bit matmul to beat, all kernels of ours, and those of other projects.
+"""The contenders: the 16-bit matmul to beat, all our kernels, and the kernels of other projects.
 
 All multiply by the same ternary matrix. Ours are timed twice: ``linear`` has float inputs and
 outputs and quantizes the activations, as a layer does; ``matmul`` is the integer product alone. The
 others have 16-bit inputs and outputs, so ratios of ``linear`` compare like with like. On a CPU,
-``read`` reads the packed weights in order and does no more than add them up, as 64-bit integers. A
-kernel whose weights come from memory takes about as long; less, where it fetches ahead.
+``read`` reads the packed weights in order and only adds them up, as 64-bit integers. A kernel
+whose weights come from memory takes about the same time, or less if it prefetches.
 
-A CPU's weights lie in large pages, where the system can, as those of a loaded model do.
+On a CPU the weights are in large pages, if the system allows it, like those of a loaded model.
 """
 
 import ctypes
@@ -93,7 +93,7 @@ def make_problem(n: int, k: int, m: int, device: torch.device, seed: int = 0) ->
 def same_matrix(problem: Problem, m: int) -> Problem:
     """The same matrix with another M."""
     other = Problem(problem.device, m, problem.codes, problem.packed, problem.scale, problem.seed)
-    if "planes" in problem.__dict__:  # made once a matrix
+    if "planes" in problem.__dict__:  # made once per matrix
         other.__dict__["planes"] = problem.planes
     return other
 
@@ -135,7 +135,7 @@ class Contender:
 def _ours(kernel: str, what: str, dtype: str) -> Callable[[Problem, int], CALL]:
     def build(problem: Problem, copies: int) -> CALL:
         packed = [problem.packed.clone() for _ in range(copies)]
-        # auto gets no planes, like a caller who keeps only one layout
+        # auto gets no planes, as from a caller who keeps only one layout
         reads = kernel == "popcount" or (
             takes_native(kernel, problem.device) and kernel == "addsub"
         )
@@ -227,12 +227,12 @@ _OTHERS = (
     # its 16 levels from -scale to scale miss zero by scale/15: 4.7% of the outputs' norm
     ("torchao", "int4wo", 4.25, 0.1, ("bf16",), _torchao("Int4WeightOnlyConfig", **_INT4)),
 )
-"""Package, its name for the method, bits per weight, tolerance, dtypes, maker. For the public
-interfaces of gemlite 0.6 and torchao 0.18; not yet run."""
+"""Package, its name for the method, bits per weight, tolerance, dtypes, maker. Written for the
+public interfaces of gemlite 0.6 and torchao 0.18; not yet run."""
 
 
 def few_enough(kernel: str, m: int) -> bool:
-    """Whether a kernel is worth its time at M = ``m``."""
+    """Whether a kernel is worth timing at M = ``m``."""
     return m <= _FEW_TOKENS.get(kernel, m)
 
 
@@ -255,7 +255,7 @@ def missing(kernels: tuple[str, ...], device: torch.device) -> list[str]:
 
 
 def baselines(device: torch.device, dtypes: tuple[str, ...]) -> list[Contender]:
-    """torch's own matmul, at least once in 16 bits: the baseline of all ratios."""
+    """torch's own matmul, at least once in 16 bits, which is the baseline of all ratios."""
     names = [dtype for dtype in dtypes if device.type != "cuda" or dtype != "fp32"]
     if not {"bf16", "fp16"} & set(names):
         names.append("bf16")

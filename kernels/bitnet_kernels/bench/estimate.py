@@ -1,7 +1,7 @@
 """Estimate the time on GPUs that are not present, by the static model of
 :mod:`bitnet_kernels.sass.estimate` and the configurations that ``dispatch`` chooses.
 
-The ratio is an upper bound of a formulation, never a measurement.
+The ratio is an upper bound for a formulation, never a measurement.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ def estimates(
     Arguments:
         common: columns that all rows share: versions, commit, date, command.
     Raises:
-        Unavailable: there is no Triton, or it interprets.
+        Unavailable: Triton is missing, or interprets kernels.
     """
     if not triton_installed():
         raise Unavailable("no GPU estimates: they need Triton, which is not installed")
@@ -63,7 +63,7 @@ def estimates(
                     _, config = choose(kernel, m, n, k, True, arch.sm, "")
                     try:
                         time = estimate_us(kernel, config, arch.sm, m, n, k)
-                    except ValueError as error:  # an interpreting Triton compiles nothing
+                    except ValueError as error:  # Triton as interpreter compiles nothing
                         raise Unavailable(f"no GPU estimates: {error}") from error
                     yield Row(
                         contender="bitnet",

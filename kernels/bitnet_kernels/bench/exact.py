@@ -1,14 +1,14 @@
 """Check that every operator is right on this device: a few shapes of each, then the timed products.
 
-A full check takes many forms of every kernel (``tests/test_on_device_*.py``). This one is for the
-first minutes on a device. Each case is small and independent, so several processes can compile
+``tests/test_on_device_*.py`` is the full check, with many forms of every kernel. This one is for
+the first minutes on a device. Each case is small and independent, so several processes can compile
 cases side by side, and a crash spoils no other case.
 
 The CPU computes the expected values: integer products in fp64, exact in any order, and the
-operators of :mod:`bitnet_kernels.reference`, whose bits the operators promise. Only attention has a
-tolerance. The timed products are checked on the device itself, as the benchmark does
+operators of :mod:`bitnet_kernels.reference`, whose bits every operator must give. Only attention
+has a tolerance. The timed products are checked on the device itself, as in the benchmark
 (:mod:`.verify`), since a CPU would take minutes for them. This also leaves their kernels in
-Triton's cache, where the benchmark finds them.
+Triton's cache for the benchmark.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,12 +42,12 @@ from bitnet_kernels.dispatch import FORMULATIONS
 
 EPS = 1e-5
 TIMED = "as timed"
-"""The operator's name of a case that checks what the benchmark times."""
+"""The ``operator`` of a case that checks what the benchmark times."""
 KERNELS = ("auto", *FORMULATIONS)
 SMALL = ((1, 33, 300), (5, 40, 256), (17, 33, 300))
-"""(M, N, K) of the products: a single token, few, more than a tile; K padded and not."""
+"""(M, N, K) of the products: one token, few tokens, more than a tile; with and without padded K."""
 _ATTENTION_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 4e-3}
-"""Relative, in the Frobenius norm: fp32 sums in another order; a few roundings of 16 bits."""
+"""Relative, in the Frobenius norm: for fp32 sums in another order, or a few 16-bit roundings."""
 
 
 class Case(NamedTuple):
@@ -61,7 +61,7 @@ class Case(NamedTuple):
     n: int
     k: int
     dtype: str
-    """dtype of the activations, a name of :data:`DTYPES`; that of a cache may be "int8"."""
+    """dtype of the activations, a name of :data:`DTYPES`; for a cache also "int8"."""
 
     def __str__(self) -> str:
         """The case's name in messages."""
@@ -113,10 +113,10 @@ def timed_cases(
 
 
 def check(case: Case, device: torch.device) -> str:
-    """``"yes"`` where outputs are right bit for bit, ``"rel 1.2e-06"`` where within a tolerance.
+    """``"yes"`` if outputs are right bit for bit, ``"rel 1.2e-06"`` if within a tolerance.
 
     Raises:
-        Inexact: they are neither; says where.
+        Inexact: they are neither; the message says where.
         ValueError: this kernel cannot run on this device.
     """
     torch.manual_seed(0)
@@ -146,7 +146,7 @@ def _product(x_q: Tensor, codes: Tensor) -> Tensor:
 
 
 def _tokens(case: Case) -> Tensor:
-    """Activations ``[M, K]``, from three tokens on with a NaN in the last one."""
+    """Activations ``[M, K]``; with three tokens or more the last one holds a NaN."""
     x = 3.0 * torch.randn(case.m, case.k, dtype=torch.float32, device="cpu")
     if case.m > 2:
         x[-1, -1] = torch.nan
@@ -243,7 +243,7 @@ _HEADS, _KV_HEADS, _CHANNELS = 8, 2, 64
 
 
 def _cache(case: Case, fill: bool) -> list[Tensor]:
-    """Keys and values of ``case.n`` rows over ``case.k`` columns, of int8 with their scales."""
+    """Keys and values of ``case.n`` rows over ``case.k`` columns; for int8 also their scales."""
     shape = (case.n, _KV_HEADS, case.k, _CHANNELS)
     scale = 1.0 if fill else 0.0
     parts = [scale * torch.randn(shape, dtype=torch.float32, device="cpu") for _ in range(2)]
@@ -263,7 +263,7 @@ def _on(device: torch.device, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _lengths(case: Case) -> Tensor:
-    """A row that is full after the new tokens, and a short one."""
+    """The lengths of a row that the new tokens fill, and of a short one."""
     return torch.tensor([case.k - case.m, 5], dtype=torch.int32, device="cpu")
 
 
@@ -305,7 +305,7 @@ def _attention(case: Case, device: torch.device) -> str:
 
 
 def _timed(case: Case, device: torch.device) -> str:
-    """Floats in and out, and the product alone, as the benchmark calls them."""
+    """Check a layer with float inputs and outputs, and the product alone, as the benchmark does."""
     problem = make_problem(case.n, case.k, case.m, device)
     judge, verdicts = Judge(problem), []
     for one in contenders(device, (case.kernel,), (case.dtype,), ("linear", "matmul"), case.m):

@@ -1,4 +1,4 @@
-"""The machine behind a figure: the device and its limits, versions, sources."""
+"""The machine that gave a figure: the device and its limits, versions, sources."""
 
 import hashlib
 import importlib
@@ -23,8 +23,8 @@ _OPS_PER_CLOCK = {
     (9, 0): (4096, 8192),
     (10, 0): (8192, 16384),
 }
-"""Dense (16-bit, int8) tensor-core operations per clock and SM; a multiply-add counts two; NVIDIA's
-architecture white papers. GeForce cards of (8, 9) have half the 16-bit rate."""
+"""Dense (16-bit, int8) tensor-core operations per clock and SM, from NVIDIA's architecture white
+papers; a multiply-add counts as two. GeForce cards of (8, 9) have half the 16-bit rate."""
 
 _INSTRUCTION_SETS = {
     "amx_int8": "AMX",
@@ -33,11 +33,11 @@ _INSTRUCTION_SETS = {
     "avx512f": "AVX-512",
     "avx2": "AVX2",
 }
-"""Linux's name of a CPU's feature and ours, from the widest down."""
+"""Linux's name of a CPU feature and ours, widest first."""
 
 
 class Machine(NamedTuple):
-    """The device that is timed. Unknown limits (those of a CPU) are None."""
+    """The device that is timed. Unknown limits, such as a CPU's, are None."""
 
     device: torch.device
     name: str
@@ -82,8 +82,9 @@ def describe(device: torch.device) -> Machine:
 
 
 def _cpu_name() -> str:
-    """Model, widest instruction set, number. Virtual machines give CPUs of several generations one
-    model name; the instruction set tells them apart, and decides what the kernels can do."""
+    """Model, widest instruction set, number of CPUs. Virtual machines give CPUs of several
+    generations the same model name. The instruction set tells them apart, and decides what the
+    kernels can do."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -92,7 +93,7 @@ def _cpu_name() -> str:
 
 
 def cpu_name(cpuinfo: str) -> str:
-    """The name of a CPU by the text of Linux's /proc/cpuinfo; "" where that names no model."""
+    """The name of a CPU from the text of Linux's /proc/cpuinfo; "" if that names no model."""
     found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.M)
     flags = re.search(r"^flags\s*:\s*(.+)$", cpuinfo, re.M)
     if not found:
@@ -129,7 +130,7 @@ def package_version(name: str) -> str:
 
 def code_hash(name: str) -> str:
     """Hash (12 hex digits) of all sources and tables of the package outside this benchmark, and of
-    the table that was tuned for the device of that name."""
+    the table tuned for the device ``name``."""
     digest = hashlib.sha256()
     for path in sorted((*_PACKAGE.rglob("*.py"), *_PACKAGE.glob("tables/*.json"))):
         if "bench" not in path.relative_to(_PACKAGE).parts:
@@ -141,8 +142,8 @@ def code_hash(name: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with ``-dirty`` where the working tree differs from it; "" where the
-    package is not part of a checkout."""
+    """The checkout's commit, with ``-dirty`` if the working tree differs from it; "" if the package
+    is not part of a checkout."""
 
     def git(*args: str) -> str:
         try:
@@ -159,7 +160,7 @@ def commit() -> str:
 
 
 class Meter:
-    """Energy and clock of one GPU through NVML (``pip install nvidia-ml-py``)."""
+    """Energy and clock of one GPU, from NVML (``pip install nvidia-ml-py``)."""
 
     def __init__(self, device: torch.device) -> None:
         self._nvml = importlib.import_module("pynvml")  # ImportError where it is not installed
@@ -169,7 +170,7 @@ class Meter:
         self._handle: Any = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
 
     def clock_mhz(self) -> int:
-        """The present clock of the SMs."""
+        """The current clock of the SMs."""
         return self._nvml.nvmlDeviceGetClockInfo(self._handle, self._nvml.NVML_CLOCK_SM)
 
     def millijoules(self) -> int:
@@ -196,8 +197,8 @@ def joules_a_run(
 ) -> float:
     """Joules per ``run``, averaged over as many runs as fill ``at_least`` seconds.
 
-    By the board's energy counter, or where it has none by the mean of its power. The counter moves
-    in steps of some tens of milliseconds, hence the half second.
+    They come from the board's energy counter, or if it has none from its mean power. The counter
+    is updated every few tens of milliseconds, hence the half second.
     """
     powers: list[int] = []
     try:

@@ -1,7 +1,7 @@
-"""Draw the tables of kernels/README.md from rows; they are never written by hand.
+"""Make the tables of kernels/README.md from rows; they are never written by hand.
 
-A table has one device and one source: measurements and estimates never share a table, and an
-estimate's title says so. Ratios are to the fastest 16-bit matmul of the same round-robin.
+A table has one device and one source: measurements and estimates never share a table, and the title
+of an estimate says so. Ratios are to the fastest 16-bit matmul of the same round-robin.
 """
 
 import csv
@@ -53,7 +53,7 @@ def load(folder: Path) -> list[Row]:
 
 
 class View(NamedTuple):
-    """The rows of one table: one device, source, state of the cache, and kind of operation."""
+    """The rows of one table, of one device, source, state of the cache and kind of operation."""
 
     device: str
     source: str
@@ -95,13 +95,13 @@ class View(NamedTuple):
 
     @property
     def has_goals(self) -> bool:
-        """Whether the goals apply, which are for Hopper."""
+        """Whether the goals apply: they are for Hopper."""
         return self.source == "measured" and any(name in self.device for name in ("H100", "H200"))
 
 
 def views(rows: Iterable[Row], source: str) -> list[View]:
-    """A view of each device. Measured: whole layers with a cold cache, 16-bit activations if there
-    are any; an estimate: the product alone."""
+    """A view of each device. Measurements show whole layers with a cold cache, and with 16-bit
+    activations if there are any; estimates show the product alone."""
     rows = [row for row in rows if row.source == source and row.cache == "cold"]
     what = "linear" if source == "measured" else "matmul"
     rows = [row for row in rows if row.what == what]
@@ -129,13 +129,13 @@ def _cell(view: View, row: Row | None) -> str:
 
 
 def is_noisy(row: Row) -> bool:
-    """Whether a tenth of the replays took more than twice as long as another tenth."""
+    """Whether the slowest tenth of the replays took over twice as long as the fastest tenth."""
     return row.p10_us is not None and row.p90_us is not None and row.p90_us > 2 * row.p10_us
 
 
 def table(view: View) -> str:
-    """Markdown: for each shape the 16-bit matmul's time, and the ratio of each line at each M with
-    the kernel that won and its share of the roofline."""
+    """Markdown: for each shape the 16-bit matmul's time, and for each line and M the ratio, the
+    kernel that won and its share of the roofline."""
     tokens = _columns(view)
     lines = [
         "| N x K | | " + " | ".join(f"M = {m}" for m in tokens) + " |",
@@ -189,7 +189,7 @@ def _title(view: View) -> str:
 
 
 def details(rows: Iterable[Row], images: Collection[str] = ()) -> str:
-    """The measured tables, then the estimates; and plots, of the file names in ``images``."""
+    """The measured tables, then the estimates; with the plots whose names are in ``images``."""
     rows = list(rows)
     parts = []
     for view in views(rows, "measured") + views(rows, "estimate"):
@@ -230,7 +230,7 @@ def curves(view: View, figure: str, shape: tuple[int, int]) -> dict[str, list[tu
 
 
 def replace(text: str, begin: str, end: str, body: str, where: str) -> str:
-    """``text`` with what stands between two marker lines replaced by ``body``.
+    """``text``, with everything between two marker lines replaced by ``body``.
 
     Raises:
         ValueError: a marker is missing, or there twice; names ``where``.
@@ -246,7 +246,7 @@ def machine_code(path: Path) -> str:
     """The table of ``bitnet inspect kernels --csv`` for kernels/README.md: a row per matmul kernel.
 
     Raises:
-        ValueError: the file is not one of those.
+        ValueError: the file is not such a CSV.
     """
     if not path.exists():
         return NOTHING

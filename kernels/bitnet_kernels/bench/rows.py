@@ -1,8 +1,8 @@
 """The rows of the CSV files: each figure with its subject, device, method and versions.
 
-Measured figures and estimates of a static model stand in *different columns*, so that no reader of
-the file can mix them by accident; :func:`read` refuses a row that has both. A file is replaced
-whole after each group of rows, by a rename, so an interrupted run keeps its measurements and never
+Measured figures and estimates of a static model are in *different columns*, so that no reader of
+the file can mix them by accident; :func:`read` refuses a row that has both. After each group of
+rows the whole file is replaced by a rename, so an interrupted run keeps its measurements and never
 leaves half a line."""
 
 import csv
@@ -25,8 +25,8 @@ class Row:
     device: str
     """The GPU or CPU by name."""
     what: str
-    """"linear": floats in, floats out, with the quantization of the activations; "matmul": int8 in,
-    int32 out; "read": the packed weights are read and added up."""
+    """"linear": floats in and out, including the quantization of the activations; "matmul": int8
+    in, int32 out; "read": the packed weights are read and added up."""
     contender: str
     """"bitnet", or the package."""
     family: str
@@ -45,14 +45,14 @@ class Row:
     p10_us: float | None = None
     p90_us: float | None = None
     ratio_to_16bit: float | None = None
-    """Median of the fastest 16-bit matmul of the same round-robin, over this median."""
+    """Median of the fastest 16-bit matmul of the same round-robin, divided by this median."""
     estimate_us: float | None = None
     estimate_ratio: float | None = None
     gb_s: float | None = None
-    """Weights as stored, activations and outputs, each moved once, over the median; 10^9 bytes."""
+    """Weights as stored, activations and outputs, each moved once, by the median; 10^9 bytes/s."""
     roofline_share: float | None = None
-    """The least time that this GPU's memory and int8 (16-bit) units allow, over the median; on
-    a CPU the time of a plain read of the packed weights, in the same rounds, over the median."""
+    """The least time that this GPU's memory and int8 (16-bit) units allow, divided by the median;
+    on a CPU the time of a plain read of the packed weights in the same rounds, by the median."""
     energy_uj_token: float | None = None
     """Microjoules per token, of the whole board."""
     exact: str
@@ -70,7 +70,7 @@ class Row:
     driver: str
     commit: str
     code: str
-    """Hash of the kernels' sources and tuning; rows with another hash are measured again."""
+    """Hash of the kernels' sources and tuning; rows with a different hash are measured again."""
     date: str
     command: str
 
@@ -82,7 +82,7 @@ class Row:
 
     @property
     def version(self) -> tuple[str | int | None, ...]:
-        """The code and settings; a row of another version is measured again."""
+        """The code and settings; a row with a different version is measured again."""
         return (self.code, self.torch, self.triton, self.driver, self.threads)
 
 
@@ -127,10 +127,10 @@ def _check(row: Row) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file; none where there is no file.
+    """The rows of a file; none if there is no file.
 
     Raises:
-        ValueError: the file is damaged or not one of these; names the file and the line.
+        ValueError: the file is damaged or not such a CSV; the message names file and line.
     """
     if not path.exists():
         return []
@@ -173,7 +173,7 @@ def write(path: Path, rows: Sequence[Row]) -> None:
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """``old`` with rows of the same key replaced by ``new`` ones, others of ``new`` at the end."""
+    """``old``, with ``new`` rows in place of those with the same key; other ``new`` rows follow."""
     merged = {row.key: row for row in old}
     merged.update({row.key: row for row in new})
     return list(merged.values())

@@ -1,7 +1,7 @@
 """A run: for each shape, M and state of the cache, check all contenders, then time them in turns.
 
-Such a group is measured as a whole or not at all, since its ratios come from one round-robin; its
-rows are handed out as soon as it is done. A group is skipped if its rows exist already, from the
+Such a group is measured as a whole or not at all, since its ratios come from one round-robin. Its
+rows are returned as soon as it is done. A group is skipped if its rows already exist, from the
 same sources, versions and settings.
 """
 
@@ -68,7 +68,7 @@ class Group(NamedTuple):
 
 
 def groups(choice: Selection, device: torch.device) -> list[Group]:
-    """All groups of a choice; those of one matrix, and of one M of it, follow each other."""
+    """All groups of a choice, ordered by matrix, then by M."""
     return [
         Group(n, k, m, cache, contenders(device, choice.kernels, choice.dtypes, choice.whats, m))
         for n, k in choice.shapes
@@ -199,11 +199,12 @@ class Bench:
     def _prepare(self, group: Group, one: Contender, judge: Judge) -> tuple[Recorded | None, str]:
         """The contender's replay and the verdict on it, or None and the reason to leave it out.
 
-        Its outputs are checked at the first and last copy of the weights and after two replays: a
-        kernel may be right but for what a graph leaves behind.
+        Its outputs are checked at the first and last copy of the weights and after two replays,
+        since a kernel may be right except for what a graph leaves behind.
 
         Raises:
-            Inexact: ours or torch's is wrong. Another project's that is wrong is left out.
+            Inexact: a kernel of ours or of torch is wrong. A wrong one of another project is left
+                out.
         """
         copies = copies_needed(
             one.weight_bytes(group.n, group.k), self.here.cache_bytes, group.cache
@@ -219,8 +220,8 @@ class Bench:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            # A kernel of ours says by a ValueError that it cannot run here, and what another
-            # project's package raises is its own; all else is a defect.
+            # Our kernels raise ValueError if they cannot run here; another project's package may
+            # raise anything; all else is a defect.
             ours = one.family in ("addsub", "dot") and isinstance(error, ValueError)
             if not ours and one.family != "other":
                 raise
@@ -229,8 +230,8 @@ class Bench:
     def _roofline_share(
         self, group: Group, one: Contender, medians: Mapping[str, float]
     ) -> float | None:
-        """The least time over the median: by a GPU's limits; on a CPU, of our kernels, the time of
-        a plain read of the weights in the same rounds."""
+        """The least possible time divided by the median. It follows from a GPU's limits; for our
+        kernels on a CPU it is the time of a plain read of the weights in the same rounds."""
         m, n, k = group.m, group.n, group.k
         floats = one.what == "linear" and one.who != "bitnet"
         ops = self.here.ops_16bit if floats else self.here.ops_int8

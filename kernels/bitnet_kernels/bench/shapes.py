@@ -1,4 +1,4 @@
-"""The matrices to time: those of real models from 0.1B to 70B, and those with a target.
+"""The matrices to time: those of real models from 0.1B to 70B, and those that have a goal.
 
 A layer has four matrices, fused as inference fuses them: q, k and v in one, gate and up in one.
 N out_features, K in_features, M tokens.
@@ -37,7 +37,7 @@ MODELS = {
     "llama3-8b": Layer(4096, 32, 8, 128, 14336),
     "llama3-70b": Layer(8192, 64, 8, 128, 28672),
 }
-"""125m to 700m are this project's configs; the others are as their authors published them (BitNet
+"""125m to 700m are this project's configs; the others were published by their authors (BitNet
 2B4T, arXiv 2504.12285; Llama 3, arXiv 2407.21783)."""
 
 TOKENS = tuple(2**i for i in range(13))
@@ -45,7 +45,7 @@ TOKENS = tuple(2**i for i in range(13))
 
 
 class Goal(NamedTuple):
-    """A ratio to the 16-bit matmul: the least that counts as reached, and what is hoped for."""
+    """A ratio to the 16-bit matmul: the least that counts as reached, and the desired one."""
 
     floor: float
     stretch: float
@@ -72,14 +72,14 @@ GOALS = {
 
 
 def parse_shape(text: str) -> tuple[int, int]:
-    """``"4096x14336"`` -> (4096, 14336); raises ValueError that shows the form."""
+    """``"4096x14336"`` -> (4096, 14336); raises a ValueError that shows the form."""
     if match := re.fullmatch(r"([1-9]\d{0,6})x([1-9]\d{0,6})", text.strip().lower()):
         return int(match[1]), int(match[2])
     raise ValueError(f"--shape: {text!r} is not NxK (out_features x in_features), as in 4096x14336")
 
 
 def _one_of(option: str, value: str, valid: tuple[str, ...]) -> str:
-    """``value`` if it is valid; else ValueError naming the option and the nearest valid value."""
+    """``value`` if valid; else a ValueError that names the option and the nearest valid value."""
     if value in valid:
         return value
     near = get_close_matches(value.lower(), valid, 1, 0.3)
@@ -88,14 +88,14 @@ def _one_of(option: str, value: str, valid: tuple[str, ...]) -> str:
 
 
 def shapes_of(models: list[str]) -> list[tuple[int, int]]:
-    """The distinct (N, K) of some models' layers, smallest first; ValueError for unknown ones."""
+    """The distinct (N, K) of the models' layers, smallest first; ValueError for unknown models."""
     names = [_one_of("--model", name, tuple(MODELS)) for name in models]
     found = {shape for name in names for shape in MODELS[name].matrices().values()}
     return sorted(found, key=lambda shape: (shape[0] * shape[1], shape))
 
 
 def users(n: int, k: int) -> str:
-    """Which models have this matrix: ``"llama3-8b down"``; empty where none has."""
+    """The models that have this matrix, as in ``"llama3-8b down"``; empty if none has."""
     return ", ".join(
         f"{model} {name}"
         for model, layer in MODELS.items()

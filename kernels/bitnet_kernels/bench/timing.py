@@ -2,12 +2,12 @@
 
 A *replay* is a series of calls: on a GPU a CUDA graph of them (launch overhead would otherwise hide
 kernels of a few microseconds), on a CPU a loop. Contenders take turns, one replay each per round,
-so that a drifting clock hits all alike; a figure is the median over the rounds, beside the tenth
-and ninetieth percentiles.
+so that a drifting clock affects all equally. A figure is the median over the rounds, beside the
+10th and 90th percentiles.
 
 *Cold* replays rotate over copies of the weights that together are larger than the cache, so that
-each call finds its weights in memory, as a model's layers do. *Hot* ones use one copy. Activations
-are not rotated: the layer before has just written them.
+each call reads its weights from memory, as a model's layers do. *Hot* replays use one copy.
+Activations are not rotated: in a model the layer before has just written them.
 """
 
 import itertools
@@ -21,8 +21,9 @@ from torch import Tensor
 CALL = Callable[[int], Tensor]
 """Runs a contender on the i-th copy of its weights."""
 _COLD_FACTOR = 4
-"""Rotated bytes over cache bytes. A cache that evicts at random keeps 20% of twice its size and 2%
-of four times (h = exp(-(1 - h) * factor)); one that evicts the oldest keeps nothing of either."""
+"""Rotated bytes per byte of cache. A cache that evicts at random keeps 20% of the bytes at a factor
+of 2 and 2% at 4 (h = exp(-(1 - h) * factor)); one that evicts the oldest keeps nothing of either.
+"""
 
 
 class Recorded(NamedTuple):
@@ -38,7 +39,7 @@ class Backend(Protocol):
     """What differs between a GPU and a CPU."""
 
     target: float
-    """Seconds that a replay should take at least, so that reading the clock costs nothing."""
+    """The least seconds that a replay should take, so that reading the clock costs nothing."""
 
     def seconds(self, run: Callable[[], None]) -> float:
         """How long a run takes."""
@@ -61,7 +62,7 @@ class CpuBackend:
         return time.perf_counter() - start
 
     def record(self, call: CALL, copies: int, calls: int) -> Recorded:
-        """A loop that goes on with the rotation where the last run left it."""
+        """A loop that continues the rotation where the last run left it."""
         rotation = itertools.cycle(range(copies))
         last: list[Tensor] = []
 
@@ -88,8 +89,8 @@ class CudaBackend:
         return start.elapsed_time(end) / 1e3  # milliseconds
 
     def record(self, call: CALL, copies: int, calls: int) -> Recorded:
-        """A graph of whole rotations. Calls on every copy go before it, on a stream of their own:
-        what compiles or tunes itself at its first call cannot be captured."""
+        """A graph of whole rotations. Before the capture every copy is called once on a separate
+        stream, because a first call that compiles or tunes itself cannot be captured."""
         calls = copies * -(-calls // copies)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -105,8 +106,8 @@ class CudaBackend:
 
 
 def copies_needed(weight_bytes: int, cache_bytes: int, cache: str) -> int:
-    """Copies of the weights to rotate over: 1 for ``"hot"``; for ``"cold"`` at least 2, and
-    together more than four times the cache."""
+    """Copies of the weights to rotate over: 1 for ``"hot"``; for ``"cold"`` at least 2, which
+    together exceed four times the cache."""
     return 1 if cache == "hot" else max(2, _COLD_FACTOR * cache_bytes // max(1, weight_bytes) + 1)
 
 
@@ -134,10 +135,10 @@ def interleave(
     rounds: int,
     cache: str,
 ) -> dict[str, list[float]]:
-    """Seconds per call, ``rounds`` times each, contenders taking turns.
+    """Seconds per call, ``rounds`` times each; contenders take turns.
 
-    Each round begins with the next contender, so that none always follows the same one. A hot
-    replay is preceded by one that is not timed: others have had the cache in between.
+    Each round begins with the next contender. Before each hot replay there is one that is not
+    timed, since other contenders have used the cache in between.
     """
     names = list(recorded)
     seconds: dict[str, list[float]] = {name: [] for name in names}

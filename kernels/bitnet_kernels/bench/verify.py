@@ -1,10 +1,10 @@
 """Check every contender before it is timed.
 
 The truth is a product in fp64 of the codes as drawn, before any packing. Every sum of these
-integers is exact there in any order (|acc| <= 128 K < 2^53). Where the full product is cheap it is
-taken in full; else for a sample of rows, and for *all* rows at once through random integer
-combinations of them: ``acc @ r = x_q @ (codes.T @ r)`` holds for a wrong ``acc`` with a chance of
-one in thousands at most. Accumulators that pass are the standard for everything else, bit for bit.
+integers is exact there in any order (|acc| <= 128 K < 2^53). If the full product is cheap, all of
+it is compared. Else a sample of rows is, and *all* rows at once through a random integer
+combination of them: ``acc @ r = x_q @ (codes.T @ r)`` holds for a wrong ``acc`` with a probability
+of at most one in thousands. Accumulators that pass are the standard for all else, bit for bit.
 """
 
 import torch
@@ -24,7 +24,7 @@ class Inexact(RuntimeError):
 
 
 def _sampled_rows(problem: Problem) -> Tensor:
-    """Indices of weight rows: all of them, or the first, the last, and a spread between."""
+    """Indices of weight rows: all of them, or the first, the last, and some evenly between."""
     most = max(16, _BUDGET // (problem.m * problem.k))
     if problem.n <= most:
         return torch.arange(problem.n, device=problem.device, dtype=torch.int64)
@@ -41,7 +41,7 @@ def _exact_product(x_q: Tensor, weight: Tensor) -> Tensor:
 
 
 def check_accumulators(acc: Tensor, x_q: Tensor, problem: Problem, name: str) -> None:
-    """Raise :class:`Inexact` unless int32 ``acc [M, N]`` is the product, by the fp64 oracle."""
+    """Raise :class:`Inexact` unless int32 ``acc [M, N]`` is the product that fp64 gives."""
     shape = (problem.m, problem.n)
     if acc.dtype != torch.int32 or acc.shape != shape:
         raise Inexact(f"{name}: gives {acc.dtype} {list(acc.shape)}, not int32 {list(shape)}")
@@ -79,7 +79,7 @@ class Judge:
         return acc
 
     def expected(self, what: str, dtype: str) -> Tensor:
-        """What a contender that is exact must give: ``[M, N]``; of a read, the sum ``[]``."""
+        """The output of an exact contender: ``[M, N]``; for a read, the sum ``[]``."""
         if (what, dtype) not in self._expected:
             if what == "read":
                 y = self.problem.packed.view(torch.int64).sum()
@@ -93,7 +93,7 @@ class Judge:
         return self._expected[what, dtype]
 
     def check(self, contender: Contender, y: Tensor) -> str:
-        """``"yes"`` for outputs that are right bit for bit, or their error if some is allowed.
+        """``"yes"`` for outputs that are right bit for bit, or their error if it is allowed.
 
         Raises:
             Inexact: they are neither.
