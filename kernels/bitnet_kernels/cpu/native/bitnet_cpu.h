@@ -1,9 +1,9 @@
-/* The ABI of the native CPU library: all that Python calls.
+/* The ABI of the native CPU library: everything that Python calls.
  *
  * Plain C, without Python.h and torch. Python checks shapes, dtypes and pointers before a call;
  * the library trusts them. Matrices are row-major. M tokens, K in_features, N out_features.
  *
- * `threads` is the number to run on, the calling one among them; fewer may come.
+ * `threads` is the number of threads to run on, including the caller; fewer may take part.
  */
 #ifndef BITNET_CPU_H
 #define BITNET_CPU_H
@@ -16,7 +16,7 @@
 #define BN_API __attribute__((visibility("default")))
 #endif
 
-/* Grows with every change of this file; native.py refuses a library of another version. */
+/* Increases with every change of the ABI; native.py refuses a library of another version. */
 #define BN_ABI 10
 
 BN_API int32_t bn_abi(void);
@@ -27,9 +27,9 @@ BN_API int32_t bn_abi(void);
 BN_API const char *bn_isa_name(int32_t i);
 /* Use the instruction set of that name from now on; 0 if this CPU does not run it. */
 BN_API int32_t bn_isa_use(const char *name);
-/* The name of the one in use. */
+/* The name of the instruction set in use. */
 BN_API const char *bn_isa_used(void);
-/* Whether addsub of the one in use takes packed weights. */
+/* Whether addsub takes packed weights on the instruction set in use. */
 BN_API int32_t bn_families_share_layout(void);
 
 /* Threads (threads.c) */
@@ -40,13 +40,13 @@ BN_API void bn_use_openmp(void *parallel, void *thread_num, void *num_threads);
 
 /* Memory (read.c) */
 
-/* The sum modulo 2^64 of bytes / 8 words at `memory`, which is aligned to 8: a plain read. */
+/* The sum, modulo 2^64, of the bytes / 8 words at `memory`, which is aligned to 8: a plain read. */
 BN_API uint64_t bn_read(const void *memory, int64_t bytes, int32_t threads);
 
 /* Ternary products (product.c)
  *
- * `packed` [N, ceil(K/64) * 16], or `planes` [N, 2, words] where that is NULL. `addsub`: 1 for the
- * kernel without multiplications, which needs the planes unless bn_families_share_layout; 0 for dot,
+ * `packed` [N, ceil(K/64) * 16], or `planes` [N, 2, words] if `packed` is NULL. `addsub`: 1 for the
+ * kernel without multiplications, which needs planes unless bn_families_share_layout(); 0 for dot,
  * which takes either. */
 
 /* Bytes of the workspace of these operators. */
@@ -63,7 +63,7 @@ BN_API void bn_quantized_linear(
     const float *s_x, const uint8_t *packed, const void *planes, const float *scale,
     int64_t scale_stride, const float *bias, float *out, void *workspace
 );
-/* The same of fp32 tokens [M, K], which it quantizes. */
+/* The same for fp32 tokens [M, K], which it quantizes. */
 BN_API void bn_ternary_linear(
     int32_t threads, int32_t addsub, int64_t m, int64_t n, int64_t k, const float *x,
     const uint8_t *packed, const void *planes, const float *scale, int64_t scale_stride,
@@ -78,7 +78,7 @@ BN_API void bn_bit_planes(
     int32_t threads, const uint8_t *packed, int64_t n, int64_t bytes, void *planes
 );
 
-/* How a matrix is stored, and so which kernel multiplies by it. */
+/* How a matrix is stored. This decides which kernel multiplies by it. */
 enum {
     BN_MATRIX_F32,
     BN_MATRIX_BF16,
@@ -91,14 +91,14 @@ enum {
 
 /* Token by token (rows.c)
  *
- * fp32, the formulas of bitnet_kernels/reference.py. A quantized token is its codes [K], its scale
- * and the sum of its codes. */
+ * In fp32, by the formulas of bitnet_kernels/reference.py. A quantized token is its codes [K], its
+ * scale and the sum of its codes. */
 
 /* x [M, K] */
 BN_API void bn_quant(
     const float *x, int64_t m, int64_t k, int8_t *codes, float *scale, int32_t *sum, int32_t threads
 );
-/* x, y [M, K], maybe the same; weight [K] or NULL */
+/* x, y [M, K], which may be the same; weight [K] or NULL */
 BN_API void bn_rmsnorm(
     const float *x, const float *weight, float eps, int64_t m, int64_t k, float *y, int32_t threads
 );
@@ -106,7 +106,7 @@ BN_API void bn_rmsnorm_quant(
     const float *x, const float *weight, float eps, int64_t m, int64_t k, int8_t *codes,
     float *scale, int32_t *sum, int32_t threads
 );
-/* h = x + residual [M, K] is kept, and normalized and quantized */
+/* h = x + residual [M, K] is stored, then normalized and quantized */
 BN_API void bn_add_rmsnorm_quant(
     const float *x, const float *residual, const float *weight, float eps, int64_t m, int64_t k,
     int8_t *codes, float *scale, int32_t *sum, float *h, int32_t threads
@@ -116,7 +116,7 @@ BN_API void bn_relu2_mul_rmsnorm_quant(
     const float *gate, const float *up, const float *weight, float eps, int64_t m, int64_t k,
     int8_t *codes, float *scale, int32_t *sum, int32_t threads
 );
-/* y = silu(gate) * up, or relu(gate)^2 * up where `relu2` is not 0; [count] each, maybe the same */
+/* y = silu(gate) * up, or relu(gate)^2 * up if `relu2` is not 0; [count] each, may be the same */
 BN_API void bn_gate_mul(
     const float *gate, const float *up, int32_t relu2, int64_t count, float *y, int32_t threads
 );
@@ -132,8 +132,8 @@ BN_API void bn_int8_linear(
     const int8_t *weight, const float *scale, int64_t n, float *y, int32_t threads
 );
 
-/* The cache of a layer: keys and values [S, G, L, E] of kind BN_MATRIX_F32, _BF16, _F16 or _I8,
- * the last with scales [S, G, L]. E <= 256 is even. */
+/* The cache of a layer: keys and values [S, G, L, E] of kind BN_MATRIX_F32, _BF16, _F16 or _I8;
+ * _I8 has scales [S, G, L]. E <= 256 is even. */
 typedef struct {
     int64_t kind, g, columns, e;
     void *k, *v;
@@ -156,10 +156,10 @@ BN_API int64_t bn_decode_attention_scratch(int64_t columns);
 
 /* A language model and its rows: one call per step (step.c)
  *
- * The layout is that of bitnet/engine/state.py. S rows, L columns, D d_model, H query heads, G key-value
- * heads, E head_dim, F d_ff, V vocabulary. */
+ * bitnet/engine/state.py has the same layout. S rows, L columns, D d_model, H query heads, G
+ * key-value heads, E head_dim, F d_ff, V vocabulary. */
 
-/* An RMSNorm; weight NULL where the model has none. */
+/* An RMSNorm; weight is NULL if the model does not have this norm. */
 typedef struct {
     const float *weight; /* [k] */
     float eps;
@@ -196,10 +196,10 @@ typedef struct {
     int32_t *lengths; /* [S], columns filled */
     const int32_t *active; /* [S], 1 where a step advances the row */
     float *logits; /* [S, V] */
-    int64_t *chosen; /* [S], argmax of the logits; -1 where their maximum is not finite */
+    int64_t *chosen; /* [S], argmax of the logits; -1 if their maximum is not finite */
 
-    int64_t most; /* tokens at a time that the workspace is for */
-    int64_t threads; /* threads that it is for */
+    int64_t most; /* tokens at a time that the workspace has room for */
+    int64_t threads; /* threads that it has room for */
     void *workspace; /* bn_workspace(this) bytes */
 } bn_model;
 
@@ -208,17 +208,17 @@ typedef struct {
     int64_t row, start, n;
 } bn_piece;
 
-/* Bytes of the workspace for `most` tokens and `threads` threads, which are set. */
+/* Bytes of the workspace for `most` tokens and `threads` threads, which must be set. */
 BN_API int64_t bn_workspace(const bn_model *model);
 
 /* Feed the next token of each of the first `batch` rows (at most `most`): append its keys and
- * values, write logits, chosen and the next tokens, and advance the active rows. Returns -1, or the
- * row whose token is not in the vocabulary; then nothing was done. */
+ * values, write logits, chosen and the next tokens, and advance the active rows. Returns -1, or a
+ * row whose token is not in the vocabulary; in that case nothing was done. */
 BN_API int64_t bn_step(const bn_model *model, int64_t batch, int32_t threads);
 
-/* Append tokens to rows, those of the pieces one after another (at most `most`), and write the
- * logits, chosen and next token after the last of each piece. Lengths are not advanced. Returns as
- * bn_step, with the number of a token. */
+/* Append tokens to rows: `tokens` holds those of the pieces one after another (at most `most`).
+ * Write the logits, chosen and next token after the last token of each piece. Lengths are not
+ * advanced. Returns -1 or, as bn_step, the index of a token that is not in the vocabulary. */
 BN_API int64_t bn_prefill(
     const bn_model *model, const int64_t *tokens, const bn_piece *pieces, int64_t n_pieces,
     int32_t threads
@@ -246,34 +246,34 @@ BN_API void bn_train_rescale(
 BN_API void bn_absmean(
     const float *weight, int64_t n, float alpha, int8_t *codes, float *gamma, int32_t threads
 );
-/* bitnet.quant.stochastic_int8 of x [m, n]: codes [m, n], scale [m]. */
+/* bitnet.quant.stochastic_int8 of x [m, n]: codes [m, n], scale [m] */
 BN_API void bn_stochastic(
     const float *x, int64_t m, int64_t n, uint64_t seed, int8_t *codes, float *scale,
     int32_t threads
 );
-/* The same of the columns of x [m, n] times s [m]: codes [n, m], scale [n]. */
+/* The same for the columns of x [m, n] times s [m]: codes [n, m], scale [n] */
 BN_API void bn_stochastic_columns(
     const float *x, const float *s, int64_t m, int64_t n, uint64_t seed, int8_t *codes,
     float *scale, int32_t threads
 );
-/* The columns of x [m, n] times s [m] as whole numbers of scale [n], below 2^22, in three digits of
+/* The columns of x [m, n] times s [m] as integers below 2^22 with scale [n], in three digits of
  * base 256, lowest first: codes [3, n, m]. */
 BN_API void bn_digits_columns(
     const float *x, const float *s, int64_t m, int64_t n, int8_t *codes, float *scale,
     int32_t threads
 );
-/* y [m, n] of three such products: acc int32 [3, m, n], scale [m]. */
+/* y [m, n] from the products of the three digits: acc int32 [3, m, n], scale [m]. */
 BN_API void bn_sum_of_digits(
     const int32_t *acc, const float *scale, int64_t m, int64_t n, float *y, int32_t threads
 );
 
-/* Cross-entropy of each of m tokens, in place: logits z [m, n] become the softmax less 1 at the
+/* Cross-entropy of each of m tokens, in place: logits z [m, n] become the softmax minus 1 at the
  * target; loss [m] = logsumexp(z) - z[target]. */
 BN_API void bn_cross_entropy(
     float *z, const int64_t *target, int64_t m, int64_t n, float *loss, int32_t threads
 );
 
-/* Products of fp32 numbers and small integers on the matrix tiles of Intel's AMX (tiles.c), where
+/* Products of fp32 numbers and small integers on the matrix tiles of Intel's AMX (tiles.c), if
  * bn_has_tiles() is not 0. `scratch` has bn_tiles_scratch(threads) bytes, aligned to 64. */
 BN_API int32_t bn_has_tiles(void);
 BN_API int64_t bn_tiles_scratch(int32_t threads);
@@ -289,7 +289,7 @@ BN_API void bn_weight_gradient(
     void *scratch, int32_t threads
 );
 
-/* bn_input_gradient by additions alone (lookup.c), where bn_has_lookup() is not 0. `scratch` has
+/* bn_input_gradient by additions alone (lookup.c), if bn_has_lookup() is not 0. `scratch` has
  * bn_lookup_scratch(n, k, threads) bytes, aligned to 64. */
 BN_API int32_t bn_has_lookup(void);
 BN_API int64_t bn_lookup_scratch(int64_t n, int64_t k, int32_t threads);

@@ -8,7 +8,7 @@
 #include "bitnet_cpu.h"
 
 /* Functions between BN_TARGET_BEGIN("avx2,fma") and BN_TARGET_END are compiled for those
- * instructions whatever the command line says. Include the headers of intrinsics before. */
+ * instructions, whatever the command line says. Include the headers of intrinsics before them. */
 #define BN_PRAGMA(x) _Pragma(#x)
 #if defined(__clang__)
 #define BN_TARGET_BEGIN(isa) \
@@ -23,7 +23,7 @@
 
 /* Threads */
 
-/* A team of `size` threads; `index` is the running one's, 0 to size - 1. */
+/* A team of `size` threads; `index` is that of the running thread, 0 to size - 1. */
 typedef struct {
     int32_t index, size;
     struct bn_barrier *barrier;
@@ -32,7 +32,7 @@ typedef struct {
 /* Run task(team, argument) on up to `threads` threads and wait for all of them. */
 void bn_parallel(void (*task)(const bn_team *, void *), void *argument, int32_t threads);
 
-/* Wait until every thread of the team is here. What was written before is seen after. */
+/* Wait until every thread of the team is here. Each then sees what the others wrote before. */
 void bn_wait(const bn_team *team);
 
 /* This thread's share [*begin, *end) of `count` items, in multiples of `step`. */
@@ -48,8 +48,8 @@ static inline void bn_share(
 
 /* Operands */
 
-/* A ternary matrix [n, k]: its codes in one of two layouts (bitnet_kernels/packing.py), the other
- * NULL; a scale per tensor (scale_stride 0) or per row (1); bias [n] or NULL. */
+/* A ternary matrix [n, k]: its codes in one of two layouts (bitnet_kernels/packing.py), with the
+ * other NULL; a scale per tensor (scale_stride 0) or per row (1); bias [n] or NULL. */
 typedef struct {
     int64_t n, k;
     const uint8_t *packed; /* [n, ceil(k/64) * 16] quarter-planes */
@@ -65,16 +65,16 @@ typedef struct {
     int8_t *codes; /* [m, stride] */
     float *scale; /* [m] */
     int32_t *sum; /* [m], of the codes */
-    /* [m, stride / 64, 8]: the eight bits of 64 codes, a word per bit, lowest first. addsub of planes
-     * reads them, and only it: bn_products.bits makes them of the codes. */
+    /* [m, stride / 64, 8]: the eight bits of 64 codes, one word per bit, lowest first. Only
+     * addsub of planes reads them. bn_products.bits makes them from the codes. */
     uint64_t *bits;
 } bn_tokens;
 
 static inline int64_t bn_padded(int64_t k) { return (k + 63) / 64 * 64; }
-/* Words of a bit plane of a row (packing.plane_words): a bit per column, padded to 128. */
+/* Words of a bit plane of a row (packing.plane_words): one bit per column, padded to 128. */
 static inline int64_t bn_plane_words(int64_t k) { return (bn_padded(k) + 127) / 128 * 4; }
 
-/* Numbers in memory. */
+/* Dtypes of numbers in memory. */
 typedef enum {
     BN_F32 = BN_MATRIX_F32,
     BN_BF16 = BN_MATRIX_BF16,
@@ -106,7 +106,7 @@ typedef struct {
 #define BN_TOKENS 128
 #define BN_ROWS 64
 
-/* Bytes that a product works in; aligned to 64. */
+/* Bytes of scratch for a product; aligned to 64. */
 #define BN_PRODUCT_SCRATCH (192 * 1024)
 
 /* Ternary products of tokens m0 to m1 and rows n0 to n1 (at most BN_TOKENS and BN_ROWS of them):
@@ -117,13 +117,13 @@ typedef void bn_product(
 );
 
 typedef struct {
-    bn_product *dot; /* with multipliers, of either layout of the weights */
-    bn_product *addsub; /* without: of planes, and of the tokens' bits */
-    bool addsub_packed; /* addsub takes packed weights as well, and then no bits */
+    bn_product *dot; /* with multipliers; takes either layout of the weights */
+    bn_product *addsub; /* without multipliers; takes planes and the tokens' bits */
+    bool addsub_packed; /* addsub also takes packed weights, then without bits */
     /* Make x->bits of tokens m0 to m1. */
     void (*bits)(const bn_tokens *x, int64_t m0, int64_t m1);
     /* out[(m - m0) * out_ld + (n - n0)] = ((float)acc * x->scale[m]) * w->scale[n] (+ w->bias[n]),
-     * added to what stands there if `add`. acc as of bn_product. */
+     * or += if `add`. acc as from bn_product. */
     void (*rescale)(
         const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
         const int32_t *acc, int64_t ld, bool add, float *out, int64_t out_ld
@@ -138,17 +138,17 @@ void bn_rescale_portable(
     const int32_t *acc, int64_t ld, bool add, float *out, int64_t out_ld
 );
 
-/* One thread's share of y = x W^T, rescaled: out[t * ld + n], or added to what is there (product.c).
- * `family` is a function of bn_products; `scratch` has bn_linear_scratch(k) bytes, aligned to 64. It
- * does not wait for the other threads. For addsub of planes the tokens need their bits. */
+/* One thread's share of y = x W^T, rescaled: written or added to out[t * ld + n] (product.c).
+ * `family` is a function of bn_products; `scratch` has bn_linear_scratch(k) bytes, aligned to
+ * 64. It does not wait for the other threads. For addsub of planes the tokens need their bits. */
 void bn_linear_share(
     const bn_team *team, bn_product *family, const bn_ternary *w, const bn_tokens *x, int64_t m,
     float *out, int64_t ld, bool add, void *scratch
 );
 size_t bn_linear_scratch(int64_t k); /* at least a float per token and row of a call */
 
-/* What is done token by token, in fp32. Outputs may be the inputs. The formulas are those of
- * bitnet_kernels/reference.py, to the last bit where it fixes the order. */
+/* The operations on single tokens, in fp32. Outputs may be the inputs. They follow the formulas of
+ * bitnet_kernels/reference.py, and give its exact bits where it fixes the order. */
 typedef struct {
     /* absmax_int8 of x [k]: codes [stride], 0 from k on; the scale; the sum of the codes */
     void (*quant)(
@@ -156,7 +156,7 @@ typedef struct {
     );
     /* weight [k] or NULL */
     void (*rmsnorm)(const float *x, const float *weight, float eps, int64_t k, float *y);
-    /* quant of rmsnorm, which is not kept */
+    /* quant of rmsnorm, whose result is not stored */
     void (*rmsnorm_quant)(
         const float *x, const float *weight, float eps, int64_t k, int8_t *codes, int64_t stride,
         float *scale, int32_t *sum
@@ -174,9 +174,9 @@ typedef struct {
     void (*widen)(const void *row, bn_dtype dtype, int64_t k, float *x);
     /* Write key and value of one head [e] into a column of the cache. */
     void (*append)(const bn_cache *cache, int64_t column, const float *k, const float *v);
-    /* Softmax attention: `count` queries (of several heads or tokens, each `q_stride` after the
-     * last), query i over columns 0 to last[i]; y likewise. e <= BN_HEAD. Queries of one token that
-     * share keys and values are best given together, and so are those of a block of tokens.
+    /* Softmax attention: `count` queries (of several heads or tokens, each `q_stride` after the one
+     * before), query i over columns 0 to last[i]; y likewise. e <= BN_HEAD. It is fastest to give
+     * together queries that share keys and values: those of one token, or of a block of tokens.
      * `scratch`: bn_attend_scratch bytes, aligned to 64. */
     void (*attend)(
         const bn_cache *cache, const float *q, int64_t q_stride, const int64_t *last, int64_t count,
@@ -187,21 +187,21 @@ typedef struct {
         const bn_dense *w, const float *x, int64_t x_stride, int64_t m, int64_t n0, int64_t n1,
         float *out, int64_t ld
     );
-    /* The same of an int8 matrix and quantized tokens: ((acc * s_x) * scale[n]) */
+    /* The same for an int8 matrix and quantized tokens: ((acc * s_x) * scale[n]) */
     void (*dense_int8)(
         const bn_dense *w, const bn_tokens *x, int64_t m, int64_t n0, int64_t n1, float *out,
         int64_t ld
     );
 } bn_rows;
-/* For caches of `columns` columns; calls of up to `count` queries. */
+/* Bytes for caches of `columns` columns and calls of up to `count` queries. */
 size_t bn_attend_scratch(int64_t columns, int64_t count);
 #define BN_HEAD 256 /* most channels of a head */
 #define BN_ATTEND_FEW 8 /* queries for which all scores are kept */
 #define BN_ATTEND_TILE 64 /* columns that more queries take together */
 
-/* Random numbers that depend on nothing but their place, so that any thread can make any of them:
- * the key of a row, by SplitMix64's output function; then one multiplication round before and one
- * after its upper half (the multipliers of lowbias32). Uniform in [0, 1), in steps of 2^-24. */
+/* Random numbers that depend only on the seed and their place, so that any thread can make any of
+ * them: the key of a row, by SplitMix64's output function; then one multiplication round before and
+ * one after its upper half (the multipliers of lowbias32). Uniform in [0, 1), in steps of 2^-24. */
 static inline uint64_t bn_row_key(uint64_t seed, int64_t row) {
     uint64_t key = seed + 0x9e3779b97f4a7c15 * ((uint64_t)row + 1);
     key = (key ^ (key >> 30)) * 0xbf58476d1ce4e5b9;
@@ -218,7 +218,7 @@ static inline float bn_uniform(uint64_t row_key, uint32_t column) {
     return (float)(int32_t)(x >> 8) * 0x1p-24f;
 }
 
-/* What only training needs, in fp32, over a thread's share (train.inc.h). None of the sums depends
+/* Functions that only training needs, in fp32, over a thread's share (train.inc.h). No sum depends
  * on the number of threads or on the instructions. */
 typedef struct {
     /* The gradients of RMSNorm: dx [m, k], and dw [k], the sum over these m tokens; r [m] is each
@@ -231,7 +231,7 @@ typedef struct {
     void (*gate_backward)(
         const float *dy, const float *gate, const float *up, int64_t n, float *dgate, float *dup
     );
-    /* Cross-entropy of one token, in place: logits z [n] become the softmax less 1 at the target.
+    /* Cross-entropy of one token, in place: logits z [n] become the softmax minus 1 at the target.
      * Returns logsumexp(z) - z[target]. */
     float (*cross_entropy)(float *z, int64_t n, int64_t target);
     /* int32 acc [m, n] to fp32 ((acc * s) * scale) (+ bias), in place; s [m] */
@@ -239,10 +239,10 @@ typedef struct {
         void *acc, const float *s, const float *scale, int64_t scale_stride, const float *bias,
         int64_t m, int64_t n
     );
-    /* The largest of `seen` and the magnitudes of x [n], as bits: above 0x7f7fffff if one is not
-     * finite */
+    /* The largest of `seen` and the magnitudes of x [n], as bits: above 0x7f7fffff if any of
+     * them is not finite */
     uint32_t (*largest)(const float *x, int64_t n, uint32_t seen);
-    /* The same of n columns of x [m, ld] times s [m]; seen [n] is updated */
+    /* The same for n columns of x [m, ld] times s [m]; updates seen [n] */
     void (*largest_of_columns)(
         const float *x, int64_t ld, const float *s, int64_t m, int64_t n, uint32_t *seen
     );
@@ -250,16 +250,16 @@ typedef struct {
     int64_t (*sum_of_units)(const float *x, int64_t n, float units);
     /* Ternary codes: 1 above the threshold, -1 below its negative */
     void (*ternary)(const float *x, int64_t n, float threshold, int8_t *codes);
-    /* floor(x / scale + u) of a row x [n], within +-127; 0 where the scale is NaN */
+    /* floor(x / scale + u) of a row x [n], within +-127; 0 if the scale is NaN */
     void (*stochastic)(const float *x, int64_t n, float scale, uint64_t row_key, int8_t *codes);
-    /* The same of n columns of x [m, ld] times s [m], number `column` and on, into the rows of
-     * codes [n, stride]; u as if the rows were rounded */
+    /* The same for n columns of x [m, ld] times s [m], from number `column` on, into the rows of
+     * codes [n, stride]; u as for rounding these rows */
     void (*stochastic_columns)(
         const float *x, int64_t ld, const float *s, int64_t m, int64_t n, const float *scale,
         uint64_t seed, int64_t column, int8_t *codes, int64_t stride
     );
-    /* The nearest whole numbers of x * s / scale, below 2^22, of n columns of x [m, ld] and s [m],
-     * in three digits of base 256, lowest first, each in a plane of codes [n, stride]; 0 where the
+    /* x * s / scale rounded to integers below 2^22, for n columns of x [m, ld] and s [m], in
+     * three digits of base 256, lowest first, each in a plane of codes [n, stride]; 0 if the
      * scale is NaN */
     void (*digits_of_columns)(
         const float *x, int64_t ld, const float *s, int64_t m, int64_t n, const float *scale,
@@ -277,7 +277,7 @@ typedef struct {
     const bn_training *training;
 } bn_isa;
 
-/* The one in use. */
+/* The instruction set in use. */
 const bn_isa *bn_isa_current(void);
 
 extern const bn_products bn_products_portable;

@@ -19,7 +19,7 @@ static bool avx512(void) {
            __builtin_cpu_supports("avx512vbmi");
 }
 
-/* Intel from Haswell on, AMD from Excavator on. All of them have F16C, which gcc 12 cannot ask for. */
+/* Intel from Haswell on, AMD from Excavator on. All have F16C, which gcc 12 cannot query. */
 static bool avx2(void) {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");

@@ -1,12 +1,13 @@
-/* fp32 numbers times ternary codes without a multiplication: sums of three, looked up (AVX-512).
+/* fp32 numbers times ternary codes without a multiplication: a table of sums of three (AVX-512).
  *
- * Three numbers a, b, c have 27 sums with coefficients -1, 0 and 1: two registers, from which one
- * instruction takes the sums of 16 columns by the columns' codes (vpermi2ps). So a look-up and an
- * addition do the work of three multiplications and three additions. Only additions of fp32 numbers
- * are left, in another order than a matrix product's; it does not depend on the number of threads.
+ * Three numbers a, b, c have 27 sums with coefficients -1, 0 and 1. They fit two registers, from
+ * which one instruction takes the sums of 16 columns by the columns' codes (vpermi2ps). So a
+ * look-up and an addition do the work of three multiplications and three additions. Only additions
+ * of fp32 numbers are left, in a different order from a matrix product's. That order does not
+ * depend on the number of threads.
  *
- * A sum's index follows from s = c0 + 3 c1 + 9 c2 of its codes: s + 13 for s <= 0; the sums for s > 0
- * are the negative ones of -s, at 16 + 13 - s.
+ * A sum's index follows from s = c0 + 3 c1 + 9 c2 of its codes: it is s + 13 for s <= 0. The sum
+ * for s > 0 is the negative of the sum for -s, at 16 + 13 - s.
  */
 #include <string.h>
 
@@ -17,12 +18,12 @@
 
 enum {
     THREE = 3, /* rows of codes per look-up */
-    TABLE = 16, /* floats: the sums of three numbers, less the negatives */
+    TABLE = 16, /* floats: the sums of three numbers, without the negatives */
     TOKENS = 4, /* tokens at a time */
     LANES = 16,
     VECTORS = 4, /* of columns at a time */
     COLUMNS = VECTORS * LANES,
-    NEAR = 32, /* look-ups whose tables stay in the first cache */
+    NEAR = 32, /* look-ups whose tables stay in the L1 cache */
 };
 
 int32_t bn_has_lookup(void) { return bn_isa_current()->training == &bn_training_avx512; }
@@ -41,7 +42,7 @@ static int64_t groups_of(int64_t n) { return (n + THREE - 1) / THREE; }
 static int64_t blocks_of(int64_t k) { return (k + COLUMNS - 1) / COLUMNS; }
 static int64_t index_bytes(int64_t n, int64_t k) { return groups_of(n) * blocks_of(k) * COLUMNS; }
 
-/* What a thread works in: gradients, tables, sums. */
+/* A thread's scratch: gradients, tables, sums. */
 static int64_t rows_bytes(int64_t n) {
     return (groups_of(n) * THREE * TOKENS * 4 + BN_CACHE_LINE - 1) / BN_CACHE_LINE * BN_CACHE_LINE;
 }
@@ -76,7 +77,7 @@ static void pack(const job *job, int64_t group) {
     }
 }
 
-/* The tables of `count` groups of numbers of one token; those of a group's tokens follow each other. */
+/* The tables of `count` groups of numbers of one token; those of a group's tokens are adjacent. */
 static void tabulate(const float *x, int64_t count, float *table) {
     const __m512 c0 = _mm512_setr_ps(-1, 0, 1, -1, 0, 1, -1, 0, 1, -1, 0, 1, -1, 0, 0, 0);
     const __m512 c1 = _mm512_setr_ps(-1, -1, -1, 0, 0, 0, 1, 1, 1, -1, -1, -1, 0, 0, 0, 0);

@@ -3,8 +3,8 @@
 
 #include "internal.h"
 
-/* The rows and tokens of one thread. Rows are divided, so that each weight is read and decoded
- * once; where they are too few for the threads, tokens as well. */
+/* The rows and tokens of one thread. Rows are divided among the threads, so that each weight is
+ * read and decoded once; if there are too few rows, tokens are divided as well. */
 typedef struct {
     int64_t n0, n1, m0, m1;
 } share;
@@ -24,7 +24,7 @@ static share divide(const bn_team *team, int64_t n, int64_t m) {
     return s;
 }
 
-/* Calls the product for every block of the share; then rescales into out or, if that is NULL, the
+/* Calls the product for every block of the share, then rescales into out. If out is NULL, the
  * products themselves are the output. */
 static void run_share(
     const bn_team *team, bn_product *family, const bn_ternary *w, const bn_tokens *x, int64_t m,
@@ -62,7 +62,7 @@ size_t bn_linear_scratch(int64_t k) {
 
 /* Operators */
 
-/* What an operator works on, for all threads. `x` or `codes` holds the tokens. */
+/* The operands of an operator, for all threads. `x` or `codes` holds the tokens. */
 typedef struct {
     bool addsub;
     bn_ternary w;
@@ -95,7 +95,7 @@ static void lay_out(operator *o, void *workspace) {
     o->scratch = at + align(4 * o->m);
 }
 
-/* Token t as the kernels read it: padded, summed. */
+/* Prepares token t for the kernels: padded, with its sum. */
 static void take_token(const operator *o, int64_t t) {
     int64_t k = o->w.k, stride = o->tokens.stride;
     int8_t *codes = o->tokens.codes + t * stride;

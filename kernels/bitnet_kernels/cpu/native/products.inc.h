@@ -1,4 +1,4 @@
-/* The epilogue of a product, compiled for each instruction set by the compiler's own vectors. */
+/* The epilogue of a product, which the compiler vectorizes for each instruction set. */
 #include "internal.h"
 
 /* bn_products.rescale. */

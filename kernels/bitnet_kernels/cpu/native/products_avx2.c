@@ -1,9 +1,9 @@
-/* Ternary products with AVX2, four weights to a byte as they are stored.
+/* Ternary products with AVX2, on the four weights of a byte as they are stored.
  *
- * dot multiplies codes 0, 1, 2 by a token's and adds pairs in 16 bits (vpmaddubsw); codes are
- * weights + 1, so the sum of the token is taken off at the end. For one token the codes of bits 2
- * and 3 stay in their place: their sums come out four times too large, which is cheaper to undo
- * once than to shift every code.
+ * dot multiplies codes 0, 1, 2 by a token's codes and adds pairs in 16 bits (vpmaddubsw). Codes are
+ * weights + 1, so the sum of the token is subtracted at the end. For one token the codes in bits 2
+ * and 3 stay in place, so their sums are four times too large; it is cheaper to undo that once than
+ * to shift every code.
  *
  * addsub gives each of a token's codes the sign of the weight (vpsignb) and sums bytes (vpsadbw).
  */
@@ -17,18 +17,18 @@ BN_TARGET_BEGIN("avx2,fma,popcnt")
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* sum += v over 16 numbers of 16 bits. By assembly, because gcc reorders the sums and then keeps some of
- * them in memory. */
+/* sum += v over 16 numbers of 16 bits. In assembly, because gcc reorders the sums and then keeps
+ * some of them in memory. */
 #define ADD16(sum, v) __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(v))
-/* Keep the value in a register: else the compiler loads it again for every use. */
+/* Keep the value in a register; else the compiler loads it again for every use. */
 #define IN_REGISTER(v) __asm__("" : "+x"(v))
 
-/* Bytes of weights that are fetched into the L2 cache beyond the next four rows. */
+/* Bytes of weights that are prefetched into the L2 cache beyond the next four rows. */
 #define AHEAD 4096
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* 32 bytes, or 16 and then zeros: a row of packed weights is a multiple of 16 bytes. */
+/* 32 bytes, or 16 and then zeros, since a row of packed weights is a multiple of 16 bytes. */
 INLINE __m256i load(const void *at, bool all) {
     if (all) return _mm256_loadu_si256((const __m256i *)at);
     return _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i *)at));
@@ -49,16 +49,16 @@ INLINE void store(int32_t *acc, __m128i y, int64_t count) {
     for (int64_t i = 0; i < count; i++) acc[i] = all[i];
 }
 
-/* Packed bytes after which sums of 16 bits are widened. A byte adds at most 2 * 2 * 128 to a sum for
- * each code that is in place, 4 times as much where it is 4 times too large: 8 vectors of the
- * latter, two codes each, come to -2^15 or 8 * 2 * 4 * 2 * 2 * 127; so do 16 vectors of four codes
- * in place. */
+/* Packed bytes after which 16-bit sums are widened. A byte adds at most 2 * 2 * 128 to a sum for
+ * each code of true size, and 4 times as much for a code that is 4 times too large. 8 vectors of
+ * the latter, with two codes each, reach -2^15 or 8 * 2 * 4 * 2 * 2 * 127; so do 16 vectors with
+ * four codes of true size. */
 #define SHORT_BYTES (8 * 32)
 #define LONG_BYTES (16 * 32)
 
 /* One token */
 
-/* Add 32 packed bytes of four rows: `low` the codes in place, `high` those that are 4 times as large. */
+/* Add 32 packed bytes of four rows: codes of true size to `low`, 4 times too large ones to `high`. */
 INLINE void dot_one(
     const uint8_t *const packed[4], int64_t bytes, const int8_t *codes, int64_t i, bool all,
     __m256i low[4], __m256i high[4]
@@ -131,7 +131,7 @@ INLINE void dot_several(
     }
 }
 
-/* acc of up to two rows and four tokens; of one row, it is given twice. */
+/* acc of up to two rows and four tokens; a single row is given twice. */
 INLINE void dot_tile(
     const uint8_t *const packed[2], int64_t bytes, const int8_t *codes, int64_t stride,
     const int32_t *sum, int tokens, int64_t rows, int32_t *acc, int64_t ld
@@ -161,7 +161,7 @@ INLINE void dot_tile(
     }
 }
 
-/* Four tokens stay in the first cache while the weights of all rows pass. */
+/* Four tokens stay in the L1 cache for the weights of all rows. */
 static void dot_avx2(
     const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     int32_t *acc, int64_t ld, void *scratch
@@ -205,13 +205,13 @@ INLINE __m128i sum_low(__m256i a, __m256i b, __m256i c, __m256i d) {
     return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
 }
 
-/* Code j of each byte of packed weights, less that of weight 0: its sign is the weight's. */
+/* Code j of each byte of packed weights, minus the code of weight 0: its sign is the weight's. */
 INLINE __m256i signs(__m256i packed, int j) {
     __m256i code = _mm256_and_si256(packed, _mm256_set1_epi8((char)(3 << 2 * j)));
     return _mm256_sub_epi8(code, _mm256_set1_epi8((char)(1 << 2 * j)));
 }
 
-/* Add x, -x or 0, each raised by 128 to be positive: vpsadbw sums bytes without a sign. */
+/* Add x, -x or 0, each plus 128 so that it is positive: vpsadbw sums unsigned bytes. */
 #define ADD_SIGNED(sum, x, sign) \
     (sum) = _mm256_add_epi64( \
         sum, \
@@ -221,7 +221,7 @@ INLINE __m256i signs(__m256i packed, int j) {
         ) \
     )
 
-/* Columns where the token's code is -128, whose negative is no byte, and the weight is -1. */
+/* Columns where the weight is -1 and the token's code is -128, whose negative fits no byte. */
 static int32_t wrapped(const uint8_t *packed, int64_t bytes, const int8_t *codes) {
     int32_t count = 0;
     for (int j = 0; j < 4; j++)
@@ -253,8 +253,8 @@ INLINE void addsub_step(
     }
 }
 
-/* acc of up to two rows (four of one token) and four tokens; of fewer rows, the last is given
- * several times. */
+/* acc of up to two rows (four for one token) and four tokens; with fewer rows, the last one is
+ * given several times. */
 INLINE void addsub_tile(
     const uint8_t *const packed[4], int64_t bytes, const int8_t *codes, int64_t stride,
     const bool *wraps, int rows, int tokens, int64_t some, int32_t *acc, int64_t ld
@@ -272,7 +272,7 @@ INLINE void addsub_tile(
         addsub_step(packed, bytes, codes, stride, i, true, rows, tokens, sum);
     }
     if (i < bytes) addsub_step(packed, bytes, codes, stride, i, false, rows, tokens, sum);
-    /* 128 for each of the 4 * 32 columns of a step */
+    /* 128 per column, for the 4 * 32 columns of a step */
     const __m128i raised = _mm_set1_epi32((int32_t)((bytes + 31) / 32 << 14));
     for (int t = 0; t < tokens; t++) {
         __m128i y = sum_low(sum[0][t], sum[1][t], sum[rows - 2][t], sum[rows - 1][t]);

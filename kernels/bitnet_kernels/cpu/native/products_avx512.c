@@ -1,9 +1,9 @@
 /* Ternary products with AVX-512: VNNI (dot) and VPOPCNTDQ (addsub).
  *
- * Few tokens: dot keeps the four codes of a byte where they are and masks them, so the sums of
- * quarter j come out 4^j times too large, and shift them once per row. addsub counts bits.
- * More tokens: the codes of 64 rows are laid out as [columns / 4][64 rows][4], so that an instruction
- * multiplies four columns of 16 rows by four codes of a token, and no sum is horizontal.
+ * Few tokens: dot keeps the four codes of a byte in place and masks them. So the sums of quarter j
+ * are 4^j times too large, and are shifted once per row. addsub counts bits.
+ * More tokens: the codes of 64 rows are laid out as [columns / 4][64 rows][4], so that one
+ * instruction multiplies four columns of 16 rows by four codes of a token. No sum is horizontal.
  */
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -14,13 +14,13 @@ BN_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vpopcntdq,a
 #include "products.inc.h"
 
 #define INLINE static inline __attribute__((always_inline))
-/* Keep the value in a register: else the compiler loads it again for every use. */
+/* Keep the value in a register; else the compiler loads it again for every use. */
 #define IN_REGISTER(v) __asm__("" : "+v"(v))
-/* sum += u s over four neighbouring bytes, u unsigned and s signed. By assembly, because gcc copies
+/* sum += u s over four adjacent bytes, u unsigned and s signed. In assembly, because gcc copies
  * sums between registers, and to the stack and back. */
 #define DOT4(sum, u, s) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(u), "v"(s))
 
-/* Bytes of weights that are fetched into the L2 cache beyond the next four rows. */
+/* Bytes of weights that are prefetched into the L2 cache beyond the next four rows. */
 #define AHEAD 8192
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -36,7 +36,7 @@ INLINE __m128i sum_lanes(__m512i a, __m512i b, __m512i c, __m512i d) {
 
 /* addsub, few tokens */
 
-/* acc of up to four rows; of fewer, the last is given several times. */
+/* acc of up to four rows; with fewer, the last one is given several times. */
 INLINE void addsub_rows(
     const uint8_t *const planes[4], int64_t bytes, const uint64_t *bits, int64_t chunks, int tokens,
     int64_t ahead, int64_t rows, int32_t *acc, int64_t ld
@@ -125,7 +125,7 @@ static void addsub_bits_avx512(const bn_tokens *x, int64_t m0, int64_t m1) {
 
 /* dot, few tokens */
 
-/* Tokens up to which decoding the weights for each four of them is cheaper than laying them out. */
+/* Most tokens for which decoding the weights again for every four is cheaper than a new layout. */
 #define FEW 16
 /* Columns that the sums of a quarter hold without overflow: 4 products of 128 * 128 per 256. */
 #define SAFE_BYTES (1 << 20)
@@ -152,7 +152,7 @@ INLINE void dot_one(
     }
 }
 
-/* The same of several tokens, to one sum per row and token. */
+/* The same for several tokens, to one sum per row and token. */
 INLINE void dot_several(
     const uint8_t *const packed[4], int64_t bytes, const int8_t *codes, int64_t stride, int64_t i,
     bool all, __mmask64 some, int tokens, __m512i total[4][4]
@@ -177,7 +177,7 @@ INLINE void dot_several(
     }
 }
 
-/* acc of up to four rows and tokens; of fewer rows, the last is given several times. */
+/* acc of up to four rows and tokens; with fewer rows, the last one is given several times. */
 INLINE void dot_rows(
     const uint8_t *const packed[4], int64_t bytes, const int8_t *codes, int64_t stride,
     const int32_t *sum, int tokens, int64_t ahead, int64_t rows, int32_t *acc, int64_t ld
@@ -218,7 +218,7 @@ INLINE void dot_rows(
     }
 }
 
-/* Four rows of weights stay in the first cache while the tokens pass, four at a time. */
+/* Four rows of weights stay in the L1 cache for all tokens, which come four at a time. */
 static void dot_few(
     const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     int32_t *acc, int64_t ld
@@ -244,7 +244,7 @@ static void dot_few(
 
 /* dot, more tokens */
 
-/* Columns of 64 rows that are decoded at once, and tokens of a tile of registers. */
+/* BLOCK: columns of 64 rows that are decoded at once. TILE: tokens of a tile of registers. */
 #define BLOCK 256
 #define TILE 6
 
@@ -305,8 +305,8 @@ static void block_of_packed(
         }
 }
 
-/* 256 columns of bit planes from column i on. Bits c, c + 8, c + 16 and c + 24 of a word have the same
- * place in its four bytes: a shift and a mask give four codes, and columns go in that order. */
+/* 256 columns of bit planes from column i on. Bits c, c + 8, c + 16 and c + 24 of a word have the
+ * same place in its four bytes, so a shift and a mask give four codes. Columns have that order. */
 static void block_of_planes(
     const bn_ternary *w, const bn_tokens *x, int64_t m0, int64_t m1, int64_t n0, int64_t n1,
     int64_t i, block *b
@@ -324,7 +324,7 @@ static void block_of_planes(
         }
         transpose(v);
         for (int d = 0; d < 8; d++) {
-            /* The code's bits: 2 where the weight is 1, and 1 where it is 0. */
+            /* The code is 2 where the weight is 1, and 1 where it is 0. */
             __m512i high = _mm512_andnot_si512(v[8 + d], v[d]), low = ~v[d];
             high = _mm512_rol_epi32(high, 1);
             for (int c = 0; c < 8; c++) {

@@ -1,5 +1,5 @@
-/* Ternary products with NEON and its dot product: the codes of some rows are laid out as bytes (dot),
- * or bits are counted (addsub). */
+/* Ternary products with NEON and its dot product: dot lays out the codes of some rows as bytes,
+ * addsub counts bits. */
 #if defined(__aarch64__)
 #include <string.h>
 
@@ -94,7 +94,7 @@ static void dot_neon(
     block *b = scratch;
     int64_t end = w->packed ? x->stride / 4 : x->stride, step = w->packed ? BLOCK / 4 : BLOCK;
     for (int64_t i = 0; i < end; i += step) {
-        /* where a block is not full, what is left of the last one meets zeros of x */
+        /* if a block is not full, the rest of the previous block meets zeros of x */
         if (w->packed)
             block_of_packed(w, x, m0, m1, n0, n1, i, b);
         else
@@ -115,7 +115,7 @@ static void dot_neon(
     }
 }
 
-/* One row times one token: see products_portable.c. Two planes of 64 columns are a vector. */
+/* One row times one token, as in products_portable.c. Two planes of 64 columns are a vector. */
 INLINE int32_t addsub_row(
     const uint8_t *nonzero, const uint8_t *negative, const uint64_t *bits, int64_t chunks
 ) {

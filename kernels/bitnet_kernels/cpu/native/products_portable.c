@@ -1,4 +1,4 @@
-/* Ternary products in plain C: for any CPU, and to read first. */
+/* Ternary products in plain C, for any CPU. Read this file before the others. */
 #include <string.h>
 
 #include "internal.h"
@@ -7,8 +7,8 @@
 /* Columns of a row that are decoded at once. */
 #define CHUNK 1024
 
-/* Codes -1, 0, 1 of one row, from `column` on, at most CHUNK of them of each of `parts` runs: run j
- * starts at column + j * step. */
+/* Codes -1, 0, 1 of one row in `parts` runs of at most CHUNK columns each. Run j starts at
+ * column + j * step. */
 typedef struct {
     int64_t parts, step, length;
     int8_t codes[4][CHUNK];
@@ -68,22 +68,22 @@ void bn_dot_portable(
     }
 }
 
-/* Bits of each byte, in each byte. */
+/* The number of set bits of each byte, in that byte. */
 static uint64_t count_bytes(uint64_t v) {
     v -= (v >> 1) & 0x5555555555555555;
     v = (v & 0x3333333333333333) + ((v >> 2) & 0x3333333333333333);
     return (v + (v >> 4)) & 0x0f0f0f0f0f0f0f0f;
 }
 
-/* The sum of the bytes: by shifts, since addsub multiplies nothing. */
+/* The sum of the bytes, by shifts, since addsub multiplies nothing. */
 static int32_t sum_bytes(uint64_t v) {
     v = (v & 0x00ff00ff00ff00ff) + ((v >> 8) & 0x00ff00ff00ff00ff);
     v += v >> 32;
     return (int32_t)((v + (v >> 16)) & 0xffff);
 }
 
-/* One row times one token: counts bits of ((x ^ negative) & nonzero), a plane of x at a time. ~x is
- * -x - 1, so each weight of -1 adds one. The highest plane counts negative. */
+/* One row times one token: counts the bits of ((x ^ negative) & nonzero), one plane of x at a time.
+ * ~x is -x - 1, so each weight of -1 adds one. The highest plane counts as negative. */
 static int32_t addsub_row(const uint8_t *nonzero, const uint8_t *negative, const uint64_t *bits,
                           int64_t chunks) {
     int32_t sum = 0;

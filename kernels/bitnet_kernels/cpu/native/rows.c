@@ -1,7 +1,8 @@
-/* Operator entry points of what is done token by token: tokens are shared among threads. */
+/* Entry points of the operators on single tokens: the threads share the tokens. */
 #include "internal.h"
 
-/* Numbers that make a second thread worth waking: what a core does in some 10 microseconds. */
+/* Numbers for which it is worthwhile to wake a second thread: the work of a core in some 10
+ * microseconds. */
 #define WORTH 32768
 
 static int32_t worth(int64_t numbers, int32_t threads) {
@@ -56,7 +57,7 @@ void bn_rmsnorm(
     bn_parallel(rmsnorm_task, &job, worth(m * k, threads));
 }
 
-/* With y: of h = x + up, which is kept there. */
+/* With y: of h = x + up, which is stored in y. */
 static void rmsnorm_quant_task(const bn_team *team, void *argument) {
     const token_job *job = argument;
     int64_t m, end, k = job->k;
@@ -207,7 +208,7 @@ static void rope_append_task(const bn_team *team, void *argument) {
     int64_t i, end, e = cache->e, g = cache->g, h = job->h;
     for (bn_share(team, job->b * job->t, 1, &i, &end); i < end; i++) {
         int64_t row = i / job->t, step = i % job->t, length = job->lengths[row];
-        /* A length may be anything; no column of an int64 is missed by the clamp. */
+        /* A length may have any value: the clamp covers every int64. */
         int64_t column = length > INT64_MAX - step ? INT64_MAX : length + step;
         bool written = step < job->n_valid[row] && column >= 0 && column < cache->columns;
         column = column < 0 ? 0 : column < cache->columns ? column : cache->columns - 1;
@@ -244,8 +245,8 @@ size_t bn_attend_scratch(int64_t columns, int64_t count) {
     return (size_t)(few > many ? few : many) * 4;
 }
 
-/* A thread's share of rows, tokens, and heads: the heads of a token that share keys and values, or
- * all tokens of a head. */
+/* A thread's share of rows, tokens and heads. It takes together the heads of a token that share
+ * keys and values, or all tokens of a head. */
 static void attention_task(const bn_team *team, void *argument) {
     const cache_job *job = argument;
     const bn_layer_cache *cache = job->cache;
@@ -283,7 +284,7 @@ void bn_decode_attention(
         .rows = bn_isa_current()->rows, .cache = cache, .x = q, .lengths = lengths, .b = b, .t = t,
         .h = h, .y = y, .scratch = scratch,
     };
-    int64_t columns = 0; /* that are read */
+    int64_t columns = 0; /* columns that are read */
     for (int64_t row = 0; row < b; row++) {
         int64_t length = lengths[row] < 0 ? 0 : lengths[row];
         columns += (length < cache->columns ? length : cache->columns) + t;

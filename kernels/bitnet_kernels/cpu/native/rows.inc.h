@@ -1,15 +1,15 @@
-/* Everything that is done token by token: bn_rows of internal.h, written once.
+/* The operations on single tokens: bn_rows of internal.h, written once for all instruction sets.
  *
  * A rows_*.c includes this file between BN_TARGET_BEGIN and BN_TARGET_END, after it has defined
  * what differs between instruction sets:
  *
  *     BN_ROWS_TABLE          the name of the table
  *     DENSE_ROWS, DENSE_TOKENS  the tile of a dense product with many tokens
- *     ROWS_AHEAD                bytes that one with a single token fetches ahead; 0: none
+ *     ROWS_AHEAD                bytes that a product with one token prefetches; 0: none
  *     LANES                  fp32 numbers of a register
  *     vf                     the type of a register of them
  *     FMA(a, b, c)           a * b + c, rounded once or twice
- *     MAX(a, b)              the larger of each lane; whatever it is where one is a NaN
+ *     MAX(a, b)              the larger of each lane; anything if one of them is a NaN
  *     BF16_LOAD, F16_LOAD, I8_LOAD, F16_STORE
  *                            LANES numbers of that dtype, from and to an address
  *     sums8(a, out)          out[i] = the sum of the lanes of a[i], i < 8
@@ -17,8 +17,8 @@
  *                            acc += the products of DOT_BYTES codes at two addresses, w with
  *                            DOT_BIAS added to each
  *
- * Where the reference fixes the order of operations the loops are plain C, in that order, and the
- * compiler vectorizes them. Sums that any order may add are written with registers.
+ * Where the reference fixes the order of operations, the loops are plain C in that order, and the
+ * compiler vectorizes them. Sums that may be added in any order are written with vector types.
  */
 #include <string.h>
 
@@ -27,14 +27,14 @@
 #if defined(__clang__)
 #define IN_PLACE _Pragma("clang loop vectorize(assume_safety)")
 #else
-#define IN_PLACE _Pragma("GCC ivdep") /* outputs may be the inputs, element for element */
+#define IN_PLACE _Pragma("GCC ivdep") /* outputs may be the inputs, element by element */
 #endif
 
 typedef double vd __attribute__((vector_size(4 * LANES)));
 typedef float vf_half __attribute__((vector_size(2 * LANES)));
 
 #define AHEAD 4096 /* bytes of the cache that are prefetched before they are read */
-#define AHEAD_DENSE 8192 /* the same of a matrix */
+#define AHEAD_DENSE 8192 /* the same for a matrix */
 #define FINITE 0x7f7fffff /* the bits of the largest finite fp32 */
 #define ROUND 12582912.0f /* 1.5 * 2^23: adding it rounds half to even, to integers */
 
@@ -62,7 +62,7 @@ INLINE vf all(float x) { return x - (vf){0}; }
 
 /* Quantization and norms */
 
-/* The bits of the largest |x|, above FINITE if there is a NaN or an infinity. */
+/* The bits of the largest |x|; above FINITE if there is a NaN or an infinity. */
 INLINE int32_t largest(const float *x, int64_t k) {
     int32_t most = 0;
     for (int64_t i = 0; i < k; i++) {
@@ -103,7 +103,7 @@ static void quant(
     *sum = total;
 }
 
-/* What is normalized: x, or relu(x)^2 * up. */
+/* The input of the norm: x, or relu(x)^2 * up. */
 typedef enum { X, RELU2_MUL } source;
 
 INLINE float value_of(const source from, const float *x, const float *up, int64_t i) {
@@ -132,7 +132,7 @@ INLINE vd squares(vf_half v, vd grid) {
     return (x * x + grid) - grid;
 }
 
-/* 1 / sqrt(mean(x^2) + eps) of k values; a NaN if one is a NaN or an infinity. The mean is by the
+/* 1 / sqrt(mean(x^2) + eps) of k values; a NaN if one is a NaN or an infinity. The mean uses the
  * reference's exact_sum: its terms have so few bits that no addition rounds, in any order. */
 INLINE float rstd_of(const source from, const float *x, const float *up, int64_t k, float eps) {
     int32_t most = largest_of(from, x, up, k);
@@ -284,14 +284,14 @@ INLINE vf load_as(bn_dtype dtype, const void *p, int64_t i) {
     return dtype == BN_BF16 ? BF16_LOAD(at) : I8_LOAD(at);
 }
 
-/* `count` < LANES of them, then zeros. */
+/* `count` < LANES numbers as in load_as, then zeros. */
 INLINE vf load_part(bn_dtype dtype, const void *p, int64_t i, int64_t count) {
     float part[LANES] = {0}; /* LANES numbers of any dtype */
     memcpy(part, (const char *)p + i * size_of(dtype), (size_t)(count * size_of(dtype)));
     return load_as(dtype, part, 0);
 }
 
-/* LANES numbers from number i on of a row of k: zeros from k on. */
+/* LANES numbers from number i on of a row of k; zeros from k on. */
 INLINE vf load_up_to(bn_dtype dtype, const void *row, int64_t i, int64_t k) {
     return i + LANES <= k ? load_as(dtype, row, i) : load_part(dtype, row, i, k - i);
 }
@@ -314,7 +314,7 @@ static void widen(const void *row, bn_dtype dtype, int64_t k, float *x) {
         widen_as(BN_F16, row, k, x);
 }
 
-/* x [e] -> column `column` of `matrix` [columns, e], its scale if it is int8 */
+/* x [e] -> column `column` of `matrix` [columns, e], and its scale if that is int8 */
 INLINE void append_one(
     bn_dtype dtype, const float *x, int64_t e, int64_t column, void *matrix, float *scale
 ) {
@@ -349,7 +349,7 @@ static void append(const bn_cache *cache, int64_t column, const float *k, const 
 
 /* Matrices that are not ternary */
 
-/* `rows` rows from w on times `tokens` tokens, rows * tokens a multiple of 8 */
+/* `rows` rows from w on times `tokens` tokens; rows * tokens is a multiple of 8 */
 INLINE void dense_tile(
     bn_dtype dtype, const int rows, const int tokens, const char *w, int64_t k, const float *x,
     int64_t x_stride, float *out, int64_t ld
@@ -383,13 +383,13 @@ INLINE void dense_tile(
         memcpy(out + m * ld, sums + m * rows, (size_t)rows * 4);
 }
 
-/* 8 rows from w on times one token, a row after the other. The loop is bound by memory, and some CPUs
- * read from end to end twice as fast as several rows at once. ROWS_AHEAD bytes ahead are fetched, or
- * nothing if it is 0. */
+/* 8 rows from w on times one token, one row after the other. The loop is bound by memory, and
+ * some CPUs read sequentially twice as fast as several rows at once. It prefetches ROWS_AHEAD
+ * bytes ahead, or nothing if that is 0. */
 INLINE void dense_rows(bn_dtype dtype, const char *w, int64_t k, const float *x, float *out) {
     vf acc[8];
     for (int r = 0; r < 8; r++, w += k * size_of(dtype)) {
-        vf sum[4] = {{0}}; /* one alone would wait for each addition, longer than for memory */
+        vf sum[4] = {{0}}; /* a single sum would wait for each addition, longer than for memory */
         int64_t i = 0;
         for (; i + 4 * LANES <= k; i += 4 * LANES) {
             if (ROWS_AHEAD)
@@ -419,7 +419,7 @@ INLINE float dense_one(bn_dtype dtype, const char *w, int64_t k, const float *x)
     return sums[0];
 }
 
-/* Rows in blocks of 8, which stay in the first cache while all tokens pass. */
+/* Rows in blocks of 8, which stay in the L1 cache for all tokens. */
 INLINE void dense_as(
     bn_dtype dtype, const bn_dense *w, const float *x, int64_t x_stride, int64_t m, int64_t n0,
     int64_t n1, float *out, int64_t ld
@@ -465,7 +465,7 @@ static void dense(
         dense_as(BN_F16, w, x, x_stride, m, n0, n1, out, ld);
 }
 
-/* `rows` rows from w on times `tokens` tokens from number m on; scale and out of the first row */
+/* `rows` rows from w on times `tokens` tokens from number m on; scale, out: of the first row */
 INLINE void dense_int8_tile(
     const int rows, const int tokens, const int8_t *w, const float *scale, int64_t k,
     const bn_tokens *x, int64_t m, float *out, int64_t ld
@@ -474,7 +474,7 @@ INLINE void dense_int8_tile(
     const int8_t *codes = x->codes + m * x->stride;
     int64_t i = 0;
     UNROLL for (int j = 0; j < rows * tokens; j++) acc[j] = (vdot){0};
-    UNROLL for (int r = 0; r < rows; r++) /* a row after the other, as in dense_rows */
+    UNROLL for (int r = 0; r < rows; r++) /* one row after the other, as in dense_rows */
         for (i = 0; i + DOT_BYTES <= k; i += DOT_BYTES)
             UNROLL for (int t = 0; t < tokens; t++)
                 acc[t * rows + r] = DOT(acc[t * rows + r], w + r * k + i, codes + t * x->stride + i);
@@ -518,13 +518,13 @@ static void dense_int8(
 
 #define FEW BN_ATTEND_FEW
 #define TILE BN_ATTEND_TILE
-#define COLUMNS 128 /* that groups of few queries take in turn, from the cache of the core */
+#define COLUMNS 128 /* columns that groups of few queries take in turn, from the core's cache */
 
 /* A row of a head in registers. */
 INLINE int64_t wide(int64_t e) { return (e + LANES - 1) / LANES * LANES; }
 
-/* Few queries: their scores with all columns, softmax, then the sum of values. Keys and values are
- * read once for 1, 2 or 4 queries.
+/* Few queries: scores with all columns, softmax, then the sum of values. Keys and values are read
+ * once for 1, 2 or 4 queries.
  *
  * s[q * ld + c] = q . k[c] for columns 0 to n of k [n, e]; q [queries, width], 0 from e on */
 INLINE void score_few(
@@ -584,7 +584,7 @@ INLINE void add_few(
     int64_t i, const float *p, int64_t ld, float *y, int64_t width
 ) {
     const int64_t row = e * size_of(dtype);
-    vf acc[16], odd[16]; /* one query has too few sums to hide how long an addition takes */
+    vf acc[16], odd[16]; /* one query has too few sums to hide the latency of additions */
     int64_t c = 0;
     UNROLL for (int j = 0; j < queries * vectors; j++) acc[j] = odd[j] = (vf){0};
     for (; queries == 1 && c + 2 <= n; c += 2) {
@@ -609,8 +609,8 @@ INLINE void add_few_all(
     for (; i < e; i += LANES) add_few(dtype, queries, 1, v, n, e, i, p, ld, y, width);
 }
 
-/* The two, of 1 to FEW queries, and columns c0 to c1 of a cache. s and p [queries, ld] are of all
- * columns. */
+/* score_few and add_few for 1 to FEW queries and columns c0 to c1 of a cache. s and p [queries, ld]
+ * hold all columns. */
 #define FEW_OF(name, dtype)                                                                        \
     static __attribute__((noinline)) void score_##name(                                            \
         const bn_cache *cache, int64_t c0, int64_t c1, const float *q, int64_t queries,            \
@@ -646,8 +646,8 @@ FEW_OF(bf16, BN_BF16)
 FEW_OF(f16, BN_F16)
 FEW_OF(i8, BN_I8)
 
-/* s [n] -> its softmax. An int8 cache has scales: those of the keys come first, those of the values
- * are multiplied into the result. */
+/* s [n] -> its softmax. An int8 cache has scales: the keys' scales multiply s before, the values'
+ * scales multiply the result. */
 static void softmax(float *s, int64_t n, const float *k_scale, const float *v_scale) {
     for (int64_t i = 0; k_scale != NULL && i < n; i++) s[i] *= k_scale[i];
     float top = s[0], total = 0;
@@ -703,7 +703,7 @@ static void attend_few(
         every = last[r] < every ? last[r] : every;
         most = last[r] > most ? last[r] : most;
     }
-    every++, most++; /* columns that every query sees, and that one does */
+    every++, most++; /* columns that every query sees, and that any query sees */
     int64_t ld = (most + 15) / 16 * 16, block = count > 4 ? COLUMNS : every;
     for (int64_t c = 0; c < every; c += block)
         of->score(cache, c, c + block < every ? c + block : every, padded, count, width, s, ld);
@@ -722,8 +722,8 @@ static void attend_few(
     }
 }
 
-/* Many queries: LANES or 2 * LANES of them side by side in registers, a tile of TILE columns after
- * the other (online softmax, arXiv 2205.14135). Scores lie [column, query]. */
+/* Many queries: LANES or 2 * LANES of them side by side in registers, one tile of TILE columns
+ * after the other (online softmax, arXiv 2205.14135). Scores are stored as [column, query]. */
 /* `n` columns of `matrix` from column c on -> tile [n, width] in fp32 */
 INLINE void widen_tile_as(
     const bn_dtype dtype, const void *matrix, const float *scale, int64_t e, int64_t width,
@@ -811,7 +811,7 @@ INLINE void attend_many(
     }
     memset(sums, 0, (size_t)(side * width) * 4);
     for (int r = 0; r < side; r++) {
-        ends[r] = r < count ? last[r] : every; /* what is past the queries repeats the first */
+        ends[r] = r < count ? last[r] : every; /* lanes past the queries repeat the first */
         const float *from = q + (r < count ? r : 0) * q_stride;
         for (int64_t i = 0; i < e; i++) turned[i * side + r] = from[i] * norm;
         top[r] = -__builtin_inff();
@@ -846,7 +846,7 @@ INLINE void attend_many(
         }
 
         widen_tile(cache->dtype, cache->v, cache->v_scale, e, width, c, n, tile);
-        /* 0 * NaN is NaN: what a column must not show to those that do not see it is taken out. */
+        /* 0 * NaN is NaN: a column that is not finite must not reach queries that do not see it. */
         for (j = every + 1 > c ? every + 1 - c : 0; j < n; j++)
             if (largest(tile + j * width, e) > FINITE) {
                 memset(tile + j * width, 0, (size_t)width * 4);

@@ -36,8 +36,8 @@ static inline vf I8_LOAD(const void *p) {
     return y;
 }
 
-/* The 5 bits of fp16's exponent are moved to where fp32 has its 8; a product with a power of 2 sets
- * the bias right and makes subnormals what they are. */
+/* The 5 bits of fp16's exponent are moved to the place of fp32's 8. A product with a power of 2
+ * then corrects the bias and the subnormals. */
 static inline vf F16_LOAD(const void *p) {
     vf y;
     for (int i = 0; i < LANES; i++) {
@@ -56,7 +56,7 @@ static inline vf F16_LOAD(const void *p) {
     return y;
 }
 
-/* Rounds half to even: the addition of a number whose last bit has the weight of fp16's. */
+/* Rounds half to even, by adding a number whose last bit has the weight of fp16's last bit. */
 static inline void F16_STORE(void *p, vf v) {
     for (int i = 0; i < LANES; i++) {
         float x = v[i];

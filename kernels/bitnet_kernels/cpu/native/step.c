@@ -1,14 +1,14 @@
 /* The whole model in one call: a step of the decoder, or a prefill.
  *
- * All threads run through the layers together and wait for each other after each product. Between two
- * products little is done: with one token each thread does all of it for itself, which is faster than
- * to wait; with more tokens, each thread takes some of them.
+ * All threads run through the layers together and wait for each other after each product. There is
+ * little work between two products. With one token each thread does all of it for itself, which is
+ * faster than to wait; with more tokens, each thread takes some of them.
  *
  * A token passes through the operators of bitnet_kernels/reference.py: rmsnorm, quant, the ternary
- * product and its rescale, rope, attention. All but attention, silu and dense matrices have one
- * result to the last bit.
+ * product and its rescale, rope, attention. All but attention, silu and dense matrices give the
+ * same bits as there.
  *
- * M tokens, D d_model, H query heads, G key-value heads, E head_dim, F d_ff, K the wider of D and F.
+ * M tokens, D d_model, H query heads, G key-value heads, E head_dim, F d_ff, K = max(D, F).
  */
 #include <string.h>
 
@@ -17,12 +17,12 @@
 /* Tokens whose attention is computed together, in a prefill. */
 #define BLOCK 32
 
-/* Neighbouring tokens of one row. */
+/* Consecutive tokens of one row. */
 typedef struct {
     int64_t first, count;
 } block;
 
-/* Everything that a call knows. Buffers are parts of the workspace. */
+/* The state of a call. Buffers are parts of the workspace. */
 typedef struct {
     const bn_model *model;
     const bn_isa *isa;
@@ -57,7 +57,7 @@ static size_t lay_out(const bn_model *model, call *c) {
     size_t used = 0, m = (size_t)model->most, k = (size_t)widest(model);
     size_t heads = (size_t)((model->n_heads + 2 * model->n_kv_heads) * model->head_dim);
     size_t outer = heads > 2 * (size_t)model->d_ff ? heads : 2 * (size_t)model->d_ff;
-    /* From the first cache line on: Python's memory begins anywhere. */
+    /* Start at a cache line: Python's memory may begin anywhere. */
     char *base = model->workspace;
     if (base != NULL) base += aligned((uintptr_t)base) - (uintptr_t)base;
     c->row = take(base, &used, m * sizeof *c->row);
@@ -71,7 +71,7 @@ static size_t lay_out(const bn_model *model, call *c) {
     c->tokens.bits = take(base, &used, m * (size_t)bn_padded((int64_t)k));
     c->tokens.scale = take(base, &used, m * sizeof(float));
     c->tokens.sum = take(base, &used, m * sizeof(int32_t));
-    /* A thread's: one token for itself, and what a product or attention needs. */
+    /* Per thread: one token of its own, and the scratch of a product or attention. */
     size_t product = bn_linear_scratch((int64_t)k), attend = bn_attend_scratch(model->columns, BLOCK);
     size_t own = aligned(k * sizeof(float)) + 2 * (size_t)bn_padded((int64_t)k) + 2 * BN_CACHE_LINE;
     c->scratch_bytes = aligned(own + (product > attend ? product : attend));
@@ -86,7 +86,7 @@ int64_t bn_workspace(const bn_model *model) {
     return (int64_t)lay_out(&without, &c);
 }
 
-/* Inputs of a product, as a thread sees them: those of all tokens, or its own copy of the only one. */
+/* Inputs of a product, as a thread sees them: of all tokens, or its own copy of the only token. */
 typedef struct {
     float *y;
     bn_tokens tokens;
@@ -110,7 +110,7 @@ static view inputs(const call *c, const bn_team *team) {
     return v;
 }
 
-/* What a product reads of its input: the floats, their codes, or the bits of these too. */
+/* What a product reads of its input: the floats, their codes, or the codes and their bits. */
 typedef enum { FLOATS, CODES, BITS } form;
 
 static form form_of(const bn_matrix *w) {
@@ -126,7 +126,7 @@ static void tokens_of(const bn_team *team, const view *v, int64_t m, int64_t *be
     if (!v->own) bn_share(team, m, 1, begin, end);
 }
 
-/* Bring token i of v->y, of k channels, into the form that a product reads. */
+/* Convert token i of v->y, of k channels, to the form that a product reads. */
 static void formed(const call *c, view *v, int64_t i, int64_t k, form f) {
     v->tokens.stride = bn_padded(k);
     if (f >= CODES)
@@ -179,7 +179,7 @@ static void product(
         c->isa->rows->dense_int8(&d, &v->tokens, m, begin, end, out + begin, ld);
     else if (!add)
         c->isa->rows->dense(&d, v->y, w->k, m, begin, end, out + begin, ld);
-    else { /* by way of the scratch, whose size is that of a ternary block */
+    else { /* through the scratch, which has the size of a ternary block */
         float *block = v->scratch;
         for (int64_t n = begin; n < end; n += BN_ROWS) {
             int64_t rows = end - n < BN_ROWS ? end - n : BN_ROWS;
@@ -246,7 +246,7 @@ static void attention(const call *c, const bn_team *team, const bn_layer *layer,
         bn_cache cache = cache_of(model, index, c->row[b.first], g);
         const float *q = c->z + b.first * stride + g * r * e;
         float *y = c->y + b.first * h * e + g * r * e;
-        if (b.count == 1) { /* the heads of a group together: keys and values are read once */
+        if (b.count == 1) { /* the heads of a group together, to read keys and values once */
             for (int64_t done = 0; done < r; done += BLOCK) {
                 int64_t count = r - done < BLOCK ? r - done : BLOCK;
                 for (int64_t j = 0; j < count; j++) last[j] = c->column[b.first];
@@ -302,8 +302,8 @@ static void run_layer(const call *c, const bn_team *team, view *v, int64_t index
     bn_wait(team);
 }
 
-/* The first index of the largest of x [n]; -1 where that is not finite. Compares integers that
- * are in the order of the floats, so that the loop has no branch. */
+/* The first index of the largest of x [n]; -1 if that is not finite. It compares integers that have
+ * the order of the floats, so that the loop has no branch. */
 static int64_t argmax(const float *x, int64_t n) {
     int32_t largest = INT32_MIN, nan = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -335,7 +335,7 @@ static void head(const call *c, const bn_team *team, view *v) {
     }
     v->tokens.stride = bn_padded(d);
     if (!v->own) bn_wait(team);
-    /* Rows that lie one after another are written at once. */
+    /* Adjacent rows are written at once. */
     for (int64_t i = 0; i < c->n_out;) {
         int64_t row = c->row[c->out[i]], count = 1;
         while (i + count < c->n_out && c->row[c->out[i + count]] == row + count) count++;

@@ -1,11 +1,11 @@
-/* Threads of the OpenMP runtime that the process has already: torch's own.
+/* Threads of the OpenMP runtime that is already in the process: torch's own.
  *
- * Linking an OpenMP library could bring a second pool of threads into the process. So native.py finds
- * the runtime that torch loaded and hands over three of its functions, whose ABI is fixed (GOMP_parallel
- * is what gcc calls for `#pragma omp parallel`).
+ * Linking an OpenMP library could bring a second pool of threads into the process. So native.py
+ * finds the runtime that torch loaded and passes three of its functions, whose ABI is fixed (gcc
+ * calls GOMP_parallel for `#pragma omp parallel`).
  *
- * A forked child has none of its parent's threads, and GNU OpenMP would wait for them for ever: there
- * everything runs on the calling thread.
+ * A forked child has none of its parent's threads, and GNU OpenMP would wait for them forever. So
+ * in a child everything runs on the calling thread.
  */
 #include <stdatomic.h>
 
@@ -27,8 +27,8 @@ static void watch_forks(void) {
     if (!atomic_exchange(&watched, true)) pthread_atfork(NULL, NULL, child);
 }
 
-/* Spinning is fastest while every thread has a core. Where another process took one, only giving
- * the core away lets the others arrive. */
+/* Spinning is fastest while every thread has a core. If another process takes a core, the waiting
+ * threads must yield theirs, so that the missing thread can run. */
 static void pause_or_yield(int32_t waited) {
     if (waited > 4000)
         sched_yield();

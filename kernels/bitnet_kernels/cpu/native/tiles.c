@@ -1,15 +1,16 @@
 /* fp32 numbers times small integers on the matrix tiles of Intel's AMX (Sapphire Rapids and later).
  *
- * The tiles multiply bf16 and add in fp32, some fifteen times as fast as AVX-512 multiplies fp32.
- * A bf16 number has 8 significant bits: enough for a ternary code or an int8 one, and three of
- * them, its terms, hold the 24 bits of an fp32 number. So a product with integers is three products
- * of tiles, in which every single product is exact, and sums round as in fp32. That is what the
- * backward of a ternary layer needs. (A product of two fp32 matrices would take six. Measured: no
- * faster than MKL's once the tiles' unit is shared with a busy neighbour.)
+ * The tiles multiply bf16 and add in fp32, some fifteen times as fast as AVX-512 multiplies fp32. A
+ * bf16 number has 8 significant bits, enough for a ternary or an int8 code. Three bf16 numbers, the
+ * terms, hold the 24 bits of an fp32 number. So a product with integers is three products of tiles,
+ * in which every single product is exact, and sums round as in fp32. That is what the backward of a
+ * ternary layer needs. (A product of two fp32 matrices would take six. Measured, that is no faster
+ * than MKL's once the tiles' unit is shared with a busy neighbor.)
  *
- * Matrices are packed a piece at a time: the right one for all threads, DEPTH rows of at most WIDTH
- * columns; the left one, cut into terms, by each thread, ROWS rows, which stay in its second cache.
- * The sums over DEPTH follow each other, so results do not depend on the number of threads.
+ * Matrices are packed a piece at a time. A piece of the right matrix, DEPTH rows of at most WIDTH
+ * columns, is packed once for all threads. Each thread cuts ROWS rows of the left matrix into
+ * terms, which stay in its L2 cache. The sums over DEPTH are added in order, so results do not
+ * depend on the number of threads.
  */
 #define _DEFAULT_SOURCE /* syscall() */
 #include <stdatomic.h>
@@ -28,16 +29,16 @@ enum {
     TILE = 1024, /* its bytes: SIDE rows of 32 bf16 or 16 fp32 */
     STEP = 32, /* columns of the left matrix in one tile */
     ROWS = 32, COLUMNS = 32, /* of a block of results: 2 x 2 tiles */
-    TERMS = 3, /* bf16 numbers in an fp32 one */
+    TERMS = 3, /* bf16 numbers per fp32 number */
     DEPTH = 512, /* a multiple of STEP */
     WIDTH = 512, /* a multiple of COLUMNS */
-    NEAR = 4, /* steps of the left matrix that the first cache holds */
+    NEAR = 4, /* steps of the left matrix that the L1 cache holds */
     LEFT = DEPTH / STEP * TERMS * 2 * TILE, /* bytes of a piece of the left matrix */
-    RIGHT = DEPTH / STEP * WIDTH / COLUMNS * 2 * TILE, /* and of the right one */
-    SUMS = WIDTH / COLUMNS * 4 * TILE, /* of a piece of the left matrix and one of the right */
+    RIGHT = DEPTH / STEP * WIDTH / COLUMNS * 2 * TILE, /* bytes of a piece of the right one */
+    SUMS = WIDTH / COLUMNS * 4 * TILE, /* bytes of the sums of a left and a right piece */
 };
 
-/* Asks for the tiles, which Linux grants to a process that wants them. */
+/* Asks Linux for the tiles, which it grants to a process only on request. */
 static bool granted(void) {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
@@ -69,8 +70,8 @@ static inline __mmask16 first(int64_t count) {
     return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
 }
 
-/* Cuts each number into three that have 8 significant bits, and add up to it: upper halves of
- * fp32. */
+/* Cuts each number into three that have 8 significant bits and add up to it. They are the upper
+ * halves of fp32 numbers. */
 static inline void cut(__m512 x, __m512i term[TERMS]) {
     for (int t = 0; t < TERMS; t++) {
         term[t] = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32((int)0xffff0000));
@@ -78,7 +79,7 @@ static inline void cut(__m512 x, __m512i term[TERMS]) {
     }
 }
 
-/* Pairs of bf16: the upper halves of `even` below those of `odd`, which has nothing else. */
+/* Pairs of bf16: the upper halves of `even` below those of `odd`, whose lower halves are 0. */
 static inline __m512i pairs(__m512i even, __m512i odd) {
     return _mm512_or_si512(_mm512_srli_epi32(even, 16), odd);
 }
@@ -107,8 +108,8 @@ static inline void transpose(__m512i row[SIDE]) {
 }
 
 typedef struct {
-    const float *left; /* [rows, depth], or [depth, rows] where it is `left_transposed` */
-    const float *scale; /* of each of the depth, multiplied by the left matrix; NULL: `one` */
+    const float *left; /* [rows, depth], or [depth, rows] if `left_transposed` */
+    const float *scale; /* [depth], multiplied by the left matrix; NULL: `one` */
     float one;
     const int8_t *right; /* [depth, columns] */
     float *out; /* [rows, columns] */
@@ -184,7 +185,7 @@ static void pack_left(const job *job, int64_t i, int64_t depth, int64_t steps, u
     }
 }
 
-/* The same where the left matrix is stored transposed. */
+/* The same for a left matrix that is stored transposed. */
 static void pack_left_transposed(
     const job *job, int64_t i, int64_t depth, int64_t steps, uint8_t *to
 ) {
@@ -242,7 +243,7 @@ static void multiply(const uint8_t *left, const uint8_t *right, int64_t steps, u
     _tile_stored(3, sums + 3 * TILE, 64);
 }
 
-/* Sums of ROWS rows, number i, and COLUMNS columns from `column` on: written to `out`, or added. */
+/* Writes or adds to `out` the sums of ROWS rows, number i, and COLUMNS columns from `column` on. */
 static void finish(const job *job, const uint8_t *sums, int64_t i, int64_t column, bool add) {
     int64_t rows = job->rows - i * ROWS;
     for (int64_t r = 0; r < ROWS && r < rows; r++)
@@ -256,8 +257,8 @@ static void finish(const job *job, const uint8_t *sums, int64_t i, int64_t colum
         }
 }
 
-/* A piece of the left matrix times panels `begin` to `end` of the packed one, which start at
- * `column`. NEAR steps of the left matrix stay in the first cache for all panels. */
+/* A piece of the left matrix times panels `begin` to `end` of the packed matrix, which start at
+ * `column`. NEAR steps of the left matrix stay in the L1 cache for all panels. */
 static void multiply_panels(
     const job *job, const uint8_t *left, uint8_t *sums, int64_t i, int64_t column, int64_t begin,
     int64_t end, int64_t steps, bool add
@@ -283,7 +284,7 @@ static void share(const bn_team *team, void *argument) {
     for (int64_t column = 0; column < job->columns; column += WIDTH) {
         int64_t wide = job->columns - column < WIDTH ? job->columns - column : WIDTH;
         int64_t panels = (wide + COLUMNS - 1) / COLUMNS;
-        /* Where there are fewer blocks of rows than threads, each is shared: `parts` of the panels. */
+        /* With fewer blocks of rows than threads, each is shared, in `parts` of the panels. */
         int64_t parts = (team->size + blocks - 1) / blocks, begin, end;
         int64_t most = (panels + parts - 1) / parts;
         for (int64_t depth = 0; depth < job->depth; depth += DEPTH) {

@@ -1,7 +1,7 @@
-/* The entry points of what only training needs: threads over tokens or numbers.
+/* The entry points of functions that only training needs; threads share tokens or numbers.
  *
- * What is summed over tokens is summed per block of a fixed size and then over the blocks, so
- * results do not depend on the number of threads.
+ * Sums over tokens are taken per block of a fixed size and then over the blocks, so results do not
+ * depend on the number of threads.
  */
 #include <math.h>
 #include <stdatomic.h>
@@ -9,8 +9,8 @@
 
 #include "internal.h"
 
-#define NORM_BLOCK 32 /* tokens whose gradient of the norm's weight is one partial sum */
-#define NUMBERS 4096 /* of a share: whole pages */
+#define NORM_BLOCK 32 /* tokens per partial sum of the gradient of the norm's weight */
+#define NUMBERS 4096 /* a share is a multiple of this: whole pages */
 
 typedef struct {
     const bn_training *isa;
@@ -141,8 +141,8 @@ static float float_of(uint32_t bits) {
     return x;
 }
 
-/* reference.clamped_mean: each magnitude is cut to a whole number of units, so that the sum is
- * exact in any order. */
+/* reference.clamped_mean: each magnitude is truncated to a whole number of units, so that the
+ * sum is exact in any order. */
 static void absmean_share(const bn_team *team, void *argument) {
     absmean_job *job = argument;
     int64_t i, end;
@@ -181,12 +181,12 @@ typedef struct {
     float *scale;
 } stochastic_job;
 
-/* Largest codes: of int8, and of three digits of 8 bits. */
+/* Largest codes: of int8, and of three 8-bit digits. */
 #define INT8_CODES 127.0f
 #define DIGITS_CODES 4128768.0f /* 63 * 256^2 */
 
-/* The largest magnitude / the largest code, at least the smallest normal number; NaN where it is not
- * finite. */
+/* The largest magnitude divided by the largest code, at least the smallest normal number; NaN if
+ * the magnitude is not finite. */
 static float scale_of(uint32_t largest, float codes) {
     float scale = float_of(largest) / codes;
     if (largest > 0x7f7fffff) return NAN;

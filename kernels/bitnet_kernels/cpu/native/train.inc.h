@@ -1,8 +1,8 @@
-/* What only training needs, over a thread's share: included once per instruction set, by a file
- * that defines TABLE. Plain C; the compiler makes the vectors.
+/* The functions that only training needs, over a thread's share: included once per instruction set,
+ * by a file that defines TABLE. Plain C; the compiler vectorizes it.
  *
- * Sums have a fixed order: LANES partial sums, of every LANES-th number, then these in ascending
- * order. So neither the instructions nor the number of threads changes a bit.
+ * Sums have a fixed order: LANES partial sums, each of every LANES-th number, which are then added
+ * in ascending order. So neither the instructions nor the number of threads changes a bit.
  */
 #include <math.h>
 #include <string.h>
@@ -58,10 +58,10 @@ static void norm_backward(
     }
 }
 
-/* max(x, 0), which keeps NaN */
+/* max(x, 0); keeps NaN */
 static inline float relu(float x) { return x <= 0 ? 0.0f : x; }
 
-/* dgate = 2 relu(gate) up dy, 0 where the gate is shut, whatever `up` is; dup = relu(gate)^2 dy */
+/* dgate = 2 relu(gate) up dy, 0 where gate <= 0, whatever `up` is; dup = relu(gate)^2 dy */
 static void gate_backward(
     const float *dy, const float *gate, const float *up, int64_t n, float *restrict dgate,
     float *restrict dup
@@ -73,10 +73,10 @@ static void gate_backward(
     }
 }
 
-/* e^x of x <= 0, within 2 units of the last bit; 0 below -87, where it would have no normal form. The
- * polynomial is that of Cephes' expf. */
+/* e^x of x <= 0, within 2 units in the last place; 0 below -87, where it would be subnormal. The
+ * polynomial is from Cephes' expf. */
 static inline float exponential(float x) {
-    float round = x * 1.44269504f + 0x1.8p23f; /* the whole number of halvings, in the last bits */
+    float round = x * 1.44269504f + 0x1.8p23f; /* the exponent of 2, an integer, in the last bits */
     float whole = round - 0x1.8p23f;
     float r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
     float p = 1.9875691500e-4f;
@@ -149,8 +149,8 @@ static void ternary(const float *x, int64_t n, float threshold, int8_t *codes) {
         codes[i] = (int8_t)((x[i] > threshold) - (x[i] < -threshold));
 }
 
-/* floor(x / scale + u) within +-127. Adding 1.5 * 2^23 leaves the nearest whole number in the last
- * bits, without a conversion, which a NaN would not allow; what comes of a NaN is not used. */
+/* floor(x / scale + u) within +-127. Adding 1.5 * 2^23 leaves the nearest integer in the last bits,
+ * without a conversion, which is undefined for a NaN; the result for a NaN is not used. */
 static inline int8_t rounded(float x, float scale, uint64_t row_key, int64_t column) {
     float value = x / scale + bn_uniform(row_key, (uint32_t)column);
     float nearest = value + 0x1.8p23f;
@@ -173,7 +173,7 @@ static void stochastic_columns(
     const float *x, int64_t ld, const float *s, int64_t m, int64_t n, const float *scale,
     uint64_t seed, int64_t column, int8_t *codes, int64_t stride
 ) {
-    enum { ROWS = 64, COLUMNS = 512 }; /* of a block, which is transposed in the first cache */
+    enum { ROWS = 64, COLUMNS = 512 }; /* of a block, which is transposed in the L1 cache */
     int8_t block[ROWS][COLUMNS + 64]; /* rows of one column in different sets of the cache */
     for (int64_t j0 = 0; j0 < n; j0 += COLUMNS)
         for (int64_t i0 = 0; i0 < m; i0 += ROWS) {
@@ -194,12 +194,12 @@ static void stochastic_columns(
         }
 }
 
-/* The nearest whole number of x / scale, below 2^22, as three digits of base 256, -128 to 127. */
+/* The integer nearest to x / scale, below 2^22, as three digits of base 256, -128 to 127. */
 static void digits_of_columns(
     const float *x, int64_t ld, const float *s, int64_t m, int64_t n, const float *scale,
     int8_t *codes, int64_t stride, int64_t plane
 ) {
-    enum { ROWS = 64, COLUMNS = 512 }; /* of a block, which is transposed in the second cache */
+    enum { ROWS = 64, COLUMNS = 512 }; /* of a block, which is transposed in the L2 cache */
     int32_t block[ROWS][COLUMNS + 16]; /* rows of one column in different sets of the cache */
     for (int64_t j0 = 0; j0 < n; j0 += COLUMNS)
         for (int64_t i0 = 0; i0 < m; i0 += ROWS) {
@@ -227,7 +227,7 @@ static void digits_of_columns(
         }
 }
 
-/* Numbers of three digits, `plane` apart, times a scale: as whole numbers they are exact. */
+/* Numbers of three digits, `plane` apart, times a scale. As integers they are exact. */
 static void sum_of_digits(const int32_t *acc, int64_t plane, int64_t n, float scale, float *y) {
     for (int64_t i = 0; i < n; i++) {
         double high = (double)acc[i + 2 * plane] * 65536 + (double)acc[i + plane] * 256;
