@@ -1,1 +1,1 @@
-"""Generation: a decoder whose weights and cache are laid out once, and the engine on top."""
+"""Generation: a decoder that lays out weights and cache once, and the engine on top."""

@@ -1,16 +1,16 @@
 """A step on a CPU: one call of the native library for the whole model and batch.
 
-The library (:mod:`bitnet_kernels.cpu`) is given pointers to the model's own tensors once; a call
-then allocates nothing and looks nothing up. The matrices lie in large pages
-(:mod:`bitnet_kernels.cpu.pages`); keys and values do not, since large pages would fill memory that
+The library (:mod:`bitnet_kernels.cpu`) gets pointers to the model's own tensors once; a call then
+allocates nothing and looks nothing up. The matrices are in large pages
+(:mod:`bitnet_kernels.cpu.pages`). Keys and values are not, since large pages would take memory that
 no token uses yet. A token passes through the operators of ``bitnet_kernels.reference`` in fp32,
-whatever the dtype of the model: norms, quantized activations and ternary products have the
-reference's bits, while attention, silu and matrices in full precision are float sums in an order of
-their own.
+whatever the dtype of the model. Norms, quantized activations and ternary products have the
+reference's bits; attention, silu and matrices in full precision add floats in an order of their
+own.
 
-Two families of kernels multiply (kernels/README.md). ``dot`` reads the packed weights where they
-are. So does ``addsub`` with AVX2; elsewhere it reads bit planes, a second layout of the same size.
-The decoder then holds no packed weights, so these are freed if the model is dropped.
+Two families of kernels multiply (kernels/README.md). ``dot`` reads the packed weights in place. So
+does ``addsub`` with AVX2; elsewhere it reads bit planes, a second layout of the same size. The
+decoder then holds no packed weights, so these are freed if the model is dropped.
 """
 
 from functools import partial
@@ -26,8 +26,8 @@ from bitnet_kernels.cpu.pages import use_large_pages
 
 
 def takes(weights: ModelWeights, state: State) -> bool:
-    """Whether the native library can compute a model: it is there, none of the layers must be
-    called as a module, and nothing is in fp64 or larger than the kernels' buffers."""
+    """Whether the native library can compute a model: the library is there, no layer must be called
+    as a module, and nothing is in fp64 or larger than the kernels' buffers."""
     in_fp64 = torch.float64 in (weights.embedding.dtype, state.kv.dtype)
     fits = state.kv.shape[-1] <= native.MAX_HEAD_DIM and not in_fp64
     return native.available() and fits and not weights.modules()
@@ -39,7 +39,7 @@ class CpuRunner:
     Arguments:
         weights: the model's, not fused. state: the rows.
         chunk: most tokens of a row in a prefill.
-        addsub: multiply packed weights by addsub, which must take them.
+        addsub: multiply packed weights with addsub, which must take them.
     """
 
     def __init__(

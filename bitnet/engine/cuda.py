@@ -2,12 +2,11 @@
 
 :meth:`CudaRunner.step_body` is the whole step as a function of static tensors, in about eight
 launches per layer. It neither waits for the device nor depends on a length on the host, so a CUDA
-graph replays it as one launch; its memory comes from the graph's own pool, at fixed addresses. A
-batch runs in the next larger of a few sizes (*buckets*). A prefill is the same function on T tokens
-per row, not captured. The graphs share a pool: none leaves anything there that is needed after its
-replay.
+graph replays it as one launch. Its memory comes from the graphs' pool, at fixed addresses. All
+graphs share the pool, because nothing in it is needed after a replay. A batch runs in the next
+larger of a few sizes (*buckets*). A prefill is the same function on T tokens per row, not captured.
 
-Each operator runs on any device, and so does the step: this is how it is tested without a GPU.
+Each operator runs on any device, and so does the step. So the tests can run it without a GPU.
 
 B rows, T tokens, D d_model, H query heads, G key-value heads, E head_dim, F d_ff.
 """
@@ -40,7 +39,7 @@ from bitnet_kernels import (
 from bitnet_kernels.ops.decode import decode_attention, rope_append
 
 _Input = Tensor | tuple[Tensor, Tensor, Tensor]
-"""The input of a matrix: float, or for a ternary one codes, scales and row sums."""
+"""The input of a matrix: float, or for a ternary matrix codes, scales and row sums."""
 
 
 class CudaRunner:
@@ -90,8 +89,8 @@ class CudaRunner:
         return [self.batch, self._rows]
 
     def _capture(self, bucket: int) -> torch.cuda.CUDAGraph:
-        """Capture a step. First run it with no rows, which changes nothing: the kernels compile and
-        tune then."""
+        """Capture a step. First run it with no rows, which changes nothing, so that the kernels
+        compile and tune themselves."""
         self._captured += self.held()
         self.batch.fill_(0)
         stream = torch.cuda.Stream()
@@ -107,15 +106,15 @@ class CudaRunner:
         return graph
 
     def held(self) -> list[object]:
-        """Codes that a capture reads and ``ModelWeights`` does not own: those that
-        ``weights_quantized`` holds for a while, for layers inside other modules."""
+        """Codes that a capture reads and ``ModelWeights`` does not own: ``weights_quantized`` holds
+        them temporarily, for layers inside other modules."""
         layers = (layer for module in self.weights.modules() for layer in module.modules())
         codes = (layer._cached_codes for layer in layers if isinstance(layer, BitLinear))
         return [one for one in codes if one is not None]
 
     def step_body(self, bucket: int) -> None:
-        """The body of a graph: a step of the first ``bucket`` rows. Those from ``self.batch`` on
-        are computed, and left as they are."""
+        """The body of a graph: a step of the first ``bucket`` rows. Rows from ``self.batch`` on are
+        computed, but not changed."""
         state = self.state
         within = self._rows[:bucket] < self.batch
         n_valid = state.active[:bucket] * within * (state.lengths[:bucket] < state.max_len)
@@ -140,7 +139,7 @@ class CudaRunner:
     def _logits(self, tokens: Tensor, n_valid: Tensor) -> Tensor:
         """fp32 ``[B, V]`` after the last valid token of each row."""
         x = F.embedding(tokens, self.weights.embedding)
-        added: Tensor | None = None  # not yet added to the residual stream
+        added: Tensor | None = None  # to be added to the residual stream
         for i, layer in enumerate(self.weights.layers):
             (qkv,), (gate_up,) = layer.qkv, layer.gate_up
             x, read = self._enter(x, added, layer.input_norm, qkv)
@@ -183,7 +182,7 @@ class CudaRunner:
     def _enter(
         self, x: Tensor, added: Tensor | None, norm: Norm | None, matrix: Matrix
     ) -> tuple[Tensor, _Input]:
-        """Add to the residual stream; return it, and the input that the matrix reads."""
+        """Add to the residual stream; return the stream, and the input that the matrix reads."""
         if added is None:
             return x, _read(x, norm, matrix)
         if isinstance(matrix, Ternary) and norm is not None:
@@ -224,7 +223,7 @@ class CudaRunner:
 
 
 def _read(x: Tensor, norm: Norm | None, matrix: Matrix) -> _Input:
-    """The input of a matrix: ``x`` normed, and quantized for a ternary one."""
+    """The input of a matrix: ``x`` normed, and quantized for a ternary matrix."""
     if not isinstance(matrix, Ternary):
         return x if norm is None else _rms(x, norm)
     return quant(x) if norm is None else rmsnorm_quant(x, norm.weight, norm.eps)

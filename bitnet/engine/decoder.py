@@ -1,17 +1,17 @@
-"""A model, its cache and one step; the loop is the engine's, the arithmetic a runner's.
+"""A model, its cache and one step. The engine runs the loop, a runner does the arithmetic.
 
     decoder = Decoder(model, max_batch=8, max_len=2048)
     decoder.prefill(tokens, n_valid)        # prompts; logits and the chosen token of each row
     decoder.step(batch)                     # as often as needed: appends, attends, chooses
 
-The weights are read once (:mod:`bitnet.engine.weights`); keys and values, the rows' tokens and
-lengths are allocated once. A greedy step feeds itself: it writes the chosen tokens where the next
-step reads its inputs, so the host only reads them. Rows fill independently, each from column 0: no
-padding and no shared position, so a row's tokens depend on no other row.
+The weights are read once (:mod:`bitnet.engine.weights`). Memory for keys and values, and for the
+rows' tokens and lengths, is allocated once. A greedy step feeds itself: it writes the chosen tokens
+where the next step reads its inputs, so the host only reads them. Rows fill independently, each
+from column 0, without padding or shared positions, so a row's tokens depend on no other row.
 
-On a GPU a step is one CUDA graph per batch size (:mod:`bitnet.engine.cuda`); on a CPU one call of
-the native library (:mod:`bitnet.engine.cpu`) or, where that is missing or does not take the model,
-the model's own layers called one by one (:mod:`bitnet.engine.modules`).
+On a GPU a step is one CUDA graph per batch size (:mod:`bitnet.engine.cuda`). On a CPU it is one
+call of the native library (:mod:`bitnet.engine.cpu`) or, if that is missing or does not take the
+model, calls of the model's own layers one by one (:mod:`bitnet.engine.modules`).
 
 S rows, T tokens, V vocabulary.
 """
@@ -54,16 +54,16 @@ class Decoder:
         model: on its device, in fp32, bf16, fp16, or on a CPU fp64. Its weights are read once, now:
             a BitLinear is packed; on CUDA matrices are fused; the rest is shared with the model.
             Linear layers that are neither ternary nor plain (:mod:`bitnet.engine.weights`) are
-            called as modules, in the mode they are in. The model may be dropped. After a change of
-            it, make a new decoder: :meth:`check_weights`.
+            called as modules, in their current mode. The model may be dropped. If it changes,
+            make a new decoder: :meth:`check_weights`.
         max_batch: rows, at most 64. max_len: tokens per row, at most the model's context.
         chunk: most tokens per row in one call of :meth:`prefill`.
         cache_dtype: of keys and values. "auto": the model's dtype on a CPU, bf16 on CUDA. "int8"
             keeps one scale per head and token.
         head: dtype of the output head. "float": the model's. "auto": the model's on a CPU, bf16 on
-            CUDA. "int8": absmax codes, one scale per row, for weights and activations.
-        kernel: of packed layers. "dot" and "addsub" are families of kernels (kernels/README.md);
-            "addsub" multiplies nothing, and reads bit planes, which are made now (with AVX2 it
+            CUDA. "int8": absmax codes with one scale per row, for weights and activations.
+        kernel: of packed layers. "dot" and "addsub" are families of kernels (kernels/README.md).
+            "addsub" multiplies nothing; it reads bit planes, which are made now (with AVX2 it
             reads the packed weights). "reference" computes layer by layer with the model's own
             modules, on a CPU.
     Attributes:
@@ -72,14 +72,14 @@ class Decoder:
         buckets: batch sizes that have a graph on CUDA; a CPU runs any.
         tokens: int64 ``[S]``, the next input of each row. A step writes ``chosen`` there (0 instead
             of -1); the caller may overwrite it between steps.
-        lengths: int32 ``[S]``, the number of tokens whose keys and values each row holds; change it
-            by :meth:`set_length` and :meth:`copy_prefix` only.
-        active: int32 ``[S]``, 1 (the initial value) where a step advances the row. A row at 0 keeps
+        lengths: int32 ``[S]``, the number of tokens whose keys and values each row holds. Change it
+            only by :meth:`set_length` and :meth:`copy_prefix`.
+        active: int32 ``[S]``, 1 (the initial value) if a step advances the row. A row at 0 keeps
             its length and its tokens; a step computes it too, without effect.
-        logits: fp32 ``[S, V]``, the last of each row.
+        logits: fp32 ``[S, V]``, the latest of each row.
         chosen: int64 ``[S]``, the argmax of the logits; -1 if their maximum is NaN or infinite.
     Raises:
-        ValueError: an argument out of range, or a model whose arithmetic a step cannot repeat.
+        ValueError: an argument is out of range, or a step cannot repeat the model's arithmetic.
     Warns:
         UserWarning: the model is on a CPU, and there is no native library.
     """
@@ -128,8 +128,8 @@ class Decoder:
         self.device, self.vocab_size = weight.device, config.vocab_size
         self.max_batch, self.max_len, self.chunk = max_batch, max_len, min(chunk, max_len)
         self.buckets = (*(2**i for i in range(6) if 2**i < max_batch), max_batch)
-        # The decoder's tensors may be changed inside and outside of inference mode, so they are
-        # made outside.
+        # The decoder's tensors are made outside of inference mode, so that they may be changed both
+        # inside and outside of it.
         with torch.inference_mode(False), torch.no_grad(), self.device:
             self._build(model, cache_dtype, head, kernel)
 
@@ -173,8 +173,8 @@ class Decoder:
         """Feed ``tokens[:batch]``: append their keys and values, attend, and write ``logits``,
         ``chosen`` and the next ``tokens`` of these rows; then ``lengths += active``.
 
-        A row that holds ``max_len`` tokens is full: a step appends nothing and keeps its length,
-        and its logits mean nothing. On CUDA, a step does not wait for the device.
+        A row that holds ``max_len`` tokens is full: a step appends nothing to it and keeps its
+        length, and its logits mean nothing. On CUDA, a step does not wait for the device.
 
         Raises:
             ValueError: batch is not 1 to max_batch.
@@ -185,11 +185,11 @@ class Decoder:
 
     def check_weights(self) -> None:
         """Check that the model's weights have not changed since they were read. :meth:`prefill`
-        calls this too.
+        calls this, too.
 
         Raises:
-            ValueError: a weight was changed in place since. Of changes through ``weight.data``,
-                only those of vectors, such as norms, are seen.
+            ValueError: a weight was changed in place since. Changes through ``weight.data`` are
+                seen only in vectors, such as norms.
         """
         if self._versions.changed():
             raise ValueError(
@@ -203,11 +203,11 @@ class Decoder:
 
         Arguments:
             tokens: int64 ``[B, T]``, T <= chunk, for rows 0 .. B - 1, padded on the right.
-            n_valid: how many of each row's tokens count; 0 leaves the row as it is. The row's
-                logits, chosen and next token are then those after its last valid token.
+            n_valid: how many of each row's tokens count; 0 leaves the row as it is. The row then
+                has the logits, chosen and next token after its last valid token.
         Raises:
-            ValueError: a shape or dtype that does not fit, a token that the model does not have, a
-                row without room for its tokens, or changed weights (:meth:`check_weights`).
+            ValueError: a shape or dtype does not fit, the model does not have a token, a row has no
+                room for its tokens, or weights have changed (:meth:`check_weights`).
         """
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise ValueError(
@@ -260,12 +260,12 @@ class Decoder:
     def memory(self) -> dict[str, int]:
         """Bytes of ``weights`` (the layers' matrices and norms), ``head``, ``embedding``, ``cache``
         (keys, values and their scales) and ``workspace`` (everything else that is kept; on CUDA
-        without the graphs' pool). Shared memory counts once: a head tied to the embedding is 0."""
+        without the graphs' pool). Shared memory counts once: a head tied to the embedding has 0."""
         weights, state = self._weights, self._state
         parts = {
             "embedding": [weights.embedding],
             "head": tensors_of(weights.head),
-            "weights": weights.tensors(),  # the two above are among them, and count once
+            "weights": weights.tensors(),  # include the two above, which count once
             "cache": [state.kv] if state.scale is None else [state.kv, state.scale],
             "workspace": [
                 *state.others(),

@@ -1,16 +1,15 @@
 """Prompts in, tokens out: the loop around a :class:`Decoder`.
 
-A call puts each prompt into a row of the decoder's cache, computes in chunks ("prefill") the tokens
-that the row does not hold yet, and then feeds each row its newest token, step by step. A row whose
-text has ended is still computed, and its results ignored, until the last text of the batch ends:
-simple, and the right trade for a handful of prompts (a server would refill the row). More prompts
-than rows run in batches.
+A call puts each prompt into a row of the decoder's cache. It computes in chunks ("prefill") the
+tokens that the row does not hold yet, and then feeds each row its newest token, step by step. A row
+whose text has ended is still computed, and its results ignored, until the last text of the batch
+ends. This is simple, and good enough for a handful of prompts (a server would refill the row). If
+there are more prompts than rows, they run in batches.
 
 The engine remembers across calls which tokens each row holds. A prompt that continues an earlier
-conversation, or shares a system prompt with one, is computed only from where they part
-(bitnet/engine/prefix.py). A text does not depend on the reused rows or on the other rows, except
-for the last bit of floating-point sums: a matrix product may add up in another order for another
-number of rows.
+conversation, or shares a system prompt with one, is computed only from the first token that differs
+(bitnet/engine/prefix.py). A text does not depend on reused or other rows, except for the last bit
+of floating-point sums: the order of additions in a matrix product may depend on the number of rows.
 
 The host waits for the device once per step, for the chosen tokens.
 """
@@ -50,15 +49,15 @@ class Stats:
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
-    """Prompt tokens whose keys and values were in the cache already."""
+    """Prompt tokens whose keys and values were already in the cache."""
     new_tokens: int = 0
-    """Tokens chosen, including those that end a text and those of a stop string."""
+    """Tokens chosen, including tokens that end a text or belong to a stop string."""
     first_token_s: float = 0.0
     """Seconds from the call to its first token."""
     decoded_tokens: int = 0
-    """New tokens except the first of each text, which the prefill gives."""
+    """New tokens, except the first of each text, which comes from the prefill."""
     decode_s: float = 0.0
-    """Seconds that these took, including the caller's own time between them."""
+    """Seconds for the decoded tokens, including the caller's own time between them."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -67,10 +66,10 @@ class Stats:
 
 
 class _Event(NamedTuple):
-    """News of a request, in the order in which the caller gets it."""
+    """What happened to a request; the fields are in the order in which the caller gets them."""
 
     prompt: int
-    """Its place in the call."""
+    """The request's place in the call."""
     tokens: Sequence[int] = ()
     text: str = ""
     reason: StopReason | None = None
@@ -79,13 +78,13 @@ class _Event(NamedTuple):
 class Engine:
     """Generates from one model, call after call, in memory allocated once.
 
-    Not for two threads at a time.
+    Two threads must not use it at the same time.
 
     Arguments:
         model: on its device. The engine reads its weights once and shares some of the model's own
             tensors: after training the model further, make a new engine. It keeps no other part of
             the model, except layers that are neither ternary nor plain (``decoder.modules``,
-            usually none); these are in eval mode while a call computes.
+            usually none), which are in eval mode while a call computes.
         tokenizer: needed for stop strings and ``on_text``.
         max_batch: rows, 1 to 64; more prompts run in batches of this size.
         max_len: positions of a row, prompt and new tokens together; 0 = the model's context.
@@ -94,7 +93,7 @@ class Engine:
     Attributes:
         decoder, max_len. stats: of the latest call.
     Raises:
-        UserError: an argument out of range, or a model that the decoder cannot take.
+        UserError: an argument is out of range, or the decoder does not take the model.
     """
 
     def __init__(
@@ -139,7 +138,7 @@ class Engine:
         # The tokens whose keys and values each row of the decoder holds. Shortened before the row
         # is written and extended after: an exception in between leaves less here than in the cache.
         self._held: list[list[int]] = [[] for _ in range(max_batch)]
-        self._used = [0] * max_batch  # the call that last used what each row holds
+        self._used = [0] * max_batch  # per row, the call that last used its tokens
         self._call = 0
 
     def generate(
@@ -159,8 +158,8 @@ class Engine:
         this limit ends, with the reason "context".
 
         Arguments:
-            prompts: token ids. An empty prompt stands for ``[eos_id]``, the start of a document, or
-                for the first of several.
+            prompts: token ids. An empty prompt means ``[eos_id]``, the start of a document, or the
+                first ``eos_id`` of several.
             max_new_tokens: new tokens per prompt, at most.
             params: how to sample and where to stop; greedy by default.
             fields: fields of :class:`SamplingParams` that replace those of ``params``:
@@ -169,9 +168,9 @@ class Engine:
                 that token, which decodes to no text. A text keeps the tokens that lie wholly before
                 a stop string; see :class:`bitnet.engine.text.TextStream`.
             on_token: called with (index of the prompt, token) as each token is chosen, except the
-                one that ends the text; if there are stop strings, as soon as none of them can take
-                the token back.
-            on_text: called with (index, text), the text never empty, as text becomes certain. The
+                one that ends the text; with stop strings, as soon as the token can no longer become
+                part of one.
+            on_text: called with (index, text) as text becomes certain; the text is never empty. The
                 pieces add up to the text after the prompt, which ends exactly before a stop string,
                 even inside a token. On Ctrl-C, the text held back is delivered first.
             on_stop: called with (index, reason) when a text ends, after its last token and piece.
@@ -180,10 +179,10 @@ class Engine:
             The new tokens of each prompt, without prompt, ``eos_id`` and stop string.
 
         Raises:
-            UserError: an argument out of range, a token id that the model does not have, a prompt
-                that leaves no room in the context, stop strings or ``on_text`` without a
-                tokenizer, logits that are not finite, or a model whose weights changed since the
-                engine was made.
+            UserError: an argument is out of range, the model does not have a token id, a prompt
+                leaves no room in the context, stop strings or ``on_text`` come without a
+                tokenizer, logits are not finite, or the model's weights changed since the engine
+                was made.
         """
         params = sampling_params(params, fields)
         requests = self._requests(prompts, max_new_tokens, params, as_text=on_text is not None)
@@ -196,7 +195,7 @@ class Engine:
                     on_text(index, text)
                 if on_stop is not None and reason is not None:
                     on_stop(index, reason)
-        except KeyboardInterrupt:  # the text held back became no stop string
+        except KeyboardInterrupt:  # the text held back did not become a stop string
             for request in requests:
                 rest = request.text.finish() if request.text is not None else ""
                 if on_text is not None and rest:
@@ -213,19 +212,19 @@ class Engine:
     ) -> Iterator[int]:
         """Yield the tokens of :meth:`generate` for one prompt as they become certain.
 
-        The engine computes only when the next token is asked for. To break off, close the iterator
+        The engine computes only when the next token is requested. To stop early, close the iterator
         or drop it: the engine can be used at once, and remembers what it computed.
 
         Raises:
-            UserError: as :meth:`generate`, for the arguments at once; on the next token, if the
-                engine has begun another call meanwhile.
+            UserError: as :meth:`generate`, at once if it concerns the arguments; on the next token,
+                if the engine has begun another call meanwhile.
         """
         params = sampling_params(params, fields)
         requests = self._requests([prompt], max_new_tokens, params)
         return (token for event in self._events(requests, params) for token in event.tokens)
 
     def _events(self, requests: list[Request], params: SamplingParams) -> Iterator[_Event]:
-        """Run the call, event by event; between events the caller's own modes hold."""
+        """Run the call, event by event. Between events the caller's own modes are in force."""
         events = self._run(requests, params)
         while True:
             with self._evaluating():
@@ -269,7 +268,7 @@ class Engine:
         )
 
     def _run(self, requests: list[Request], params: SamplingParams) -> Iterator[_Event]:
-        """Run the call batch by batch. Nothing runs before the caller asks for the first event."""
+        """Run the call batch by batch. Nothing runs before the caller requests the first event."""
         self._call += 1
         self.stats = Stats(prompt_tokens=sum(len(request.prompt) for request in requests))
         if not any(request.room for request in requests):
@@ -318,7 +317,7 @@ class Engine:
                 self._held[request.row].append(request.new[-1])
 
     def _uniforms(self, batch: list[Request], params: SamplingParams) -> Tensor | None:
-        """The numbers of all draws: float64 ``[tokens, B]`` on the device; None if greedy."""
+        """Random numbers for all draws: float64 ``[tokens, B]`` on the device; None if greedy."""
         if params.temperature == 0:
             return None
         room = max(request.room for request in batch)
@@ -330,7 +329,7 @@ class Engine:
         """Choose the next token of the decoder's first ``n`` rows, and make it their input."""
         decoder = self.decoder
         if uniforms_B is None and not params.vocab_size:
-            return decoder.chosen[:n]  # the decoder has made these its inputs
+            return decoder.chosen[:n]  # the decoder has already made these its inputs
         chosen_B = sampling.choose(
             decoder.logits[:n, : params.vocab_size or None],
             params.temperature,
@@ -391,7 +390,7 @@ class Engine:
         self._held[target] = self._held[source][:n]
 
     def _extend(self, targets: dict[int, list[int]]) -> None:
-        """Make rows of the decoder hold these tokens, which begin with those they hold.
+        """Make rows of the decoder hold these tokens, which begin with the tokens that they hold.
 
         Chunks are counted from the end, so that all rows take their last tokens in the last chunk,
         which gives the logits.

@@ -1,15 +1,15 @@
 """A step on a CPU by the model's own layers, called as modules, with keys and values kept.
 
-It takes every model: whatever stands in a layer's place (hooks, biases, norms inside, scales per
-group, layers of QAT, adapters) is called as the model itself calls it, and the arithmetic is the
-model's, in its dtype. The native step (:mod:`bitnet.engine.cpu`) is many times as fast, and takes
+It takes every model: each layer, whatever it contains (hooks, biases, norms inside, scales per
+group, layers of QAT, adapters), is called as the model itself calls it, with the model's arithmetic
+in the model's dtype. The native step (:mod:`bitnet.engine.cpu`) is many times as fast, but takes
 fewer models.
 
 A packed layer whose product the native library does not compute would unpack its codes in every
-call, which for one token takes several times as long as the product. They are unpacked once, to
-int8, and kept beside the packed ones.
+call, which for one token takes several times as long as the product. So the codes are unpacked
+once, to int8, and kept beside the packed ones.
 
-B rows, T tokens of each, G key-value heads, C columns read, E head_dim, D d_model, V vocabulary.
+B rows, T tokens per row, G key-value heads, C columns read, E head_dim, D d_model, V vocabulary.
 """
 
 from itertools import groupby
@@ -33,8 +33,8 @@ class ModuleRunner:
     """The steps and prefills of a model on a CPU.
 
     Arguments:
-        model: a :func:`bitnet.engine.weights.packed_copy`. weights: of it. state: the rows.
-        chunk: about the most tokens that a prefill computes at a time.
+        model: a :func:`bitnet.engine.weights.packed_copy`. weights: the model's. state: the rows.
+        chunk: the approximate maximum of tokens that a prefill computes at a time.
     """
 
     def __init__(self, model: Transformer, weights: ModelWeights, state: State, chunk: int) -> None:
@@ -52,7 +52,8 @@ class ModuleRunner:
         """Append the first ``n_valid[row]`` of each row's tokens, int64 ``[B, T]``."""
 
         def together(row: int) -> tuple[int, int]:
-            """Neighbours with as many tokens, about ``chunk`` in all: nothing is padded."""
+            """The group of a row: neighbors with the same number of tokens, so that nothing is
+            padded, about ``chunk`` in all."""
             return n_valid[row], row * n_valid[row] // self.chunk
 
         for (n, _), group in groupby(range(len(n_valid)), together):
@@ -132,7 +133,7 @@ class _Columns:
         if self.scale is not None:
             held = held.float() * self.scale[..., :end, None]
         held = held.to(k.dtype)
-        if self.beyond.any():  # their weight is 0, but 0 times a NaN that was left there is NaN
+        if self.beyond.any():  # their weight is 0, but 0 times an old NaN there is NaN
             held = held.masked_fill(rearrange(self.beyond, "b c -> b 1 c 1"), 0.0)
         return held[0], held[1]
 

@@ -1,11 +1,11 @@
 """Find the computed tokens that a call can reuse.
 
-A row of the cache holds keys and values of known tokens, and those of a prefix depend on nothing
-after it. So a prompt must be computed only from the token where it departs from all rows
-(:func:`place`), and a prefix that several prompts of a call share, such as a system prompt, only
-once (:func:`share`). A call runs in the first rows, so tokens there that it does not use are first
-moved to other rows (:func:`keep`). The last token of a prompt is always computed: the call needs
-its logits, and no row keeps them.
+A row of the cache holds keys and values of known tokens, and the keys and values of a prefix depend
+on nothing after it. So a prompt must be computed only from the first token that differs from all
+rows (:func:`place`), and a prefix that several prompts of a call share, such as a system prompt,
+only once (:func:`share`). A call runs in the first rows, so tokens there that it does not use are
+first moved to other rows (:func:`keep`). The last token of a prompt is always computed, because the
+call needs its logits, and no row keeps them.
 """
 
 from collections.abc import Iterable, Sequence
@@ -28,16 +28,16 @@ def place(
     """Give each prompt a row, so that as many tokens as possible stay where they are.
 
     Prompts and rows are paired greedily, the longest common prefix first. A prompt whose longest
-    prefix lies in another row gets it by a copy. The order of the copies does not matter: a row's
-    own prompt shares at least as long a prefix with the row as any prompt that reads it, so it
+    prefix is in another row gets it by a copy. The order of the copies does not matter: a row's own
+    prompt shares at least as long a prefix with the row as any prompt that reads the row, so it
     overwrites none of the tokens that are read.
 
     Arguments:
-        held: the tokens of each row. prompts: at most as many as rows; none empty.
+        held: the tokens of each row. prompts: none empty, and not more than rows.
 
     Returns:
         The row of each prompt, a permutation of ``range(len(prompts))``; how many tokens of the
-        prompt that row holds before the copies; the copies, which add to them.
+        prompt that row holds before the copies; the copies, which add more.
     """
     rows = _padded(held)
     common = [_common(rows, prompt[:-1]) for prompt in prompts]
@@ -63,11 +63,11 @@ def keep(
 ) -> list[Copy]:
     """Find places for the tokens of rows that are about to be overwritten.
 
-    The best place is a row that holds a prefix of them, or nothing; else the least recently used
-    row, unless it was used later than the row itself.
+    The best place is a row that is empty or holds a prefix of them; else the least recently used
+    row, unless it was used later than the row to be overwritten.
 
     Arguments:
-        held: the tokens of each row. used: when each was last used, any ascending number.
+        held: the tokens of each row. used: when each row was last used, as any ascending number.
         lost: rows about to be overwritten. spare: rows that may be overwritten instead.
     """
     copies = []
@@ -83,16 +83,17 @@ def keep(
 
 
 def share(prompts: Sequence[Sequence[int]], held: Sequence[int]) -> list[list[Copy]]:
-    """Find prefixes that prompts have in common beyond the tokens that their rows hold already.
+    """Find prefixes that prompts have in common beyond the tokens that their rows already hold.
 
-    A prompt takes the longest prefix that an earlier prompt has too, from the first such prompt.
+    A prompt takes the longest prefix that it shares with an earlier prompt, from the first such
+    prompt.
 
     Arguments:
         prompts: none empty. held: how many tokens of each prompt its row holds.
 
     Returns:
-        Rounds of copies between *prompts*. A round needs the copies of the rounds before it, and
-        its sources computed as far as they are read.
+        Rounds of copies between *prompts*. Before a round, the copies of earlier rounds must be
+        done, and the sources computed as far as they are read.
     """
     wanted = [prompt[:-1] for prompt in prompts]
     rows = _padded(wanted)
@@ -111,7 +112,7 @@ def share(prompts: Sequence[Sequence[int]], held: Sequence[int]) -> list[list[Co
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """Rows of tokens as one int64 array, padded with -1, which is no token."""
+    """Rows of tokens as one int64 array, padded with -1, which is not a token."""
     padded = np.full((len(rows), max(map(len, rows), default=0)), -1, dtype=np.int64)
     for number, row in enumerate(rows):
         padded[number, : len(row)] = row

@@ -1,4 +1,4 @@
-"""A call to the engine, checked: how to sample, and a request for each prompt."""
+"""The checked arguments of a call to the engine: how to sample, and a request for each prompt."""
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ class SamplingParams:
     """How each token is chosen, and what ends a text.
 
     Raises:
-        UserError: a field of another type, or out of range.
+        UserError: a field has a wrong type or is out of range.
     """
 
     temperature: float = 0.0
@@ -93,11 +93,11 @@ class Request:
     """Place of the prompt in the call."""
     prompt: list[int]
     room: int
-    """New tokens that ``max_new_tokens`` and the context leave."""
+    """New tokens that ``max_new_tokens`` and the context allow."""
     full: StopReason
-    """Which of the two limits ``room``."""
+    """Which of these two limits ``room``."""
     ends: Mapping[int, StopReason]
-    """Tokens that end the text; it keeps none of them."""
+    """Tokens that end the text, and are not part of it."""
     text: TextStream | None
     row: int = -1
     """The decoder's row that computes it."""
@@ -186,7 +186,7 @@ def make_requests(
 
 
 def integer(name: str, value: Any) -> int:
-    """An argument that must be an integer, not a bool; raises UserError, with its name."""
+    """``value``, which must be an integer and not a bool; else raises UserError with its name."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -196,7 +196,7 @@ def integer(name: str, value: Any) -> int:
 
 
 def sequence(prompts: Any) -> Sequence[Any]:
-    """Prompts, which must be a list, whatever its items are; raises UserError."""
+    """``prompts``, which must be a list, with any items; else raises UserError."""
     if not isinstance(prompts, Sequence) or isinstance(prompts, str):
         raise UserError(f"prompts must be a list of lists of token ids, got {prompts!r}")
     return prompts
@@ -213,7 +213,7 @@ def _ends(params: SamplingParams, tokenizer: Tokenizer | None) -> dict[int, Stop
 
 
 def _token_ids(index: int, prompt: Sequence[int], eos_ids: Sequence[int], n_ids: int) -> list[int]:
-    """The ids of prompt ``index``; of an empty one, the first of ``eos_ids``."""
+    """The ids of prompt ``index``; for an empty prompt, the first of ``eos_ids``."""
     if not isinstance(prompt, Sequence) or isinstance(prompt, str):
         raise UserError(f"prompt {index} must be a list of token ids, got {prompt!r}")
     try:
@@ -232,11 +232,11 @@ def _token_ids(index: int, prompt: Sequence[int], eos_ids: Sequence[int], n_ids:
 
 
 GREEDY = SamplingParams()
-"""The most likely token each time; nothing ends a text but its length."""
+"""The most likely token each time; only its length ends a text."""
 
 
 def sampling_params(params: Any, fields: SamplingFields) -> SamplingParams:
-    """``params``, in which the keywords of a call win; raises UserError for another type."""
+    """``params``, overridden by the keywords of a call; raises UserError for a wrong type."""
     if not isinstance(params, SamplingParams):
         raise UserError(f"params must be a SamplingParams, got {params!r}")
     return replace(params, **fields)

@@ -1,9 +1,9 @@
 """Choosing the next token: the distribution, and a draw from it with one uniform number.
 
-A draw inverts the cumulative distribution: it takes the first token whose cumulated probability
-exceeds the number. So a text is a function of logits and numbers. Each prompt has a generator of
-its own for the numbers, always on the CPU; neither the global random state nor another prompt
-changes them. Nothing here waits for the device.
+A draw inverts the cumulative distribution: it takes the first token whose cumulative probability
+exceeds the number. So a text is a function of the logits and the numbers. Each prompt has a
+generator of its own for the numbers, always on the CPU; neither the global random state nor another
+prompt changes them. Nothing here waits for the device.
 """
 
 import torch
@@ -19,13 +19,14 @@ def next_token_probabilities(
         logits_BV: fp32 ``[B, V]``.
         temperature: above 0.
         top_k: 0 or at least the vocabulary = all; among equal logits any k.
-        top_p: in (0, 1]; the most likely token always stays. Counts the probabilities after top-k.
+        top_p: in (0, 1]; applied to the probabilities after top-k. The most likely token always
+            stays.
 
     Returns:
-        fp32 ``[B, V]``; rows sum to 1, and tokens cut off have exactly 0.
+        fp32 ``[B, V]``; rows sum to 1, and tokens that are cut off have exactly 0.
     """
-    # Subtracting the maximum first keeps a tiny temperature from overflowing: exp gets 0 and below.
-    # A temperature below fp32's range would divide by 0.
+    # Subtract the maximum first, so that exp gets 0 and below and a tiny temperature does not
+    # overflow. A temperature below fp32's range would divide by 0.
     scaled = (logits_BV - logits_BV.amax(-1, keepdim=True)) / max(temperature, 1e-30)
     vocab_size = scaled.shape[-1]
     if 0 < top_k < vocab_size:  # before top_p: sorting a whole vocabulary takes long
@@ -43,7 +44,7 @@ def next_token_probabilities(
 
 
 def uniforms(seed: int, n: int) -> Tensor:
-    """The numbers of a text's draws, in order: float64 ``[n]`` in [0, 1), on the CPU.
+    """The random numbers of a text's draws, in order: float64 ``[n]`` in [0, 1), on the CPU.
 
     A longer sequence from the same seed begins with the shorter one.
     """
@@ -54,10 +55,10 @@ def uniforms(seed: int, n: int) -> Tensor:
 
 
 def draw(probabilities_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Draw a token for each row: the first whose cumulated probability exceeds the number.
+    """Draw a token for each row: the first whose cumulative probability exceeds the number.
 
     Arguments:
-        probabilities_BV: float ``[B, V]``, 0 or more, with any positive sum.
+        probabilities_BV: float ``[B, V]``, at least 0, with any positive sum.
         uniforms_B: float64 ``[B]`` in [0, 1 - 2**-50].
 
     Returns:
@@ -84,7 +85,7 @@ def choose(
         uniforms_B: float64 ``[B]``, see :func:`draw`.
 
     Returns:
-        int64 ``[B]``; -1 where the logits have no finite maximum.
+        int64 ``[B]``; -1 if the logits have no finite maximum.
     """
     broken = ~logits_BV.amax(-1).isfinite()
     if temperature == 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 from bitnet.model import ModelConfig, rotary
 
 COLUMN_STEP = 64
-"""Columns are a multiple of it."""
+"""The number of columns is a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,15 @@ class State:
     lengths: Tensor
     """int32 ``[S]``: the columns filled."""
     active: Tensor
-    """int32 ``[S]``: 1 where a step advances the row."""
+    """int32 ``[S]``: 1 if a step advances the row."""
     logits: Tensor
     """fp32 ``[S, V]``."""
     chosen: Tensor
-    """int64 ``[S]``: the argmax of the logits, -1 where their maximum is not finite."""
+    """int64 ``[S]``: the argmax of the logits, -1 if their maximum is not finite."""
     kv: Tensor
     """Keys, then values: float or int8 ``[n_layers, 2, S, G, L, E]``."""
     scale: Tensor | None
-    """Of an int8 cache: fp32 ``[n_layers, 2, S, G, L]``."""
+    """The scales of an int8 cache: fp32 ``[n_layers, 2, S, G, L]``."""
     cos: Tensor
     sin: Tensor
     """fp32 ``[L, E]``, by position."""
@@ -50,7 +50,7 @@ class State:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "State":
-        """Make rows without tokens; ``dtype`` is that of keys and values."""
+        """Make rows without tokens; ``dtype`` is the dtype of keys and values."""
         columns = COLUMN_STEP * math.ceil((max_len + 1) / COLUMN_STEP)
         shape = (config.n_layers, 2, max_batch, config.n_kv_heads, columns, config.head_dim)
         fp32 = torch.float32
@@ -75,7 +75,7 @@ class State:
         )
 
     def copy_prefix(self, source: int, target: int, n: int) -> None:
-        """Copy the first ``n`` columns of a row into another row, which holds nothing."""
+        """Copy the first ``n`` columns of a row into another row, which must be empty."""
         self.kv[:, :, target, :, :n] = self.kv[:, :, source, :, :n]
         if self.scale is not None:
             self.scale[:, :, target, :, :n] = self.scale[:, :, source, :, :n]

@@ -1,9 +1,9 @@
 """Turn tokens into text as they come, and end the text at a stop string.
 
-Text and tokens have different borders. A character may take several tokens (byte fallback); a stop
-string may span tokens and may begin inside one. So both are handed out only when they are certain:
-text that may be the beginning of a stop string is held back until it is one or cannot become one,
-and a token is *settled* when all of its text has been handed out.
+Text and tokens have different boundaries. A character may take several tokens (byte fallback). A
+stop string may span tokens and may begin inside one. So both are returned only when they are
+certain: text that may begin a stop string is held back until it is one or cannot become one. A
+token is *settled* when all of its text has been returned.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from bitnet.data.tokenizer import Tokenizer
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"
 _ANCHOR = "a"
 _WINDOW = 16
-"""Tokens decoded again with each new one, at most; more if they do not end with a character."""
+"""Most tokens decoded again with each new one; more if they do not end with a whole character."""
 
 
 class TextStream:
@@ -22,18 +22,17 @@ class TextStream:
     Without stop strings, the returned pieces add up to ``tokenizer.decode(prompt + tokens)`` after
     the prompt. With them, the text ends exactly before the first stop string to be complete (if one
     token completes several, before the one that begins first). A stop string counts only if all of
-    it lies in the new text, not if it begins in the prompt.
+    it is in the new text, not if it begins in the prompt.
 
     Arguments:
         prompt: decides whether the first new token keeps its leading space. If the prompt ends in
-            bytes that are no character yet, the character they become belongs to the continuation.
+            an incomplete character, the completed character belongs to the continuation.
         stop: the stop strings, none empty.
     Attributes:
         stopped: a stop string is complete; no more tokens may be pushed.
-        settled: how many of the new tokens are certain to stay: those whose text has been handed
-            out completely. Once ``stopped``, these are the tokens that lie wholly before the stop
-            string; the token in which it begins is not among them, though the text before it is
-            returned.
+        settled: how many of the new tokens are certain to stay, because all of their text has been
+            returned. Once ``stopped``, these are the tokens that lie wholly before the stop string.
+            They exclude the token in which it begins, though the text before it is returned.
     """
 
     def __init__(
@@ -44,18 +43,18 @@ class TextStream:
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._ends: list[int] = []  # length of the decoded text after each new token
-        # Only the tokens after a border are decoded: a place between two characters, with text
-        # before it. An anchor in front of them keeps their first space: tokenizers put one before
-        # a text, and decoding removes it.
+        # Only the tokens after a border are decoded. A border lies between two characters and has
+        # text before it. An anchor in front of the tokens keeps their first space: tokenizers put a
+        # space before a text, and decoding removes it.
         self._anchor: list[int] = []
         self._ids = list(prompt)
         self._begin = 0  # characters before the border
-        self._waiting = ""  # those of them not handed out yet
+        self._waiting = ""  # those of them not returned yet
         text = self._decode()
         whole = text
         if tokenizer.count_bytes([tokenizer.eos_id, *prompt]) != len(text.encode()):
-            whole = _whole(text)  # some bytes are no character
-        self._given = len(whole)  # characters after the border handed out so far
+            whole = _whole(text)  # some bytes form no character yet
+        self._given = len(whole)  # characters after the border returned so far
         self._move_border(text)
 
     def push(self, token: int) -> str:
@@ -78,8 +77,8 @@ class TextStream:
         return new
 
     def finish(self) -> str:
-        """Return the rest: text held back that became no stop string, and bytes that became no
-        character, as U+FFFD. Returns "" if ``stopped``, or when called again."""
+        """Return the rest: text held back that did not become a stop string, and incomplete
+        characters as U+FFFD. Returns "" if ``stopped``, or when called again."""
         if self.stopped:
             return ""
         self.settled = len(self._ends)
@@ -102,8 +101,8 @@ class TextStream:
             self._anchor = self._anchor or self._tokenizer.encode(_ANCHOR)
 
     def _certain(self, new: str) -> str:
-        """The front of ``new``, the text not handed out yet, that neither is nor may become part of
-        a stop string."""
+        """The beginning of ``new``, the text not returned yet, that neither is nor may become part
+        of a stop string."""
         if found := [start for stop in self._stop if (start := new.find(stop)) >= 0]:
             self.stopped = True
             return new[: min(found)]
@@ -115,8 +114,8 @@ class TextStream:
 
 
 def _whole(text: str) -> str:
-    """The text without the characters at its end that another token may still change: an unfinished
-    UTF-8 character has at most three bytes, and each decodes to one U+FFFD."""
+    """The text without the last characters that another token may still change. An incomplete UTF-8
+    character has at most three bytes, and each decodes to one U+FFFD."""
     for _ in range(3):
         text = text.removesuffix(_UNKNOWN)
     return text

@@ -1,15 +1,15 @@
-"""A model's weights as a step reads them: matrices and norms.
+"""A model's weights in the form that a step reads: matrices and norms.
 
-    Ternary   TernaryLinear: packed codes, and one scale for the matrix or one per row.
+    Ternary   TernaryLinear: packed codes, and one scale per matrix or per row.
     Dense     nn.Linear, the full-precision baseline: one weight.
     Modules   any other layer (scales per group, a norm inside, a bias, layers of QAT, adapters):
               called as a module.
 
-A BitLinear is packed first, once (:func:`packed_copy`), so that no step quantizes its weight.
-Nothing is estimated again.
+A BitLinear is first packed, once (:func:`packed_copy`), so that no step quantizes its weight. No
+scale is estimated again.
 
-On a CPU each matrix is the layer's own tensor, not a copy. On CUDA those that share an input (q, k
-and v; gate and up) are fused into one: it has one scale per row, so each projection in it keeps its
+On a CPU each matrix is the layer's own tensor, not a copy. On CUDA the matrices that share an input
+(q, k and v; gate and up) are fused into one. It has one scale per row, so each projection keeps its
 own scale.
 
 N out_features, K in_features.
@@ -45,7 +45,7 @@ class Ternary(NamedTuple):
     """A ternary matrix: ``packed`` uint8 ``[N, ceil(K/64)*16]``
     (:func:`bitnet_kernels.pack_ternary`); ``scale`` fp32 ``[]`` or ``[N]``; ``planes`` the same
     codes as bit planes (:func:`bitnet_kernels.bit_planes`), for the kernel that reads those. On a
-    CPU one of the two is None."""
+    CPU either ``packed`` or ``planes`` is None."""
 
     packed: Tensor | None
     scale: Tensor
@@ -59,7 +59,7 @@ class Dense(NamedTuple):
 
 
 class Modules(NamedTuple):
-    """Layers called as modules; their outputs stand side by side."""
+    """Layers called as modules; their outputs are concatenated."""
 
     modules: tuple[nn.Module, ...]
 
@@ -82,25 +82,25 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 class _Read(Protocol):
-    """Reads children of a module that share an input, whose name is a prefix of theirs."""
+    """Reads children of a module that share an input; the module's name is a prefix of theirs."""
 
     def __call__(self, name: str, parent: nn.Module, *children: str) -> tuple[Matrix, ...]: ...
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer. A norm is None if the model has none in its place."""
+    """One layer. A norm that the model does not have is None."""
 
     input_norm: Norm | None
     qkv: tuple[Matrix, ...]
-    """Of H query heads, G key heads and G value heads; fused, one matrix with all their rows."""
+    """Matrices of H query, G key and G value heads; if fused, one matrix with all their rows."""
     q_norm: Norm | None
     k_norm: Norm | None
     attn_norm: Norm | None
     o: Matrix
     mlp_norm: Norm | None
     gate_up: tuple[Matrix, ...]
-    """The gate and ``up``, of F rows each; fused, one matrix of 2F rows."""
+    """The gate and ``up``, of F rows each; if fused, one matrix of 2F rows."""
     ffn_norm: Norm | None
     down: Matrix
 
@@ -117,7 +117,7 @@ class LayerWeights:
 @dataclass(frozen=True)
 class ModelWeights:
     """A whole model. ``embedding`` is the model's own tensor ``[V, D]``, and so is a dense head
-    tied to it; a quantized embedding is dequantized once, and takes the memory of a float one."""
+    tied to it. A quantized embedding is dequantized once, and takes the memory of a float one."""
 
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
@@ -131,14 +131,14 @@ class ModelWeights:
 
         Arguments:
             model: a :func:`packed_copy` of a Transformer whose embedding, layers, attention and MLP
-                are the classes of torch and :mod:`bitnet.model`; the linear modules inside may be
-                any.
+                are classes of torch and :mod:`bitnet.model`. The linear modules inside may be of
+                any class.
             fused: fuse matrices that share an input (for CUDA), instead of sharing the model's own
                 tensors (for a CPU).
-            planes: keep ternary weights as bit planes; where they are fused, packed as well.
+            planes: keep ternary weights as bit planes; fused ones packed, too.
         Raises:
-            ValueError: a module (named) whose arithmetic a step does not know, or whose shape or
-                dtype is not the model's.
+            ValueError: a module, which the message names, has arithmetic that a step does not know,
+                or another shape or dtype than the model.
         """
         config, embedding = _require("model", model, Transformer).config, embedding_of(model)
         shapes = config.matrices() | {"lm_head": (config.vocab_size, config.d_model)}
@@ -180,13 +180,13 @@ class ModelWeights:
 class Versions:
     """Detects whether a model has changed since it was read.
 
-    torch counts each tensor's changes in place, except those past autograd (``weight.data``), of
-    tensors made in inference mode, and by fused optimizers. A step of a fused optimizer shows in
-    the vectors, of which this keeps copies.
+    torch counts each tensor's in-place changes, except changes that bypass autograd
+    (``weight.data``), changes of tensors made in inference mode, and changes by fused optimizers.
+    A step of a fused optimizer shows in the vectors, of which this class keeps copies.
 
     :class:`ModelWeights` shares some of a model's tensors and copies others, so after a change it
-    is neither the old model nor the new. The copied ones are watched by weak references: the model
-    may be dropped.
+    is neither the old model nor the new one. The copied tensors are watched by weak references, so
+    that the model may be dropped.
     """
 
     def __init__(self, model: nn.Module, weights: ModelWeights) -> None:
@@ -205,18 +205,18 @@ class Versions:
         ]
 
     def copies(self) -> list[Tensor]:
-        """The copies that this keeps."""
+        """The copies that this object keeps."""
         return [before for _, before in self._vectors]
 
     def changed(self) -> bool:
-        """Whether any has changed."""
+        """Whether any tensor has changed."""
         alive = [
             (tensor, version) for ref, version in self._copied if (tensor := ref()) is not None
         ]
         if any(tensor._version != version for tensor, version in self._watched + alive):
             return True
         return any(
-            (vector := ref()) is not None  # bits: a NaN that is there differs from itself
+            (vector := ref()) is not None  # compare bits: a NaN is not equal to itself
             and not torch.equal(vector.detach().view(torch.uint8), before.view(torch.uint8))
             for ref, before in self._vectors
         )
@@ -226,11 +226,11 @@ _CONTAINERS = (Transformer, nn.ModuleList, Block, Attention, MLP)
 
 
 def replaced(model: Transformer, convert: Callable[[nn.Module], nn.Module | None]) -> Transformer:
-    """A Transformer with other layers in it; all the rest, tensors too, is the model's own.
+    """A Transformer with some layers replaced. All the rest, including tensors, is the model's own.
 
     Arguments:
-        convert: called with each module inside that is no part of :mod:`bitnet.model`. Returns what
-            stands in its place, or None: itself.
+        convert: called with each module inside that is not from :mod:`bitnet.model`. Returns its
+            replacement, or None to keep it.
     """
     return cast(Transformer, _replaced(model, convert, {}))
 
@@ -238,8 +238,9 @@ def replaced(model: Transformer, convert: Callable[[nn.Module], nn.Module | None
 def _replaced(
     module: nn.Module, convert: Callable[[nn.Module], nn.Module | None], made: dict[int, nn.Module]
 ) -> nn.Module:
-    """What stands in a module's place; ``made``, by the id of the old one: a module that is there
-    twice stays one. (A function inside :func:`replaced` would be a cycle that keeps the model.)"""
+    """A module's replacement. ``made`` has the replacements by the id of the old module, so that a
+    module that occurs twice stays one. (A function inside :func:`replaced` would form a reference
+    cycle that keeps the model alive.)"""
     if id(module) not in made:
         if isinstance(module, _CONTAINERS):
             new = made[id(module)] = copy.copy(module)
@@ -253,10 +254,10 @@ def _replaced(
 
 
 def packed_copy(model: Transformer) -> Transformer:
-    """A model with each BitLinear packed, with equal outputs to the last bit.
+    """A model with each BitLinear packed, whose outputs are the same to the last bit.
 
-    Unpacked, a BitLinear would quantize its weight in every call, or use codes that
-    ``weights_quantized`` holds for a while: a CUDA graph would go on reading those.
+    An unpacked BitLinear would quantize its weight in every call, or use codes that
+    ``weights_quantized`` holds temporarily, which a CUDA graph would continue to read.
     """
 
     def pack(module: nn.Module) -> nn.Module | None:
@@ -273,11 +274,11 @@ def packed_copy(model: Transformer) -> Transformer:
 
 
 def embedding_of(model: Transformer) -> Tensor:
-    """The embedding's rows ``[V, D]``: the weight itself of a plain embedding; of a quantized one a
-    copy of the rows that its forward gives now.
+    """The embedding's rows ``[V, D]``: for a plain embedding its weight itself, for a quantized one
+    a copy of the rows that its forward gives now.
 
     Raises:
-        ValueError: it is neither an nn.Embedding nor one that a recipe has quantized.
+        ValueError: it is neither an nn.Embedding nor an embedding that a recipe has quantized.
     """
     embedding = model.embed_tokens
     if type(embedding) in (QATEmbedding, IntEmbedding) and not hooked(embedding):
@@ -353,7 +354,7 @@ def _norm(name: str, module: nn.Module | None, features: int) -> Norm | None:
 
 
 def _check_matrix(name: str, module: nn.Module, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Raise ValueError if a layer of a known class has not the model's shape or dtype."""
+    """Raise ValueError if a layer of a known class does not have the model's shape or dtype."""
     if type(module) not in (nn.Linear, TernaryLinear):
         return
     assert isinstance(module, nn.Linear | TernaryLinear)
@@ -369,8 +370,8 @@ def _check_matrix(name: str, module: nn.Module, shape: tuple[int, int], dtype: t
 
 
 def _matrix(modules: Sequence[nn.Module], planes: bool, both: bool) -> Matrix:
-    """Layers that read the same input as one matrix; a single one shares its tensors. ``planes``:
-    as bit planes; ``both``: and packed too."""
+    """Layers that read the same input, as one matrix; a single layer shares its tensors.
+    ``planes``: as bit planes; ``both``: packed, too."""
     if all(_is_matrix(module) for module in modules):
         ternary = [module for module in modules if isinstance(module, TernaryLinear)]
         if len(ternary) == len(modules):
@@ -390,8 +391,8 @@ def _matrix(modules: Sequence[nn.Module], planes: bool, both: bool) -> Matrix:
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    """Whether a layer is a plain or a packed ternary one that does nothing but multiply its
-    weight, which has no scales per group."""
+    """Whether a layer is plain or packed ternary, only multiplies by its weight, and has no scales
+    per group."""
     if type(module) not in (nn.Linear, TernaryLinear) or hooked(module):
         return False
     if getattr(module, "bias", None) is not None or computed_parameter(module):
@@ -409,21 +410,21 @@ def quantized_head(head: Matrix, dtype: Literal["bf16", "int8"]) -> Matrix:
     """A dense output head in fewer bits: bf16, or int8 with one absmax scale per row.
 
     Raises:
-        ValueError: the head is no plain nn.Linear.
+        ValueError: the head is not a plain nn.Linear.
     """
     if not isinstance(head, Dense):
         raise ValueError(f"head: {dtype!r} needs a lm_head that is a plain nn.Linear; use 'auto'")
     if dtype == "bf16":
         return Dense(head.weight.bfloat16())
-    parts = [absmax_int8(part) for part in head.weight.split(1024)]  # temporaries are as large
+    parts = [absmax_int8(part) for part in head.weight.split(1024)]  # to limit temporaries
     return Int8(*(torch.cat(same) for same in zip(*parts, strict=True)))
 
 
 def one_embedding(weights: ModelWeights) -> ModelWeights:
-    """The same model with an embedding in the head's own memory, if both hold the same numbers.
+    """The same model with the embedding in the head's own memory, if both hold the same numbers.
 
-    So it is where a head in bf16 is tied to an embedding in fp32 whose numbers need no more bits,
-    as those of models do that were published in bf16. The fp32 numbers are then needed no more."""
+    They do if a bf16 head is tied to an fp32 embedding whose numbers fit in bf16, as in models that
+    were published in bf16. The fp32 numbers are then no longer needed."""
     rows, head = weights.embedding, weights.head
     if not isinstance(head, Dense) or head.weight.shape != rows.shape:
         return weights

@@ -58,7 +58,7 @@ INLINE void store(int32_t *acc, __m128i y, int64_t count) {
 
 /* One token */
 
-/* Add 32 packed bytes of four rows: codes of true size to `low`, 4 times too large ones to `high`. */
+/* Add 32 packed bytes of four rows: codes of true size to `low`, 4 times too large to `high`. */
 INLINE void dot_one(
     const uint8_t *const packed[4], int64_t bytes, const int8_t *codes, int64_t i, bool all,
     __m256i low[4], __m256i high[4]
@@ -272,7 +272,7 @@ INLINE void addsub_tile(
         addsub_step(packed, bytes, codes, stride, i, true, rows, tokens, sum);
     }
     if (i < bytes) addsub_step(packed, bytes, codes, stride, i, false, rows, tokens, sum);
-    /* 128 per column, for the 4 * 32 columns of a step */
+    /* 128 for each of the 4 * 32 columns of a step */
     const __m128i raised = _mm_set1_epi32((int32_t)((bytes + 31) / 32 << 14));
     for (int t = 0; t < tokens; t++) {
         __m128i y = sum_low(sum[0][t], sum[1][t], sum[rows - 2][t], sum[rows - 1][t]);
