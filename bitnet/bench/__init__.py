@@ -1,5 +1,5 @@
 """What ``bitnet bench train`` and ``bitnet bench decode`` measure, and how.
 
-Those measured live in processes of their own (:mod:`bitnet.bench.worker`) and take turns; the
-kernels alone are timed by :mod:`bitnet_kernels.bench`.
+The contenders run in separate processes (:mod:`bitnet.bench.worker`) and take turns.
+:mod:`bitnet_kernels.bench` times the kernels alone.
 """

@@ -4,11 +4,11 @@
 
 Every contender (bitnet/bench/decode_worker.py) runs in its own process (bitnet/bench/worker.py).
 All contenders of a model are alive together and take turns generating from the same random prompts,
-in one order and then in the other: a machine that slows down slows neighbours alike, so the ratios
-*within* a round are reliable where times alone are not.
+in one order and then in the reverse. A machine that slows down slows adjacent turns alike, so the
+ratios *within* a round are reliable even if times alone are not.
 
-A turn is a whole generation, timed as a user would, when the tokens arrive. The time to the first
-token is spent on the prompt; decoding is everything after it, while attention grows with the
+A turn is a whole generation, timed as a user sees it, when the tokens arrive. The time to the first
+token is spent on the prompt. Decoding is everything after it, while attention grows with the
 context. It is greedy and has no end token, so that every turn does the same work.
 
 A file has one row per contender and case, written when the case is done. Rows of the same sources
@@ -91,8 +91,8 @@ SIZES: dict[str, dict[str, Any]] = {
         **_GGUF,
     },
 }
-"""Shapes: those of configs/, of BERT-base, of BitNet 2B4T (arXiv 2504.12285) and of Llama 3 8B
-(arXiv 2407.21783), with BitNet's norms and activation; and two with Llama's, which GGUF carries."""
+"""Shapes of configs/, BERT-base, BitNet 2B4T (arXiv 2504.12285) and Llama 3 8B (arXiv 2407.21783),
+with BitNet's norms and activation; and two with Llama's, which GGUF supports."""
 PEERS = (
     BF16_HEAD,
     "ours-int8-head",
@@ -101,7 +101,7 @@ PEERS = (
     LLAMA,
     LLAMA_FA,
 )
-"""Contenders of a comparison with llama.cpp, whose head has 16 bits."""
+"""The contenders when compared with llama.cpp, whose head has 16 bits."""
 ENERGY_SECONDS = 2.0
 """Seconds of decoding over which the joules per token are measured."""
 _PROCESS = {"cpu": 2**29, "cuda": 3 * 2**29}
@@ -110,8 +110,8 @@ transformers and its compiler take twice as much."""
 
 
 def usual(device: torch.device) -> tuple[str, ...]:
-    """The default contenders, including those that cannot run here. On a GPU there is none in fp32;
-    on a CPU none with transformers' static cache, which serves compiled code on a GPU."""
+    """The default contenders, including those that cannot run here. A GPU has none in fp32; a CPU
+    has none with transformers' static cache, which is for compiled code on a GPU."""
     out = "fp32" if device.type == "cuda" else STATIC
     others = set(PEERS) - {BF16_HEAD}
     return tuple(name for name in CONTENDERS if not name.endswith(out) and name not in others)
@@ -161,7 +161,7 @@ def held_bytes(job: Job, config: ModelConfig, cases: Sequence[Case]) -> int:
         if job.device == "cpu" and native.library() is None:
             each += 1  # codes, unpacked
     if job.head != "auto":
-        sizes["total"] += config.vocab_size * config.d_model // 2  # beside the embedding in fp32
+        sizes["total"] += config.vocab_size * config.d_model // 2  # besides the embedding in fp32
     cache = 2 * config.n_layers * config.n_kv_heads * config.head_dim * width
     columns = max(case.batch * (case.prompt + case.new) for case in cases)
     weights = sizes["matrices"] * each + (sizes["total"] - sizes["matrices"]) * width
@@ -184,8 +184,8 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def fitting(jobs: Sequence[Job], sizes: Sequence[int], free: int | None) -> list[Job]:
-    """The jobs that fit into memory together, the most important first. While a model is made it
-    takes its size twice; they are made one at a time."""
+    """The jobs that fit into memory together, the most important first. A model takes twice its
+    size while it is made; models are made one at a time."""
     kept: list[Job] = []
     total = largest = 0
     for job, size in sorted(
@@ -200,7 +200,7 @@ def fitting(jobs: Sequence[Job], sizes: Sequence[int], free: int | None) -> list
 class Race:
     """The processes of one model's contenders, alive until the end of the ``with`` block.
 
-    Entering raises Inexact if llama.cpp is among them and computes something else."""
+    Entering raises Inexact if llama.cpp is among them and does not compute the same model."""
 
     def __init__(self, jobs: Sequence[Job], tick: Callable[[str], None]) -> None:
         self._jobs, self._tick = jobs, tick
@@ -238,7 +238,7 @@ class Race:
         """Measure a case: prepare every contender, then run ``rounds`` rounds.
 
         Raises:
-            WorkerDied: a contender ended; the message names it.
+            WorkerDied: a contender's process ended; the message names the contender.
             Inexact: two kernels of ours chose different tokens.
         """
         memory = {}
@@ -273,7 +273,7 @@ class Inexact(RuntimeError):
 
 
 def _check_tokens(turns: Mapping[str, Turn]) -> None:
-    """Compare contenders of ours that differ in the kernel alone: those with one kind of head."""
+    """Compare our contenders that differ only in the kernel: those with the same kind of head."""
     first: dict[str, str] = {}
     for name, turn in turns.items():
         if not name.startswith("ours"):

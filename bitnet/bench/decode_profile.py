@@ -1,18 +1,18 @@
 """``bitnet bench decode --profile``: where the time of a decoding step goes.
 
 torch's profiler records the operations of a few steps (on a CPU) or the kernels (on a GPU, where
-our step is a CUDA graph). Each has its *own* time, without that of what it calls. Where the shapes
-tell how many bytes an operation reads and writes, the table shows its roofline: the least time that
-the memory allows. Time outside all operations is Python, dispatch and launches.
+our step is a CUDA graph). Each has its *own* time, without the operations that it calls. If the
+shapes show how many bytes an operation reads and writes, the table shows its roofline: the least
+time that the memory allows. Time outside all operations is Python, dispatch and launches.
 
-Bytes are those of an operation's tensor arguments, with the output if it is one (``out=``). Views
-move nothing. Operations that only index into a tensor are left out, and so are those of which the
-trace does not tell the bytes (lists of tensors, kernels in a graph). On a CPU a model that fits
-into the cache may be read faster than memory allows, and on a busy machine memory looks slower than
-it is: shares above 100% are marked with ~.
+Bytes count an operation's tensor arguments, including an output argument (``out=``). Views move
+nothing. Bytes are not given for operations that only index into a tensor, nor for those whose bytes
+the trace does not show (lists of tensors, kernels in a graph). On a CPU a model that fits into the
+cache may be read faster than memory allows, and on a busy machine memory looks slower than it is:
+shares above 100% are marked with ~.
 
-The profiler itself takes time, most of all where operations are short. The step is therefore also
-timed without it; compare by that time. A line warns if the two differ much.
+The profiler itself takes time, especially if operations are short. So the step is also timed
+without it; use that time for comparisons. A line warns if the two times differ much.
 """
 
 import json
@@ -49,7 +49,7 @@ from bitnet_kernels.bench.machine import Machine
 WARMUP, TIMED, PROFILED = 3, 20, 8
 """Steps."""
 DISTORTED = 1.5
-"""Ratio of a profiled step's time to a real one's above which the profile is misleading."""
+"""The profile misleads if a profiled step takes more than this many times as long as a real one."""
 REST = "(between operations)"
 _VIEWS = {
     *("view", "as_strided", "t", "transpose", "permute", "slice", "select", "unsqueeze", "squeeze"),
@@ -60,33 +60,33 @@ _VIEWS = {
 _INDEXING = {"embedding", "index", "index_select", "gather", "index_put_", "_index_put_impl_"}
 """Operations that touch only a part of their arguments."""
 _PRODUCTS = {"mm": (0, 1), "_int_mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2)}
-"""Matrix products, and which arguments are the factors."""
+"""Matrix products, and the positions of their factors among the arguments."""
 _BYTES = {"double": 8, "long": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2}
 _BYTES |= {"c10::Half": 2, "signed char": 1, "unsigned char": 1, "bool": 1}
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation or kernel, over one step. Times in microseconds."""
+    """An operation or kernel in one step. Times are in microseconds."""
 
     name: str
     count: float
     """Calls per step."""
     us: float
     share: float
-    """Of the profiled step."""
+    """Share of the profiled step."""
     bytes: float | None
-    """Read and written; None where not known."""
+    """Bytes read and written; None if not known."""
     flops: float | None
-    """Of matrix products, a multiply-add being two."""
+    """FLOPs of matrix products; a multiply-add counts as two."""
     roofline_us: float | None
     """``bytes`` at the memory's speed."""
     roofline_share: float | None
-    """``roofline_us`` over ``us``."""
+    """``roofline_us`` divided by ``us``."""
 
 
 def own_work(event: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Bytes and FLOPs of an event, from its arguments; None if they do not tell."""
+    """Bytes and FLOPs of an event, from its arguments; None if these do not show them."""
     name = str(event["name"]).removeprefix("aten::")
     arguments = event.get("args", {})
     shapes = arguments.get("Input Dims", [])
@@ -113,7 +113,7 @@ def operations(
 
     Arguments:
         events: ``traceEvents`` of torch's Chrome trace (ts and dur in microseconds).
-        steps, span_us: how many steps it covers, and how long all of them took.
+        steps, span_us: how many steps the trace covers, and how long all of them took.
         bandwidth: bytes per second. cuda: count kernels instead of operations.
     """
     kinds = ("kernel", "gpu_memcpy", "gpu_memset") if cuda else ("cpu_op",)
@@ -152,8 +152,8 @@ _Work = tuple[int | None, int | None]
 def _unnested(
     events: Sequence[Mapping[str, Any]],
 ) -> list[tuple[Mapping[str, Any], float, _Work]]:
-    """Each event with its own time and its own bytes and FLOPs: an operation that others carry out
-    moves nothing itself, unless it is a product, whose work is its own."""
+    """Each event with its own time, bytes and FLOPs. An operation that is carried out by others has
+    no bytes of its own, unless it is a product, which keeps its work."""
 
     class Open(NamedTuple):
         event: Mapping[str, Any]
@@ -194,9 +194,9 @@ class Profile:
 
     operations: list[Operation]
     step_us: float
-    """Without the profiler, median."""
+    """Median time without the profiler."""
     profiled_us: float
-    """With it, mean."""
+    """Mean time with the profiler."""
     step_bytes: int
     """Bytes that a step must read: matrices, head, and the cached keys and values."""
     bandwidth: float
@@ -227,7 +227,7 @@ class Profile:
         return table
 
     def summary(self) -> str:
-        """The step against its roofline."""
+        """The step compared with its roofline."""
         least = self.step_bytes / self.bandwidth * 1e6
         return (
             f"a step takes {self.step_us:,.0f} us ({self.profiled_us:,.0f} under the profiler); it "
@@ -236,7 +236,7 @@ class Profile:
         )
 
     def warning(self) -> str:
-        """A warning if the profiler took much of the time, so that the table misleads; else ""."""
+        """A warning if the profiler took so much time that the table misleads; else ""."""
         times = self.profiled_us / self.step_us
         if times <= DISTORTED:
             return ""
@@ -265,7 +265,7 @@ def make_step(job: Job, case: Case) -> tuple[Callable[[], object], Mapping[str, 
     its ``weights``, ``head`` and ``embedding``.
 
     Raises:
-        UserError: a contender whose step is inside transformers' generate.
+        UserError: the contender's step is inside transformers' generate.
     """
     if job.contender.endswith(STATIC):
         raise UserError(
@@ -319,7 +319,7 @@ def measure(job: Job, case: Case, here: Machine) -> Profile:
         step()
         finish()
         times.append(time.perf_counter() - start)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its highest level: no lines of its own
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # above its highest level: it logs nothing
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities, record_shapes=True) as recorded:
         start = time.perf_counter()
@@ -332,7 +332,7 @@ def measure(job: Job, case: Case, here: Machine) -> Profile:
         recorded.export_chrome_trace(str(path))
         events = json.loads(path.read_bytes())["traceEvents"]
     found.append(memory_bandwidth(here))
-    bandwidth, source = max(found)  # another program slows one down easily, but not all
+    bandwidth, source = max(found)  # another program may slow one down, but hardly all
     return Profile(
         operations(events, PROFILED, span_us, bandwidth, cuda),
         statistics.median(times[WARMUP:]) * 1e6,
@@ -345,7 +345,7 @@ def measure(job: Job, case: Case, here: Machine) -> Profile:
 
 COMMON = ("device", "threads", "torch", "triton", "transformers", "commit", "date", "command")
 SUBJECT = ("device", "threads", "model", "contender", "batch", "prompt")
-"""What a profile describes; a file has one profile for each."""
+"""The subject of a profile; a file has one profile per subject."""
 COLUMNS = (
     *("device", "threads", "model", "contender", "batch", "prompt", "step_us", "step_bytes"),
     *("bandwidth", "bandwidth_source"),
@@ -362,8 +362,8 @@ def write_profile(
     profile: Profile,
     common: Mapping[str, Any],
 ) -> None:
-    """Write a profile into a CSV file, one row per operation, replacing an earlier one of the same
-    contender and case. Raises UserError if the file is something else."""
+    """Write a profile to a CSV file, one row per operation. It replaces an earlier profile of the
+    same contender and case. Raises UserError if the file is something else."""
     head = {column: common[column] for column in COMMON} | {
         "model": subject.name,
         "contender": job.contender,

@@ -1,8 +1,8 @@
 """The figures of ``bitnet bench decode``: one row per contender and case, in CSV and in tables.
 
-Ratios are computed here, round by round (bitnet/bench/decode.py says why), to the *fastest* dtype
-of the baseline and the fastest setting of transformers: the strongest opponents that were measured.
-The baseline is the same shape with full-precision layers; its contenders are named ``baseline-*``.
+This file computes ratios, round by round (bitnet/bench/decode.py says why), to the *fastest* dtype
+of the baseline and the fastest setting of transformers, the strongest opponents that were measured.
+The baseline has the same shape with full-precision layers; its contenders are named ``baseline-*``.
 Rows of contenders beside llama.cpp have a table of their own (bitnet/bench/peers_table.py).
 """
 
@@ -36,16 +36,16 @@ NOTHING = "No figures yet."
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One contender at one case. None: not known. Quartiles are over the rounds."""
+    """One contender in one case. None: not known. Quartiles are over the rounds."""
 
     device: str
     """The GPU or CPU by name."""
     threads: int | None
-    """On a CPU."""
+    """CPU threads."""
     model: str
     """A size of :data:`SIZES`, or a folder's name."""
     weights: str
-    """"trained" if they are a folder's, else "random"; the baseline's are always random."""
+    """"trained" if they come from a folder, else "random"; the baseline's are always random."""
     parameters: int
     contender: str
     dtype: str
@@ -64,41 +64,41 @@ class Row:
     tokens_s_p25: float
     tokens_s_p75: float
     over_baseline: float | None
-    """Median of the ratios, round by round, of ``tokens_s`` to that of the baseline (of the dtype
-    with the higher median); and their quartiles."""
+    """Median of the ratios, round by round, of ``tokens_s`` to the baseline's (in the dtype with
+    the higher median); and their quartiles."""
     over_baseline_p25: float | None
     over_baseline_p75: float | None
     over_transformers: float | None
-    """The same to the fastest contender of transformers."""
+    """The same relative to the fastest contender of transformers."""
     over_transformers_p25: float | None
     over_transformers_p75: float | None
     first_over_baseline: float | None
     """The same for the time to the first token: above 1 is faster."""
     first_over_transformers: float | None
     over_llama_cpp: float | None
-    """The same to the fastest contender of llama.cpp, with the smallest and the largest ratio of a
-    round."""
+    """The same relative to the fastest contender of llama.cpp, with the smallest and the largest
+    ratio of a round."""
     over_llama_cpp_min: float | None
     over_llama_cpp_max: float | None
     first_over_llama_cpp: float | None
-    """Of the time to the first token, which is that of the prompt, to the contender of llama.cpp
-    that is the fastest there: above 1 is faster."""
+    """The same for the time to the first token, which is spent on the prompt, relative to the
+    contender of llama.cpp that is fastest there: above 1 is faster."""
     first_over_llama_cpp_min: float | None
     first_over_llama_cpp_max: float | None
     agreement: float | None
-    """Mean share of a row's tokens before the first that differs from ours-auto's, or, without it,
-    from those of the first of ours. Contenders with the same weights agree until rounding changes a
-    close choice; the baseline has other weights."""
+    """Mean share of a row's tokens before the first that differs from those of ours-auto, or, if
+    that is missing, of our first contender. Contenders with the same weights agree until rounding
+    changes a close choice; the baseline has other weights."""
     peak_bytes: int | None
-    """During generation: memory of the tensors on a GPU, of the process on a CPU."""
+    """Peak during generation: memory of the tensors on a GPU, of the process on a CPU."""
     base_bytes: int | None
-    """Of the process before its model is made: the interpreter and torch."""
+    """Memory of the process before its model is made: the interpreter and torch."""
     weight_bytes: int
-    """Matrices of the layers, and norms."""
+    """Bytes of the layers' matrices and norms."""
     head_bytes: int
-    """Head and embedding."""
+    """Bytes of head and embedding."""
     cache_bytes: int
-    """Of the KV cache, which stays allocated between generations."""
+    """Bytes of the KV cache, which stays allocated between generations."""
     joules_token: float | None
     """Energy of the whole board per decoded token."""
     torch: str
@@ -109,16 +109,16 @@ class Row:
     driver: str
     commit: str
     code: str
-    """Hash of the sources: rows of other sources are measured again."""
+    """Hash of the sources: rows with a different hash are measured again."""
     date: str
     command: str
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
 KEY = ("device", "threads", "model", "weights", "contender", "batch", "prompt", "new", "rounds")
-"""What a row describes: a file has one row for each."""
+"""The subject of a row: a file has one row per subject."""
 VERSION = ("seed", "torch", "triton", "transformers", "llama_cpp", "driver", "code")
-"""Code and settings: a row of another version is measured again."""
+"""Code and settings: a row with a different version is measured again."""
 
 
 class Subject(NamedTuple):
@@ -126,13 +126,13 @@ class Subject(NamedTuple):
 
     name: str
     config: ModelConfig
-    """Resolved; of the ternary model."""
+    """The ternary model's resolved config."""
     folder: str
-    """Of the trained model; "": random weights."""
+    """Folder of the trained model; "": random weights."""
 
 
 class Outcome(NamedTuple):
-    """What was measured of a contender in a case."""
+    """The measurements of a contender in a case."""
 
     turns: list[Turn]
     memory: dict[str, int]
@@ -253,7 +253,7 @@ def stored(
     common: Mapping[str, Any],
     kept: Sequence[Figures],
 ) -> list[Figures]:
-    """The contenders' rows of this version; none unless all have one."""
+    """The contenders' rows of this version; none unless every contender has one."""
     columns = (*KEY, *VERSION)
     found = {tuple(row[column] for column in columns): row for row in kept}
     asked = [{**common, **_subject_columns(subject, case, job)} for job in jobs]
@@ -280,8 +280,8 @@ def load(folder: Path) -> list[Figures]:
 
 
 def table(rows: Sequence[Figures]) -> str:
-    """Markdown: for each machine and length of a run, a line on both and a table. Without the rows
-    that stand beside llama.cpp."""
+    """Markdown: for each machine and length of a run, a line on both and a table. Rows measured
+    beside llama.cpp are left out."""
     groups: dict[tuple[str, ...], list[Figures]] = {}
     for row in rows:
         if row["over_llama_cpp"]:

@@ -11,12 +11,13 @@
 
 Random weights are drawn from a seed on the device, matrix by matrix: ternary ones as packed codes
 and a scale, others as normal numbers that are cast to their dtype at once, so that fp32 weights of
-the whole model never exist. All ternary contenders have the same weights: scales are numbers of
-fp16, and normal numbers are rounded to such as fp16 and bf16 both have. transformers holds them
-as it does when it loads such a checkpoint (``linear_class="autobitlinear"``, offline): codes in the
-model's dtype and a scale, for a dense product with activations quantized and dequantized before.
+the whole model never exist. All ternary contenders have the same weights: scales are representable
+in fp16, and normal numbers are rounded to values that both fp16 and bf16 can represent.
+transformers holds the weights as when it loads such a checkpoint (``linear_class="autobitlinear"``,
+offline): codes in the model's dtype and a scale, for a dense product of activations that were
+quantized and dequantized.
 
-A process is started with its :class:`Job` as JSON, and told what to do by bitnet/bench/decode.py
+A process is started with its :class:`Job` as JSON. bitnet/bench/decode.py tells it what to do,
 through bitnet/bench/worker.py.
 """
 
@@ -64,12 +65,12 @@ CONTENDERS = (
     "baseline-fp32",
     "transformers-fp32",
 )
-"""The most important first: where memory is short, the last are left out."""
+"""The most important first: if memory is short, the last are left out."""
 STATIC = "-static"
 CHECKED = 16
 """Tokens of the prompt after which llama.cpp's logits are compared."""
 LONGEST = 2**20
-"""The context that a GGUF file promises: that of the longest case."""
+"""The context length in a GGUF file, enough for the longest case."""
 
 
 class Case(NamedTuple):
@@ -83,17 +84,17 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """A contender with a model: what a process runs."""
+    """A contender with a model, which a process runs."""
 
     contender: str
     config: dict[str, Any]
     """Fields of the ternary model's resolved :class:`bitnet.model.ModelConfig`."""
     folder: str
-    """Of the trained model; "": random weights."""
+    """Folder of the trained model; "": random weights."""
     seed: int
     device: str
     threads: int
-    """Of the CPU; 0: torch's choice."""
+    """CPU threads; 0: torch's choice."""
     gguf: str = ""
     """The file that llama.cpp reads; :func:`check` writes it."""
 
@@ -104,7 +105,7 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of embedding, head, norms and activations (and of all that is not ternary)."""
+        """Dtype of embedding, head, norms, activations and everything else that is not ternary."""
         if self.family == "ours":
             return torch.bfloat16 if self.device.startswith("cuda") else torch.float32
         if self.family == LLAMA:
@@ -125,12 +126,12 @@ class Job:
 
     @property
     def cache(self) -> CacheDtype:
-        """The dtype of keys and values in our engine: 16 bits beside a head of as many or fewer,
-        as llama.cpp has them."""
+        """The dtype of keys and values in our engine: 16 bits if the head has 16 bits or fewer, as
+        in llama.cpp."""
         return "auto" if self.head == "auto" else "bf16"
 
     def model(self, max_seq_len: int) -> Transformer:
-        """Build the model to generate from; that of transformers is made from it."""
+        """Build the model to generate from. The model of transformers is made from it."""
         config = dataclasses.replace(ModelConfig(**self.config), max_seq_len=max_seq_len)
         if self.family == "baseline":
             config = dataclasses.replace(config, linear="fp")
@@ -153,7 +154,7 @@ def packed_model(folder: str, device: torch.device, kernel: Kernel) -> Transform
 def random_model(
     config: ModelConfig, seed: int, device: torch.device, dtype: torch.dtype, kernel: Kernel
 ) -> Transformer:
-    """A packed model with random weights; of a config with separate norms.
+    """A packed model with random weights, for a config with separate norms.
 
     Ternary codes are -1, 0 and +1 with equal probability, with a scale that keeps the variance of
     the inputs; other matrices are normal with the initial deviation of training, norms are 1.
@@ -161,9 +162,9 @@ def random_model(
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(like: Tensor) -> nn.Parameter:
-        fp32 = torch.float32  # of any dtype the same numbers
+        fp32 = torch.float32  # the same numbers for any dtype
         drawn = torch.randn(like.shape, generator=generator, device=device, dtype=fp32)
-        drawn = drawn.mul_(0.02).half().bfloat16()  # fp16 has all of them: few digits, coarser step
+        drawn = drawn.mul_(0.02).half().bfloat16()  # fp16 holds all: few digits, coarser step
         return nn.Parameter(drawn.to(dtype), requires_grad=False)
 
     def fill(name: str, module: nn.Module) -> nn.Module | None:
@@ -200,8 +201,8 @@ def unfit_for_transformers(config: ModelConfig) -> str:
 
 
 def as_transformers(model: Transformer, dtype: torch.dtype) -> Any:
-    """``BitNetForCausalLM`` with the weights of a packed model, as loading an offline
-    ``autobitlinear`` checkpoint makes it; on the model's device."""
+    """``BitNetForCausalLM`` with the weights of a packed model, on its device, as if loaded from an
+    offline ``autobitlinear`` checkpoint."""
     from transformers import BitNetConfig, BitNetForCausalLM
     from transformers.integrations.bitnet import replace_with_bitnet_linear
     from transformers.models.bitnet.modeling_bitnet import BitNetRotaryEmbedding
@@ -250,7 +251,7 @@ class Turn(NamedTuple):
     first_s: float
     """Seconds until every row has its first token."""
     rest_s: float
-    """Seconds from there to the last token: batch * (new - 1) tokens."""
+    """Seconds from the first to the last token: batch * (new - 1) tokens."""
     rest_joules: float | None
     """Energy of the whole board over the same time; None if it cannot be measured."""
     tokens: list[list[int]]
@@ -322,7 +323,7 @@ class EngineRunner:
 
 class TransformersRunner:
     """transformers' ``generate``: greedy, no end token, SDPA attention, with a growing or a static
-    cache. It compiles what it wants to before anything is timed."""
+    cache. It may compile before anything is timed."""
 
     def __init__(self, job: Job, case: Case, meter: Meter | None) -> None:
         from transformers import GenerationConfig
@@ -364,7 +365,7 @@ class TransformersRunner:
         return clock.turn(whole[:, ids.shape[1] :].tolist())
 
     def memory(self) -> dict[str, int]:
-        """The cache lives as long as a generation."""
+        """As the protocol; the cache exists only during a generation."""
         return transformers_memory(self.model)
 
 
@@ -396,7 +397,8 @@ class LlamaRunner:
         return clock.turn([list(row) for row in zip(*tokens, strict=True)])
 
     def memory(self) -> dict[str, int]:
-        """The tied head counts as embedding; the file is mapped, so its bytes are resident once."""
+        """As the protocol; the tied head counts as embedding. The file is mapped, so its bytes are
+        resident once."""
         embedding = 2 * self._config.vocab_size * self._config.d_model
         weights = self._llama.weight_bytes() - embedding
         cache = self._llama.cache_bytes
@@ -423,8 +425,8 @@ def make_runner(job: Job, case: Case, meter: Meter | None) -> Runner:
 
 
 def check(job: Job) -> str:
-    """Write the job's model as GGUF and run llama.cpp on a short prompt, in both ways. Returns why
-    it cannot be computing our model; "" if it does."""
+    """Write the job's model as GGUF and run llama.cpp on a short prompt, with and without flash
+    attention. Returns why it cannot be computing our model; "" if it does."""
     (prompt,) = prompts_of(Case(1, CHECKED, 2), job.config["vocab_size"], job.seed)
     model = dataclasses.replace(job, contender="ours-auto").model(LONGEST)
     save_gguf(model, None, job.gguf)
@@ -454,7 +456,7 @@ class Session:
     def __init__(self, job: Job) -> None:
         self.job, self.device = job, torch.device(job.device)
         if self.device.type == "cuda" and self.device.index is not None:
-            torch.cuda.set_device(self.device)  # streams and graphs are of the current one
+            torch.cuda.set_device(self.device)  # streams and graphs use the current device
         self.meter, _ = find_meter(self.device)
         if self.meter is not None and not _counts(self.meter):
             self.meter = None
@@ -462,8 +464,8 @@ class Session:
         self.case, self.is_reset = Case(1, 1, 2), False
 
     def prepare(self, case: Case) -> dict[str, int]:
-        """Make the model for a case, generate once with all that is compiled and captured on the
-        way, and count peak memory anew. Returns the bytes that the model holds."""
+        """Make the model for a case, generate once, which compiles and captures what is needed, and
+        reset peak memory. Returns the bytes that the model holds."""
         self.runner = None
         gc.collect()
         if self.device.type == "cuda":
@@ -475,15 +477,15 @@ class Session:
         return self.runner.memory()
 
     def turn(self, number: int, new: int) -> Turn:
-        """Generate from prompts that no turn of another number has: an engine remembers."""
+        """Generate from prompts that differ for each ``number``, because an engine remembers."""
         assert self.runner is not None
         seed = self.job.seed * 1_000_003 + number
         prompts = prompts_of(self.case, self.job.config["vocab_size"], seed)
         return self.runner.generate(prompts, new)
 
     def joules(self, seconds: float) -> float | None:
-        """Joules a token while decoding, over generations whose decoding lasts that long in all:
-        the board's counter moves in steps of some tens of milliseconds."""
+        """Joules per token while decoding, over generations that decode for that long in total: the
+        board's counter is updated every few tens of milliseconds."""
         spent = energy = 0.0
         tokens = turns = 0
         while spent < seconds:
@@ -496,7 +498,7 @@ class Session:
         return energy / tokens
 
     def peak(self) -> int | None:
-        """Bytes since :meth:`prepare`; None where the system cannot count anew."""
+        """Peak bytes since :meth:`prepare`; None if the system cannot reset the peak."""
         return peak_memory(self.device) if self.is_reset else None
 
 

@@ -2,10 +2,10 @@
 
     bitnet bench exact
 
-Most of the time of a check is spent compiling its kernel, on one core. So several workers
+A check spends most of its time compiling its kernel, on one core. So several workers
 (bitnet/bench/worker.py) each take the next case when they have finished one. A case that ends its
-process, leaves the GPU unusable, or takes longer than its limit is a row like any other; a fresh
-worker continues. The cases are those of :mod:`bitnet_kernels.bench.exact`.
+process, leaves the GPU unusable, or takes longer than its limit gives a row like any other; a fresh
+worker continues. :mod:`bitnet_kernels.bench.exact` has the cases.
 """
 
 import sys
@@ -29,13 +29,13 @@ COLUMNS = (
     *("operator", "kernel", "m", "n", "k", "dtype"),
     *("exact", "why", "seconds", "device", "torch", "triton", "driver", "commit", "code", "date"),
 )
-"""``exact``: "yes", or the relative error where one is allowed; "no"; "" if the kernel is not for
-the device. ``why``: the reason of a "no" or "". ``seconds``: including the compilation."""
+"""``exact``: "yes", or the relative error if one is allowed; "no"; "" if the kernel is not for the
+device. ``why``: the reason for "no" or "". ``seconds``: includes the compilation."""
 LONGEST = 300
 """Longest ``why``, in characters."""
 
 STARTING = 120.0
-"""Seconds that a worker may take to import torch and to find its GPU, sixteen at a time."""
+"""Seconds that a worker may take to import torch and to find its GPU, with 16 starting at once."""
 
 
 def check_all(
@@ -44,7 +44,7 @@ def check_all(
     """Check cases in ``jobs`` processes; yields the first columns of a row when its case is done.
 
     Arguments:
-        device: such as "cuda", shared by all workers.
+        device: such as "cuda"; all workers share it.
         limit: seconds that a case may take before its process is ended.
     Raises:
         OSError: a process could not be started. Whatever is raised, no process is left behind.
@@ -61,8 +61,8 @@ def check_all(
 
 
 class _Pool:
-    """Workers and their cases. Each thread has a place, with one worker at a time, and takes the
-    next case when it has finished one."""
+    """Workers and their cases. Each thread has a place with one worker at a time. It takes the next
+    case when it has finished one."""
 
     def __init__(self, cases: Sequence[Case], device: str, limit: float, folder: Path) -> None:
         self._todo = iter(cases)
@@ -72,7 +72,7 @@ class _Pool:
         self._stopped = threading.Event()
 
     def rows(self, jobs: int) -> Iterator[Figures]:
-        """Rows as they come, until ``jobs`` threads have ended; raises what a thread raised."""
+        """Yield rows as they come, until ``jobs`` threads have ended. Raises a thread's error."""
         while jobs:
             row = self._done.get()
             if isinstance(row, BaseException):
@@ -105,7 +105,7 @@ class _Pool:
             worker.close()
 
     def _check(self, place: int, case: Case, name: str) -> Figures:
-        """The row of a case; ``name``: of the worker, if a fresh one is needed."""
+        """The row of a case; ``name`` is the worker's, if a new one is needed."""
         begun = time.monotonic()
         is_fresh = place not in self._workers
         if is_fresh:
@@ -139,7 +139,7 @@ def _ended_after(seconds: float, worker: Worker) -> Iterator[None]:
 
 
 def _start(name: str, device: str, folder: Path) -> Worker:
-    """A worker with one thread: the expected values are small, and other workers compile."""
+    """Start a worker with one thread: the expected values are small, and other workers compile."""
     return Worker(name, "bitnet.bench.exact", [device], folder, "--jobs", {"OMP_NUM_THREADS": "1"})
 
 
@@ -171,7 +171,7 @@ def main(device: str) -> None:
 
 
 def _is_usable(device: torch.device) -> bool:
-    """Whether this process can go on: after an illegal access every CUDA call fails."""
+    """Whether this process can continue: after an illegal access every CUDA call fails."""
     try:
         if device.type == "cuda":
             torch.cuda.synchronize()

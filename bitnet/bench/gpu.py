@@ -3,13 +3,13 @@
     make gpu MINUTES=12        or: python bitnet/bench/gpu.py --minutes 12 --out results
 
 It runs a list of parts (:func:`parts`). Each is one command in a separate process, so a part that
-crashes, hangs or fails ends no other. With a time limit, each of the first parts has a share of the
-time, so that all of them get their turn. A part that no longer fits is left. A part that is stopped
-has written every row it had.
+crashes, hangs or fails does not end the others. With a time limit, each of the first parts has a
+share of the time, so that all of them get their turn. A part that no longer fits is left out. A
+part that is stopped has already written every row it had.
 
-This file is run by its path and imports only the standard library, so that it can say what is
-missing where something is. It needs no network: packages that this Python lacks are installed from
-a folder of wheels, into a folder that is removed in the end (docs/gpu.md lists them).
+This file is run by its path and imports only the standard library, so that it can name anything
+that is missing. It needs no network: packages that this Python lacks are installed from a folder of
+wheels, into a folder that is removed at the end (docs/gpu.md lists them).
 """
 
 import argparse
@@ -37,16 +37,16 @@ SHAPES = ("2560x6912", "4096x14336", "8192x28672")
 TOKENS = ("1", "16", "64", "4096")
 FAMILIES = ("addsub", "dot")
 NOT_NEEDED = ("torch", "triton", "wandb")
-"""Of the dependencies: the machine's own, and what no part imports."""
+"""Dependencies that are not installed: the machine has its own, or no part imports them."""
 FOR_TESTS = ("pytest", "pytest-timeout", "pytest-xdist")
 RESERVE = 10.0
 """Seconds kept for ending the last part and for the summary."""
 GRACE = 5.0
-"""Seconds between asking a process to end and ending it."""
+"""Seconds between asking a process to end and killing it."""
 HEARTBEAT = 20.0
 """Seconds between lines that say what is running."""
 _KERNELS = "KERNELS"
-"""In a command: the kernels that may be timed."""
+"""In a command, stands for the kernels that may be timed."""
 
 _PROBE = """
 import json, sys, torch
@@ -64,7 +64,7 @@ Rows = list[dict[str, str]]
 
 
 class Part(NamedTuple):
-    """A command, and its limits of time."""
+    """A command and its time limits."""
 
     name: str
     words: tuple[str, ...]
@@ -72,13 +72,13 @@ class Part(NamedTuple):
     share: float = 1.0
     """Largest share of the whole time."""
     least: float = 1.0
-    """Seconds it needs: it is not started with less."""
+    """Seconds that it needs: with less it is not started."""
     needs: tuple[str, ...] = ()
-    """Packages that it needs; it is left out without them."""
+    """Packages that it needs: without them it is left out."""
 
 
 class Ending(NamedTuple):
-    """How a process ended: its exit code (negative: a signal), None if it was stopped."""
+    """How a process ended: its exit code (negative: a signal), or None if it was stopped."""
 
     code: int | None
     last_line: str
@@ -95,7 +95,7 @@ class Result(NamedTuple):
 
 
 class Stopped(BaseException):
-    """A signal asks for the end; ``code`` is the exit code that goes with it."""
+    """A signal asks this process to end; ``code`` is the matching exit code."""
 
     def __init__(self, code: int) -> None:
         self.code = code
@@ -105,7 +105,7 @@ Run = Callable[[Part, Sequence[str], float | None], Ending]
 
 
 def bench(*words: str) -> tuple[str, ...]:
-    """``bitnet bench`` ... as arguments of Python, which may have no ``bitnet`` command."""
+    """``bitnet bench`` ... as arguments of Python, since there may be no ``bitnet`` command."""
     return ("-m", "bitnet", "bench", *words)
 
 
@@ -212,7 +212,7 @@ def carry_out(
     Arguments:
         seconds: for all of them; None for no limit.
         run: runs a part's command for so many seconds at most.
-        absent: packages that are not here.
+        absent: packages that are missing.
         exact: returns the rows of the check of operators so far.
         each: called with the result of each part.
     """
@@ -246,8 +246,8 @@ def carry_out(
 
 
 def _expanded(word: str, exact: Callable[[], Rows]) -> list[str]:
-    """A word of a command, or the words it stands for. A kernel that is wrong in any case is not
-    timed: it could end the process that times the others."""
+    """A word of a command, or the words that it stands for. A kernel that is wrong in any case is
+    not timed, because it could end the process that times the others."""
     if word != _KERNELS:
         return [word]
     rows = exact()
@@ -317,7 +317,7 @@ class Processes:
             self._say(f"   {part.name}: {time.monotonic() - begun:.0f} s")
 
     def _tell(self, pipe: IO[str], log: IO[str], last: list[str]) -> None:
-        with suppress(ValueError):  # the log was closed: what is still alive has its pipe
+        with suppress(ValueError):  # the log was closed: a process still alive has its pipe
             for line in pipe:
                 log.write(line)
                 log.flush()
@@ -327,7 +327,7 @@ class Processes:
 
 
 def end(process: "subprocess.Popen[str]") -> None:
-    """End a process and all that it started: first by SIGTERM, so that it can tidy up, then by
+    """End a process and all that it started: first by SIGTERM, so that it can clean up, then by
     SIGKILL."""
     family = descendants(process.pid)
     if process.poll() is None:
@@ -343,8 +343,8 @@ def end(process: "subprocess.Popen[str]") -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process started, directly or not; workers lead their own groups. Empty
-    if the system does not tell."""
+    """The processes that a process started, directly or not, since workers lead their own groups.
+    Empty if the system does not tell."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, ValueError, IndexError):  # it has ended
@@ -353,7 +353,7 @@ def descendants(pid: int) -> list[int]:
             )
             children.setdefault(parent, []).append(int(path.parent.name))
     found = children.get(pid, [])
-    for child in found:  # grows on the way
+    for child in found:  # grows during the loop
         found += children.get(child, [])
     return found
 
@@ -368,7 +368,7 @@ def read(path: Path) -> Rows:
 
 
 class Report:
-    """Summary of the run from the files' new rows: what is exact, how fast, what was left."""
+    """Summary of the run from the files' new rows: what is exact, how fast, what was left out."""
 
     def __init__(self, out: Path, slug: str, machine: str) -> None:
         self.machine, self.out = machine, out
@@ -459,8 +459,8 @@ def _of(kind: str, row: dict[str, str]) -> str:
 
 
 def requirements() -> dict[str, str]:
-    """Package -> its requirement in pyproject.toml, such as ``"pydantic>=2.10"``: the packages that
-    the parts import, and those of the tests."""
+    """Package -> its requirement in pyproject.toml, such as ``"pydantic>=2.10"``, for the packages
+    that the parts or the tests import."""
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -473,7 +473,7 @@ def requirements() -> dict[str, str]:
 
 
 def missing(wanted: Mapping[str, str], path: Sequence[str]) -> list[str]:
-    """The packages that are missing from ``path``, or too old."""
+    """The packages that are missing from ``path`` or too old."""
 
     def numbers(text: str) -> list[int]:
         return [int(number) for number in re.findall(r"\d+", text)[:3]]
@@ -542,7 +542,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _say(line: str) -> None:
-    with suppress(OSError):  # a terminal that is gone
+    with suppress(OSError):  # the terminal is gone
         print(line, flush=True)
 
 
@@ -552,7 +552,7 @@ def _fail(message: str) -> Never:
 
 
 def prepare(wheels: Path | None, site: Path) -> list[str]:
-    """Install missing packages. Returns those still missing, which only the tests need."""
+    """Install missing packages. Returns those that are still missing, which only the tests need."""
     wanted = requirements()
     core = {name: text for name, text in wanted.items() if name not in FOR_TESTS}
     path, why = [str(site), *sys.path], ""
@@ -594,15 +594,15 @@ def _probe(variables: Mapping[str, str], rehearse: bool) -> tuple[str, str]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run the command. Returns its exit code: 0 if everything was checked and is exact, and no part
-    failed, else 1; 2 if it cannot begin."""
+    """Run the command. Returns its exit code: 0 if everything was checked and is exact and no part
+    failed; 2 if it cannot begin; else 1."""
     begun = time.monotonic()
     asked = _arguments(words)
     out = asked.out.resolve()
 
     def stop(number: int, frame: FrameType | None) -> Never:
         for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(one, signal.SIG_IGN)  # a second one would interrupt the ending
+            signal.signal(one, signal.SIG_IGN)  # a second signal would interrupt the ending
         raise Stopped(128 + number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

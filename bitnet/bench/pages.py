@@ -13,7 +13,7 @@ from bitnet_kernels.bench.rows import Row
 
 
 class Region(NamedTuple):
-    """A table of a page: what stands between two marks."""
+    """A table of a page: the text between two marks."""
 
     page: str
     begin: str
@@ -22,10 +22,10 @@ class Region(NamedTuple):
 
 
 def stale(root: Path, figures: list[Row]) -> dict[str, str]:
-    """The pages whose tables are not those of the figures: name -> new text.
+    """The pages whose tables differ from the figures: name -> new text.
 
     Arguments:
-        root: a checkout. figures: of the kernels, as ``report.load`` reads them.
+        root: a checkout. figures: the kernels' figures, as ``report.load`` reads them.
     Raises:
         ValueError: a page has no marks, or a CSV file is damaged.
     """

@@ -2,16 +2,16 @@
 
     bitnet bench decode --peers
 
-llama.cpp runs through the C functions that llama-cpp-python binds (`llama_decode`), so no Python
-stands between two steps but a greedy choice by numpy, some 10 µs. Its model is a GGUF file
-(:mod:`bitnet.export.gguf_write`) with the codes and scales of ours and a head in fp16.
+llama.cpp runs through the C functions that llama-cpp-python binds (`llama_decode`). The only Python
+between two steps is a greedy choice by numpy, some 10 µs. Its model is a GGUF file
+(:mod:`bitnet.export.gguf_write`) with the codes and scales of our model and a head in fp16.
 
 Nothing is timed before it is checked. Both programs multiply by the same weights and round the
-activations to 8 bits, each in its way: ours per token, llama.cpp per block of 256 channels. So
-neither is the other's oracle, and both are compared with the model whose activations are not
-rounded. A block's largest value is at most its token's, so llama.cpp's steps are at most ours, and
-its error must not exceed ours, up to chance. A wrong scale, order of rows or angle gives an error
-as large as the logits themselves.
+activations to 8 bits in their own way: ours per token, llama.cpp per block of 256 channels. So
+neither is an oracle for the other, and both are compared with the model whose activations are not
+rounded. A block's largest value is at most its token's, so llama.cpp's quantization steps are at
+most ours, and its error must not exceed ours, except by chance. A wrong scale, order of rows or
+angle gives an error as large as the logits themselves.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ from bitnet.model import ModelConfig, Transformer, as_transformer
 from bitnet.modules import replace_modules
 
 CHANCE = 2.0
-"""How much larger than ours the error of another engine may be."""
+"""How many times larger than ours the error of another engine may be."""
 VACUOUS = 0.5
 """Our own error as a share of the logits' deviation, above which a comparison says nothing."""
 
@@ -38,9 +38,10 @@ class LlamaCpp:
 
     Arguments:
         path: of the file, which must stay. config: of its model.
-        rows: sequences decoded together. columns: tokens per sequence, prompt and new ones.
+        rows: sequences decoded together. columns: prompt and new tokens per sequence.
         threads: for prompts and for single tokens.
-        flash: whether attention is fused, its default; which is faster depends on the CPU.
+        flash: whether attention is fused, which is llama.cpp's default; the faster choice depends
+            on the CPU.
     Raises:
         RuntimeError: llama.cpp refuses the file.
     """
@@ -62,7 +63,7 @@ class LlamaCpp:
         of_model = llama_cpp.llama_model_default_params()
         self._model = llama_cpp.llama_model_load_from_file(bytes(path), of_model)
         settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = rows * (-(-columns // 256) * 256)  # in steps of 256 for each sequence
+        settings.n_ctx = rows * (-(-columns // 256) * 256)  # in steps of 256 per sequence
         settings.n_batch = rows * columns
         settings.n_seq_max = rows
         settings.flash_attn_type = int(flash)
@@ -80,8 +81,8 @@ class LlamaCpp:
         return int(self._llama.llama_model_size(self._model))
 
     def prefill(self, prompts: list[list[int]]) -> np.ndarray:
-        """Forget everything and take a prompt per row, all of one length. Returns the logits after
-        each, fp32 ``[rows, V]``: a view, until the next call."""
+        """Forget everything and take one prompt per row, all of the same length. Returns the logits
+        after each, fp32 ``[rows, V]``: a view that is valid until the next call."""
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
         places = [
             (token, column, row, column == len(prompt) - 1)
@@ -91,11 +92,11 @@ class LlamaCpp:
         return self._decode(places)
 
     def step(self, tokens: list[int], column: int) -> np.ndarray:
-        """Take a token per row, all at the same column; returns as :meth:`prefill`."""
+        """Take one token per row, all at the same column; returns as :meth:`prefill`."""
         return self._decode([(token, column, row, True) for row, token in enumerate(tokens)])
 
     def _decode(self, places: list[tuple[int, int, int, bool]]) -> np.ndarray:
-        """Run (token, column, row, whether its logits are wanted)."""
+        """Run the tokens given as (token, column, row, whether its logits are wanted)."""
         batch = self._batch
         for i, (token, column, row, wanted) in enumerate(places):
             batch.token[i], batch.pos[i], batch.logits[i] = token, column, wanted
@@ -122,8 +123,8 @@ class _WeightOnly(nn.Module):
 
 @torch.no_grad()
 def exact_logits(model: Transformer, prompt: list[int]) -> Tensor:
-    """Logits after the prompt, fp32 ``[V]``, if activations were not quantized. Changes the model:
-    its packed layers are gone from it afterwards."""
+    """Logits after the prompt, fp32 ``[V]``, with activations that are not quantized. Changes the
+    model: afterwards it no longer has its packed layers."""
 
     def convert(name: str, module: nn.Module) -> nn.Module | None:
         return _WeightOnly(module) if isinstance(module, TernaryLinear) else None
@@ -137,8 +138,8 @@ def disagreement(ours: Tensor, theirs: Tensor, exact: Tensor) -> str:
     """Why another engine cannot be computing our model; "" if it can.
 
     Arguments:
-        ours, theirs, exact: logits ``[V]`` of our engine, of the other, and without quantized
-            activations.
+        ours, theirs, exact: logits ``[V]`` of our engine, of the other engine, and without
+            quantized activations.
     """
     spread = float(exact.std())
     our_error, their_error = (float((x - exact).square().mean().sqrt()) for x in (ours, theirs))

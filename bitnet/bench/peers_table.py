@@ -1,5 +1,5 @@
-"""The table of ``bitnet bench decode --peers``: our engine beside llama.cpp, from the rows of
-:mod:`bitnet.bench.decode_table`, and what its plot shows."""
+"""The table and the plot's data of ``bitnet bench decode --peers``: our engine beside llama.cpp,
+from the rows of :mod:`bitnet.bench.decode_table`."""
 
 import re
 from collections.abc import Collection, Sequence
@@ -22,7 +22,7 @@ def image_name(device: str) -> str:
 
 def table(rows: Sequence[Figures], images: Collection[str] = ()) -> str:
     """Markdown: for each machine and length of a run, a line on both, a table, and the machine's
-    plot if its name is among ``images``, seen from docs/."""
+    plot if its name is among ``images``. Paths are relative to docs/."""
     groups: dict[tuple[str, ...], list[Figures]] = {}
     for row in beside(rows):
         groups.setdefault((row["device"], row["new"], row["rounds"]), []).append(row)
@@ -35,8 +35,8 @@ def table(rows: Sequence[Figures], images: Collection[str] = ()) -> str:
 
 
 def summary(rows: Sequence[Figures]) -> str:
-    """Markdown for a reader in a hurry: a line per machine, model and number of threads, for one
-    row and a prompt of 128 tokens."""
+    """A short summary in Markdown: a line per machine, model and number of threads, for one row and
+    a prompt of 128 tokens."""
     found: dict[tuple[str, ...], dict[str, Figures]] = {}
     for row in beside(rows):
         if (row["batch"], row["prompt"]) == ("1", "128"):

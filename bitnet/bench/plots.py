@@ -1,4 +1,4 @@
-"""Plots of the kernels' figures, and of our engine beside llama.cpp, where matplotlib is
+"""Plots of the kernels' figures, and of our engine beside llama.cpp, if matplotlib is
 installed."""
 
 from pathlib import Path
@@ -16,7 +16,7 @@ _LABELS = {"speedup": "ratio to 16-bit", "roofline": "share of the roofline"}
 
 
 def draw(folder: Path, figures: list[Row]) -> bool:
-    """Write the PNGs of every device into a folder. False, and none, without matplotlib."""
+    """Write the PNGs of every device into a folder; without matplotlib none, and return False."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -76,7 +76,7 @@ def _draw_shape(
     shape: tuple[int, int],
     lines: dict[str, list[tuple[int, float]]],
 ) -> None:
-    """One matrix: a curve over M per kernel, and the goal where there is one."""
+    """One matrix: a curve over M per kernel, and the goal if there is one."""
     for name, points in lines.items():
         axis.plot(*zip(*points, strict=True), marker="o", label=name)
     if kind == "speedup":

@@ -34,7 +34,7 @@ def as_figures(columns: Mapping[str, Any]) -> Figures:
 
 
 def provenance() -> dict[str, str]:
-    """Columns of every row: with which versions, when, and by which command it was measured."""
+    """Columns of every row: the versions, the date and the command of the measurement."""
     return {
         "torch": torch.__version__,
         "triton": machine.package_version("triton"),
@@ -50,8 +50,8 @@ def counted(count: int, noun: str) -> str:
 
 
 def percent(share: float, digits: int = 0) -> str:
-    """A share of a limit: ``"87%"``. One above 100% is marked, ``"~104%"``: the limit was measured
-    too low, as happens on a busy machine."""
+    """A share of a limit: ``"87%"``. A share above 100% is marked, ``"~104%"``: the limit was
+    measured too low, which happens on a busy machine."""
     return f"{'~' if share > 1 else ''}{share:.{digits}%}"
 
 
@@ -61,7 +61,7 @@ def distinct(rows: Sequence[Figures], column: str) -> str:
 
 
 def origin(rows: Sequence[Figures]) -> str:
-    """Commit, if the package was part of a checkout, and date."""
+    """The commit, if the package was part of a checkout, and the date."""
     commit, date = distinct(rows, "commit"), distinct(rows, "date")
     return f"commit {commit}, {date}" if commit else date
 
@@ -92,9 +92,9 @@ def read_all(folder: Path, pattern: str, columns: tuple[str, ...]) -> list[Figur
 
 
 def merge(old: Sequence[Figures], new: Sequence[Figures], key: Sequence[str]) -> list[Figures]:
-    """``old`` rows, replaced by ``new`` ones that agree in the columns ``key``; the other new rows
-    follow. Keys contain what makes a figure more reliable, such as the number of steps: a short run
-    does not replace a long one."""
+    """``old`` rows, replaced by ``new`` rows that agree in the columns ``key``; the other new rows
+    follow. Keys include what makes a figure more reliable, such as the number of steps, so that a
+    short run does not replace a long one."""
     merged = {tuple(row[column] for column in key): row for row in (*old, *new)}
     return list(merged.values())
 

@@ -4,20 +4,20 @@
 
 A *variant* is a way to compute the layers' matrices, eager or compiled:
 
-    fp          nn.Linear: the full-precision baseline, which the others are compared with
+    fp          nn.Linear: the full-precision baseline of the ratios
     naive       BitLinear the usual way: fake quantization in floats, x + (q(x) - x).detach()
     ours        BitLinear of this package
     ours-int8   the same with model.int8_backward = "both", an approximation
-    torchao     torchao's bitnet_training, where that package is installed
+    torchao     torchao's bitnet_training, if that package is installed
 
-All start from the same weights and see the same random tokens in every step. The step is that of
-train.py (bitnet/training/step.py).
+All start from the same weights and see the same random tokens in every step. The step is the one
+of train.py (bitnet/training/step.py).
 
 Each variant is a separate process (bitnet/bench/worker.py). All processes exist together and run
-one step in turn, in one order and then in the reverse: a slow moment of the machine slows
-neighbouring turns alike, so the *paired* ratios of one round are reliable where times alone would
-not be. On a GPU a worker frees its cached memory after its turn, so that all fit, and begins the
-next turn with a micro-batch that is not timed.
+one step in turn, in one order and then in the reverse. A slow moment of the machine slows adjacent
+turns alike, so the *paired* ratios of one round are reliable even if times alone are not. On a GPU
+a worker frees its cached memory after its turn, so that all fit, and begins the next turn with a
+micro-batch that is not timed.
 """
 
 import dataclasses
@@ -61,9 +61,9 @@ SIZES = {
     "350m": ["model.depth=20", *_TEXT],
     "1b": ["model.depth=32", "model.n_layers=8", *_TEXT],
 }
-"""Models without a config file: those of configs/, the larger ones with 8 micro-batches per step,
-and layers as wide as those of a 1.5B model (2,048; 8 of its 32 layers, so that the optimizers of
-all variants fit on one GPU)."""
+"""Models without a config file: the models of configs/, the larger ones with 8 micro-batches per
+step, and one with layers as wide as a 1.5B model's (2,048; 8 of its 32 layers, so that the
+optimizers of all variants fit on one GPU)."""
 
 MIN_SECONDS_FOR_ENERGY = 0.2
 """Shortest step whose energy is measured: the board's counter advances every few tens of ms."""
@@ -75,7 +75,7 @@ def family_of(variant: str) -> str:
 
 
 def choose_variants(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The variants of ``names`` that can be measured here, and a line for each that cannot.
+    """The variants of ``names`` that can be measured here, and a line for each of the others.
 
     Raises:
         UserError: none can be measured.
@@ -94,7 +94,7 @@ def variant_config(paths: Sequence[Path], overrides: Sequence[str], variant: str
     """The resolved config of a variant.
 
     Raises:
-        UserError: the config has a section that is not timed, or that the variant does not support.
+        UserError: the config has a section that is not timed or that the variant does not support.
     """
     family = family_of(variant)
     own = [
@@ -122,8 +122,8 @@ def variant_config(paths: Sequence[Path], overrides: Sequence[str], variant: str
 
 
 class NaiveBitLinear(nn.Linear):
-    """BitLinear as papers print it (BitNet b1.58 Training Tips, figure 3): floats that happen to be
-    quantized, in nn.Linear's own product; without a bias."""
+    """BitLinear as printed in papers (BitNet b1.58 Training Tips, figure 3): quantized values kept
+    as floats, in nn.Linear's own product; without a bias."""
 
     def forward(self, input: Tensor) -> Tensor:
         """float ``[..., in_features]`` -> ``[..., out_features]``."""
@@ -163,17 +163,18 @@ class Reply(NamedTuple):
     """The figures of a worker's turn."""
 
     seconds: float
-    """Of the step."""
+    """Seconds of the step."""
     turn_seconds: float
-    """Of the turn: on a GPU with the micro-batch before the step, the first with compilation."""
+    """Seconds of the turn: on a GPU with the micro-batch before the step; the first turn includes
+    compilation."""
     loss: float
     """Mean over the step's tokens, in nats, before the update."""
     peak_bytes: int
-    """Peak of all tensors: of the step on a GPU; on a CPU, where that takes a profiler, of two
-    micro-batches beside the optimizer's state, once."""
+    """Peak of all tensors: on a GPU during the step; on a CPU, where this needs a profiler, once,
+    for two micro-batches beside the optimizer's state."""
     resident_bytes: int | None
-    """Peak resident memory of the process in the step; None on a GPU, and where the system does not
-    tell (:func:`reset_peak_memory`)."""
+    """Peak resident memory of the process during the step; None on a GPU, and if the system does
+    not tell (:func:`reset_peak_memory`)."""
     joules: float | None
     """Energy of the whole board for the step."""
 
@@ -237,8 +238,8 @@ class Stepper:
         return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
     def _two_micro_batches(self) -> None:
-        """The part of a step that needs most memory: the second micro-batch, beside gradients of
-        the first."""
+        """The part of a step that needs the most memory: the second micro-batch, with the first's
+        gradients in memory."""
         self._add_gradients(2)
 
     def step(self) -> float:
@@ -270,11 +271,11 @@ class Stepper:
 
 
 def most_allocated(function: Callable[[], object]) -> int:
-    """Peak bytes of tensors on the CPU while a function runs, beyond those that existed before; as
-    torch's profiler sees its allocator.
+    """Peak bytes of tensors on the CPU while a function runs, beyond those that existed before.
+    torch's profiler reports them from its allocator.
 
-    The resident memory of the process is larger, by what malloc keeps between blocks: a share that
-    differs from run to run by a twentieth.
+    The resident memory of the process is larger by the memory that malloc keeps between blocks, a
+    share that varies from run to run by a twentieth.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         function()
@@ -312,7 +313,7 @@ def race(
         configs: variant -> its resolved config.
         tick: called with the variant before each turn.
     Raises:
-        WorkerDied: names the variant. Whatever is raised, no process is left behind.
+        WorkerDied: the message names the variant. Whatever is raised, no process is left behind.
     """
     replies: dict[str, list[Reply]] = {name: [] for name in configs}
     workers: dict[str, Worker] = {}

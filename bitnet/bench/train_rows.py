@@ -20,36 +20,37 @@ PATTERN = "train_*.csv"
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One variant of one model. Figures are of the timed steps; None: not known."""
+    """One variant of one model. Figures are for the timed steps; None: not known."""
 
     model: str
-    """The config file, or the size and what differs from it."""
+    """The config file, or the size and the differences from it."""
     variant: str
     base: str
-    """The variant that ratios are to: fp in the same mode, else the first of this run."""
+    """The variant that ratios refer to: fp in the same mode, else the first of this run."""
     parameters: int
     device: str
     """The GPU or CPU by name."""
     threads: int | None
-    """On a CPU."""
+    """CPU threads."""
     dtype: str
     """"fp32", or "bf16" by autocast; latent weights and optimizer are fp32."""
     seq_len: int
     tokens: int
-    """Tokens per micro-batch: random ones of the model's vocabulary, the same in every step."""
+    """Tokens per micro-batch: random tokens of the model's vocabulary, the same in every step."""
     micro_batches: int
     """Micro-batches per step."""
     warmup: int
     """Steps before the timed ones."""
     steps: int
     step_ms: float
-    """Median."""
+    """Median time of a step."""
     step_ms_p25: float
     step_ms_p75: float
     tokens_s: float
     """At the median step time."""
     speedup: float
-    """Median of the ratios, round by round, of the base's time to this one's; then their range."""
+    """Median of the ratios, round by round, of the base's time to this variant's; then their range.
+    """
     speedup_min: float
     speedup_max: float
     mfu: float
@@ -83,7 +84,7 @@ KEY = (
     *("model", "variant", "device", "threads", "dtype", "seq_len", "tokens", "micro_batches"),
     "steps",
 )
-"""What a row describes: a file has one row for each."""
+"""The subject of a row: a file has one row per subject."""
 
 
 def figures(
@@ -97,7 +98,7 @@ def figures(
     """The rows of a model, one per variant.
 
     Arguments:
-        peak: FLOP/s that MFU is measured against, and where the number comes from.
+        peak: FLOP/s that MFU is relative to, and where the number comes from.
     """
     config = next(iter(configs.values()))
     common = {**_common(label, here, config), "warmup": warmup}
@@ -136,7 +137,7 @@ def _common(label: str, here: machine.Machine, config: Config) -> dict[str, Any]
 def _measured(
     turns: Sequence[Reply], base: Sequence[Reply], config: Config, peak_flops: float
 ) -> dict[str, Any]:
-    """Columns of a variant's timed turns, compared with those of its base."""
+    """Columns of a variant's timed turns, compared with its base's."""
     ratios = [b.seconds / t.seconds for b, t in zip(base, turns, strict=True)]
     seconds = [turn.seconds for turn in turns]
     tokens_s = config.train.batch_tokens / statistics.median(seconds)
@@ -167,7 +168,7 @@ def load(folder: Path) -> list[Figures]:
 
 
 def table(rows: Sequence[Figures]) -> str:
-    """Markdown: for each model and machine, a line on what was run and a table."""
+    """Markdown: for each model and machine, a line that says what was run, and a table."""
     groups: dict[tuple[str, ...], list[Figures]] = {}
     for row in rows:
         subject = tuple(row[column] for column in KEY if column != "variant")

@@ -1,13 +1,13 @@
-"""A process that is measured: the benchmark's end, which asks, and the worker's, which answers.
+"""A process that is measured. The benchmark's end sends requests, the worker's end answers.
 
 Each contender has its own process, since peak memory belongs to a process and a compiler leaves
 much behind. The two ends exchange lines of JSON over pipes: a request ``[method, *values]`` calls
-the worker's method with the values, and the reply is the result. A worker that is not asked waits
+the worker's method with the values, and the reply is the result. A worker without a request waits
 for a line, and takes no time from the others.
 
-A worker leads its own process group: Ctrl-C reaches the parent alone, and closing a worker also
-ends what it started, such as a compiler's helpers. If the parent is killed, its workers end after
-their turn, when there is nothing left to read.
+A worker leads its own process group: Ctrl-C reaches only the parent, and closing a worker also
+ends the processes that it started, such as a compiler's helpers. If the parent is killed, its
+workers end after their turn, when there is nothing left to read.
 """
 
 import json
@@ -32,7 +32,7 @@ class Worker:
         name: its name in messages, unique in the folder.
         module, arguments: the program, ``python -m module *arguments``; it calls :func:`serve`.
         folder: for its error output.
-        fewer: option that reduces the number of workers, for the hint when memory ran out.
+        fewer: option that reduces the number of workers, for the hint when memory runs out.
         environment: variables to add to those of this process.
     """
 
@@ -58,8 +58,8 @@ class Worker:
             )
 
     def ask(self, method: str, *values: float | str) -> Any:
-        """Call a method of the worker; returns its result as JSON gives it back. Raises WorkerDied
-        if the worker ends instead."""
+        """Call a method of the worker and return its result, as it comes back from JSON. Raises
+        WorkerDied if the worker ends instead."""
         requests, replies = self._pipes()
         with suppress(BrokenPipeError):
             requests.write(json.dumps([method, *values]) + "\n")
@@ -70,7 +70,7 @@ class Worker:
         return json.loads(line)
 
     def kill(self) -> None:
-        """End the worker and what it started, from a thread other than the one that asks, whose
+        """End the worker and what it started. For another thread than the one in :meth:`ask`, whose
         call then raises WorkerDied."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -104,7 +104,7 @@ def serve(make: Callable[[], Mapping[str, Callable[..., Any]]]) -> None:
 
     Arguments:
         make: returns the methods by name. It is called after standard output has been redirected,
-            so that what a library prints is no reply.
+            so that a library's prints are not taken for replies.
     """
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -1,8 +1,8 @@
 """Charts as HTML: curves and heat maps, in SVG without text.
 
-The plot area is an SVG that is stretched to whatever width there is, with lines that keep their
-thickness; the labels are HTML around it, and so keep their size on a narrow screen. Colours are CSS
-classes (``c0`` ... of curves, ``h0`` ... of cells), which the page defines for light and dark.
+The plot area is an SVG that is stretched to the available width; its lines keep their thickness.
+The labels are HTML around it, so they keep their size on a narrow screen. Colors are CSS classes
+(``c0`` ... for curves, ``h0`` ... for cells), which the page defines for light and dark.
 """
 
 import math
@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 Points = Sequence[tuple[float, float]]
 LEVELS, COLORS = 8, 6
-"""Colours of a heat map, and of curves."""
+"""Numbers of colors of a heat map and of curves."""
 MOST_LABELS = 42
-"""Rows of a heat map that are labelled one by one; of more, only each that begins a block."""
+"""Most rows of a heat map that are all labeled; of more rows, only those that begin a block are."""
 
 
 class Line(NamedTuple):
@@ -23,18 +23,18 @@ class Line(NamedTuple):
     points: Points
     color: int
     label: str = ""
-    """In the legend; "" for none."""
+    """Its label in the legend; "" for none."""
     style: str = ""
-    """"dots": each point has one."""
+    """"dots": a dot at each point."""
 
 
 def line_chart(
     title: str, lines: Sequence[Line], x_name: str, *, note: str = "", zero: bool = False
 ) -> str:
-    """Curves over a common x axis; "" where there is no point.
+    """Curves over a common x axis; "" if there is no point.
 
     Arguments:
-        note: under the title. zero: the y axis includes 0, which has a line.
+        note: text under the title. zero: the y axis includes 0, which has a line.
     """
     lines = [line for line in lines if line.points]
     if not lines:
@@ -65,8 +65,8 @@ def line_chart(
 
 
 def _range(lines: Sequence[Line], x_max: float, zero: bool) -> tuple[float, float]:
-    """Bounds of y. In the first twentieth of a run a loss falls from that of random weights, which
-    would flatten the rest; of a curve with many points it may leave the plot."""
+    """Bounds of y. In the first twentieth of a run the loss falls from that of random weights,
+    which would flatten the rest. So this part of a curve with many points may leave the plot."""
     values = [
         y for line in lines for x, y in line.points if x > x_max / 20 or len(line.points) < 20
     ]
@@ -120,9 +120,9 @@ def _count(value: float) -> str:
 
 
 def heat_map(title: str, rows: Mapping[str, Points], x_name: str, note: str = "") -> str:
-    """A row of cells per name, over a common x axis; "" where there is no point.
+    """A row of cells per name, over a common x axis; "" if there is no point.
 
-    A cell reaches from the x before (of its row) to its own. Values are shares, shown in percent.
+    A cell reaches from the previous x of its row to its own. Values are shares, shown in percent.
     """
     rows = {name: points for name, points in rows.items() if points}
     if not rows:
@@ -160,7 +160,7 @@ def heat_map(title: str, rows: Mapping[str, Points], x_name: str, note: str = ""
 
 
 def _labels(names: list[str]) -> list[tuple[int, str]]:
-    """Row number and label: of every row, or of those that begin a block."""
+    """Row number and label, for every row or for those that begin a block."""
     short = [_short_name(name) for name in names]
     if len(names) <= MOST_LABELS:
         return list(enumerate(short))
@@ -171,7 +171,7 @@ def _labels(names: list[str]) -> list[tuple[int, str]]:
 
 
 def _short_name(name: str) -> str:
-    """``layers.3.self_attn.q_proj`` -> ``3 q``; the end of any other name."""
+    """``layers.3.self_attn.q_proj`` -> ``3 q``; for any other name, its end."""
     words = name.split(".")
     number = next((word for word in words if word.isdigit()), "")
     return f"{number} {words[-1].removesuffix('_proj')}".strip()[-24:]

@@ -1,9 +1,9 @@
 """The page: one HTML file without scripts and without requests, in light and dark, narrow and wide.
 
-It answers first and shows afterwards: a headline in words, four figures, then curves, heat maps,
-samples, sizes, speeds and what differs between the configs. Names and samples come from files that
-anybody may have written, so every text is escaped; and a Content-Security-Policy forbids the
-browser to load or run anything, should one slip through.
+It gives the answer first and the evidence afterwards: a headline in words, four figures, then
+curves, heat maps, samples, sizes, speeds and the differences between the configs. Names and samples
+come from files that anybody may have written, so every text is escaped. In case one is not, a
+Content-Security-Policy forbids the browser to load or run anything.
 """
 
 import statistics
@@ -23,7 +23,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def page(runs: Sequence[RunRecord]) -> str:
-    """The HTML of a report on ``runs[0]``; the others are what it is compared with."""
+    """The HTML of a report on ``runs[0]``, which is compared with the other runs."""
     run, others = runs[0], runs[1:]
     comparisons = [one for other in others if (one := verdict.compare(run, other))]
     style = files("bitnet.report").joinpath("style.css").read_text(encoding="utf-8")
@@ -123,8 +123,8 @@ def _cards(run: RunRecord, comparisons: Sequence[Comparison]) -> str:
 
 
 def _axis(runs: Sequence[RunRecord]) -> tuple[str, list[int]]:
-    """The x axis: steps, or tokens where the runs differ in tokens per step; and each run's units
-    per step."""
+    """The x axis: steps, or tokens if the runs differ in tokens per step; and each run's units per
+    step."""
     batches = [record.config.train.batch_tokens for record in runs]
     if len(set(batches)) == 1:
         return "steps", [1] * len(runs)
@@ -185,7 +185,7 @@ def _ternary(runs: Sequence[RunRecord]) -> str:
 
 
 def _samples(runs: Sequence[RunRecord]) -> str:
-    """The last sample of each run; those before it are folded away."""
+    """The last sample of each run; earlier samples are collapsed."""
     with_samples = [record for record in runs if record.samples]
     columns = ""
     for record in with_samples:
@@ -241,7 +241,8 @@ def _figures(record: RunRecord) -> dict[str, str]:
 
 
 def _config(runs: Sequence[RunRecord]) -> str:
-    """What differs between the runs; of one run, what is not the default's and is short."""
+    """The keys that differ between the runs; for a single run, short values that differ from the
+    default."""
     flat = [
         {
             f"{section}.{key}": value

@@ -1,4 +1,4 @@
-"""The report as a picture, for a README: drawn by matplotlib, which is an extra."""
+"""The report as a picture, for a README; needs matplotlib, which is an optional dependency."""
 
 import io
 import textwrap
@@ -53,5 +53,5 @@ def draw(runs: Sequence[RunRecord], path: Path) -> None:
 
 
 def _plain(name: str) -> str:
-    """A label that matplotlib shows as it is: one that begins with an underscore it would hide."""
+    """A label that matplotlib shows as it is; it would hide one that begins with an underscore."""
     return f" {name}" if name.startswith("_") else name

@@ -1,8 +1,8 @@
-"""A run as its folder tells it: config.toml, metrics.jsonl and the sizes of its models.
+"""A run as read from its folder: config.toml, metrics.jsonl and the sizes of its models.
 
-metrics.jsonl may be that of a run in progress, cut off in a line, damaged, or larger than memory.
-So it is read line by line, a line that is no JSON object with a step is counted and passed over,
-and each number becomes a :class:`Curve`, which never holds more than a fixed number of points.
+metrics.jsonl may be from a run in progress, cut off within a line, damaged, or larger than memory.
+So it is read line by line. A line that is not a JSON object with a step is counted and skipped.
+Each number becomes a :class:`Curve`, which never holds more than a fixed number of points.
 """
 
 import json
@@ -21,11 +21,11 @@ NUMBERS = (
     *("loss", "val_loss", "val_bpb", "lr", "tokens_per_second", "mfu", "peak_memory_bytes"),
     *("skipped", "ternary/zeros", "ternary/flip_rate"),
 )
-"""What is read of a line, where it is there."""
+"""The numbers that are read from a line, if it has them."""
 OF_LAYERS = ("zeros", "flip_rate")
-"""What is read of each layer."""
+"""The numbers that are read for each layer."""
 LONGEST_LINE = 2**24
-"""Bytes; a longer line is passed over."""
+"""Bytes; a longer line is skipped."""
 MOST_LAYERS = 4096
 MOST_SAMPLES = 12
 LONGEST_SAMPLE = 2_000
@@ -35,9 +35,9 @@ LONGEST_SAMPLE = 2_000
 class Curve:
     """Points (step, value) in order of the steps, at most ``limit`` of them.
 
-    A point too many makes each two neighbours one: the later step, with the mean of both values. So
-    memory is bounded, and a noisy curve becomes smoother, not sparser. Points that come later are
-    gathered in groups of the same size.
+    If there is a point too many, each two adjacent points become one: the later step, with the mean
+    of both values. So memory is bounded, and a noisy curve becomes smooth instead of sparse. Later
+    points are collected in groups of the same size.
     """
 
     def __init__(self, limit: int = 4096) -> None:
@@ -69,15 +69,15 @@ def _mean(points: Sequence[tuple[int, float]]) -> tuple[int, float]:
 
 @dataclass
 class RunRecord:
-    """What is known of a run."""
+    """What is known about a run."""
 
     folder: Path
     config: Config
-    """Resolved."""
+    """The resolved config."""
     name: str = ""
-    """Of the run; two runs of one report have two names."""
+    """The run's name, which is unique in a report."""
     step: int = 0
-    """The last one in metrics.jsonl."""
+    """The last step in metrics.jsonl."""
     curves: dict[str, Curve] = field(default_factory=dict)
     """By a name of :data:`NUMBERS`; a name without a point is missing."""
     layers: dict[str, dict[str, Curve]] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class RunRecord:
     """Bytes of the weights in the run's model folders, by the folder's name."""
 
     def points(self, name: str) -> list[tuple[int, float]]:
-        """Of a name of :data:`NUMBERS`; [] where there are none."""
+        """The points of a name in :data:`NUMBERS`; [] if there are none."""
         return self.curves[name].points() if name in self.curves else []
 
     def last(self, name: str) -> float | None:
@@ -112,7 +112,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     """Read the folders of runs, each once, in their order.
 
     Raises:
-        UserError: one is no run's folder, or has no line to show yet.
+        UserError: one of them is not a run's folder, or has no line to show yet.
     """
     records = [read_run(folder) for folder in dict.fromkeys(folders)]
     names = [record.name for record in records]
@@ -126,7 +126,7 @@ def read_run(folder: Path) -> RunRecord:
     """Read the folder of a run; it may be in progress.
 
     Raises:
-        UserError: it is no run's folder, or has no line to show yet.
+        UserError: it is not a run's folder, or has no line to show yet.
     """
     config_file, metrics = folder / "config.toml", folder / "metrics.jsonl"
     with user_input(str(folder)):
@@ -154,8 +154,8 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Whole lines; b"" for one that is too long. What stands after the last newline is being
-    written, or was when the run was killed."""
+    """Whole lines; b"" for a line that is too long. Bytes after the last newline are skipped: they
+    are still being written, or were when the run was killed."""
     with path.open("rb") as file:
         while line := file.readline(LONGEST_LINE):
             if line.endswith(b"\n"):
@@ -194,8 +194,8 @@ def _take(record: RunRecord, line: bytes) -> None:
 
 
 def _printable(text: str) -> str:
-    """With control characters, which could turn a page's text around, and halves of characters
-    replaced."""
+    """The text without control characters, which could reverse a page's text, and without halves of
+    characters: they are replaced."""
     return "".join(one if one.isprintable() or one in "\n\t" else "\ufffd" for one in text)
 
 

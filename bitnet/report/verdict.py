@@ -1,14 +1,14 @@
 """Which run is better, by how much, and whether its ternary weights have settled: in words.
 
-*Better* compares the loss on validation text, in bits per byte, after the same number of tokens:
-the last evaluation that both runs have. A difference below :data:`CHANCE` is none.
+*Better* compares the loss on validation text, in bits per byte, after the same number of tokens, at
+the last evaluation that both runs have. A difference below :data:`CHANCE` does not count.
 
 *Settled* reads two curves of the telemetry: the share of codes that changed between two readings
-(flip rate), and the share that is zero. Weights have settled when the flip rate has fallen to
+(flip rate), and the share of zeros. Weights have settled when the flip rate has fallen to
 :data:`FALLEN` of its highest value and the zeros have stayed within :data:`STABLE` over the last
-quarter of the readings; they are settling when the flip rate is below what it was in the second
-quarter. A flip rate that never was above :data:`FROZEN` is no settling: those codes have hardly
-moved since the start, which mostly means that the learning rate is too low.
+quarter of the readings. They are settling when the flip rate is below that of the second quarter. A
+flip rate that was never above :data:`FROZEN` is not settling: those codes have hardly moved since
+the start, which usually means that the learning rate is too low.
 """
 
 import math
@@ -19,13 +19,13 @@ from typing import Literal, NamedTuple
 from bitnet.report.runs import RunRecord
 
 CHANCE = 0.025
-"""Share of the loss: the standard deviation over three seeds of the quickstart model (1.761, 1.792
-and 1.850 bits per byte, docs/results/quickstart.csv)."""
+"""As a share of the loss: the standard deviation over three seeds of the quickstart model (1.761,
+1.792 and 1.850 bits per byte, docs/results/quickstart.csv)."""
 FALLEN = 0.25
 STABLE = 0.01
 FROZEN = 0.001
 READINGS = 5
-"""Fewest readings that say anything."""
+"""Fewest readings that allow a verdict."""
 
 
 class Comparison(NamedTuple):
@@ -33,7 +33,7 @@ class Comparison(NamedTuple):
 
     other: RunRecord
     step: int
-    """Of the first run."""
+    """The step of the first run."""
     ours: float
     theirs: float
     unit: str
@@ -42,17 +42,17 @@ class Comparison(NamedTuple):
 
     @property
     def gap(self) -> float:
-        """Ours less theirs: below 0 is better."""
+        """The first run's loss minus the other's: below 0 is better."""
         return self.ours - self.theirs
 
     @property
     def share(self) -> float:
-        """The gap as a share of theirs."""
+        """The gap as a share of the other's loss."""
         return self.gap / self.theirs if self.theirs else math.inf
 
     @property
     def verdict(self) -> Literal["better", "worse", "as good"]:
-        """Of the first run."""
+        """The verdict on the first run."""
         if abs(self.share) < CHANCE:
             return "as good"
         return "better" if self.gap < 0 else "worse"
@@ -64,7 +64,7 @@ def evaluations(run: RunRecord) -> tuple[str, str]:
 
 
 def compare(run: RunRecord, other: RunRecord) -> Comparison | None:
-    """Compare after as many tokens as both were trained on; None where one has no evaluation."""
+    """Compare after as many tokens as both were trained on; None if one has no evaluation."""
     name, unit = evaluations(run)
     ours = {run.tokens(step): (step, value) for step, value in run.points(name)}
     theirs = {other.tokens(step): value for step, value in other.points(name)}
@@ -92,7 +92,7 @@ def _text(run: RunRecord, key: str) -> object:
 
 
 class Settling(NamedTuple):
-    """What became of the ternary weights."""
+    """Whether the ternary weights have settled, and the figures that show it."""
 
     state: Literal["settled", "settling", "moving", "frozen", "unknown"]
     reason: str
@@ -105,11 +105,11 @@ WORDS = {
     "frozen": "hardly moved",
     "unknown": "cannot be judged yet",
 }
-"""After "Its ternary weights ..."."""
+"""The words that follow "Its ternary weights ..."."""
 
 
 def settling(run: RunRecord) -> Settling | None:
-    """Judge the ternary weights of a run; None where it has none (no telemetry of them)."""
+    """Judge the ternary weights of a run; None if it has none (no telemetry of them)."""
     zeros = [value for _, value in run.points("ternary/zeros")]
     flips = [value for _, value in run.points("ternary/flip_rate")]
     if not zeros:
@@ -139,7 +139,7 @@ def settling(run: RunRecord) -> Settling | None:
 
 
 def _second_quarter(values: Sequence[float]) -> Sequence[float]:
-    """At least one value."""
+    """The values of the second quarter, at least one."""
     return values[len(values) // 4 : max(len(values) // 2, len(values) // 4 + 1)]
 
 
