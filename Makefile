@@ -1,21 +1,21 @@
 # `make` lists the targets. Each works on a fresh clone with only Python (>= 3.11) and make: it makes
-# .venv if there is none and installs into it what it needs, once; after that no network is used.
+# .venv if there is none and installs the dependencies into it, once. Later runs use no network.
 #
-# An existing .venv is used as it is. On Linux without a GPU that is worth knowing, since the default
-# torch brings several GB of CUDA libraries: make .venv first and install PyTorch's CPU build into it
-# (pytorch.org, "Get Started", says how); any torch>=2.11,<2.14 is kept.
+# An existing .venv is used as it is. The default torch brings several GB of CUDA libraries, so on
+# Linux without a GPU first make .venv and install PyTorch's CPU build into it (pytorch.org, "Get
+# Started", says how); any torch>=2.11,<2.14 is kept.
 
 PYTHON ?= python3
 MINUTES ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
-# Stamps: an installation is complete only once its stamp is there, and is repeated when
-# pyproject.toml or a C source changes; one that was interrupted is taken up again by the next make.
+# Stamps: an installation is complete only if its stamp exists. It is repeated when pyproject.toml or
+# a C source changes; the next make continues an interrupted one.
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 QUICK := runs/quickstart/model
 NATIVE := setup.py $(wildcard kernels/bitnet_kernels/cpu/native/*.[ch])
-# Each core gets a block of neighbouring tests; one that is done takes half of what another has left.
+# Each core gets a block of adjacent tests; a core that is done takes half of another core's rest.
 SPREAD := -n auto --dist worksteal
 
 .PHONY: help quickstart test slow test-machines gpu lint types format clean
@@ -68,8 +68,8 @@ clean:  ## remove caches and builds; keeps .venv, data and runs
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find bitnet kernels tests -name __pycache__ -prune -exec rm -rf {} +
 
-# A virtual environment that can install: the one that is there, a new one, or, where half of one
-# cannot be completed, one from scratch.
+# A virtual environment that can install: the existing one, a new one or, if an incomplete one cannot
+# be completed, one from scratch.
 define venv
 	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \

@@ -3,8 +3,8 @@
     pip install -e ".[examples]"
     accelerate launch examples/accelerate_loop.py      # or python, on one device
 
-`weights_quantized` goes around the micro-batches of a step: each weight is then quantized once per
-step, not once per micro-batch. The model predicts a byte of Python source from the eight before it.
+`weights_quantized` encloses the micro-batches of a step, so each weight is quantized once per step,
+not once per micro-batch. The model predicts a byte of Python source from the eight before it.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def byte_model() -> nn.Module:
 
 
 def main(steps: int = 40) -> list[float]:
-    """Train, pack, compare; returns the loss of each step in nats per byte."""
+    """Train, pack and compare; returns the loss of each step in nats per byte."""
     set_seed(0)
     data = torch.tensor(list(Path(argparse.__file__).read_bytes()))
     windows = data.unfold(0, CONTEXT + 1, 1)

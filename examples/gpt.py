@@ -41,7 +41,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder of bytes."""
+    """A decoder-only model of bytes."""
 
     def __init__(self) -> None:
         super().__init__()

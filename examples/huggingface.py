@@ -3,8 +3,8 @@
     pip install -e ".[hf]"
     python examples/huggingface.py
 
-The same lines work on a pretrained model. A trained model that becomes ternary needs fine-tuning;
-docs/qat.md says what to expect.
+The same lines work on a pretrained model, but a trained model that is made ternary needs
+fine-tuning; docs/qat.md says what to expect.
 """
 
 import argparse
@@ -18,7 +18,7 @@ TEXT = b"Ternary weights are -1, 0 or +1, so a product adds, subtracts or skips.
 
 
 def main(steps: int) -> str:
-    """Overfit one sentence, pack, and continue its beginning; returns the text."""
+    """Overfit one sentence, pack, and continue the sentence's beginning; returns the text."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=256,

@@ -1,4 +1,4 @@
-"""BitLinear under Lightning: a LightningModule as any other, packed after training.
+"""BitLinear under Lightning: an ordinary LightningModule, packed after training.
 
     pip install -e ".[examples]"
     python examples/lightning_loop.py

@@ -1,11 +1,11 @@
-"""LoRA by peft beside a packed ternary base, which takes 2 bits per weight.
+"""LoRA by peft on a packed ternary base, which takes 2 bits per weight.
 
     pip install -e ".[examples]"
     python examples/lora.py
 
 A packed layer has nothing to train, but gradients flow through it to its input, as through a
-BitLinear; so the adapters of all layers learn. peft adapts a class of layers that it does not know
-if it is told which of its own layers to use.
+BitLinear. So the adapters of all layers learn. peft can adapt an unknown class of layers if it is
+told which of its own layers to use.
 """
 
 import warnings
@@ -32,7 +32,7 @@ def main(steps: int = 40) -> list[float]:
         bos_token_id=None,
         eos_token_id=None,
     )
-    base = LlamaForCausalLM(config)  # stands for a trained model
+    base = LlamaForCausalLM(config)  # in place of a trained model
     pack(replace_linear(base, skip=("lm_head",)))
     stored = {name: tensor.clone() for name, tensor in base.state_dict().items()}
     tokens = torch.tensor([list(TEXT)])

@@ -4,7 +4,7 @@
 
 The exported program is one graph whose ternary products are calls of bitnet's operators. It takes
 any batch size, gives the model's logits bit for bit, and can be saved as a .pt2 file. A process
-that loads the file imports `bitnet_kernels` first, which registers the operators.
+that loads the file must first import `bitnet_kernels`, which registers the operators.
 """
 
 import io
@@ -18,7 +18,7 @@ CONTEXT = 16
 
 
 def main() -> str:
-    """Export, save, load, compare; returns the program's code."""
+    """Export, save, load and compare; returns the program's code."""
     torch.manual_seed(0)
     config = ModelConfig(depth=2, d_model=64, vocab_size=256, max_seq_len=CONTEXT)
     model = pack(Transformer(config).eval())

@@ -1,4 +1,4 @@
-"""A Hugging Face Llama made ternary by one line and trained by transformers' Trainer.
+"""A Hugging Face Llama, made ternary by one line and trained with transformers' Trainer.
 
     pip install -e ".[examples]"
     python examples/trainer.py

@@ -1,4 +1,4 @@
-"""BitLinear in a vision transformer: transformers' ViT learns which way stripes run.
+"""BitLinear in a vision transformer: transformers' ViT learns the direction of stripes.
 
     pip install -e ".[examples]"
     python examples/vit.py
@@ -20,7 +20,8 @@ SIZE, ANGLES = 16, 4
 
 
 def stripes(n: int) -> tuple[Tensor, Tensor]:
-    """Noisy images ``[n, 1, 16, 16]`` of stripes in one of 4 directions, and which ``[n]``."""
+    """Noisy images ``[n, 1, 16, 16]`` of stripes in one of 4 directions, and the directions
+    ``[n]``."""
     labels = torch.randint(ANGLES, (n,))
     angle = (labels * math.pi / ANGLES).view(-1, 1, 1)
     axis = torch.arange(SIZE).float()
@@ -30,7 +31,7 @@ def stripes(n: int) -> tuple[Tensor, Tensor]:
 
 
 def main(steps: int = 30) -> float:
-    """Train, pack, compare; returns the share of unseen images that the packed model gets right."""
+    """Train, pack and compare; returns the packed model's accuracy on unseen images."""
     torch.manual_seed(0)
     config = ViTConfig(
         image_size=SIZE,

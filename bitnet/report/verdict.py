@@ -92,7 +92,7 @@ def _text(run: RunRecord, key: str) -> object:
 
 
 class Settling(NamedTuple):
-    """Whether the ternary weights have settled, and the figures that show it."""
+    """How far the ternary weights have settled."""
 
     state: Literal["settled", "settling", "moving", "frozen", "unknown"]
     reason: str
