@@ -1,5 +1,5 @@
-"""The engine's bookkeeping of its cache: it uses nothing stale and computes nothing twice. Tested
-with a cache that holds the tokens themselves."""
+"""The engine's bookkeeping of its cache: it uses nothing stale and computes nothing twice. The
+tests use a cache that holds the tokens themselves."""
 
 import random
 from contextlib import suppress

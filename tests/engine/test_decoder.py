@@ -1,4 +1,4 @@
-"""The decoder against the plain model, without a cache; and the models that it refuses."""
+"""The decoder against the plain model without a cache; and the models that it refuses."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""The body of a GPU's step on a CPU: not captured, with the operators' CPU implementations."""
+"""The body of a GPU step, run on a CPU: not captured, with the operators' CPU implementations."""
 
 import copy
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The memory of a decoder; caches and heads of fewer bits."""
+"""The memory of a decoder; caches and heads with fewer bits."""
 
 import gc
 from typing import Any

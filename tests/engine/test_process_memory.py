@@ -1,4 +1,4 @@
-"""What the process of a loaded model holds: its weights once, and nothing that loading left."""
+"""The memory of a process with a loaded model: its weights once, and nothing left by loading."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Draws from logits: their distribution, and the numbers of a seed."""
+"""Draws from logits: their distribution, and the random numbers of a seed."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The text of tokens as they come, ended at stop strings, against decoding all tokens anew."""
+"""The text of tokens as they arrive, ended at stop strings, against decoding all tokens again."""
 
 import random
 from collections.abc import Callable

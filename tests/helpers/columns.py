@@ -1,7 +1,7 @@
 """A decoder whose cache holds the tokens themselves, and whose next token is a hash of all tokens
-of the row: a stale or missing column, or one of another row, changes every token after it.
+of the row. So a column that is stale, missing or from another row changes every token after it.
 
-Not a test module: the fixture puts it in the place of an engine's decoder.
+Not a test module: the fixture replaces an engine's decoder with it.
 """
 
 import math
@@ -20,7 +20,7 @@ VOCAB = 61
 
 class Columns:
     """As strict as the decoder's interface: columns past a row's length have no meaning, and each
-    step writes one there, into every row of its bucket."""
+    step writes one of them in every row of its bucket."""
 
     following: ClassVar[Callable[[tuple[int, ...]], int]]
     prefilled: ClassVar[list[tuple[int, ...]]] = []

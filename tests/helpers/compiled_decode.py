@@ -1,4 +1,4 @@
-"""Compiles the kernels of attention over a cache for GPUs that are not here; prints JSON.
+"""Compiles the kernels of attention over a cache for GPUs that are not present; prints JSON.
 
 Not a test module: ``test_ops_decode.py`` starts it in a separate process without
 TRITON_INTERPRET. Keys: "rope_append bf16 E=128 sm_90".
@@ -20,7 +20,7 @@ def summary(spec: Spec, sm: int) -> dict[str, Any]:
     compiled = compile_spec(spec, sm)
     check(spec, sm)
     return {
-        "registers": compiled.registers * 32 * spec.num_warps,  # of a program
+        "registers": compiled.registers * 32 * spec.num_warps,  # per program
         "shared": compiled.shared_bytes,
         "spills": compiled.spill_bytes,
         "local": len(re.findall(r"\b(?:LDL|STL)\b", compiled.sass)),
@@ -30,7 +30,7 @@ def summary(spec: Spec, sm: int) -> dict[str, Any]:
 
 
 def odd_form(spec: Spec) -> Spec:
-    """The specialization of a launch whose sizes 16 does not divide and whose lengths are int64."""
+    """The specialization for sizes that 16 does not divide and for int64 lengths."""
     pointers = tuple(name for name in spec.aligned if name.endswith("_ptr"))
     types = spec.types | {"lengths_ptr": "*i64"}
     constants = spec.constants | {"E": 50, "BLOCK_E": 64, "REPEATS": 3}

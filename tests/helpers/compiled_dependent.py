@@ -1,10 +1,10 @@
-"""Compiles one form of every kernel for GPUs that are not here, and kernels that wait too late for
-those before them; prints JSON.
+"""Compiles one form of every kernel for GPUs that are not present, and kernels that wait too late
+for the kernels before them; prints JSON.
 
 Not a test module: ``test_dependent_launch.py`` starts it in a separate process without
-TRITON_INTERPRET. "kernels": names of all that the package holds; "checked": of those compiled,
-every one of which waits in time; "wrong": what :func:`waits.waits` finds in kernels that break the
-rule; "options": what the compiler made of the launch's.
+TRITON_INTERPRET. "kernels": names of all kernels of the package; "checked": names of the compiled
+ones, all of which wait in time; "wrong": what :func:`waits.waits` finds in kernels that break the
+rule; "options": what the compiler made of the launch options.
 """
 
 import json

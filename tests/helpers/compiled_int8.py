@@ -16,7 +16,7 @@ from bitnet_kernels.gpu.common import Spec
 from bitnet_kernels.sass import ARCHS, compile_spec, main_loop, parse
 
 LIMITS = {80: 166_912, 89: 101_376, 90: 232_448}
-"""Bytes of shared memory of a block, from the CUDA C++ Programming Guide."""
+"""Bytes of shared memory per block, from the CUDA C++ Programming Guide."""
 
 
 def summary(spec: Spec, sm: int) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def summary(spec: Spec, sm: int) -> dict[str, Any]:
 
 
 def biased(spec: Spec, **constants: Any) -> Spec:
-    """With one scale per row and a bias."""
+    """The spec with one scale per row and a bias."""
     rest = {name: value for name, value in spec.constants.items() if name != "bias_ptr"}
     types = spec.types | {"bias_ptr": "*fp32"}
     aligned = (*spec.aligned, "bias_ptr")
@@ -47,8 +47,8 @@ def biased(spec: Spec, **constants: Any) -> Spec:
 
 
 def forms(sm: int) -> dict[str, Spec]:
-    """Every tile, of the largest the other epilogues and loops, and what a launch specializes to
-    where sizes are 1."""
+    """Every tile; for the largest also the other epilogues and loops, and the specialization for
+    sizes of 1."""
     configs = int8_gemm.CONFIGS[sm]
     if sm == 89:  # the code of 8.0, in less shared memory
         configs = configs[:1]

@@ -23,7 +23,7 @@ def summary(spec: Spec, sm: int) -> dict[str, Any]:
     check(spec, sm)
     loads = re.findall(r"\bLDG\.E((?:\.\w+)*)", compiled.sass)
     return {
-        "registers": compiled.registers * 32 * spec.num_warps,  # of a program
+        "registers": compiled.registers * 32 * spec.num_warps,  # per program
         "spills": compiled.spill_bytes,
         "local": len(re.findall(r"\b(?:LDL|STL)\b", compiled.sass)),
         "loads": sorted(set(loads)),
@@ -35,7 +35,7 @@ def summary(spec: Spec, sm: int) -> dict[str, Any]:
 
 
 def odd_forms() -> list[Spec]:
-    """Specializations of a launch with a size of 1 or one that 16 does not divide; other dtypes."""
+    """Specializations for a size of 1 or one that 16 does not divide; other dtypes."""
     found = []
     for spec in (quant.specs()[1], norm_quant.specs()[0]):
         names = spec.kernel.arg_names

@@ -1,10 +1,10 @@
 """Compiles kernels for GPUs that are not present, inspects them, and prints the findings as JSON.
 
 Not a test module: ``test_sass_kernels.py`` runs it without TRITON_INTERPRET, with "few" or "every"
-and a folder as its arguments. Few are one of the catalog's matmuls per kind and two forms, for
-sm_90 alone.
+and a folder as its arguments. "few" takes one of the catalog's matmuls per kind and two forms, only
+for sm_90.
 Keys: "reports" of the kernels below and of the catalog's matmuls as dictionaries, "listings" of two
-loops of the real thing, "cli" with exit code, stdout and stderr of command lines.
+real loops, "cli" with exit code, stdout and stderr of command lines.
 """
 
 import io
@@ -45,7 +45,7 @@ SAD = tl.constexpr("vabsdiff4.u32.u32.u32.add $0, $2, $3, $1;")
 def loop_kernel(
     x_ptr: tl.tensor, w_ptr: tl.tensor, y_ptr: tl.tensor, W: tl.tensor, FORM: tl.constexpr
 ) -> None:
-    """One warp over words of packed weights and of activations, 16 bytes a lane and pass."""
+    """One warp over words of packed weights and of activations, 16 bytes per lane and pass."""
     lanes = tl.arange(0, 128)
     acc = tl.zeros((128,), dtype=tl.int32)
     total = tl.zeros((128,), dtype=tl.float32)
@@ -68,7 +68,7 @@ def loop_kernel(
             acc = tl.inline_asm_elementwise(SAD, "=r,r,r,r", [acc, w, x], tl.int32, True, 1)
         elif FORM == "sad and multiply":
             acc = tl.inline_asm_elementwise(SAD, "=r,r,r,r", [acc * w, w, x], tl.int32, True, 1)
-    # Multiplying is the epilogue's right.
+    # The epilogue may multiply.
     tl.store(y_ptr + lanes, (acc.to(tl.float32) + total) * tl.load(y_ptr))
 
 
@@ -93,7 +93,7 @@ add.s32 $0, $1, a;
 def smuggling_kernel(
     x_ptr: tl.tensor, w_ptr: tl.tensor, y_ptr: tl.tensor, W: tl.tensor, FORM: tl.constexpr
 ) -> None:
-    """A clean main loop, but for what FORM puts elsewhere or out of sight."""
+    """A clean main loop, except for multiplications that FORM puts elsewhere or hides."""
     lanes = tl.arange(0, 128)
     acc = tl.zeros((128,), dtype=tl.int32)
     for start in range(0, W, 128):
@@ -249,6 +249,6 @@ if __name__ == "__main__":
             "unwritable": run(*inspected, "--kernel", "sad M=1", "--csv", f"{__file__}/f"),
         },
     }  # fmt: skip
-    gpu_catalog.catalog = own_specs  # where one of the family multiplies
+    gpu_catalog.catalog = own_specs  # in which one of the family multiplies
     found["cli"]["wrong"] = run(*inspected, "--kernel", "sad")
     json.dump(found, sys.stdout)

@@ -1,9 +1,9 @@
 """Small models, prompts, and their greedy tokens: by hand, which is the oracle, and by a decoder.
 
-In fp64 the two agree. Sums of floats in another order differ in the last bits, and where an
-activation lies that close to the border of two int8 codes, by a whole code, from which differences
-grow. In fp32 that happens all the time; in fp64, where the last bits are 2^-29 times as large, in
-none of the millions of activations of these tests.
+In fp64 the two agree. Sums of floats in another order differ in the last bits. If an activation is
+that close to the border between two int8 codes, the difference is a whole code, and grows from
+there. In fp32 that happens all the time; in fp64, whose last bits are 2^-29 times as large, it
+happens in none of the millions of activations of these tests.
 
 Not a test module.
 """
@@ -45,20 +45,20 @@ def small_model(dtype: torch.dtype = torch.float32, **fields: Any) -> Transforme
 
 
 def packed_model(dtype: torch.dtype = torch.float32, **fields: Any) -> Transformer:
-    """A small model, its ternary layers packed; a dense one has none."""
+    """A small model with its ternary layers packed; a dense model has none."""
     model = small_model(dtype, **fields)
     return model if fields.get("linear") == "fp" else as_transformer(pack(model))
 
 
 def make_prompts(lengths: list[int]) -> list[list[int]]:
-    """One prompt per length; its tokens depend on the lengths before it too."""
+    """One prompt per length; its tokens also depend on the lengths before it."""
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in lengths]
 
 
 @torch.no_grad()
 def greedy_by_hand(model: Transformer, prompt: list[int], n: int) -> tuple[list[int], Tensor]:
-    """n greedy tokens, each by running the whole sequence again, without cache and batch; and their
+    """n greedy tokens, each by running the whole sequence again without cache and batch; and their
     fp32 logits ``[n, V]``."""
     ids, logits = list(prompt), []
     for _ in range(n):
@@ -69,15 +69,15 @@ def greedy_by_hand(model: Transformer, prompt: list[int], n: int) -> tuple[list[
 
 @torch.no_grad()
 def check_row(model: Transformer, ids: list[int], logits: Tensor) -> None:
-    """Check a decoder's last logits ``[n, V]`` after the tokens ``ids``, of an fp64 model: they
-    are those of the model up to their rounding to fp32."""
+    """Check a decoder's last logits ``[n, V]`` after the tokens ``ids``: they must equal the fp64
+    model's, up to the rounding to fp32."""
     assert next(model.parameters()).dtype == torch.float64
     expected = model(torch.tensor([ids]))[0, -len(logits) :]
     assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
 def prefill(decoder: Any, prompts: list[list[int]], chunk: int) -> None:
-    """Prefill in chunks; a row without tokens left gets 0 of them."""
+    """Prefill in chunks; a row that has no tokens left gets 0."""
     for start in range(0, max(map(len, prompts)), chunk):
         pieces = [prompt[start : start + chunk] for prompt in prompts]
         longest = max(map(len, pieces))

@@ -1,7 +1,7 @@
-"""Training in fp64, where no value falls to the other side of a code's border.
+"""Training in fp64, in which no value crosses the border between two codes.
 
-Fused code, another order of sums or another instruction set moves an fp64 value by about 1e-15. The
-quantizers round to fp32 first, so two runs keep the same codes and their losses can be compared.
+Fused code, another order of sums or another instruction set changes an fp64 value by about 1e-15.
+The quantizers round to fp32 first, so two runs have the same codes, and comparable losses.
 Not a test module.
 """
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def rotary64(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """bitnet.model.rotary in fp64: a cosine in fp32 is another one on another CPU."""
+    """bitnet.model.rotary in fp64: fp32 cosines differ between CPUs."""
     pairs = torch.arange(0, head_dim, 2, dtype=torch.float64)
     angles = positions.double().unsqueeze(-1) * theta ** (-pairs / head_dim)
     angles = torch.cat((angles, angles), -1)

@@ -1,4 +1,4 @@
-"""A wandb that keeps what it is told, and fails when asked to. Not a test module."""
+"""A fake wandb that keeps what it is given, and fails on request. Not a test module."""
 
 import types
 from typing import Any

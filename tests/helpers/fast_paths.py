@@ -1,4 +1,4 @@
-"""Counts what the fast paths of a training step do once, or not at all. Not a test module."""
+"""Counts calls that the fast paths of a training step make once or never. Not a test module."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ import bitnet_kernels
 
 @contextmanager
 def counting() -> Iterator[Counter[str]]:
-    """Counts the calls of what may run once, and of what may not run."""
+    """Counts the calls of functions that may run once, and of functions that may not run."""
     calls: Counter[str] = Counter()
 
     def counted(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,7 +29,7 @@ def counting() -> Iterator[Counter[str]]:
         for what, owner, name in (
             ("weights quantized", bitnet.quant, "absmean_ternary"),
             ("inputs quantized", bitnet.quant, "absmax_int8"),
-            ("inputs quantized", bitnet_kernels, "quant"),  # in one pass, where there is a kernel
+            ("inputs quantized", bitnet_kernels, "quant"),  # in one pass, if there is a kernel
             ("losses without logits", bitnet.loss, "linear_cross_entropy"),
             ("losses of logits", torch.nn.functional, "cross_entropy"),
         ):

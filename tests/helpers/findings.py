@@ -1,4 +1,4 @@
-"""What the scripts share that run kernels in a process of their own and print what they found.
+"""Code shared by the scripts that run kernels in a separate process and print their findings.
 
 A finding is ``{"check": name, "case": shape and more, "ok": bool}``. Not a test module.
 """
@@ -18,7 +18,7 @@ def report(check: str, case: object, ok: bool) -> None:
 
 
 def same(got: Tensor, want: Tensor) -> bool:
-    """Equal dtype, shape and values, NaN equal to NaN."""
+    """Whether dtype, shape and values are equal; NaN equals NaN."""
     if got.dtype != want.dtype or got.shape != want.shape:
         return False
     if not got.is_floating_point():
@@ -38,7 +38,7 @@ def oracle_quant(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def hostile_rows(k: int, dtype: torch.dtype) -> Tensor:
-    """[9, K]: a normal row, then what quantization could stumble over."""
+    """[9, K]: a normal row, then rows that are hard to quantize."""
     largest = torch.finfo(dtype).max
     tiny = torch.finfo(dtype).smallest_normal / 4  # denormal
     rows = torch.randn(9, k, dtype=torch.float64)

@@ -30,7 +30,7 @@ def bytes_to_marks() -> dict[int, str]:
 
 @cache
 def vocabulary() -> tuple[list[str], list[str]]:
-    """Tokens and merges: bytes, a few pairs that span every kind of border, then control tokens."""
+    """Tokens and merges: bytes, a few pairs that span each kind of border, then control tokens."""
     marks = bytes_to_marks()
     tokens, merges = [marks[b] for b in range(256)], []
     words = ["to", " be", " the", "12", "123", "34", " 1", "'t", "n't", "\n\n", "  ", " x", "//"]
@@ -50,7 +50,7 @@ VOCAB = len(vocabulary()[0])
 
 
 def model() -> Transformer:
-    """Ours, with random weights and norms: the oracle of names, order of rows and maths."""
+    """Our model, with random weights and norms: the oracle for names, order of rows and math."""
     torch.manual_seed(0)
     shape: Fields = {"d_model": D, "n_heads": HEADS, "n_kv_heads": KV, "d_ff": FF}
     shape |= {"depth": LAYERS, "n_layers": LAYERS, "vocab_size": VOCAB, "max_seq_len": CONTEXT}

@@ -1,4 +1,4 @@
-"""Small ternary models that GGUF can carry, and readers of GGUF's types that are not ours."""
+"""Small ternary models that GGUF can hold, and readers of GGUF's types that are not ours."""
 
 import ctypes
 from typing import Any
@@ -27,8 +27,8 @@ FITS: dict[str, Any] = {
 
 
 def model(packed: bool = True, **fields: Any) -> Transformer:
-    """Ternary, with random norms. Of a matrix in the last layer, one block of 256 is all zero, and
-    one scale is a number that fp16 holds."""
+    """A ternary model with random norms. A matrix in the last layer has one block of 256 zeros, and
+    one scale that fp16 holds exactly."""
     torch.manual_seed(0)
     made = Transformer(ModelConfig(**{**FITS, **fields}))
     for name, parameter in made.named_parameters():
@@ -60,7 +60,7 @@ def i2_s(data: bytes, rows: int, columns: int) -> tuple[np.ndarray, float]:
 
 
 def quantized_by_llama_cpp(values: np.ndarray, number: int) -> bytes:
-    """fp32 ``[N, K]`` in the type of this number, by llama.cpp's own quantizer."""
+    """fp32 ``[N, K]`` in the GGUF type ``number``, by llama.cpp's own quantizer."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="pip install -e .[peers]")
     ggml = ctypes.CDLL(str(llama_cpp.llama_cpp._lib._name)).ggml_quantize_chunk
     ggml.restype = ctypes.c_size_t

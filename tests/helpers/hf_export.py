@@ -1,5 +1,5 @@
-"""A small trained model to export, what transformers makes of the export, and a BitNet of
-transformers' own. Not a test module."""
+"""A small trained model to export, the export as loaded by transformers, and a BitNet made by
+transformers. Not a test module."""
 
 from functools import cache
 from pathlib import Path
@@ -27,9 +27,9 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 @cache
 def trained(steps: int = 2, **fields: Any) -> Transformer:
-    """A tiny model after a few steps: odd sizes, grouped queries, every norm weight another. With
-    more steps it has learnt a text by heart, so that its greedy tokens are far from any tie. It is
-    made once: do not change it."""
+    """A tiny model after a few steps: odd sizes, grouped queries, all norm weights different. With
+    more steps it has memorized a text, so that its greedy tokens are far from any tie. It is made
+    once: do not change it."""
     shape: dict[str, Any] = {"depth": 2, "d_model": 48, "n_heads": 6, "n_kv_heads": 2}
     shape |= {"d_ff": 76, "vocab_size": VOCAB, "max_seq_len": 96, "rope_theta": 50_000.0}
     torch.manual_seed(0)
@@ -46,12 +46,12 @@ def trained(steps: int = 2, **fields: Any) -> Transformer:
 
 @torch.no_grad()
 def far_from_ties(model: Transformer, tokens: Tensor) -> Tensor:
-    """Rows of the tokens ``[B, T]`` whose activations all lie further than 1e-4 from the middle
+    """Rows of the tokens ``[B, T]`` whose activations are all further than 1e-4 from the middle
     between two int8 codes, bool ``[B]``.
 
     transformers computes x * (127 / max), we compute x / (max / 127): up to 127 codes, each with a
-    few roundings of 2^-24, after layers whose results differ as little. Nearer to the middle the
-    two may round to different codes, and the logits differ by what int8 is worth.
+    few roundings of 2^-24, after layers whose results differ equally little. Closer to the middle
+    the two may round to different codes, and the logits differ by the precision of int8.
     """
     near = torch.zeros(len(tokens), dtype=torch.bool)
 
@@ -70,7 +70,7 @@ def far_from_ties(model: Transformer, tokens: Tensor) -> Tensor:
 
 
 def load_theirs(folder: Path) -> Any:
-    """The model as transformers loads it, by its config alone."""
+    """The model as transformers loads it, using only its config."""
     return transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
@@ -88,12 +88,12 @@ def greedy(theirs: Any, prompt: list[int], count: int) -> list[int]:
 
 
 def spreads(ours: Tensor, theirs: Tensor) -> Tensor:
-    """|difference| in standard deviations of ours, of the same shape."""
+    """|difference| in standard deviations of ours, in the same shape."""
     return (ours - theirs).abs() / ours.std()
 
 
 def bitnet(**changes: Any) -> Any:
-    """A random BitNetForCausalLM in bf16, every norm weight another."""
+    """A random BitNetForCausalLM in bf16, with all norm weights different."""
     fields = {k: v for k, v in llama().config.to_dict().items() if k != "model_type"}
     config = transformers.BitNetConfig(**fields | {"hidden_act": "relu2"} | changes)
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ def tokenizer_json() -> bytes:
 
 
 def llama(**changes: Any) -> Any:
-    """A tiny random LlamaForCausalLM: grouped queries, odd sizes, every norm weight another."""
+    """A tiny random LlamaForCausalLM: grouped queries, odd sizes, all norm weights different."""
     fields: dict[str, Any] = {
         "vocab_size": 300,
         "hidden_size": 48,

@@ -23,7 +23,7 @@ VALUES: list[Any] = [
 
 
 def somewhere(value: Any, rng: random.Random) -> Any:
-    """The value with one of its parts, at any depth, replaced, removed, renamed or added."""
+    """The value with one part, at any depth, replaced, removed, renamed or added."""
     if isinstance(value, dict) and value and rng.random() < 0.9:
         key = rng.choice(sorted(value))
         what = rng.randrange(6)
@@ -38,7 +38,7 @@ def somewhere(value: Any, rng: random.Random) -> Any:
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """Bytes flipped, cut, repeated or inserted."""
+    """The data with bytes flipped, cut, repeated or inserted."""
     what, at = rng.randrange(5), rng.randrange(max(1, len(data)))
     if what == 0:
         return data[:at]
@@ -54,7 +54,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def odd_file(path: Path, rng: random.Random) -> None:
-    """Something else in a file's place: a folder, a FIFO, a device, a circle, 20 GB of nothing."""
+    """Replace a file by a folder, a FIFO, a device, a link to itself or a 20 GB sparse file."""
     data = path.read_bytes() if path.is_file() else b""
     path.unlink(missing_ok=True)
     what = rng.randrange(7)

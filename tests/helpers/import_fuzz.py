@@ -35,7 +35,7 @@ NUMBERS = (0, 1, -1, 2**31, 2**40, 2**63, 255)
 
 
 def odd_text(data: bytes, rng: random.Random) -> bytes:
-    """JSON that is none, or that few expect."""
+    """Invalid or unusual JSON."""
     deep = b'{"a":' * 5000 + b"1" + b"}" * 5000
     double = data.rstrip()[:-1] + b', "model_type": "llama", "hidden_size": 7}'
     latin = data.replace(b"{", b'{"\xff\xe9": 1, ', 1)
@@ -86,7 +86,7 @@ def change(path: Path, rng: random.Random) -> None:
 
 
 def sign(folder: Path) -> None:
-    """Make the checksums of our folder agree with what it holds now, where they can."""
+    """Make the checksums of our folder agree with its current files, where possible."""
     path = folder / "config.json"
     try:
         if not path.is_file() or path.stat().st_size > 10**8:
@@ -110,7 +110,7 @@ REGEXES = ("(", "(?i", "a{99999999}", "(a*)*b", "\\p{Nope}", "[", "(?<=a+)b", "x
 
 
 def make_folders(root: Path) -> list[Path]:
-    """Whole folders to start from: Hugging Face's, with one file and with shards, and ours."""
+    """Intact folders to start from: Hugging Face's, with one file and with shards, and ours."""
 
     folders = [hf_folder.write(hf_folder.llama(), root / "hf")]
     hf_folder.llama().save_pretrained(root / "shards", max_shard_size="100KB")
@@ -139,7 +139,7 @@ def make_folders(root: Path) -> list[Path]:
 
 
 def check(load_it: Callable[[], Any], what: str) -> bool:
-    """Whether it loads; anything but a model that runs or one line is a failure."""
+    """Whether it loads; anything but a running model or a one-line error is a failure."""
     begun = time.process_time()
     try:
         model, tokenizer = load_it()
@@ -156,7 +156,7 @@ def check(load_it: Callable[[], Any], what: str) -> bool:
 
 
 def fuzz_folders(root: Path, count: int, seed: int) -> int:
-    """``count`` folders; how many of them loaded."""
+    """Try ``count`` folders; returns how many of them loaded."""
     rng, loaded = random.Random(seed), 0
     originals = make_folders(root / "whole")
     for folder in originals:
@@ -191,7 +191,7 @@ def fuzz_folders(root: Path, count: int, seed: int) -> int:
 
 
 def odd_keys(rng: random.Random) -> Callable[[dict[str, Any]], object]:
-    """Metadata with one value that GGUF can say, of any kind, or without it."""
+    """Metadata with one value replaced by any that GGUF can express, or removed."""
     plain: list[Any] = [0, 1, 3, -1, 2**24 + 1, 10**9, 2**62, True, 1.5, float("nan"), "x", "é😀"]
     plain += [float("inf"), [1], ["x"], [1.5], "llama", "yarn", "none", [1, 2, 3], ["a b", "b"]]
     more = ["rope.scaling.factor", "expert_count", "attention.scale", "logit_scale", "new.key"]
@@ -213,7 +213,7 @@ def odd_keys(rng: random.Random) -> Callable[[dict[str, Any]], object]:
 
 
 def fuzz_ternary(root: Path, count: int, seed: int) -> int:
-    """``count`` ternary models, in GGUF and in one file of ours; how many of them loaded."""
+    """Try ``count`` ternary models, in GGUF and in one file of ours; returns how many loaded."""
     rng, loaded = random.Random(seed), 0
     root.mkdir()
     tokenizer = train_tokenizer([TEXT], 300, root / "tokenizer.model", 1)
@@ -251,7 +251,7 @@ def fuzz_ternary(root: Path, count: int, seed: int) -> int:
 
 
 def fuzz_gguf(root: Path, count: int, seed: int) -> int:
-    """``count`` GGUF files; how many of them loaded."""
+    """Try ``count`` GGUF files; returns how many of them loaded."""
     rng, loaded = random.Random(seed), 0
     root.mkdir()
     path = root / "model.gguf"

@@ -66,7 +66,7 @@ ODD_NAMES = (
 
 
 def toml(value: Any) -> str:
-    """A value as TOML, in a line; what TOML has no word for becomes odd."""
+    """A value as TOML in one line; a value that TOML cannot express becomes odd text."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):
@@ -101,7 +101,7 @@ def odd_toml(values: dict[str, Any], rng: random.Random) -> bytes:
 
 
 def odd_override(defaults: dict[str, dict[str, Any]], rng: random.Random) -> str:
-    """``section.key=value`` with one of the three odd, most often the value."""
+    """``section.key=value`` with one odd part, most often the value."""
     section = rng.choice(sorted(defaults))
     key = rng.choice(sorted(defaults[section]))
     value = rng.choice([rng.choice(BARE), toml(rng.choice(VALUES)), toml(defaults[section][key])])
@@ -115,7 +115,7 @@ def odd_override(defaults: dict[str, dict[str, Any]], rng: random.Random) -> str
 
 
 def check(function: Callable[[], Any], what: str) -> bool:
-    """Whether it works; anything but that or one line within 10 s is a failure."""
+    """Whether it works; anything but that or a one-line error within 10 s is a failure."""
     begun, message = time.process_time(), ""
     try:
         function()
@@ -139,7 +139,7 @@ def inspect(arguments: list[str]) -> None:
 
 
 def fuzz_configs(root: Path, count: int, seed: int) -> int:
-    """``count`` configs, files and overrides by turns; how many of them compute."""
+    """Try ``count`` configs, files and overrides in turn; returns how many of them compute."""
     rng, worked = random.Random(seed), 0
     root.mkdir(exist_ok=True)
     path = root / "mine.toml"
@@ -161,7 +161,7 @@ def fuzz_configs(root: Path, count: int, seed: int) -> int:
 
 
 def remove(path: Path) -> None:
-    """Whatever it is."""
+    """Remove a path of any kind."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -169,7 +169,7 @@ def remove(path: Path) -> None:
 
 
 def odd_rows(rng: random.Random) -> bytes:
-    """JSON lines, some of which are none, or have no text."""
+    """JSON lines, some of which are invalid or have no text."""
     rows = [b'{"text": "to be"}', b'{"text": null}', b'{"text": ""}', b'{"text": "\\ud800"}', b""]
     rows *= 3
     rows += [
@@ -186,7 +186,7 @@ def odd_rows(rng: random.Random) -> bytes:
 
 
 def odd_source(folder: Path, rng: random.Random) -> None:
-    """A small file of some kind, or something else in its place, of an odd name perhaps."""
+    """A small file of some kind, or something else in its place, maybe with an odd name."""
     text = (WORDS * rng.choice([1, 100, 200])).encode()
     texts = [
         *(
@@ -225,7 +225,7 @@ def odd_source(folder: Path, rng: random.Random) -> None:
     path.write_bytes(damaged(content, rng) if rng.random() < 0.15 else content)
     what = rng.random()
     if what < 0.05:
-        os.truncate(path, 3 * 10**6)  # the rest is zeros that take no place
+        os.truncate(path, 3 * 10**6)  # the rest is zeros that take no space
     elif what < 0.1:
         path.chmod(0)
     elif what < 0.15:
@@ -236,7 +236,7 @@ def odd_source(folder: Path, rng: random.Random) -> None:
 
 
 def odd_folder(folder: Path, rng: random.Random) -> None:
-    """A few such files, in folders and behind links, some of which go in a circle."""
+    """A few such files, in folders and behind links, some of which are circular."""
     folder.mkdir(parents=True)
     good = rng.random() < 0.7
     if good:
@@ -258,7 +258,7 @@ def odd_folder(folder: Path, rng: random.Random) -> None:
 
 
 def fuzz_folders(root: Path, count: int, seed: int) -> int:
-    """``count`` folders to prepare; from how many of them there is a prepared set."""
+    """Prepare ``count`` folders; returns how many gave a prepared set."""
     rng, worked = random.Random(seed), 0
     root.mkdir(exist_ok=True)
     model = train_tokenizer([WORDS * 50], 300, root / "tokenizer.model", 1).path

@@ -1,7 +1,7 @@
-"""The project built and installed as a stranger does. Not a test module.
+"""The project, built and installed as a new user does it. Not a test module.
 
-There is no network in a test, so a new environment borrows the third-party packages of this one by
-links; the project itself is there only as what pip installed.
+There is no network in a test, so a new environment has links to the third-party packages of this
+one; of the project itself it has only what pip installed.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LIBRARY = "bitnet_kernels/cpu/_native.abi3.so"
 COMPILER = shutil.which((os.environ.get("CC") or sysconfig.get_config_var("CC")).split()[0])
-"""The C compiler that setuptools takes, or None: then there is no native library to test."""
+"""The C compiler that setuptools uses, or None: then there is no native library to test."""
 NOT_BORROWED = ("triton", "bitnet", "__editable__", "__pycache__", "pip")
 
 
@@ -28,7 +28,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
 
 
 def copy_source(folder: Path) -> Path:
-    """The working tree's files that an installation needs, without what one left behind."""
+    """Copy the working tree's files that an installation needs, without build leftovers."""
     source = folder / "source"
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "train.py"):
@@ -46,7 +46,7 @@ def build(out: Path) -> None:
 
 
 def new_environment(folder: Path) -> Path:
-    """A fresh environment's Python, with all that the project needs but Triton."""
+    """The Python of a new environment with everything that the project needs except Triton."""
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     show = "import sysconfig; print(sysconfig.get_path('purelib'))"

@@ -2,8 +2,8 @@
 
 Not a test module: ``test_ops_decode.py`` starts it in a separate process with TRITON_INTERPRET=1.
 
-The oracles are Python loops over rows, tokens and heads: fp32 one operation at a time for what is
-written (which must agree bit for bit), float64 for attention.
+The oracles are Python loops over rows, tokens and heads: fp32 one operation at a time for values
+that are written (which must agree bit for bit), float64 for attention.
 """
 
 import json
@@ -56,7 +56,7 @@ class Cache(NamedTuple):
 
 
 def random_case(index: int) -> Case:
-    """Lengths of 0, full caches and beyond are among them."""
+    """A random case; lengths include 0, full caches and more than the cache holds."""
     rng = random.Random(index)
     sizes = MOST_HEADS + 1, 1, 1, 1
     while sizes[0] * sizes[1] * (sizes[2] + 2) * sizes[3] > MOST_HEADS:
@@ -68,14 +68,14 @@ def random_case(index: int) -> Case:
     lengths = [rng.choice((0, room, rng.randint(0, room), rng.randint(0, 130))) for _ in range(b)]
     n_valid = [rng.choice((t, t, rng.randint(0, t), t + 5)) for _ in range(b)]
     if index % 9 == 0:
-        lengths[0], n_valid[-1] = -2, -1  # nonsense, which must stay within the cache
+        lengths[0], n_valid[-1] = -2, -1  # invalid, but must not write outside the cache
     h, e = g * repeats, HEAD_DIMS[index % len(HEAD_DIMS)]
     dtype, cache = rng.choice(DTYPES), CACHES[index % 4]
     return Case(b, t, h, g, e, n_columns, b + rng.randint(0, 2), dtype, cache, lengths, n_valid)
 
 
 def bad_cache(case: Case) -> Cache:
-    """A cache of NaN, or of codes 99 with scale NaN, which show wherever they are used."""
+    """A cache of NaN, or of codes 99 with scale NaN, which show up wherever they are used."""
     shape = (case.s, case.g, case.n_columns, case.e)
     if case.cache == torch.int8:
         codes = torch.full(shape, 99, dtype=torch.int8)
@@ -86,7 +86,7 @@ def bad_cache(case: Case) -> Cache:
 
 
 def filled_cache(case: Case) -> Cache:
-    """The same with numbers in the columns that the valid tokens' queries see."""
+    """The same, with numbers in the columns that the valid tokens' queries see."""
     cache = bad_cache(case)
     for b, (length, n_valid) in enumerate(zip(case.lengths, case.n_valid, strict=True)):
         n = min(max(length, 0) + max(min(case.t, n_valid), 1), case.n_columns)
@@ -115,7 +115,7 @@ def equal(a: Cache, b: Cache) -> bool:
 
 
 def oracle_append(case: Case, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor:
-    """The queries; writes to the cache."""
+    """Write to the cache; returns the queries."""
     cosines, sines, half = cos.numpy(), sin.numpy(), case.e // 2
     heads = qkv.view(case.b, case.t, case.h + 2 * case.g, case.e)
     q = torch.empty(case.b, case.t, case.h, case.e, dtype=case.dtype)
@@ -142,12 +142,12 @@ def oracle_append(case: Case, qkv: Tensor, cos: Tensor, sin: Tensor, cache: Cach
 def oracle_attention(case: Case, q: Tensor, cache: Cache) -> tuple[Tensor, Tensor]:
     """float64 outputs ``[B, T, H * E]`` and how far computed ones may be off.
 
-    u = 2^-24. A score is a sum of E products in fp32, scaled: off by at most (E + 8) u of
-    sum |q k| / sqrt(E), as an absolute error of the exponent a relative one of the probability, in
-    the numerator and in the sum: twice. The sums over columns add (columns + 16) u. Where dots are
-    of 16 bits, probabilities are rounded: 2^-8 (bf16) or 2^-11 and 2^-24 absolute (fp16). All of
-    it is relative to sum p |v| (the absolute part to max |v| for every column). Last, the output's
-    own rounding.
+    u = 2^-24. A score is a scaled sum of E products in fp32, off by at most (E + 8) u of
+    sum |q k| / sqrt(E). This absolute error of the exponent is a relative error of the probability,
+    and counts twice: in the numerator and in the sum. The sums over columns add (columns + 16) u.
+    In 16-bit dots probabilities are rounded: 2^-8 (bf16), or 2^-11 and 2^-24 absolute (fp16). All
+    of it is relative to sum p |v| (the absolute part to max |v| for every column). Last comes the
+    output's own rounding.
     """
     k, v = cache.k.double().numpy(), cache.v.double().numpy()
     if cache.k_scale is not None and cache.v_scale is not None:
@@ -171,13 +171,13 @@ def oracle_attention(case: Case, q: Tensor, cache: Cache) -> tuple[Tensor, Tenso
         if pv == torch.float16:
             slack[b, t, h] += n * 2.0**-24 * np.abs(values).max()
         if case.dtype == torch.float16:
-            slack[b, t, h] += 2.0**-25  # half the least denormal
+            slack[b, t, h] += 2.0**-25  # half the smallest denormal
     shape = (case.b, case.t, case.h * case.e)
     return torch.from_numpy(y.reshape(shape)), torch.from_numpy(slack.reshape(shape))
 
 
 def meaningful(case: Case) -> Tensor:
-    """bool ``[B, T, 1]``: the tokens whose queries see no column that nobody wrote."""
+    """bool ``[B, T, 1]``: the tokens whose queries see only columns that were written."""
     steps = torch.arange(case.t)
     return (steps < torch.tensor(case.n_valid).clamp(min=1).unsqueeze(1)).unsqueeze(-1)
 
@@ -230,7 +230,7 @@ def check_attention(index: int, case: Case) -> None:
 
 
 def check_one_column_more_shows() -> None:
-    """The tolerance can be missed: one column more or less, or a scale left out, is beyond it."""
+    """The tolerance is tight: one column more or less, or a missing scale, exceeds it."""
     for dtype in DTYPES:
         case = Case(2, 1, 4, 2, 32, 40, 2, dtype, dtype, [8, 20], [1, 1])
         cache = filled_cache(case._replace(lengths=[30, 30]))
@@ -244,8 +244,8 @@ def check_one_column_more_shows() -> None:
 
 
 def check_not_finite() -> None:
-    """A key or value that is not finite shows in every output that sees it, and in no other: other
-    rows, other heads, and earlier tokens of the same chunk."""
+    """A key or value that is not finite shows in every output that sees it, and in no others: not
+    in other rows, other heads, or earlier tokens of the same chunk."""
     forms = ((0, 0, 6), (1, 1, 6), (2, 2, 1), (2, 3, 6), (0, 3, 1))
     for index, (dtype_index, cache_index, t) in enumerate(forms):
         dtype, cache_dtype = DTYPES[dtype_index], CACHES[cache_index]
@@ -295,7 +295,7 @@ def check_large_scores() -> None:
 
 
 def check_cuda_implementations() -> None:
-    """The CUDA implementations of the operators, which interpreted kernels let run on the CPU:
+    """Check the operators' CUDA implementations, which run on the CPU with interpreted kernels:
     layouts and empty batches."""
     available.triton_by_default = lambda device: True
     case = Case(2, 3, 4, 2, 16, 20, 3, torch.float32, torch.int8, [5, 17], [3, 2])
@@ -327,7 +327,7 @@ if __name__ == "__main__":
     assert INTERPRETED, "TRITON_INTERPRET=1 is not set"
     patch_once()
     torch.manual_seed(0)
-    np.seterr(all="ignore")  # the interpreter computes in numpy; infinities are meant
+    np.seterr(all="ignore")  # the interpreter computes in numpy; infinities are intended
     for index in range(N_CASES):
         case = random_case(index)
         check_append(index, case)

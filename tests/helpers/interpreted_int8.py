@@ -24,7 +24,7 @@ SHAPES = (
     (64, 64, 128), (129, 257, 129), (2, 70, 31), (7, 100, 600), (1, 1, 1025), (150, 33, 48),
 )  # fmt: skip
 SMALL = (TileConfig(16, 32, 32), TileConfig(32, 16, 64))
-"""Several tiles each way, and several steps of K, where the shipped ones make one."""
+"""Several tiles in each direction and several steps of K, where the shipped tiles need just one."""
 
 
 def oracle(x: Tensor, w: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def oracle_linear(
 
 
 def any_int8(rows: int, columns: int) -> Tensor:
-    """All values, and a row of the least."""
+    """Random int8 of all values, with a row of the lowest."""
     values = torch.randint(-128, 128, (rows, columns), dtype=torch.int8)
     values[rows // 2] = -128
     return values
@@ -110,7 +110,7 @@ def check_operators() -> None:
 if __name__ == "__main__":
     assert INTERPRETED, "TRITON_INTERPRET=1 is not set"
     patch_once()
-    np.seterr(all="ignore")  # infinities are meant
+    np.seterr(all="ignore")  # infinities are intended
     torch.manual_seed(0)
     for index, shape in enumerate(SHAPES):
         check_shape(index, *shape)

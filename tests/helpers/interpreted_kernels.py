@@ -5,7 +5,7 @@ because that variable is read when Triton is imported and would change every oth
 imports Triton.
 
 The interpreter has no inline assembly, so ``ptx_emulator`` executes the kernels' PTX, instruction
-by instruction: what is compared is the code that a GPU would run, and then the plain branch.
+by instruction. So the comparison covers the code that a GPU would run, and then the plain branch.
 The oracle is numpy: int64 products, and fp32 arithmetic one operation at a time.
 """
 
@@ -40,9 +40,9 @@ from bitnet_kernels.gpu.popcount import activation_planes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 N_SHAPES, CHOSEN = int(sys.argv[1]), sys.argv[2:]
-"""How many shapes, and the kernels that this process checks."""
+"""The number of shapes, and the kernels that this process checks."""
 N_ACCUMULATORS = N_SHAPES // 3
-"""Of those shapes, how many are also checked without the rescale."""
+"""The number of those shapes that are also checked without the rescale."""
 THOROUGH = N_SHAPES >= 200
 """Whether to take the time for long rows and more configurations."""
 N_PLAIN = {False: 8, True: 14}
@@ -65,7 +65,7 @@ def oracle_linear(
 
 
 def random_codes(n: int, k: int) -> Tensor:
-    """Random codes, of which some rows are all one value."""
+    """Random codes; in some rows all have the same value."""
     codes = torch.randint(-1, 2, (n, k), dtype=torch.int8)
     for row, value in enumerate((1, -1, 0)):
         codes[row + 5 : row + 6] = value
@@ -73,7 +73,7 @@ def random_codes(n: int, k: int) -> Tensor:
 
 
 def any_int8(m: int, k: int) -> Tensor:
-    """[M, K] of all values, and a row of the least."""
+    """[M, K] of all values, with a row of the lowest."""
     x_q = torch.randint(-128, 128, (m, k), dtype=torch.int8)
     x_q[1:2] = -128
     return x_q
@@ -146,7 +146,7 @@ def check_layers(case: str, x: Tensor, codes: Tensor, every_family: bool) -> Non
 
 
 def check_configurations() -> None:
-    """The configurations that ship for GPUs, which the interpreter's own replace above, and each
+    """Check the shipped GPU configurations, which the interpreter's own replace above, and each
     with K split, on shapes that fit none of them."""
     shapes = ((1, 9, 300), (3, 5, 4500), (5, 3, 130), (5, 7, 2200))
     for formulation in FORMULATIONS.keys() & CHOSEN:
@@ -169,7 +169,7 @@ def check_configurations() -> None:
 
 
 def check_long_rows() -> None:
-    """Accumulators that fp32 could not hold."""
+    """Check accumulators that fp32 could not hold."""
     k = 140_001
     x = torch.full((1, k), 127, dtype=torch.int8)
     packed = pack_ternary(torch.ones(1, k, dtype=torch.int8))
@@ -196,8 +196,8 @@ def check_activation_planes() -> None:
 
 
 def check_ops() -> None:
-    """Leading dimensions, layouts, empty batches and float64 through the public op, and the CUDA
-    implementations, which interpreted kernels let run on the CPU."""
+    """Check leading dimensions, layouts, empty batches and float64 through the public op, and the
+    CUDA implementations, which run on the CPU with interpreted kernels."""
     n, k = 37, 70
     codes, scale, bias = random_codes(n, k), torch.rand(n), torch.randn(n)
     packed = pack_ternary(codes)
@@ -235,7 +235,7 @@ def check_ops() -> None:
 
 
 def check_cuda_implementations() -> None:
-    """The kernels of ``"auto"`` on a GPU, and the quantizer's CUDA implementation."""
+    """Check the kernels of ``"auto"`` on a GPU, and the quantizer's CUDA implementation."""
     n, k = 37, 70
     codes, scale, bias = random_codes(n, k), torch.rand(n), torch.randn(n)
     packed = pack_ternary(codes)
@@ -263,7 +263,7 @@ def check_cuda_implementations() -> None:
 if __name__ == "__main__":
     assert INTERPRETED, "TRITON_INTERPRET=1 is not set"
     patch_once()
-    np.seterr(all="ignore")  # the interpreter computes in numpy; infinities are meant
+    np.seterr(all="ignore")  # the interpreter computes in numpy; infinities are intended
     ptx_emulator.install()
     for branch in ("plain", "assembly"):
         torch.manual_seed(0)

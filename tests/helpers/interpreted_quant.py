@@ -2,8 +2,8 @@
 
 Not a test module: ``test_ops_quant.py`` starts it in a separate process with TRITON_INTERPRET=1.
 
-The oracle is numpy, fp32 arithmetic one operation at a time, torch for casts, and integers for the
-sums that must come out the same in any order.
+The oracle is numpy in fp32, one operation at a time, torch for casts, and integers for the sums
+that must be the same in any order.
 """
 
 import json
@@ -35,7 +35,7 @@ Oracle = tuple[Tensor, ...]
 
 
 def oracle_sum(terms: NDArray[np.float64]) -> float:
-    """Terms counted in units of the grid, each rounded half to even, and added as integers."""
+    """Terms in units of the grid, each rounded half to even, and added as integers."""
     if not np.isfinite(terms).all():
         return math.nan
     largest = float(terms.max())
@@ -66,13 +66,13 @@ def oracle_relu2(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def agree(got: Oracle, expected: Oracle, oracle: Oracle) -> bool:
-    """The kernel's tensors, the reference's and the oracle's are the same."""
+    """Whether the kernel's tensors, the reference's and the oracle's are the same."""
     triples = zip(got, expected, oracle, strict=True)
     return all(same(a, c) and same(b, c) for a, b, c in triples)
 
 
 def random_shapes(max_m: int, max_k: int, seed: int) -> Iterator[tuple[int, int]]:
-    """Corners, then log-uniform and uniform K by turns with a log-uniform M."""
+    """Corners, then alternately log-uniform and uniform K, with a log-uniform M."""
     corners = [(1, 1), (2, 1), (1, 2), (1, max_k), (max_m, max_k), (max_m, 1), (3, 64), (2, 65)]
     rng = random.Random(seed)
     for index in range(N_SHAPES):
@@ -83,7 +83,7 @@ def random_shapes(max_m: int, max_k: int, seed: int) -> Iterator[tuple[int, int]
 
 
 def rows_for(m: int, k: int, dtype: torch.dtype) -> Tensor:
-    """[m, k]: rows of several magnitudes, the first up to six of them hostile."""
+    """[m, k]: rows of several magnitudes, of which up to six, at the start, are hostile."""
     x = (torch.randn(m, k) * 10.0 ** torch.randint(-2, 3, (m, 1))).to(dtype)
     hostile = hostile_rows(k, dtype)[torch.randperm(9)[: min(m, 6)]]
     x[: hostile.shape[0]] = hostile
@@ -133,8 +133,8 @@ def norms(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def check_blocks() -> None:
-    """The blocks of the compiled kernels, which the interpreter's own larger ones replace above,
-    and rows cut into several; none may show in the result."""
+    """Check the compiled kernels' blocks, which the interpreter's larger ones replace above, and
+    rows cut into several; the result must not depend on them."""
     for m, k, dtype in ((3, 5, torch.float32), (9, 70, torch.bfloat16), (5, 300, torch.float16)):
         x, weight = rows_for(m, k, dtype), torch.rand(k)
         compiled = row_tile(m, k, interpreted=False)
@@ -171,8 +171,9 @@ def check_long_rows() -> None:
 
 
 def check_grid() -> None:
-    """Sums just above a tie of fp32, by less than half a unit of the grid or by a little more: they
-    show whether terms are rounded to it. A row's squares: a^2 + b^2, half an ulp of it, a tail."""
+    """Sums just above a tie of fp32, by less than half a unit of the grid or by a little more. They
+    show whether terms are rounded to the grid. The squares of a row are a^2 + b^2, half an ulp of
+    that, and a tail."""
     heads = [(a, b) for a in (17, 18, 19, 20, 21, 22) for b in range(5)]
     for name, tail in (("below", 1.75 * 2.0**-22), ("above", 2.5 * 2.0**-22)):
         rows = [[float(a), float(b), 2.0**-8, tail] for a, b in heads]
@@ -194,8 +195,8 @@ def convert_kernel(
 
 
 def check_conversions() -> None:
-    """fp32 to bf16 and fp16 and back: every upper half of an fp32 with the lower halves at which
-    the rounding changes."""
+    """Convert fp32 to bf16 and fp16 and back: every upper half of an fp32 number, with the lower
+    halves at which the rounding changes."""
     halves = torch.arange(65536, dtype=torch.int32) << 16
     for low in (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF):
         x = (halves | low).view(torch.float32)
@@ -209,7 +210,7 @@ def check_conversions() -> None:
 
 
 def check_cuda_implementations() -> None:
-    """The CUDA implementations of the operators, which interpreted kernels let run on the CPU:
+    """Check the operators' CUDA implementations, which run on the CPU with interpreted kernels:
     leading dimensions, layouts, empty batches, float64."""
     available.triton_by_default = lambda device: True
     k = 70
@@ -247,7 +248,7 @@ if __name__ == "__main__":
     assert INTERPRETED, "TRITON_INTERPRET=1 is not set"
     patch_once()
     torch.manual_seed(0)
-    np.seterr(all="ignore")  # the interpreter computes in numpy; infinities are meant
+    np.seterr(all="ignore")  # the interpreter computes in numpy; infinities are intended
     for index, shape in enumerate(random_shapes(64, 700, seed=20240217)):
         check_tokens(index, *shape)
     check_blocks()

@@ -7,8 +7,8 @@ from triton.runtime import interpreter
 
 
 def patch_once() -> None:
-    """Keep Triton's language patched. The interpreter patches it anew for every call of a function
-    inside a kernel, a millisecond each, which is half of its time."""
+    """Keep Triton's language patched. The interpreter patches it again for every call of a function
+    inside a kernel. That takes a millisecond each, which is half of its time."""
     original, patched = interpreter._patch_lang, set[object]()
 
     def patch(fn: Any) -> Any:

@@ -1,4 +1,4 @@
-"""An operator that errs, for the tests of bitnet bench kernels. Not a test module."""
+"""An operator with wrong results, for the tests of bitnet bench kernels. Not a test module."""
 
 import itertools
 from collections.abc import Callable

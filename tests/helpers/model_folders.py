@@ -1,4 +1,4 @@
-"""Small models, and folders edited as another program would. Not a test module."""
+"""Small models, and folders edited as by another program. Not a test module."""
 
 import copy
 import hashlib
@@ -22,7 +22,7 @@ VOCAB = 300
 
 
 def make(seed: int = 0, **fields: Any) -> Transformer:
-    """A tiny model with odd sizes (in_features 24 and 37: no multiple of 5 or 64)."""
+    """A tiny model with odd sizes (in_features 24 and 37: not multiples of 5 or 64)."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {"depth": 2, "d_model": 24, "n_heads": 2, "n_kv_heads": 1, "d_ff": 37}
     model = Transformer(ModelConfig(**shape, vocab_size=VOCAB, max_seq_len=32, **fields))
@@ -55,7 +55,7 @@ def sha256(data: bytes) -> str:
 
 
 def sign(folder: Path, change: Callable[[dict[str, Any]], None] = lambda config: None) -> None:
-    """Edit config.json and make every checksum agree, as a program of someone else's would."""
+    """Edit config.json and make every checksum agree, as somebody else's program would."""
     config = json.loads((folder / "config.json").read_text())
     config["sha256"] = {
         name: sha256((folder / name).read_bytes()) for name in names(folder) - {"config.json"}
@@ -104,7 +104,7 @@ def converted(recipe: Recipe) -> Transformer:
 
 
 def fails(folder: Path, message: str) -> None:
-    """Loading ends in one line that says so."""
+    """Check that loading fails with ``message`` in one line."""
     with pytest.raises(UserError, match=message) as caught:
         load(folder)
     assert "\n" not in str(caught.value)

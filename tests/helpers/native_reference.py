@@ -1,26 +1,27 @@
-"""What a step of a Transformer gives if it is composed of bitnet_kernels.reference operators, and
-how far a program with the same operators may be off: the oracle of fused steps in fp32.
+"""The result of a Transformer step composed of bitnet_kernels.reference operators, and how far a
+program with the same operators may be off: the oracle of fused steps in fp32.
 
 The reference fixes the order of every operation to the last bit, except in the sums of attention
-and of dense matrices, and in exp. Two correct programs differ there in the last bits, and where an
-activation lies that close to the border of two int8 codes, by a whole code, from which differences
-grow. So logits at the end can be compared by no bound that is both tight and sure.
+and of dense matrices, and in exp. There two correct programs differ in the last bits. If an
+activation is that close to the border between two int8 codes, they differ by a whole code, and the
+difference grows. So no bound on the final logits is both tight and sure.
 
-So :func:`compare` bounds the difference as it goes, token by token. Attention reads the keys and
-values that the program itself holds, and no token inherits what happened to another; they are
-compared with those of the reference. Before the first inexact sum the bound is 0: results are
+Instead :func:`compare` bounds the difference step by step, for each token. Attention reads the keys
+and values that the program itself holds, so no token inherits the errors of another; these keys and
+values are compared with the reference's. Before the first inexact sum the bound is 0: results are
 equal. After it, a token whose every activation is farther from a border than its bound has the same
 codes, hence the same integer products: its logits must be within the bound. A token that may have
 another code is only counted: its logits must be near.
 
-With *hard attention* (:func:`hard_attention`) its sums are exact: the largest score of a query
-leads by so much that exp gives 0 for all others, and the output is that column's value. Then codes,
-keys, values and the logits of a ternary head are equal to the last bit, in all layers (with
-relu^2).
+With *hard attention* (:func:`hard_attention`) the sums of attention are exact: the largest score of
+a query leads by so much that exp gives 0 for all others, and the output is that column's value.
+Then codes, keys, values and the logits of a ternary head are equal to the last bit, in all layers
+(with relu^2).
 
 The bounds are of first order in u = 2^-24, the relative error of one fp32 operation. A sum of K
 terms in any order errs by K u times the sum of the terms' sizes (Higham, Accuracy and Stability,
-2002, section 4.2). The inexact sums are taken in fp64 here, so only the other program's count.
+2002, section 4.2). Here the inexact sums are taken in fp64, so only the other program's errors
+count.
 
 Not a test module. T tokens, K inputs, N outputs, H query heads, G key-value heads, E head_dim.
 """
@@ -37,22 +38,22 @@ from bitnet_kernels import reference
 
 U = 2.0**-24
 SECOND_ORDER = 1.01
-"""For the products of errors that the bounds leave out."""
+"""A factor for the products of errors, which the bounds leave out."""
 EXP = 40
 """Operations that exp may be off by: torch's is by up to 20 units in the last place."""
 LEAD = 110.0
-"""A score that is smaller than the largest by this much has the weight 0 in fp32: exp(-104) is
-below the smallest number. (Or 1e-38, where exp is cut off; that is lost in any sum and code.)"""
+"""A score that is smaller than the largest by this much has weight 0 in fp32: exp(-104) is below
+the smallest number. (Or weight 1e-38 if exp is cut off, which is lost in any sum and code.)"""
 
 
 class Near(NamedTuple):
-    """Values of the reference, fp32, and how far the other program's may be off, fp64."""
+    """Values of the reference, fp32, and how far the other program's may be from them, fp64."""
 
     x: Tensor
     off: Tensor
 
     def map(self, function: str, *arguments: int) -> "Near":
-        """A method of both, that moves elements only."""
+        """Apply a method that only moves elements to both tensors."""
         return Near(*(getattr(part, function)(*arguments) for part in self))
 
 
@@ -79,8 +80,8 @@ def compare(
     sure: float,
     int8_head: bool = False,
 ) -> None:
-    """Compare what a program computed for the tokens ``ids`` of one row, at any time and in any
-    pieces, with the reference.
+    """Compare a program's results for the tokens ``ids`` of one row, computed at any time and in
+    any pieces, with the reference.
 
     Arguments:
         model: fp32, without biases and hooks, its scales per tensor or row.
@@ -90,7 +91,7 @@ def compare(
             logits are compared by the bound.
         int8_head: the inputs and weights of the head are rounded to int8.
     Raises:
-        AssertionError: something is farther off than it may be.
+        AssertionError: a value is off by more than its bound.
     """
     _Comparison(model, ids, state, row).logits(logits, sure, int8_head)
 
@@ -173,10 +174,10 @@ class _Comparison:
     def _attended(self, q: Near, keys: Tensor, values: Tensor) -> Near:
         """``softmax(a q.k) v``, a = E^-0.5, over keys and values ``[G, T, E]`` that are equal.
 
-        A score errs by E + 2 operations on a |q|.|k|, and by what q is off. A probability p errs,
-        in units of itself, by the error e of its score, by the mean of e over p, and by the sum of
-        C terms, exp above and below, and a division. The sum over C values errs by C u more. Where
-        one column alone counts, p is 1 and nothing errs.
+        A score errs by E + 2 operations on a |q|.|k|, and by the error of q. The relative error of
+        a probability p comes from the error e of its score, the mean of e over p, the sum of C
+        terms, exp above and below, and a division. The sum over C values errs by C u more. If only
+        one column counts, p is 1 and has no error.
         """
         (t, h, e), g = q.x.shape, len(keys)
         k, v = (one.double().repeat_interleave(h // g, 0) for one in (keys, values))
@@ -241,8 +242,8 @@ class _Comparison:
         return Near(y, relative.unsqueeze(-1) * y.double().abs())
 
     def _quantized(self, x: Near) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scales, and the relative error of outputs with these codes: the scale's, and of
-        the rescale."""
+        """Codes, scales, and the relative error of outputs with these codes: the scale's and the
+        rescale's."""
         codes, scale = reference.absmax_int8(x.x)
         quotient = x.x.double() / scale.double().unsqueeze(-1)
         off = x.off / scale.double().unsqueeze(-1)  # in units of a code
@@ -255,7 +256,7 @@ class _Comparison:
 
 
 def _within(ours: Tensor, theirs: Tensor, slack: Tensor, what: str) -> None:
-    """``|ours - theirs| <= slack``, element by element; equal where the slack is 0."""
+    """Check ``|ours - theirs| <= slack``, element by element; equal where the slack is 0."""
     difference = (ours.double() - theirs.double()).abs()
     over = ~(difference <= SECOND_ORDER * slack)
     assert not over.any(), (

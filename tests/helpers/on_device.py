@@ -1,14 +1,14 @@
-"""What the tests share that run on the device that is here: its fixture, sizes, comparisons.
+"""Code shared by the tests that run on the device at hand: its fixture, sizes, comparisons.
 
 Not a test module. On a GPU each operator launches its kernels, which may start while the one before
-them drains, a step of generation is a captured graph, and torch.compile takes its own backend: what
-neither Triton's interpreter nor compiling ahead of time can show (docs/gpu.md). On a CPU the
-operators *are* their references, so there these tests show that their loops and oracles are right,
-on small sizes, and say nothing about a kernel.
+them finishes, a step of generation is a captured graph, and torch.compile takes its own backend.
+Neither Triton's interpreter nor ahead-of-time compilation can show this (docs/gpu.md). On a CPU the
+operators *are* their references, so there these tests show only that their loops and oracles are
+right, on small sizes.
 
-Oracles are the CPU's: exact integer products, fp32 one operation at a time, fp64 for attention; the
-plain modules, in which packed layers take the reference; never the kernel under test. Where the
-operators' documentation promises the same bits there is no tolerance.
+Oracles run on the CPU: exact integer products, fp32 one operation at a time, fp64 for attention;
+the plain modules, in which packed layers take the reference; never the kernel under test. If the
+operators' documentation promises the same bits, there is no tolerance.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ Layout = Callable[[Tensor], Tensor]
 
 
 def size(cpu: Any, gpu: Any) -> Any:
-    """What fits the device that is here."""
+    """The value for the device at hand."""
     return gpu if ON_GPU else cpu
 
 
@@ -45,12 +45,13 @@ def device() -> torch.device:
 
 
 def here(kernel: str) -> str:
-    """On a CPU a formulation would run in Triton's interpreter, which other tests see to."""
+    """The kernel to test here: on a CPU a formulation would run in Triton's interpreter, which
+    other tests cover."""
     return size("reference", kernel)
 
 
 def equal(got: Tensor, want: Tensor) -> bool:
-    """The same dtype, shape and values, NaN where NaN is."""
+    """Whether dtype, shape and values are equal; NaN equals NaN."""
     return got.is_contiguous() and same(got.cpu(), want)
 
 
@@ -60,7 +61,7 @@ def all_equal(got: Any, want: Any) -> bool:
 
 @contextmanager
 def no_waits(device: torch.device) -> Iterator[None]:
-    """RuntimeError where the host waits for the device."""
+    """Raises RuntimeError if the host waits for the device."""
     if device.type != "cuda":
         yield
         return

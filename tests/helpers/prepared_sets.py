@@ -46,5 +46,5 @@ def write_set(
 
 
 def windows_of(inputs: Tensor) -> list[int]:
-    """The windows of a batch: each token is its own position."""
+    """The windows of a batch, in which each token is its own position."""
     return [int(first) // inputs.shape[1] for first in inputs[:, 0]]

@@ -1,14 +1,15 @@
-"""Runs the PTX of ``tl.inline_asm_elementwise`` on the CPU, so that the inline-asm branch of a
-kernel, not a copy of its arithmetic, is what the interpreted tests compare with the reference.
+"""Runs the PTX of ``tl.inline_asm_elementwise`` on the CPU, so that the interpreted tests compare
+the inline-asm branch of a kernel, not a copy of its arithmetic, with the reference.
 
-``run`` executes a piece of assembly over numpy arrays: one lane an element, one 32-bit word a
+``run`` executes a piece of assembly over numpy arrays: one lane per element, one 32-bit word per
 register. ``install`` lets Triton's interpreter, which raises for inline assembly, call it.
 
-What the instructions do is from NVIDIA's "Parallel Thread Execution ISA"; each function below names
-its section there. What is not emulated raises NotImplementedError. What ptxas would refuse (an
-undeclared register, a missing semicolon) or a GPU would run by luck (a register read before it is
-written) raises ValueError. So does an input read after an output was written that is not marked
-early-clobber ("=&r"): the compiler may give both one register, and in an accumulating loop it does.
+The instructions follow NVIDIA's "Parallel Thread Execution ISA"; each function below names its
+section there. Instructions that are not emulated raise NotImplementedError. Code that ptxas would
+refuse (an undeclared register, a missing semicolon) or that would run by luck (a register read
+before it is written) raises ValueError. So does an input that is read after an output was written
+that is not marked early-clobber ("=&r"): the compiler may give both the same register, and in an
+accumulating loop it does.
 """
 
 import itertools
@@ -27,7 +28,7 @@ Words = NDArray[Any]
 """uint32, or bool for a predicate register; of any shape, 0-dimensional for an immediate."""
 TYPES = ("u32", "s32")
 UNDEFINED = 0xDEADBEEF
-"""Fills what a register holds beside its elements: on a GPU that is whatever was there before."""
+"""Fills the bits of a register beside its elements: on a GPU they keep their old contents."""
 
 
 def wrapped(values: Words) -> Words:
@@ -48,7 +49,7 @@ def parts(words: Words, n: int, kind: str = "u32") -> Words:
 
 
 def joined(values: Words) -> Words:
-    """[..., n] to words, lowest first; what does not fit into 32 / n bits is cut off."""
+    """[..., n] to words, lowest first; bits that do not fit into 32 / n bits are cut off."""
     n = values.shape[-1]
     cut = np.ascontiguousarray(values.astype(f"<u{4 // n}"))
     return cut.view("<u4")[..., 0].astype(np.uint32)
@@ -227,7 +228,7 @@ class Program(NamedTuple):
 
 
 def statements(asm: str) -> Iterator[str]:
-    """ "{", "}" and what ends with a semicolon, without comments."""
+    """ "{", "}" and statements that end with a semicolon, without comments."""
     rest = re.sub(r"//[^\n]*|/\*.*?\*/", " ", asm, flags=re.S).strip()
     while rest:
         end = 1 if rest[0] in "{};" else rest.find(";") + 1
@@ -251,7 +252,7 @@ def immediate(text: str) -> Words | None:
 
 
 class Parser:
-    """Reads assembly once, and refuses what a GPU would not run, or would run otherwise."""
+    """Reads assembly once, and refuses code that a GPU would not run or would run differently."""
 
     def __init__(self, constraints: str) -> None:
         self.operands: list[str] = []  # the register of $0, $1, ...
@@ -275,7 +276,7 @@ class Parser:
     def register(self, text: str) -> str:
         names = {f"${i}": name for i, name in enumerate(self.operands)}
         for scope in self.scopes:
-            names |= scope  # of two registers of a name, the one declared innermost
+            names |= scope  # of two registers with the same name, the innermost
         if text not in names:
             raise ValueError(f"{text!r} is no register, operand or 32-bit integer")
         return names[text]
@@ -383,8 +384,8 @@ def run(asm: str, constraints: str, args: list[Words]) -> list[Words]:
 
 
 def to_registers(data: NDArray[Any], pack: int) -> list[Words]:
-    """The registers in which Triton gives ``pack`` consecutive elements to the assembly: one an
-    element of 32 bits; 32 / bits elements a register, the first lowest, for smaller ones."""
+    """The registers in which Triton passes ``pack`` consecutive elements to the assembly: one per
+    32-bit element; for smaller ones 32 / bits elements per register, the first lowest."""
     bits = data.itemsize * 8
     per_register = min(pack, 32 // bits)
     n_registers = -(-pack * data.itemsize // 4)
@@ -397,7 +398,7 @@ def to_registers(data: NDArray[Any], pack: int) -> list[Words]:
 
 
 def from_registers(words: list[Words], dtype: np.dtype[Any], pack: int) -> NDArray[Any]:
-    """The opposite of ``to_registers``: flat, and as long as the registers go."""
+    """The inverse of ``to_registers``: flat, with all elements of the registers."""
     per_register = min(pack, 4 // dtype.itemsize)
     slots = np.ascontiguousarray(np.stack(words, axis=-1)).view(f"<u{dtype.itemsize}")
     slots = slots.reshape(len(slots), len(words), 4 // dtype.itemsize)
@@ -405,7 +406,7 @@ def from_registers(words: list[Words], dtype: np.dtype[Any], pack: int) -> NDArr
 
 
 def integer_type(kind: Any) -> np.dtype[Any]:
-    """The numpy type of a Triton type that goes into 32-bit registers."""
+    """The numpy type of a Triton type that fits into 32-bit registers."""
     from triton.runtime import interpreter
 
     dtype: np.dtype[Any] = interpreter._get_np_dtype(kind)
@@ -417,9 +418,9 @@ def integer_type(kind: Any) -> np.dtype[Any]:
 def install() -> None:
     """Let ``tl.inline_asm_elementwise`` run in interpreted kernels from now on, in this process.
 
-    Elements are handed to the assembly as the compiler does it: for each argument, in order, the
-    registers of ``pack`` elements, and the results likewise, from $0 on. Which ``pack`` elements
-    those are is unspecified in Triton (a layout decides); here they are neighbours in memory order.
+    Elements are passed to the assembly as the compiler does it: for each argument, in order, the
+    registers of ``pack`` elements, and the results likewise, from $0 on. Triton does not specify
+    which ``pack`` elements (a layout decides); here they are adjacent in memory.
     """
     from triton.runtime import interpreter
 

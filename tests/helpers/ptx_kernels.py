@@ -78,8 +78,8 @@ def one_input(
 
 
 def interpreted(asm: list[str]) -> dict[str, Any]:
-    """Runs the kernels, of which words_and_bytes with the first assembly, one_input with the
-    others, which raise."""
+    """Runs the kernels: words_and_bytes with the first assembly, one_input with the others, which
+    raise."""
     ptx_emulator.install()
     found: dict[str, Any] = {}
     x, y = torch.tensor([5, -6], dtype=torch.int32), torch.tensor([1, 2, 3, 4], dtype=torch.int32)

@@ -21,7 +21,7 @@ def random_codes(*shape: int, low: int = -128, high: int = 127) -> Tensor:
 
 
 def centred(codes: Tensor, zero_point: Tensor | None, group_size: int = 1) -> Array:
-    """codes - zero_point in int64, the zero point of a tensor, of rows or of groups."""
+    """codes - zero_point in int64; the zero point is per tensor, row or group."""
     values = codes.numpy().astype(np.int64)
     if zero_point is None:
         return values
@@ -34,7 +34,7 @@ def centred(codes: Tensor, zero_point: Tensor | None, group_size: int = 1) -> Ar
 
 
 def oracle(x: Codes, w: Codes, bias: Tensor | None, group_size: int) -> Array:
-    """The stated arithmetic in numpy: int64 sums, then fp32 operations one by one."""
+    """The documented arithmetic in numpy: int64 sums, then fp32 operations one by one."""
     a, b = centred(x.codes, x.zero_point), centred(w.codes, w.zero_point, group_size)
     s_x = np.broadcast_to(x.scale.numpy(), a.shape[:1])[:, None]
     s_w = w.scale.numpy()
@@ -52,7 +52,7 @@ def oracle(x: Codes, w: Codes, bias: Tensor | None, group_size: int) -> Array:
 def conv_oracle(
     x: Codes, w: Codes, bias: Tensor | None, group_size: int, conv: nn.Conv1d | nn.Conv2d
 ) -> Array:
-    """A convolution patch by patch: each output position is a linear layer's token."""
+    """A convolution patch by patch: each output position is a token of a linear layer."""
     dims, (batch, n) = len(conv.kernel_size), (len(x.codes), conv.out_channels)
     values = centred(x.codes, x.zero_point)
     pads = []

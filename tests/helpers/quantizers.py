@@ -1,4 +1,4 @@
-"""Random weights and what quantizers must not turn into numbers. Not a test module."""
+"""Random weights, and values that quantizers must not turn into numbers. Not a test module."""
 
 import math
 

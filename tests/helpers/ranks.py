@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # DTensor imports it: 3 s, better once than in every process
+import torch._dynamo  # DTensor imports it, which takes 3 s: once here, not in every process
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -18,7 +18,7 @@ from bitnet.training.distributed import DistributedConfig, Launch, Strategy, Wor
 
 
 def world_of(strategy: Strategy, tensor_parallel: int = 1) -> World:
-    """This process of a group, with the mesh of a strategy; hsdp: copies over two processes."""
+    """This process of a group, with a strategy's mesh; hsdp: copies over two processes."""
     rank, size = dist.get_rank(), dist.get_world_size()
     config = DistributedConfig(
         shard_size=2 if strategy == "hsdp" else 0, tensor_parallel=tensor_parallel
@@ -33,8 +33,8 @@ def on_ranks(
 ) -> list[Any]:
     """The results of ``work(*args)`` on each rank, in a group of ``n_ranks`` forked processes.
 
-    They have one thread each. If one fails, its traceback is the error and the others are killed;
-    so are all after ``timeout`` seconds.
+    They have one thread each. If one fails, its traceback is the error and the others are killed.
+    After ``timeout`` seconds all are killed.
     """
     fork = multiprocessing.get_context("fork")  # torch is imported already
     processes = [

@@ -14,7 +14,7 @@ def write_run(folder: Path, rows: list[dict[str, Any]], *overrides: str, name: s
     """The folder, with the config.toml of a small run of 100 steps and these lines of metrics.
 
     Arguments:
-        name: of the run, if it is not the folder's; no config of ours could have it.
+        name: the run's name, if it differs from the folder's, which no config of ours allows.
     """
     settings = [
         *("model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.d_ff=64"),
@@ -41,7 +41,7 @@ def loss_rows(steps: range, best: float) -> list[dict[str, Any]]:
 
 
 def ternary_row(step: int, zeros: float, flip_rate: float | None) -> dict[str, Any]:
-    """A reading of the weights in which every layer is like the model."""
+    """A reading of the weights in which every layer has the model's values."""
     numbers = {"zeros": zeros} | ({} if flip_rate is None else {"flip_rate": flip_rate})
     of_model = {f"ternary/{name}": value for name, value in numbers.items()}
     return {"step": step, **of_model, "ternary/layers": dict.fromkeys(LAYERS, numbers)}

@@ -1,10 +1,10 @@
-"""The ways in which a decoder computes a step on a CPU, each with the models and the oracle that
-suit it: what is true of a decoder is tested with all of them.
+"""The ways in which a decoder computes a step on a CPU, each with suitable models and oracle. The
+tests of a decoder run with all of them.
 
     modules   a model in fp64, against the model itself (tests/helpers/decoding.py)
     native    a model in fp32 with hard attention, against reference operators
               (tests/helpers/native_reference.py), by the kernels of the family "dot"
-    addsub    the same, by those of "addsub"
+    addsub    the same, by the kernels of the family "addsub"
 
 Not a test module: the fixture gives one after the other.
 """
@@ -28,12 +28,12 @@ from tests.helpers.native_reference import compare, hard_attention
 
 
 class Runner(NamedTuple):
-    """One of them."""
+    """A way to compute a step."""
 
     kind: type
     kernel: Kernel
     dtype: torch.dtype
-    """Of its models."""
+    """The dtype of its models."""
     check: Callable[[Transformer, list[int], Decoder, int, Tensor], None]
     """Checks a row of a decoder that has been fed the tokens ``ids``: (model, ids, decoder, row,
     logits ``[n, V]`` after the last n of them)."""
@@ -64,12 +64,12 @@ def _check_modules(
 def _check_native(
     model: Transformer, ids: list[int], decoder: Decoder, row: int, logits: Tensor
 ) -> None:
-    if model.config.linear == "ternary":  # silu is no exact operation
+    if model.config.linear == "ternary":  # silu is not exact
         sure = 0.8 if model.config.activation == "relu2" else 0.2
         compare(model, ids, decoder._state, row, logits, sure)
         return
-    # fp32 sums of K <= 44 terms err by some sqrt(K) 2^-24 = 4e-7 of their size, a dozen of them one
-    # after the other by 5e-6. No code can flip.
+    # fp32 sums of K <= 44 terms err by some sqrt(K) 2^-24 = 4e-7 of their size, and a dozen sums in
+    # a row by 5e-6. No code can flip.
     with torch.no_grad():
         expected = copy.deepcopy(model).double()(torch.tensor([ids]))[0, -len(logits) :]
     assert ((logits - expected).norm(dim=-1) <= 2e-5 * expected.norm(dim=-1)).all()

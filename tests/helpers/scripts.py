@@ -1,7 +1,7 @@
 """Run a script of this folder, or Python code, in a separate process. Not a test module.
 
-Triton reads TRITON_INTERPRET when it is imported, so kernels are interpreted, and compiled for GPUs
-that are not here, in processes whose variable is set and unset.
+Triton reads TRITON_INTERPRET when it is imported. So kernels are interpreted in processes in which
+it is set, and compiled for GPUs that are not present in processes in which it is not.
 """
 
 import os

@@ -45,7 +45,7 @@ def _rank(rank: int, n: int, store: Path, work: Callable[..., None], args: Any) 
 
 class Odd(nn.Module):
     """A language model whose dimensions no number of processes divides, with a matrix of one row
-    (so that some processes hold nothing of it), a tied weight and a number."""
+    (so that some processes hold none of it), a tied weight and a scalar."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,8 +67,7 @@ Trained = tuple[Odd, list[torch.optim.Optimizer]]
 
 
 def build(prepare: Callable[[Odd], None] = lambda model: None) -> Trained:
-    """The model, sharded by ``prepare``, with AdamW for all but the layers' matrices and Muon for
-    those."""
+    """The model, sharded by ``prepare``: Muon for the layers' matrices, AdamW for the rest."""
     torch.manual_seed(0)
     model = Odd()
     prepare(model)
@@ -112,7 +111,7 @@ def restore(trained: Trained, saved: Checkpoint) -> None:
 
 
 def whole(trained: Trained) -> dict[str, Any]:
-    """Everything, by name, in one piece."""
+    """The whole state by name, unsharded."""
     groups, structures = state(trained)
     tensors = {
         f"{group}.{name}": (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
@@ -123,7 +122,7 @@ def whole(trained: Trained) -> dict[str, Any]:
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """To the bit."""
+    """Check that both are equal to the last bit."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         if isinstance(value, Tensor):

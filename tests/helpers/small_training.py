@@ -34,7 +34,7 @@ def small(**options: Any) -> Transformer:
 
 @contextmanager
 def plain_path() -> Iterator[None]:
-    """Every BitLinear on its own: its input and its weight quantized in each call."""
+    """Each BitLinear computes separately: it quantizes its input and its weight in each call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bitnet.model, "shared_input", lambda x, *_: x)
         yield

@@ -21,7 +21,7 @@ def tree(module: str) -> ast.Module:
 
 
 def nodes(node: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, bool]]:
-    """Every node, and whether it stands inside a function."""
+    """Every node, and whether it is inside a function."""
     for child in ast.iter_child_nodes(node):
         yield child, inside
         function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)

@@ -44,12 +44,12 @@ def tiny(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bitnet(bitnet: Bitnet, monkeypatch: pytest.MonkeyPatch) -> Bitnet:
-    """Runs ``bitnet bench train ...`` on the CPU, whose peak is not measured but 1 TFLOP/s; returns
-    exit code, stdout and stderr."""
+    """Runs ``bitnet bench train ...`` on the CPU, with a peak of 1 TFLOP/s instead of a measured
+    one; returns exit code, stdout and stderr."""
     monkeypatch.setattr(cli_bench_train, "peak_flops", lambda device, dtype: (1e12, "by hand"))
     return partial(bitnet, "bench", "train", "--device", "cpu", "--threads", "1")
 
 
 def variants(*names: str) -> list[str]:
-    """The options that name them."""
+    """The options that name these variants."""
     return [word for name in names for word in ("--variant", name)]

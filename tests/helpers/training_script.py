@@ -1,6 +1,6 @@
-"""train.py as a module and as a process, and what it wrote. Not a test module.
+"""train.py as a module and as a process, and its output. Not a test module.
 
-train.py is in no package, so it is loaded by its path.
+train.py is not in a package, so it is loaded by its path.
 """
 
 import importlib.util
@@ -46,7 +46,7 @@ def exact(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def torchrun(n: int, *args: str) -> str:
-    """Train with ``n`` processes, on one thread each, which torchrun starts."""
+    """Train with ``n`` processes with one thread each, which torchrun starts."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
     done = subprocess.run(
         [sys.executable, *(launcher if n > 1 else []), str(TRAIN), *args],
@@ -78,8 +78,8 @@ def spawn(
     """Start train.py; ``wrapper`` is code that runs it after a change, ``before`` is called in the
     process.
 
-    The process is a copy of this one, which has imported torch already. It has the signals, the
-    arguments and the environment of a new one, and none of its random state.
+    The process is a copy of this one, which has already imported torch. It has the signals, the
+    arguments and the environment of a new process, and none of this one's random state.
     """
     code = wrapper or 'import runpy, sys; runpy.run_path(sys.argv[0], run_name="__main__")'
 
@@ -124,8 +124,8 @@ def spawn(
 
 @contextmanager
 def spawn_ranks(n: int, args: list[str]) -> Iterator[list[subprocess.Popen[str]]]:
-    """``n`` processes of a run, with what torchrun gives them: the environment, and a store that
-    is not in one of them. They end with the block."""
+    """``n`` processes of a run, with the environment that torchrun gives them and a store outside
+    of them. They end with the block."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     environment = {
         "WORLD_SIZE": str(n),
@@ -150,14 +150,14 @@ def spawn_ranks(n: int, args: list[str]) -> Iterator[list[subprocess.Popen[str]]
 
 
 def outputs(processes: list[subprocess.Popen[str]], timeout: float = 120) -> tuple[str, str]:
-    """What processes print and what they say on stderr, until all have ended."""
+    """The stdout and stderr of processes, until all have ended."""
     with ThreadPoolExecutor(len(processes)) as pool:
         said = list(pool.map(lambda one: one.communicate(timeout=timeout), processes))
     return "".join(out for out, _ in said), "".join(err for _, err in said)
 
 
 def train_ranks(n: int, *args: str) -> str:
-    """Train with ``n`` processes, on one thread each; returns what they print."""
+    """Train with ``n`` processes with one thread each; returns what they print."""
     with spawn_ranks(n, list(args)) if n > 1 else nullcontext([spawn(list(args))]) as processes:
         out, err = outputs(processes)
     assert [process.returncode for process in processes] == [0] * n, err

@@ -1,6 +1,6 @@
 """What a compiled kernel does before it waits for the kernels before it.
 
-Not a test module: the ``compiled_*.py`` use it for all that they compile anyway.
+Not a test module: the ``compiled_*.py`` use it for the kernels that they compile.
 """
 
 import re
@@ -17,14 +17,16 @@ _PTX = re.compile(
 )
 _SASS = re.compile(r"(LD|ST|ATOM|RED|SU|TEX|TLD|UTMA|UBLK|CCTL)\w*")
 _OWN = re.compile(r"(ld|st|atom|red)\.(param|shared).*|(LDC|LDCU|LDS|STS|ATOMS)\b.*")
-"""Of parameters, and of memory that no other program sees: what allocates a tensor core's."""
+"""Accesses to parameters, and to memory that no other program sees, such as allocation for tensor
+cores."""
 _MATMULS = ("gemv_kernel", "gemm_kernel", "popcount_kernel")
-"""Those of packed weights, which they prefetch."""
+"""The matmuls of packed weights, which they prefetch."""
 
 
 class Waits(NamedTuple):
-    """``control``: PTX's instructions of dependent launch, in order. ``ptx``: what touches memory
-    above the first wait, without repetition. ``sass``: the same on any path around the wait."""
+    """``control``: PTX's instructions of dependent launch, in order. ``ptx``: instructions that
+    touch memory above the first wait, without repetition. ``sass``: the same on any path around the
+    wait."""
 
     control: list[str]
     ptx: list[str]
@@ -57,8 +59,8 @@ def _around(code: list[Instruction]) -> list[str]:
 
 
 def check(spec: Spec, sm: int) -> None:
-    """From sm_90 on a kernel waits once, before it touches memory but for prefetches of packed
-    weights; below, there is nothing to wait with."""
+    """From sm_90 on a kernel waits once, before it touches memory, except for prefetches of packed
+    weights. Below sm_90 no instruction can wait."""
     found, where = waits(spec, sm), f"{spec.name}, sm_{sm}: "
     if sm < 90:
         assert found.control == [], f"{where}{found}"

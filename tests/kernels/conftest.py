@@ -1,4 +1,4 @@
-"""Kernels interpreted, or compiled for GPUs that are not here, once per run of the tests."""
+"""Kernels interpreted, or compiled for GPUs that are not present, once per run of the tests."""
 
 import json
 from pathlib import Path

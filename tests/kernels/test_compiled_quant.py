@@ -1,4 +1,4 @@
-"""The quantization kernels compiled for GPUs that are not here: exact arithmetic, wide loads, no
+"""The quantization kernels compiled for GPUs that are not present: exact arithmetic, wide loads, no
 spills. ``compiled_quant.py`` compiles them in a separate process."""
 
 import json

@@ -1,6 +1,6 @@
-"""Kernels that may start before the one before them has ended: that each waits before it touches
-memory, in the machine code of all of them (``compiled_dependent.py`` compiles them in a process of
-its own), and which of them are launched so."""
+"""Kernels that may start before the preceding one has ended: each waits before it touches memory,
+in the machine code of all of them (``compiled_dependent.py`` compiles them in a separate process);
+and which of them are launched early."""
 
 import ast
 import json

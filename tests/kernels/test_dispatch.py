@@ -1,4 +1,4 @@
-"""Tables of kernel configurations: what is chosen from them, and what damaged ones do."""
+"""Tables of kernel configurations: the choices from them, and the effect of damaged ones."""
 
 import json
 import math

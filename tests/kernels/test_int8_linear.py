@@ -1,5 +1,5 @@
 """The operators of training, ``int8_linear`` and ``int8_matmul``: on a CPU against numpy, their
-Triton kernel in the interpreter, and its machine code for GPUs that are not here."""
+Triton kernel in the interpreter, and its machine code for GPUs that are not present."""
 
 import json
 from typing import Any

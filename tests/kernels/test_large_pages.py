@@ -1,4 +1,4 @@
-"""Memory in large pages: contents and addresses stay, and the system's own count rises."""
+"""Memory in large pages: contents and addresses stay the same, and the system's count rises."""
 
 import ctypes
 import mmap

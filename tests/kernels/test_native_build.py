@@ -1,4 +1,4 @@
-"""The native library is built where it can be, refused where it is unfit, and never needed."""
+"""The native library is built where possible, refused if it does not fit, and never required."""
 
 import json
 import os

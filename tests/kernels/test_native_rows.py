@@ -1,4 +1,4 @@
-"""What the native library does token by token, for every instruction set of this CPU, against
+"""The native library's operations on single tokens, for every instruction set of this CPU, against
 bitnet_kernels/reference.py and torch in float64."""
 
 import ctypes

@@ -1,4 +1,4 @@
-"""The native library runs on torch's own threads, on as many as torch is told, and on one after a
+"""The native library runs on torch's own threads, on the number set in torch, and on one after a
 fork."""
 
 import json

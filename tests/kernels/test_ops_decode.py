@@ -1,5 +1,5 @@
 """The operators of attention over a cache, their references, and their Triton kernels: in the
-interpreter and compiled for GPUs that are not here, each in a separate process."""
+interpreter and compiled for GPUs that are not present, each in a separate process."""
 
 import json
 import math

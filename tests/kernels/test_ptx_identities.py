@@ -1,4 +1,4 @@
-"""The kernels' identities, as PTX with the instructions that kernels use, against products.
+"""The kernels' identities, in PTX with the instructions of the kernels, against products.
 
 Each works on 16 weights in a word: bits 2j and 2j + 1 of its byte i are the code of weight 4j + i.
 The popcount reads bit planes instead: 32 weights in two words.

@@ -1,7 +1,7 @@
-"""The ahead-of-time inspector on snippets of SASS: its reading, its loops, and which data it sees.
+"""The ahead-of-time inspector on snippets of SASS: its parsing, its loops, and the data it finds.
 
-They are written by hand, and so are the answers. What it counts, and what it says of compiled
-kernels, is in ``test_sass_kernels.py``.
+The snippets and the expected answers are written by hand. ``test_sass_kernels.py`` tests what it
+counts and what it reports on compiled kernels.
 """
 
 import pytest
