@@ -49,7 +49,8 @@ class Row:
     estimate_us: float | None = None
     estimate_ratio: float | None = None
     gb_s: float | None = None
-    """Weights as stored, activations and outputs, each moved once, by the median; 10^9 bytes/s."""
+    """Weights as stored, activations and outputs, each moved once, over the median; 10^9 bytes/s.
+    """
     roofline_share: float | None = None
     """The least time that this GPU's memory and int8 (16-bit) units allow, divided by the median;
     on a CPU the time of a plain read of the packed weights in the same rounds, by the median."""

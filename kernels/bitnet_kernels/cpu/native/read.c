@@ -1,4 +1,4 @@
-/* The cost of reading memory: the lower bound for kernels whose weights come from memory. */
+/* The cost of reading memory, to compare with kernels whose weights come from memory. */
 #include "internal.h"
 
 #define WORDS 32 /* four cache lines per turn: their loads overlap */
