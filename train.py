@@ -6,16 +6,16 @@
     torchrun --nproc-per-node 2 train.py configs/15m.toml
 
 This file is the whole run: set up, resume, loop, save. The functions that it calls are in bitnet/,
-one subject per file. A run lives in runs/NAME/; the same command again resumes it, from the newest
-whole checkpoint, as if it had never stopped (bitnet/run.py).
+one subject per file. A run lives in runs/NAME/. The same command resumes it from the newest
+complete checkpoint, as if it had never stopped (bitnet/run.py).
 
-A step, in order: set how far the model is quantized ([qat]); quantize each weight, once; forward
-and backward over the micro-batches; clip; update, unless a number is not finite
+A step, in order: set how far the model is quantized ([qat]); quantize each weight once; forward
+and backward over the micro-batches; clip the gradient; update, unless a number is not finite
 (bitnet/training/step.py). Telemetry, the line in metrics.jsonl and evaluation follow. The
 checkpoint comes last, so metrics.jsonl is never behind it.
 
-Under torchrun each process runs this file (bitnet/training/distributed.py). They share each batch
-and each evaluation; the main one prepares the data, writes the files and speaks.
+Under torchrun each process runs this file (bitnet/training/distributed.py). The processes share
+each batch and each evaluation. The main process prepares the data, writes the files and prints.
 """
 
 from bitnet.cli.shell import run, start
@@ -72,13 +72,13 @@ from bitnet.training.throughput import CoreWatch, Meter
 
 
 def train(config: Config, command: str, world: World) -> None:
-    """Run ``config`` (resolved) to its end, or until SIGINT, SIGTERM or SIGHUP.
+    """Train by ``config`` (resolved) to the last step, or until SIGINT, SIGTERM or SIGHUP.
 
     Arguments:
-        command: resumes the run.
-        world: this process among those that train.
+        command: the command that resumes the run, shown when the run stops early.
+        world: this process among all the processes of the run.
     Raises:
-        typer.Exit: a signal, after the checkpoint; the code is 128 + its number.
+        typer.Exit: a signal arrived and the run is saved; the code is 128 + the signal's number.
     """
     # -- Set up: device, data, model, optimizer -----------------------------------------------
     if config.train.threads:
@@ -185,7 +185,7 @@ def train(config: Config, command: str, world: World) -> None:
             log.print(f"stopped at step {run.step} and saved; resume with\n  {command}")
         else:
             save_trained(log, run, data, autocast, world)
-    with world.main_first("end"):  # else torchrun would end the main process while it writes
+    with world.main_first("end"):  # the others wait: torchrun might end the main one as it writes
         pass
     if run.step < total_steps:
         raise typer.Exit(128 + ended)
@@ -195,17 +195,17 @@ class Data(NamedTuple):
     """The prepared data of a run."""
 
     parts: list[Part]
-    """One, or those of a mixture."""
+    """One part, or the parts of a mixture."""
     loader: Loader
     tokenizer: Tokenizer
     hash: str
-    """Of the parts."""
+    """The hash of the parts."""
     sample_prompt: list[int]
     """``eval.sample_prompt`` as tokens."""
 
 
 def open_data(config: Config, told: bool) -> Data:
-    """Open the prepared data, after preparing them if they are missing; ``told``: say so."""
+    """Open the prepared data. Prepare it first if it is missing; ``told``: show the progress."""
     parts = open_parts(config.data, progress=told)
     loader = loader_of(parts, config.data.seq_len, config.batch_sequences, config.run.seed)
     tokenizer = parts[0].train.tokenizer()
@@ -221,8 +221,8 @@ def open_data(config: Config, told: bool) -> Data:
 def open_teacher(
     config: Config, model: Transformer, tokenizer: Tokenizer, bf16: bool, world: World
 ) -> tuple[Distiller | None, str]:
-    """The distillation from ``distill.teacher``, with the hash of the teacher's config; None and ""
-    without one."""
+    """Load ``distill.teacher``: the distiller and the hash of the teacher's config. Without a
+    teacher: None and ""."""
     if not config.distill.teacher:
         return None, ""
     device = model.norm.weight.device
@@ -236,7 +236,7 @@ def open_teacher(
 
 
 def forward_only(model: Transformer, tokens_BT: torch.Tensor, autocast: torch.autocast) -> None:
-    """A forward without side effects, to be timed."""
+    """Run a forward without side effects, for timing."""
     with undisturbed(model, tokens_BT.device), torch.no_grad(), autocast:
         model(tokens_BT)
 
@@ -253,7 +253,7 @@ def evaluate(run: Run, data: Data, autocast: torch.autocast, world: World) -> li
 
 
 def overall(data: Data, results: list[EvalResult]) -> EvalResult:
-    """One result for the parts mixed as in training."""
+    """Return one result for all parts, weighted as in training."""
     return mixed(results, [part.weight for part in data.parts])
 
 
@@ -289,7 +289,7 @@ def validate(log: RunLog, run: Run, data: Data, autocast: torch.autocast, world:
 
 
 def sample_text(model: Transformer, data: Data, n_tokens: int, world: World) -> str:
-    """A greedy continuation of ``eval.sample_prompt``, to see what a loss means."""
+    """Continue ``eval.sample_prompt`` greedily, to show what text a loss corresponds to."""
     if not n_tokens:
         return ""
     if world.mesh is not None:
@@ -305,8 +305,8 @@ def sample_text(model: Transformer, data: Data, n_tokens: int, world: World) -> 
 def continued(
     model: Transformer, prompt: list[int], n_tokens: int, eos_ids: Any, world: World
 ) -> list[int]:
-    """Greedy tokens by the model's own forward, in which all processes gather its weights; an
-    engine takes only a whole model."""
+    """Return greedy tokens from the model's own forward, in which all processes gather its
+    weights. An engine needs a whole model."""
     device, new = model.norm.weight.device, list[int]()
     with evaluation_mode(model):
         own_heads = model.config.n_kv_heads // world.tensor_parallel
@@ -325,7 +325,7 @@ def continued(
 
 
 def save_trained(log: RunLog, run: Run, data: Data, autocast: torch.autocast, world: World) -> None:
-    """Write the model folder of a run that is done, with its adapters merged."""
+    """Write the model folder of a finished run, with the adapters merged."""
     config = run.config
     if config.adapter.kind != "none":
         before = overall(data, evaluate(run, data, autocast, world)).loss
@@ -352,12 +352,12 @@ def main(
         typer.Argument(metavar="CONFIG... [SECTION.KEY=VALUE...]", show_default=False),
     ],
 ) -> None:
-    """Train a model from TOML configs. Later ones override earlier ones, single keys override all.
+    """Train a model from TOML configs. Later configs override earlier ones; keys override configs.
 
-    A config is a file, or the name of one that comes with the package: quickstart, 15m, fp/15m.
+    A config is a file or the name of a config in the package: quickstart, 15m, fp/15m.
 
-    The same command again resumes the run from its newest whole checkpoint. Ctrl-C, SIGTERM
-    or a closed terminal saves one and ends the run with exit code 130, 143 or 129.
+    The same command resumes the run from its newest complete checkpoint. Ctrl-C, SIGTERM or a
+    closed terminal saves a checkpoint and ends the run with exit code 130, 143 or 129.
     """
     paths, overrides = split_args(args)
     if not paths:
@@ -365,7 +365,7 @@ def main(
     launch = Launch.from_environment()
     with one_report(launch):
         config = load_config(paths, overrides).resolve()
-        if config.distill.teacher:  # a mistake shows before a run folder is made
+        if config.distill.teacher:  # report a wrong path before a run folder is made
             read_config(Path(config.distill.teacher))
         config.micro_batch(launch.size)
         device = pick_device(launch.device_name(config.train.device), "train.device")
@@ -383,7 +383,7 @@ def command() -> None:
     app = typer.Typer(rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False)
     app.command(epilog=config_help())(main)
     several = "TORCHELASTIC_ERROR_FILE" in os.environ
-    run(record(app) if several else app)  # with each traceback in the table that torchrun prints
+    run(record(app) if several else app)  # record: torchrun's table then has each traceback
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from bitnet import BitLinear, replace_linear, coverage, pack, load, Engine
 
-Names are imported when they are first used: importing torch takes seconds, and a command must
-handle Ctrl-C before (bitnet/cli/shell.py).
+Each name is imported when it is first used: importing torch takes seconds, and a command must
+handle Ctrl-C before that (bitnet/cli/shell.py).
 """
 
 from importlib import import_module
@@ -40,15 +40,15 @@ _HOMES = {
     "coverage": "inventory",
     "load": "export.folder",
 }
-"""The module of a public name; the others are in bitnet.linear."""
+"""The module of each public name; all others are in bitnet.linear."""
 
 if not TYPE_CHECKING:  # a type checker reads the imports above
 
     def __getattr__(name: str) -> Any:
-        """A public name from its module, or a module of the package."""
+        """Import a public name from its module, or a module of the package."""
         if name in __all__:
             value = getattr(import_module(f"bitnet.{_HOMES.get(name, 'linear')}"), name)
-            globals()[name] = value  # looked up once
+            globals()[name] = value  # so that each name is looked up once
             return value
         if not name.startswith("_") and find_spec(f"bitnet.{name}") is not None:
             return import_module(f"bitnet.{name}")

@@ -1,11 +1,11 @@
 """The ternary layer for training, and how a training step quantizes each tensor only once.
 
 A BitLinear *is* an nn.Linear whose forward quantizes. Its state dict has the same names, so a
-checkpoint fits both. By itself it quantizes its input and its weight in every forward. In a
-training step much of that would give the same codes again; it is done once, with the same bits:
+checkpoint fits both. Alone, it quantizes its input and its weight in every forward. A training
+step would compute many of these codes twice; these functions compute them once, bit for bit equal:
 
-    with weights_quantized(model):            # each weight, for all micro-batches
-        x = shared_input(x, q, k, v)         # an input, for all layers that take it
+    with weights_quantized(model):            # each weight once for all micro-batches
+        x = shared_input(x, q, k, v)         # an input once for all layers that take it
         q(x), k(x), v(x)
 """
 
@@ -43,32 +43,32 @@ if TYPE_CHECKING:
 class BitLinear(CalledLayer, nn.Linear):
     """A drop-in for ``nn.Linear`` with ternary weights and int8 activations (BitNet b1.58).
 
-    The forward is exact integer arithmetic and one fp32 rescale, the backward straight-through;
-    the maths is in :mod:`bitnet.quant`.
+    The forward is exact integer arithmetic and one fp32 rescale. The backward is
+    straight-through. :mod:`bitnet.quant` has the formulas.
 
     Arguments:
         in_features, out_features, bias, device, dtype: as ``nn.Linear``. Keep the latent weights
             fp32: at |w| ~ 0.02 bf16 loses updates below 6e-5. For bf16 use autocast.
         granularity: one weight scale per ``"tensor"`` (b1.58), ``"row"`` or ``"group"``.
         group_size: columns per group, for ``"group"``.
-        norm: normalize the input with a learned RMSNorm first (the placement of Microsoft's
-            "Training Tips"); its weight is ``rms_norm.weight``.
+        norm: normalize the input with a learned RMSNorm first (as in Microsoft's "Training
+            Tips"); the norm's weight is ``rms_norm.weight``.
         norm_eps: epsilon of that norm.
         grad_mask, grad_mask_c: which latent weights receive a gradient.
-        int8_backward: compute gradients in int8, an approximation. For these three see
-            :func:`bitnet.quant.ternary_linear_ste`.
+        int8_backward: compute gradients in int8, an approximation. These three options are
+            explained in :func:`bitnet.quant.ternary_linear_ste`.
     Shapes:
         input ``[..., in_features]`` -> ``[..., out_features]``; empty batches included.
     Raises:
-        TypeError, ValueError: the input is not floating point or has another last dimension.
-        A NaN or infinity in a token makes only the outputs of that token NaN.
+        TypeError, ValueError: the input is not floating point, or its last dimension is wrong.
+        A NaN or infinity in a token raises nothing; it makes only that token's outputs NaN.
     """
 
     rms_norm: RMSNorm | None
     int8_backward: Int8Backward = "none"  # for layers pickled before this attribute existed
     _cached_codes: "_CachedCodes | None" = None
     called = False
-    """Whether an eager forward has run: see :func:`bitnet.coverage`."""
+    """Whether an eager forward has run; see :func:`bitnet.coverage`."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class BitLinear(CalledLayer, nn.Linear):
     def forward(self, input: Tensor | QuantizedInput) -> Tensor:
         """float ``[..., in_features]`` -> ``[..., out_features]``, differentiable.
 
-        A layer without a norm inside also takes the result of :func:`bitnet.quant.quantize_input`.
+        A layer without an inner norm also takes the result of :func:`bitnet.quant.quantize_input`.
         """
         if not torch.compiler.is_compiling() and not self.called:
             self.called = True
@@ -160,13 +160,13 @@ class BitLinear(CalledLayer, nn.Linear):
 
 
 class _CachedCodes(NamedTuple):
-    """Codes of a layer's weight, and the state by which a later change of the weight is found."""
+    """Codes of a layer's weight, and the state that shows whether the weight has changed since."""
 
     quantized: TernaryWeight
     layer_name: str
     weight: Tensor
     memory: Tensor
-    """An alias of the weight, kept so that no other tensor can get its address meanwhile."""
+    """An alias of the weight; while it is kept, no other tensor can get the same address."""
     state: tuple[Any, ...]
 
     @classmethod
@@ -183,19 +183,19 @@ class _CachedCodes(NamedTuple):
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:
-    """Return values that differ after a change of the weight: the version, which counts changes in
-    place (tensors of inference mode have none), and dtype, device and address, which
-    ``model.bfloat16()`` and ``weight.data = ...`` change."""
+    """Return values that differ after a change of the weight. The version counts in-place changes
+    (tensors made in inference mode have none). ``model.bfloat16()`` and ``weight.data = ...``
+    change dtype, device or address."""
     version = 0 if weight.is_inference() else weight._version
     return version, weight.dtype, weight.device, weight.data_ptr()
 
 
 @contextmanager
 def weights_quantized(model: nn.Module) -> Iterator[None]:
-    """Quantize the weight of each BitLinear once, for all forwards and backwards inside the block.
+    """Quantize the weight of each BitLinear once for all forwards and backwards inside the block.
 
-    It is meant for the micro-batches of a step, eager or compiled. The results are the same to the
-    last bit; the codes take one byte per weight.
+    Use it around the micro-batches of a step, eager or compiled. The results are the same to the
+    last bit. The codes take one byte per weight.
 
         with weights_quantized(model):
             for inputs, targets in micro_batches:
@@ -205,10 +205,10 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
     Blocks can be nested. Layers whose weight is computed (by a parametrization) are left out.
 
     Raises:
-        RuntimeError: a weight (named) was changed inside the block; raised by the next eager
-            forward or at the end of the block. Or an optimizer of that weight is about to step:
-            fused optimizers change weights without a trace. Changes of ``weight.data`` in place,
-            which bypass autograd, are not seen.
+        RuntimeError: a weight (named) changed inside the block: the next eager forward or the end
+            of the block raises. Or an optimizer of that weight is about to step, since a fused
+            optimizer's changes cannot be detected. In-place changes of ``weight.data`` bypass
+            autograd and are not detected.
     """
     entered: list[BitLinear] = []
 
@@ -230,7 +230,7 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
             and layer._cached_codes is None
             and not computed_parameter(layer)
         }
-        gathered = _in_fsdp(model, bare)  # FSDP2 makes another weight for each forward
+        gathered = _in_fsdp(model, bare)  # FSDP2 makes a new weight for each forward
         own = {name: layer for name, layer in bare.items() if layer not in gathered}
         for name, weight in _quantized(own):
             layer = own[name]
@@ -248,12 +248,13 @@ def weights_quantized(model: nn.Module) -> Iterator[None]:
 
 
 def gather_codes(model: nn.Module, as_codes: bool) -> None:
-    """Prepare the BitLinears of a model for FSDP2, before their weights are divided: what is
-    gathered are packed codes, or latent weights of which codes are made (:mod:`bitnet.gathered`).
+    """Prepare the BitLinears of a model for FSDP2, before it divides their weights. FSDP2 then
+    gathers packed codes, or latent weights from which codes are made (:mod:`bitnet.gathered`).
 
-    Of a matrix that tensor parallelism has divided, FSDP2 divides and gathers the part; where
-    latent weights are gathered, its codes are made by the layer itself (:mod:`bitnet.sharded`). A
-    layer whose gradient mask needs the latent weights stays as it is: those are gathered."""
+    If tensor parallelism has divided a matrix, FSDP2 divides and gathers this process's part. If
+    it gathers latent weights, the layer itself makes the codes of that part
+    (:mod:`bitnet.sharded`). A layer whose gradient mask needs the latent weights is left as it is,
+    and FSDP2 gathers its latent weights."""
     for layer in model.modules():
         if not isinstance(layer, BitLinear) or layer.grad_mask != "none":
             continue
@@ -284,7 +285,8 @@ def _in_fsdp(model: nn.Module, layers: dict[str, BitLinear]) -> list[BitLinear]:
 
 
 def _quantized(layers: dict[str, BitLinear]) -> Iterator[tuple[str, TernaryWeight]]:
-    """Quantize the weight of each layer; those that tensor parallelism divides, all together."""
+    """Quantize the weight of each layer. All weights that tensor parallelism divides are quantized
+    together."""
     divided = {name: layer for name, layer in layers.items() if is_dtensor(layer.weight)}
     for name, layer in layers.items():
         if name not in divided:
@@ -302,11 +304,11 @@ def _recipe(layer: BitLinear) -> tuple[Granularity, int, Int8Backward]:
 
 
 def shared_input(x: Tensor, *layers: nn.Module) -> Tensor | QuantizedInput:
-    """Return the input to call all of ``layers`` with.
+    """Return the input for calls of all ``layers``.
 
-    It is quantized once if each layer is a plain BitLinear (:func:`is_plain`) without a norm
-    inside. Otherwise it is x itself, so that a hook or a subclass sees what it would see in an
-    ``nn.Linear``.
+    If each layer is a plain BitLinear (:func:`is_plain`) without an inner norm, x is quantized here
+    once. Otherwise the result is x itself, so that a hook or a subclass sees the same input as in
+    an ``nn.Linear``.
     """
     weights = [
         layer.weight
@@ -325,7 +327,7 @@ def shared_input(x: Tensor, *layers: nn.Module) -> Tensor | QuantizedInput:
 def check_options(
     in_features: int, out_features: int, granularity: Granularity, group_size: int
 ) -> None:
-    """Raise ValueError for sizes or a granularity that no ternary layer can have."""
+    """Raise ValueError for invalid sizes or an invalid granularity of a ternary layer."""
     if in_features < 1 or out_features < 1:
         raise ValueError(
             f"in_features, out_features: expected >= 1, got {in_features}, {out_features}"

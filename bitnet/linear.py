@@ -1,13 +1,13 @@
 """TernaryLinear for inference, and the functions that put it and BitLinear into a model.
 
-    layer = BitLinear(512, 2048)     # nn.Linear's arguments; latent fp32 weights, ternary maths
+    layer = BitLinear(512, 2048)     # nn.Linear's arguments; fp32 latent weights, ternary forward
     model = replace_linear(model)    # every nn.Linear of any model -> BitLinear
     ...train...
     model = pack(model)              # every BitLinear -> TernaryLinear, 2 bits per weight
 
-BitLinear is in :mod:`bitnet.bitlinear`. A TernaryLinear has no latent weights. It holds packed
-codes and an fp32 scale, and gives the same outputs to the last bit, since both layers add the same
-integers.
+BitLinear is in :mod:`bitnet.bitlinear`. A TernaryLinear has no latent weights, only packed codes
+and an fp32 scale. Its outputs equal those of the BitLinear to the last bit, since both layers add
+the same integers.
 """
 
 import warnings
@@ -72,15 +72,15 @@ class TernaryLinear(CalledLayer, nn.Module):
         in_features, out_features, bias: as for ``nn.Linear``.
         granularity, group_size: one scale per tensor, row or group of columns.
         norm, norm_eps: an RMSNorm before the quantization, as in :class:`BitLinear`.
-        kernel: ``"auto"`` (by device and shape), or one family by name (``bitnet_kernels``).
+        kernel: ``"auto"`` (by device and shape), or the name of a family (``bitnet_kernels``).
     State:
         ``packed`` uint8 ``[N, ceil(K/64)*16]``, ``scale`` fp32 ``[]``, ``[N]`` or ``[N, G]``,
-        ``bias``. The scale stays fp32 under ``.to(dtype)``: rounding it moves every logit.
-        ``"addsub"`` keeps the codes a second time, as bit planes, which doubles the memory; the
-        planes are made when weights are set or loaded, and never saved.
+        ``bias``. The scale stays fp32 under ``.to(dtype)``: rounding it would change every logit.
+        ``"addsub"`` also keeps the codes as bit planes, which doubles the memory. The planes are
+        made when weights are set or loaded, and never saved.
         Gradients flow through the layer to its input (:mod:`bitnet.packed`).
     Attributes:
-        dtype: dtype of :attr:`weight`: that of the latent weight, until ``.to(dtype)`` changes it.
+        dtype: dtype of :attr:`weight`: the latent weight's, until ``.to(dtype)`` changes it.
     """
 
     dtype = torch.float32
@@ -119,7 +119,7 @@ class TernaryLinear(CalledLayer, nn.Module):
             "row": (out_features,),
             "group": (out_features, -(-in_features // group_size)),
         }[granularity]
-        zeros = torch.full(  # four weights of 0 in each byte
+        zeros = torch.full(  # each byte holds four weights of 0
             (out_features, packed_columns(in_features)),
             0b01010101,
             dtype=torch.uint8,
@@ -147,8 +147,8 @@ class TernaryLinear(CalledLayer, nn.Module):
         group_size: int = 128,
         kernel: Kernel = "auto",
     ) -> "TernaryLinear":
-        """Make a layer from int8 codes ``[N, K]`` and their fp32 scale, without estimating either
-        again. Raises ValueError if the dtype or shape of the scale does not fit."""
+        """Make a layer from int8 codes ``[N, K]`` and their fp32 scale; neither is computed again.
+        Raises ValueError if the dtype or shape of the scale does not fit."""
         layer = cls(
             codes.shape[1],
             codes.shape[0],
@@ -196,12 +196,13 @@ class TernaryLinear(CalledLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized ``[N, K]``, made when its values are used (:mod:`bitnet.dequantized`)."""
+        """The dequantized ``[N, K]``, computed when its values are used
+        (:mod:`bitnet.dequantized`)."""
         shape = self.out_features, self.in_features
         return dequantized(self._dequantize, shape, self.dtype, self.packed.device)
 
     def _dequantize(self) -> Tensor:
-        # unlike unpack_ternary it does not check values, which compiled code cannot
+        # codes_of, unlike unpack_ternary, does not check the values: compiled code cannot
         codes = codes_of(self.packed, self.in_features)
         return dequantize(codes, self.scale, self.group_size)
 
@@ -209,9 +210,9 @@ class TernaryLinear(CalledLayer, nn.Module):
         """float ``[..., in_features]`` -> ``[..., out_features]``, differentiable in the input."""
         if isinstance(input, Tensor) and is_unusual(input):
             return by_its_kind(self, input)
-        # the kernel quantizes again and finds the same codes
+        # the kernel quantizes the values again, to the same codes
         x = input.values if isinstance(input, QuantizedInput) else input
-        if x.dim() == 0 or x.shape[-1] != self.in_features:  # padding hides a short row
+        if x.dim() == 0 or x.shape[-1] != self.in_features:  # padding would hide a short row
             raise ValueError(
                 f"input: expected shape [..., {self.in_features}], got {list(x.shape)}"
             )
@@ -241,7 +242,7 @@ class TernaryLinear(CalledLayer, nn.Module):
 
 
 def _constant(tensor: Tensor) -> nn.Parameter:
-    """Return a parameter without gradient: packed layers are not trained."""
+    """Return a parameter without a gradient: packed layers are not trained."""
     return nn.Parameter(tensor, requires_grad=False)
 
 
@@ -254,19 +255,19 @@ def replace_linear(
 ) -> nn.Module:
     """Replace every ``nn.Linear`` by a :class:`BitLinear` with the same parameters, in place.
 
-    Only plain ``nn.Linear`` modules are replaced, since a subclass may use its weight in its own
-    way (the output projection of ``nn.MultiheadAttention`` is never *called*, so a BitLinear there
-    would change nothing). The ``Conv1D`` of transformers (GPT-2) is replaced too, by a layer with
-    the transposed weight: checkpoints from before the replacement no longer fit.
-    :func:`bitnet.coverage` lists what was replaced and what was not. Hooks on a replaced module
-    are dropped.
+    Only plain ``nn.Linear`` modules are replaced, since a subclass may use its weight differently:
+    ``nn.MultiheadAttention`` never *calls* its output projection, so a BitLinear there would
+    change nothing. The ``Conv1D`` of transformers (GPT-2) is replaced too, by a layer with the
+    transposed weight; checkpoints saved before the replacement no longer fit.
+    :func:`bitnet.coverage` lists the layers that were replaced and the rest. Hooks on a replaced
+    module are dropped.
 
     Arguments:
         model: any module; an ``nn.Linear`` itself is replaced by the returned BitLinear.
         skip: modules to leave in full precision, by name, path or pattern (``"lm_head"``,
             ``"layers.0.mlp.*"``, ``"*.gate"``).
-        also: subclasses of ``nn.Linear`` to replace as well; what their forward does is lost.
-        options: BitLinear's keywords (``granularity``, ``norm``, ...).
+        also: subclasses of ``nn.Linear`` to replace as well; their own forward is lost.
+        options: keyword arguments of BitLinear (``granularity``, ``norm``, ...).
     Raises:
         TypeError: ``also`` holds anything but subclasses of ``nn.Linear``.
         ValueError: nothing is replaced and the model has no ternary layer yet; a name in ``skip``
@@ -279,7 +280,7 @@ def replace_linear(
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     if skip != DEFAULT_SKIP:
         check_patterns(model, skip, "skip")
-    skipped = {  # under any of its names
+    skipped = {  # a module may have several names
         id(module)
         for name, module in model.named_modules(remove_duplicate=False)
         if matches(name, skip)
@@ -327,8 +328,8 @@ def replace_linear(
 
 
 def _check_replaced(model: nn.Module, skipped: set[int]) -> None:
-    """Raise ValueError if no layer is ternary. Warn if most weights are not, without counting those
-    in ``skip``, embeddings and convolutions."""
+    """Raise ValueError if no layer is ternary. Warn if most weights are not ternary; modules in
+    ``skip``, embeddings and convolutions do not count."""
     ternary = full = 0
     for _, module, weights in holders(model):
         if isinstance(module, BitLinear):
@@ -348,7 +349,7 @@ def _check_replaced(model: nn.Module, skipped: set[int]) -> None:
 def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
     """Replace every :class:`BitLinear` by its packed :class:`TernaryLinear`, in place.
 
-    A model that is packed already, with no BitLinear left, is returned unchanged.
+    An already packed model, with no BitLinear left, is returned unchanged.
 
     Arguments:
         model: any module; a BitLinear itself is replaced by the returned TernaryLinear.
@@ -358,7 +359,7 @@ def pack(model: nn.Module, kernel: Kernel = "auto") -> nn.Module:
             are not finite, or belongs to a subclass that overrides ``forward`` (named); FSDP or
             tensor parallelism has sharded the model.
     Warns:
-        UserWarning: no forward has called a layer (named), while others were called.
+        UserWarning: no forward has called a layer (named), but other layers were called.
     """
     check_whole(model, GATHER)
     if not any(isinstance(module, BitLinear | TernaryLinear) for module in model.modules()):

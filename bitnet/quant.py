@@ -9,15 +9,16 @@
 
 Both roundings have zero gradient almost everywhere, so the backward is *straight-through*: it
 computes the gradients of y = x_hat @ W_hat.T and passes them to x and to the latent W unchanged. It
-is one autograd function and not the `x + (q(x) - x).detach()` idiom: in bf16 that sum is rounded
-again, and 1.8% of the resulting weights are not ternary. The function saves int8 codes and scales
-for the backward, never floats of their size.
+is one autograd function, not the `x + (q(x) - x).detach()` idiom: bf16 rounds that sum again, and
+1.8% of the resulting weights are not ternary. The function saves int8 codes and scales for the
+backward, never float tensors of that size.
 
-A quantized tensor can be used many times, with the same bits: an input by all layers that share it
-(:func:`quantize_input`), a weight by all forwards until it changes (:func:`quantize_weight`).
+A quantized tensor can be reused, with the same bits: all layers that share an input can take its
+codes (:func:`quantize_input`); all forwards until a weight changes can take the weight's codes
+(:func:`quantize_weight`).
 
-A scale always *multiplies* codes here. absmean is not idempotent (quantizing W_hat again shrinks
-the scale by mean|codes|), so a quantized weight is stored as codes and scale.
+A scale always *multiplies* codes here. absmean is not idempotent: quantizing W_hat again multiplies
+the scale by mean|codes|. So a quantized weight is stored as codes and scale.
 
 Shapes: M tokens, K in_features, N out_features, G = ceil(K / group_size) groups of columns.
 """
@@ -38,7 +39,7 @@ from bitnet_kernels.cpu.int_mm import codes_matmul, scaled_matmul
 from bitnet_kernels.cpu.training import rescale_, takes
 from bitnet_kernels.reference import absmax_int8, clamped_mean
 
-if TYPE_CHECKING:  # not in every build of torch
+if TYPE_CHECKING:  # some builds of torch lack it
     from torch.distributed import ProcessGroup
 
 Granularity = Literal["tensor", "row", "group"]
@@ -46,10 +47,11 @@ GradMask = Literal["none", "clip", "trust"]
 Int8Backward = Literal["none", "input", "both"]
 
 _ops = torch.ops.bitnet
-"""The operators of bitnet_kernels without their checks, some of which torch.compile refuses inside
-a backward."""
+"""The operators of bitnet_kernels without their checks: torch.compile refuses some of the checks
+inside a backward."""
 _TOKENS_PER_SUM = 2**16
-"""Tokens per int32 sum. Products are at most 128^2, so a sum reaches half of int32's range."""
+"""Most tokens in one int32 sum. Products are at most 128^2, so a sum stays within half of int32's
+range."""
 
 
 class QuantizedInput(NamedTuple):
@@ -83,7 +85,7 @@ def quantize_input(x: Tensor) -> QuantizedInput:
     _check_float(x)
     with torch.no_grad():
         on_gpu = x.device.type == "cuda" and not torch.compiler.is_compiling()
-        if on_gpu or takes(x):  # in one pass; compiled code fuses for itself
+        if on_gpu or takes(x):  # one pass; torch.compile fuses the other branch itself
             codes, scale, _ = bitnet_kernels.quant(x)
         else:
             codes, scale = absmax_int8(x)
@@ -99,8 +101,8 @@ def quantize_weight(
     gamma: Tensor | None = None,
 ) -> TernaryWeight:
     """Quantize a latent weight by :func:`absmean_ternary`, without gradient, and transpose the
-    codes if ``int8_backward`` needs them. With ``gamma``, the weight may be a part of the one that
-    this is the scale of. Raises what :func:`absmean_ternary` raises."""
+    codes if ``int8_backward`` needs them. ``gamma``: use this scale; the weight may then be a part
+    of the matrix that it was computed for. Raises what :func:`absmean_ternary` raises."""
     check_int8_backward(int8_backward, granularity)
     if gamma is None:
         codes, gamma = absmean_ternary(weight, granularity, group_size)
@@ -118,8 +120,8 @@ def absmean_ternary(
 ) -> tuple[Tensor, Tensor]:
     """Ternary codes and their scale (arXiv 2402.17764, eqs. 1-3).
 
-    The mean of the magnitudes is a sum of integers, so gamma has the same bits on every device and
-    in every order of summation, whatever the number of threads.
+    The mean of the magnitudes is computed from a sum of integers. So gamma has the same bits on
+    every device, in every order of summation and for any number of threads.
 
     Arguments:
         weight: float ``[N, K]``.
@@ -128,11 +130,11 @@ def absmean_ternary(
         alpha: the threshold in units of gamma. 0.5 is rounding; TWN (arXiv 1605.04711) uses 0.7.
     Returns:
         codes int8 ``[N, K]`` in {-1, 0, +1}; gamma fp32 ``[]``, ``[N]`` or ``[N, G]``, such that
-        ``codes * gamma`` approximates the weight. Where the weights under a scale hold a NaN or an
-        infinity, that gamma is NaN (and so is all that is computed with it).
+        ``codes * gamma`` approximates the weight. A NaN or an infinity among the weights of a scale
+        makes that gamma NaN, and everything computed with it.
     Raises:
-        TypeError, ValueError: a weight that is no float matrix with K >= 1, or an unknown
-        granularity or group size.
+        TypeError, ValueError: a weight that is not a float matrix with K >= 1, an unknown
+        granularity or an invalid group size.
     """
     _check_weight(weight)
     check_granularity(granularity, group_size)
@@ -150,7 +152,7 @@ def absmean_ternary(
 
 
 def weight_magnitude(weight: Tensor) -> Tensor:
-    """``|W|`` in fp32, or fp64 where the weight is: the terms of the mean."""
+    """``|W|`` in fp32, or in fp64 for an fp64 weight: the terms of the mean."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32)).abs()
 
 
@@ -172,10 +174,10 @@ def ternary_codes(
 def spread_groups(gamma: Tensor, group_size: int, in_features: int) -> Tensor:
     """One scale per column: ``[N, G]`` -> ``[N, K]``.
 
-    A shorter last group is appended separately. A slice of the repeated scales reads
-    wrong elements when torch (2.13) compiles it for a CPU.
+    A shorter last group is appended separately: if torch (2.13) compiles a slice of the repeated
+    scales for a CPU, it reads wrong elements.
     """
-    in_features = int(in_features)  # torch.jit.trace has tensors there
+    in_features = int(in_features)  # torch.jit.trace passes a tensor
     full, rest = in_features // group_size, in_features % group_size  # dynamo: no symbolic divmod
     columns = repeat(gamma[:, :full], "n g -> n (g columns)", columns=group_size)
     return torch.cat((columns, gamma[:, full:].expand(-1, rest)), 1) if rest else columns
@@ -191,13 +193,13 @@ def dequantize(codes: Tensor, gamma: Tensor, group_size: int = 128) -> Tensor:
 
 
 def stochastic_int8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantize each row to int8, rounded up or down at random so that the error is zero on average:
+    """Quantize each row to int8 by stochastic rounding, so that the error is zero on average:
     ``s = max|x| / 127``, ``codes = floor(x / s + u)``, u uniform in [0, 1); the expectation of
     ``codes * s`` is x (Gupta et al., arXiv 1502.02551).
 
-    The random numbers are of torch's global generator, or of a counter-based one whose seed it
-    draws (:func:`bitnet_kernels.cpu.training.stochastic_int8`): ``torch.manual_seed`` decides
-    them, and a run that is resumed with torch's state repeats them.
+    The random numbers come from torch's global generator, or from a counter-based generator whose
+    seed the global one draws (:func:`bitnet_kernels.cpu.training.stochastic_int8`). So
+    ``torch.manual_seed`` fixes them, and a run resumed with torch's state repeats them.
 
     Arguments:
         x: float ``[M, N]``, N >= 1.
@@ -217,7 +219,7 @@ def _gradient_mask(
     """The elements of a latent weight that receive a gradient: bool ``[N, K]``.
 
     ``clip``: where |W| <= c * gamma. ``trust``: where |W - W_hat| <= c * gamma, the trust region
-    of QuEST (arXiv 2502.05003); at c = 0.5, half a quantization step, that is |W| <= 1.5 gamma.
+    of QuEST (arXiv 2502.05003). With c = 0.5, half a quantization step, it is |W| <= 1.5 gamma.
     """
     bound = c * dequantize(torch.ones_like(codes), gamma, group_size)
     w = weight.float()
@@ -294,11 +296,11 @@ class _TernaryLinear(torch.autograd.Function):
 
 
 def input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, group_size: int) -> Tensor:
-    """``dy @ W_hat`` of float ``[M, N]``: ``[M, K]`` in the dtype of ``dy``.
+    """``dy @ W_hat`` for a float dy ``[M, N]``: ``[M, K]`` in the dtype of ``dy``.
 
-    W_hat is exact in fp32. In 16 bits gamma would be rounded, in the same direction for every
-    token, while the codes are exact. So gamma multiplies the result, or dy: in fp16 always dy,
-    since the sum of N unscaled gradients may overflow."""
+    W_hat is exact in fp32. In 16 bits the codes are exact, but gamma would be rounded, in the same
+    direction for every token. So gamma multiplies the result or dy instead. In fp16 it always
+    multiplies dy, since the sum of N unscaled gradients may overflow."""
     if gamma.dim() < 2 and takes_input_gradient(dy):
         dx: Tensor = _ops.input_gradient(dy, codes, gamma)
         return dx
@@ -310,7 +312,7 @@ def input_gradient(dy: Tensor, codes: Tensor, gamma: Tensor, group_size: int) ->
 
 
 def _int8_input_gradient(dy: Tensor, transposed: Tensor, gamma: Tensor) -> Tensor:
-    """An unbiased estimate of ``dy @ W_hat`` from int8 codes of each token of ``dy``."""
+    """An unbiased estimate of ``dy @ W_hat``, with each token of ``dy`` quantized to int8."""
     if gamma.dim() == 1:
         dy, gamma = dy.float() * gamma, gamma.new_ones(())
     dy_q, s_dy = stochastic_int8(dy)
@@ -318,8 +320,8 @@ def _int8_input_gradient(dy: Tensor, transposed: Tensor, gamma: Tensor) -> Tenso
 
 
 def _int8_weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
-    """An unbiased estimate of ``dy.T @ x_hat``, fp32 ``[N, K]``: ``dy`` is multiplied by the scales
-    of the tokens and becomes int8 codes with one scale per output channel."""
+    """An unbiased estimate of ``dy.T @ x_hat``, fp32 ``[N, K]``: ``dy`` is multiplied by the
+    per-token scales of x and quantized to int8 with one scale per output channel."""
     if len(dy) <= _TOKENS_PER_SUM and takes(dy):
         codes, scale = _ops.stochastic_int8_columns(dy, s_x)
         return rescale_(_ops.int8_matmul(codes, x_q.t()), scale, scale.new_ones(()), None)
@@ -335,8 +337,8 @@ def _int8_weight_gradient(dy: Tensor, x_q: Tensor, s_x: Tensor) -> Tensor:
 
 
 def output_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a linear layer returns for ``x``: autocast's if it is on, else that of x.
-    Autocast leaves fp64 alone."""
+    """The output dtype of a linear layer for ``x``: autocast's dtype if autocast is on, else the
+    dtype of x. Autocast does not change fp64."""
     device = x.device.type
     autocasts = device != "meta" and x.dtype != torch.float64
     if autocasts and torch.is_autocast_enabled(device):
@@ -365,10 +367,10 @@ def ternary_linear_ste(
     """The training forward of a ternary linear layer, differentiable straight-through.
 
     Arguments:
-        x: float ``[..., K]``; any leading dimensions, empty ones too. Or the same input from
+        x: float ``[..., K]`` with any leading dimensions, also empty ones; or its
             :func:`quantize_input`, which gives the same bits.
         weight: the latent float ``[N, K]``; bias: ``[N]`` or None, added after the rescale.
-        granularity, group_size: of the weight's scale, see :func:`absmean_ternary`.
+        granularity, group_size: of the weight's scales; see :func:`absmean_ternary`.
         mask, mask_c: which latent weights receive a gradient. ``"none"``: all. ``"clip"``: where
             |W| <= mask_c * gamma. ``"trust"``: where |W - W_hat| <= mask_c * gamma (arXiv
             2502.05003).
@@ -376,18 +378,18 @@ def ternary_linear_ste(
             shapes are checked, its values are not. None: the weight is quantized here.
         int8_backward: an approximation, for speed on int8 tensor cores. Incoming gradients are
             rounded stochastically to int8 (:func:`stochastic_int8`) to compute the gradient of
-            the ``"input"``, or of ``"both"`` input and weight. The results are unbiased, with the
-            noise of the rounding. Not for granularity "group".
+            the ``"input"``, or of ``"both"`` input and weight. The results are unbiased, but the
+            rounding adds noise. Not for granularity "group".
         group: the processes that each hold a part of the columns of ``x`` and of the weight, both
-            quantized by the scales of the whole (:mod:`bitnet.sharded`). Their int32 sums are added
-            before the rescale, so that every process has the whole output. Not for granularity
-            "group".
+            quantized by the scales of the whole tensor (:mod:`bitnet.sharded`). Their int32 sums
+            are added before the rescale, so every process gets the whole output. Not for
+            granularity "group".
     Returns:
         ``[..., N]`` in the autocast dtype where autocast is on, else in the dtype of ``x``.
     Raises:
-        TypeError: ``x`` or ``weight`` is not floating point. ValueError: the weight is no matrix
-        with K >= 1, or the last dimension of ``x`` is not K; an option that does not exist;
-        ``int8_backward`` with granularity "group"; ``quantized`` made with other options.
+        TypeError: ``x`` or ``weight`` is not floating point. ValueError: the weight is not a matrix
+        with K >= 1; the last dimension of ``x`` is not K; an unknown option; ``int8_backward``
+        with granularity "group"; ``quantized`` made with other options.
     """
     values = x.values if isinstance(x, QuantizedInput) else x
     _check_float(values)
@@ -424,8 +426,8 @@ def ternary_linear_ste(
 
 
 def check_int8_backward(int8_backward: str, granularity: str) -> None:
-    """Raise ValueError for an unknown ``int8_backward``, or one with group-wise scales. In
-    ``dy @ W_hat`` these vary over the summed axis as well as the result, so no single integer
+    """Raise ValueError for an unknown ``int8_backward``, or for any with group-wise scales. In
+    ``dy @ W_hat`` such scales vary along the summed axis and along the result, so no single integer
     product computes it."""
     if int8_backward not in (valid := get_args(Int8Backward)):
         raise ValueError(
@@ -439,7 +441,7 @@ def check_int8_backward(int8_backward: str, granularity: str) -> None:
 
 
 def check_granularity(granularity: str, group_size: int) -> None:
-    """Raise ValueError, naming the argument, for a granularity that no ternary weight has."""
+    """Raise ValueError, naming the argument, for an unknown granularity or a group size < 1."""
     if granularity not in (valid := get_args(Granularity)):
         raise ValueError(f"granularity: expected one of {', '.join(valid)}, got {granularity!r}")
     if group_size < 1:
@@ -447,7 +449,8 @@ def check_granularity(granularity: str, group_size: int) -> None:
 
 
 def check_mask(mask: str, mask_c: float, prefix: str = "") -> None:
-    """Raise ValueError for an unknown mask or bound; ``prefix`` begins the arguments' names."""
+    """Raise ValueError for an unknown mask or an invalid bound; the message puts ``prefix`` before
+    the arguments' names."""
     if mask not in (valid := get_args(GradMask)):
         raise ValueError(f"{prefix}mask: expected one of {', '.join(valid)}, got {mask!r}")
     if not 0 <= mask_c < math.inf:
@@ -468,7 +471,7 @@ def _check_quantized(
     group_size: int,
     int8_backward: Int8Backward,
 ) -> None:
-    """Raise ValueError if ``quantized`` was made with other options than those of the call."""
+    """Raise ValueError if ``quantized`` was made with options other than the call's."""
     codes, gamma, transposed = quantized
     n, k = weight.shape
     shape = {"tensor": (), "row": (n,), "group": (n, -(-k // group_size))}[granularity]
