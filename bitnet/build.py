@@ -1,10 +1,10 @@
-"""The model of a run: how it is built from the config, and the form in which it is saved.
+"""Build the model of a run from the config, and turn it into the form in which it is saved.
 
     Transformer -> weights of train.init_from -> quantizers ([quant]) -> adapters ([adapter])
 
 in this order: quantizers take their first scales from the weights, and adapters wrap layers that
-may quantize. A resumed run is built the same way, without the weights: its checkpoint has them,
-with everything that the layers learned or observed.
+may quantize. A resumed run builds its model the same way but without the weights. They are in its
+checkpoint, with everything that the layers learned or observed.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ from bitnet.schema import UserError
 
 
 def build_model(config: Config, tokenizer_hash: str, fresh: bool) -> Transformer:
-    """The model as it trains, on the CPU; initial weights come from torch's global generator.
+    """Build the model for training, on the CPU; initial weights come from torch's global generator.
 
     Arguments:
         config: resolved. tokenizer_hash: of the data's tokenizer.
-        fresh: load the weights of ``train.init_from``, if it names a folder, and where the folder
-            has the same recipe, its learned scales and observers too.
+        fresh: load the weights of ``train.init_from``, if it names a folder. If the folder has the
+            same recipe, load its learned scales and observers too.
     Raises:
         UserError: the folder, ``[quant]`` or ``[adapter]`` does not fit the model.
     """
     learned: dict[str, Tensor] = {}
     folder = Path(config.train.init_from)
-    start = load(folder) if config.train.init_from and fresh else None  # checks the sizes
+    start = load(folder) if config.train.init_from and fresh else None  # load checks the sizes
     model = Transformer(config.model)
     if start is not None:
         source, tokenizer = start
@@ -60,8 +60,9 @@ def build_model(config: Config, tokenizer_hash: str, fresh: bool) -> Transformer
 
 
 def undivided(model: Transformer) -> Transformer:
-    """A model whose weights are divided over processes, whole on the CPU of the main one; the
-    others get a model without values. Any other model as it is. All processes call it."""
+    """Gather a model whose weights are divided over processes: the main process gets it whole on
+    the CPU, the others get a model without values. Any other model is returned as it is. All
+    processes must call it."""
     if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         return model
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -78,11 +79,11 @@ def undivided(model: Transformer) -> Transformer:
 
 
 def as_saved(model: Transformer, quant: Recipe) -> tuple[Transformer, Recipe]:
-    """The form in which a trained model is saved, and the recipe of its folder.
+    """Return a trained model in the form in which it is saved, and the recipe of its folder.
 
-    A model whose recipe is BitNet's own, for every matrix of its layers and nothing else (such as
-    the head), is saved as an ordinary ternary model, which ``bitnet pack`` and all other
-    commands read. Any other model is saved as it trained.
+    If the recipe is BitNet's own and quantizes exactly the matrices of the layers (so not the
+    head), the model is saved as an ordinary ternary model, which ``bitnet pack`` and all other
+    commands read. Any other model is saved as it was trained.
     """
     ternary = with_bitlinears(model) if quant.enabled else None
     if ternary is None:

@@ -1,28 +1,29 @@
-"""One config from TOML files and `section.key=value`, strict; `model.depth` gives the rest.
+"""One strict config from TOML files and `section.key=value`; `model.depth` gives the rest.
 
-Each section is a dataclass that lives with the code it configures (``optim`` in optim.py, ...); a
-value comes from its default, then from the files in order, then from the command line. A file may
-begin with ``extends = "other.toml"`` (a path relative to the file), so the full-precision baselines
-name only the keys that differ. An unknown key, a wrong type or a value out of range is an error
-that names the file, the key and the nearest valid name: a typo must never train a model.
+Each section is a dataclass next to the code it configures (``optim`` in optim.py, ...). A value
+comes from its default, then from the files in order, then from the command line; later ones win.
+A file may begin with ``extends = "other.toml"`` (a path relative to the file), so the
+full-precision baselines name only the keys that differ. An unknown key, a wrong type or a value out
+of range is an error that names the file, the key and the nearest valid name: no model trains with
+a typo.
 
 Zeros are then *resolved*. ``model.depth`` alone gives the shape (model.py), and the shape gives the
 number of parameters N. These rules follow:
 
     learning rate   2.4e-3 * (140M / N)^0.29, at most 4e-3   TriLM's table (arXiv 2407.12327) to 5%
-                    a sixth of that for the full-precision baseline (ternary takes 6 to 8 times)
-                    a tenth of *that* to train a saved model on (train.init_from): a ternary one, a
-                    full-precision one as ternary or with [quant] (QAT takes 1/10 to 1/100), or, as
-                    the control, without. Muon's is 0.02 in both arms, a tenth for a saved model
-    batch           262,144 * sqrt(N / 50M) tokens, to a power of two in 16k .. 1M: 262k at 50M
-                    (QuEST, arXiv 2502.05003), 1M at 700M (b1.58)
+                    1/6 of that for the full-precision baseline (ternary takes 6 to 8 times more)
+                    1/10 of either to continue from a saved model (train.init_from): a ternary
+                    model, or a full-precision one trained as ternary, with [quant] (QAT takes 1/10
+                    to 1/100) or, as the control, without. Muon: 0.02, or 0.002 for a saved model
+    batch           262,144 * sqrt(N / 50M) tokens, rounded to a power of two in 16k .. 1M: 262k at
+                    50M (QuEST, arXiv 2502.05003), 1M at 700M (b1.58)
     tokens          20 N (Chinchilla, arXiv 2203.15556)
 
-`train.init_from` starts from a saved model. Its folder then gives the tokenizer, its [quant] and
-every [model] key left at its default; a key that disagrees with the folder is an error.
+`train.init_from` starts from a saved model. The model's folder then gives the tokenizer, [quant]
+and every [model] key left at its default. A key that disagrees with the folder is an error.
 
-Four sections quantize a full-precision model in training (bitnet/qat/):
-    [quant]    what is quantized and how (recipe.py); needs model.linear = "fp"
+Four sections quantize a full-precision model during training (bitnet/qat/):
+    [quant]    which tensors are quantized, and how (recipe.py); needs model.linear = "fp"
     [qat]      when quantization begins and how fast it is phased in (schedule.py)
     [distill]  a teacher to learn from (distill.py)
     [adapter]  low-rank adapters, trained instead of the matrices (adapters.py)
@@ -69,7 +70,7 @@ from bitnet.training.metrics import LogConfig
 from bitnet.training.optim import OptimConfig
 
 _LARGE = 10**9
-"""Parameters up to which each process keeps a whole model: 16 bytes each in training."""
+"""Most parameters for which each process keeps a whole model: training takes 16 bytes for each."""
 _MAX_BYTES = 2**24
 """Largest config file that is read."""
 _Files = list[tuple[str, dict[str, Any]]]
@@ -80,11 +81,11 @@ class RunConfig:
     """The run's name, folder and seed."""
 
     name: str = ""
-    """Folder of the run. "": the name of the (last) config file."""
+    """Name of the run's folder. "": the name of the (last) config file."""
     dir: str = "runs"
-    """Folder of all runs."""
+    """Folder that holds all runs."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of the initial weights and of the order of the data."""
+    """Seed of the initial weights and of the data order."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -96,22 +97,22 @@ class TrainConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast dtype; "auto": bf16 on a GPU, fp32 on a CPU. Latent weights are always fp32."""
     compile: bool = False
-    """Compile forward and loss with torch.compile: minutes at the start, faster steps after."""
+    """Compile forward and loss with torch.compile: minutes at the start, then faster steps."""
     threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads of torch. 0: torch's default."""
     batch_tokens: Count = 0
-    """Tokens per optimizer step. 0: from the parameters; see the top of bitnet/config.py."""
+    """Tokens per optimizer step. 0: computed from the model size (top of bitnet/config.py)."""
     micro_batch: Count = 0
-    """Sequences per forward; gradients accumulate. 0: about 8,192 tokens, on a CPU 2,048."""
+    """Sequences per forward; gradients accumulate. 0: about 8,192 tokens, or 2,048 on a CPU."""
     tokens: Count = 0
     """Tokens in the run. 0: 20 per parameter."""
     steps: Count = 0
     """Optimizer steps in the run. 0: tokens / batch_tokens, rounded up."""
     init_from: str = ""
-    """Folder of a saved model to start from; it gives the shape, tokenizer and [quant], and the
-    default learning rate is a tenth of pretraining's."""
+    """Folder of a saved model to start from. It gives the shape, tokenizer and [quant]; the default
+    learning rate is then a tenth of the pretraining rate."""
     max_bad_steps: Positive = 10
-    """Consecutive steps with a non-finite loss or gradient before the run ends; each is skipped."""
+    """A step with a non-finite loss or gradient is skipped; this many in a row end the run."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -143,11 +144,11 @@ class Config:
         return self.train.batch_tokens // self.data.seq_len
 
     def shares(self, n_processes: int) -> int:
-        """Shares of a batch: one for each process, or with ``distributed.tensor_parallel`` for each
-        group that divides the matrices.
+        """Number of shares of a batch: one per process, or with ``distributed.tensor_parallel`` one
+        per group of processes that divides the matrices.
 
         Raises:
-            UserError: the processes are not so many whole groups.
+            UserError: the processes do not form whole groups.
         """
         size = self.distributed.tensor_parallel
         if n_processes % size:
@@ -179,8 +180,8 @@ class Config:
         return math.gcd(share, self.train.micro_batch)
 
     def strategy(self, n_processes: int) -> Strategy:
-        """How the processes train one model (of a resolved config): ``distributed.strategy``, and
-        for "auto" ddp, or fsdp where several processes would hold more than 1B parameters each."""
+        """How the processes train one model (of a resolved config): ``distributed.strategy``, where
+        "auto" is ddp, or fsdp if several processes would hold more than 1B parameters each."""
         chosen, counts = self.distributed.strategy, self.model.num_parameters()
         if chosen != "auto":
             return chosen
@@ -190,7 +191,7 @@ class Config:
         return "fsdp" if several and held > _LARGE and not whole_only(self) else "ddp"
 
     def resolve(self) -> "Config":
-        """Fill every 0 that has a rule; raises UserError for an impossible config."""
+        """Fill every 0 that has a rule. Raises UserError for an impossible config."""
         _check_name(self.run.name)
         _check_encoding(self)
         folder = self.train.init_from
@@ -200,7 +201,7 @@ class Config:
             return config._resolve()
 
     def _resolve(self) -> "Config":
-        self.data.mixture()  # checks its tables
+        self.data.mixture()  # checks the mixture's tables
         vocab_size = self.data.vocab_size
         if self.data.tokenizer:
             with user_input(f"data.tokenizer = {self.data.tokenizer}"):
@@ -245,7 +246,7 @@ class Config:
                 "step; set one of them and leave the other 0"
             )
         cpu = train.device == "cpu" or (train.device == "auto" and not torch.cuda.is_available())
-        if cpu and not train.micro_batch:  # a divisor, so that the batch is the same everywhere
+        if cpu and not train.micro_batch:  # a divisor, so CPU and GPU have the same batch
             micro = math.gcd(micro, max(1, 2048 // seq_len))
         return dataclasses.replace(
             train, batch_tokens=batch, micro_batch=micro, tokens=tokens, steps=steps
@@ -253,8 +254,8 @@ class Config:
 
 
 def _check_encoding(config: "Config") -> None:
-    """Raise UserError for text that config.toml and checkpoints cannot keep: a file name that is no
-    UTF-8, which `bitnet prepare` takes."""
+    """Raise UserError for text that config.toml and checkpoints cannot store, such as a file name
+    that is not UTF-8 (`bitnet prepare` accepts one)."""
     for section, table in to_dict(config).items():
         for key, value in table.items():
             with user_input(f"{section}.{key}"):
@@ -262,7 +263,7 @@ def _check_encoding(config: "Config") -> None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The strings in a value, in lists and tables too."""
+    """All strings in a value, including those in lists and tables."""
     if isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _texts(item)
@@ -271,7 +272,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _check_name(name: str) -> None:
-    """Raise UserError for what cannot be a folder's name everywhere and a word of a command."""
+    """Raise UserError unless the name is a valid folder name everywhere and a word of a command."""
     a_path = Path(name).name != name or name == ".."
     if a_path or name.startswith("-") or not name.isprintable() or len(name.encode()) > 200:
         raise UserError(
@@ -286,7 +287,7 @@ _ADOPTED = {field.name for field in dataclasses.fields(ModelConfig)} - {
 
 
 def _from_folder(config: Config, folder: Path) -> Config:
-    """The config with what ``train.init_from`` gives in place of defaults."""
+    """Return the config with the values of ``train.init_from`` in place of defaults."""
     try:
         saved, default = read_config(folder), ModelConfig()
     except UserError as error:
@@ -317,7 +318,7 @@ def _from_folder(config: Config, folder: Path) -> Config:
 
 
 def _with_tokenizer(data: DataConfig, tokenizer: Path) -> DataConfig:
-    """Data in a model's tokens; a set prepared with this tokenizer as its own stays usable."""
+    """Make the data use a model's tokenizer. Data whose own tokenizer is this one stays usable."""
     if (Path(data.path) / INDEX).is_file():
         index = read_index(Path(data.path))
         its_own = not index.settings.get("tokenizer")
@@ -327,7 +328,7 @@ def _with_tokenizer(data: DataConfig, tokenizer: Path) -> DataConfig:
 
 
 def _check_combination(config: Config) -> None:
-    """Sections that do not go together, as one line that names the key to change."""
+    """Raise UserError, in one line that names the key to change, for sections that conflict."""
     model, quant, train = config.model, config.quant, config.train
     for change in differences(to_dict(Config()), to_dict(config)):
         key, section = change.partition(":")[0], change.partition(".")[0]
@@ -388,7 +389,7 @@ def whole_only(config: Config) -> str:
 
 
 def _resolve_qat(config: Config, n_parameters: int) -> Config:
-    """``qat.start`` as a number, and the cooldown fused with quantization."""
+    """Turn ``qat.start`` into a number, and fuse the cooldown with quantization."""
     qat, train, optim = config.qat, config.train, config.optim
     if qat.start == "auto":
         if train.init_from:
@@ -419,7 +420,7 @@ def _resolve_qat(config: Config, n_parameters: int) -> Config:
 def default_lr(n_parameters: int, linear: str, saved: bool = False) -> float:
     """The peak learning rate (AdamW) by the rule of the module's docstring, to two digits.
 
-    ``saved``: of a run that starts from a saved model.
+    ``saved``: whether the run starts from a saved model.
     """
     lr = min(4e-3, 2.4e-3 * (140e6 / n_parameters) ** 0.29)
     lr /= 1 if linear == "ternary" else 6
@@ -440,10 +441,10 @@ def load_config(
     """Read, merge and check; nothing is resolved yet.
 
     Arguments:
-        paths: TOML files, later ones win. overrides: ``section.key=value``, which win over files;
-            the value is TOML (``3e-4``, ``true``, ``["a", "b"]``) if the whole of it is, else a
-            string as it stands.
-        data: values of ``[data]`` keys as they are, which win over all.
+        paths: TOML files; later ones win. overrides: ``section.key=value``, which win over files.
+            The value is read as TOML (``3e-4``, ``true``, ``["a", "b"]``) if all of it is valid,
+            else as a plain string.
+        data: values of ``[data]`` keys, not parsed; they win over all others.
     Raises:
         UserError: one line that names the file or argument, the key and the nearest valid name.
     """
@@ -462,11 +463,11 @@ def load_config(
 
 
 def load_recipe(settings: Sequence[str]) -> Recipe:
-    """The recipe that ``quant.KEY=VALUE`` settings describe; without any, full precision.
+    """Build the recipe from ``quant.KEY=VALUE`` settings. No settings: full precision.
 
     Raises:
-        UserError: another section, an unknown key, a value out of range; keys without
-            quant.weights, which would change nothing.
+        UserError: another section; an unknown key; a value out of range; settings without
+            quant.weights, which would have no effect.
     """
     for setting in settings:
         if not setting.startswith("quant."):
@@ -486,7 +487,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def to_toml(config: Config) -> str:
-    """The TOML text that reads back as the same config."""
+    """Write the config as TOML that reads back as the same config."""
     return tomli_w.dumps(to_dict(config))
 
 
@@ -502,7 +503,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def describe() -> Iterator[tuple[str, str, object, str]]:
-    """Every key for ``--help``: section, key, default, documentation."""
+    """List every key for ``--help``: section, key, default, documentation."""
     for section in dataclasses.fields(Config):
         config_class = get_type_hints(Config)[section.name]
         for key, info in config_class.__pydantic_fields__.items():
@@ -511,7 +512,7 @@ def describe() -> Iterator[tuple[str, str, object, str]]:
 
 
 def _read_toml(path: Path, extending: tuple[Path, ...] = ()) -> _Files:
-    """The file's tables, those it extends first."""
+    """Read a file's tables, after those of the file that it extends."""
     with user_input(str(path)):
         found = path.exists()
     if not found:
@@ -522,7 +523,7 @@ def _read_toml(path: Path, extending: tuple[Path, ...] = ()) -> _Files:
     with user_input(f"{path}: not valid TOML"):
         values = tomllib.loads(text.decode("utf-8"))
     if path.name == "config.toml" and (path.parent / "checkpoints").is_dir():
-        values = with_new_keys(values)  # a run wrote it, maybe before a key was renamed
+        values = with_new_keys(values)  # a run wrote the file, maybe before a key was renamed
     base = values.pop("extends", None)
     if base is None:
         return [(str(path), values)]
@@ -565,12 +566,12 @@ def _override(values: dict[str, Any], origins: dict[str, str], override: str) ->
 
 
 def _toml_value(text: str) -> Any:
-    """The TOML value that the whole text is; the text itself where it is none, or has more than a
-    value: a second key, or a comment, which hides the bracket after it."""
+    """Parse the text as one TOML value. Return the text itself if it is not valid TOML, or is more
+    than a value: a second key, or a comment, which hides the bracket after it."""
     try:
         tomllib.loads(f"value = {text}")
         (value,) = tomllib.loads(f"value = [{text}]")["value"]
-    except (ValueError, RecursionError):  # no TOML, too many digits, too many brackets
+    except (ValueError, RecursionError):  # invalid TOML, too many digits, too many brackets
         return text
     return value
 
@@ -611,12 +612,12 @@ def _one_line(error: ValidationError, section: str, origins: dict[str, str]) -> 
         near = nearest(str(name), hints, 0.5)
         hint = f"the nearest is {section}.{near}" if near else "valid are " + ", ".join(hints)
         return f"{origin}: unknown key {section}.{name}; {hint}"
-    # a union (a number or a word) has an error for each of its types; a list, for each item
+    # a union (a number or a word) gives one error per type; a list gives one per item
     value = repr(first["input"])  # NaN does not equal itself
     same = [e for e in errors if e["loc"][0] == name and repr(e["input"]) == value]
     message = " or ".join(e["msg"].replace("Input should be ", "") for e in same)
     message = f"expected {message}" if "Input should be" in first["msg"] else message
-    message = message.removeprefix("Value error, ")  # pydantic's words before those of a validator
+    message = message.removeprefix("Value error, ")  # pydantic puts this before a validator's text
     if first["type"] == "literal_error" and isinstance(first["input"], str):
         valid = re.findall(r"'([^']*)'", first["ctx"]["expected"])
         near = nearest(first["input"], valid, 0.4)

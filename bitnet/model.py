@@ -2,21 +2,21 @@
 
     tokens -> embedding -> n_layers x [x + attention(norm(x));  x + mlp(norm(x))] -> norm -> logits
 
-RMSNorm, rotary positions, grouped-query attention, a gated MLP, no biases but, with
-``qkv_bias``, those of Qwen2. The matrices inside the layers are BitLinear (`linear = "ternary"`) or
-nn.Linear (`"fp"`, the full-precision baseline); all else stays in high precision either way. Where
-the normalization sits is the one structural choice that ternary models add:
+RMSNorm, rotary positions, grouped-query attention, a gated MLP; no biases except those of Qwen2
+with ``qkv_bias``. The matrices inside the layers are BitLinear (`linear = "ternary"`) or nn.Linear
+(`"fp"`, the full-precision baseline). Everything else stays in high precision in both. Ternary
+models add one structural choice, the placement of the norms:
 
     sub_norm   BitNet 2B4T (arXiv 2504.12285): pre-norms, plus a norm before each output projection
                (attn_sub_norm, ffn_sub_norm), which keeps the int8 activations there well scaled
     pre_norm   LLaMA: norms before attention and MLP only
     in_linear  Microsoft's Training Tips: a norm inside every linear and none outside
 
-A sequence of training may hold several documents. Attention looks back into those before, unless
-``document_separator`` keeps them apart (:func:`apart`).
+A training sequence may hold several documents. Attention sees the earlier documents too, unless
+``document_separator`` keeps documents apart (:func:`apart`).
 
-Parameter names and maths are those of Hugging Face's BitNet wherever both have a parameter, so an
-export only renames. ``depth`` alone chooses the whole shape (:meth:`ModelConfig.resolve`).
+A parameter that Hugging Face's BitNet also has is named and used as there, so an export only
+renames. ``depth`` alone chooses the whole shape (:meth:`ModelConfig.resolve`).
 
 B batch, T tokens, D d_model, H query heads, G key-value heads, E head_dim, F d_ff, V vocabulary.
 """
@@ -43,10 +43,10 @@ Count = Annotated[int, Field(ge=0, le=2**24)]
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """The model's shape and arithmetic. 0 means: computed from ``depth``."""
+    """The model's shape and arithmetic. 0: computed from ``depth``."""
 
     depth: Annotated[int, Field(ge=1, le=1000)] = 6
-    """Sets layers, width, heads and FFN; learning rate, batch and tokens follow from the size."""
+    """Sets layers, width, heads and FFN; their size sets learning rate, batch and tokens."""
     linear: Literal["ternary", "fp"] = "ternary"
     """Arithmetic of the layers' matrices; "fp" is the full-precision baseline."""
     n_layers: Count = 0
@@ -54,19 +54,19 @@ class ModelConfig:
     d_model: Count = 0
     """Width of the residual stream. 0: 64 * depth, rounded up by width_multiple."""
     n_heads: Count = 0
-    """Query heads; d_model must divide by it. 0: heads of 64."""
+    """Query heads; must divide d_model. 0: heads of 64 channels."""
     n_kv_heads: Count = 0
-    """Key-value heads; must divide n_heads. 0: the largest divisor up to a quarter of n_heads."""
+    """Key-value heads; must divide n_heads. 0: its largest divisor up to n_heads / 4."""
     d_ff: Count = 0
     """Width inside the gated MLP. 0: 8/3 of d_model, rounded up by width_multiple."""
     width_multiple: Annotated[int, Field(ge=1, le=2**16)] = 64
-    """Widths that are computed (d_model, d_ff) are multiples of this; GGUF needs 256."""
+    """Computed widths (d_model, d_ff) are multiples of this; GGUF needs 256."""
     vocab_size: Count = 0
     """Rows of the embedding. 0: the tokenizer's."""
     max_seq_len: Count = 0
     """Longest context. 0: data.seq_len."""
     norm_placement: Literal["sub_norm", "pre_norm", "in_linear"] = "sub_norm"
-    """Where the RMSNorms sit; see the head of bitnet/model.py."""
+    """Where the RMSNorms are; see the top of bitnet/model.py."""
     activation: Literal["relu2", "silu"] = "relu2"
     """Gate of the MLP: squared ReLU (BitNet 2B4T) or SiLU (LLaMA)."""
     qk_norm: bool = False
@@ -84,17 +84,17 @@ class ModelConfig:
     group_size: Positive = 128
     """Columns per group, for granularity = "group"."""
     grad_mask: GradMask = "none"
-    """Latent weights that receive no gradient: "none", "clip" or "trust" (bitnet/quant.py)."""
+    """Mask on the latent weights' gradients: "none", "clip" or "trust" (bitnet/quant.py)."""
     grad_mask_c: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Bound of the mask in units of the scale."""
     int8_backward: Int8Backward = "none"
-    """An approximation, for speed: gradients rounded stochastically to int8 for the product that
-    gives the gradient of each matrix's "input", or of "both" its input and its weight."""
+    """An approximation, for speed: compute each matrix's "input" gradient, or "both" its input and
+    its weight gradients, from gradients rounded stochastically to int8."""
 
     def resolve(self, vocab_size: int = 0, seq_len: int = 0) -> "ModelConfig":
-        """Fill every 0 by the rules of ``depth`` and check the rest.
+        """Fill every 0 by the rules for ``depth`` and check the rest.
 
-        Raises UserError, naming the key, for a shape that cannot be.
+        Raises UserError, naming the key, for an impossible shape.
         """
         multiple = self.width_multiple
         d_model = self.d_model or multiple * math.ceil(64 * self.depth / multiple)
@@ -159,8 +159,8 @@ class ModelConfig:
         }
 
     def num_parameters(self) -> dict[str, int]:
-        """Parameters by kind: ``embedding`` (with an untied head), ``matrices`` (the layers',
-        which a ternary model quantizes), ``norms`` (with the biases), and their ``total``."""
+        """Parameters by kind: ``embedding`` (and an untied head), ``matrices`` (in the layers; a
+        ternary model quantizes these), ``norms`` (and biases), and their ``total``."""
         d, inputs = self.d_model, sum(k for _, k in self.matrices().values())
         embedding = self.vocab_size * d * (1 if self.tie_embeddings else 2)
         matrices = self.n_layers * sum(n * k for n, k in self.matrices().values())
@@ -173,8 +173,8 @@ class ModelConfig:
 
     def flops_per_token(self, seq_len: int) -> float:
         """Training FLOPs per token, forward and backward: ``6 N + 12 L D T`` (PaLM, arXiv
-        2204.02311, appendix B), N the weights that multiply (layers and head), attention counted
-        as if it were not causal. A forward alone takes a third."""
+        2204.02311, appendix B), where N counts the weights of matrix products (layers and head).
+        Attention counts as if it were not causal. A forward alone takes a third."""
         multiplied = self.num_parameters()["matrices"] + self.d_model * self.vocab_size
         return 6.0 * multiplied + 12.0 * self.n_layers * self.d_model * seq_len
 
@@ -221,7 +221,7 @@ class NormLinear(nn.Linear):
 
 
 def make_linear(config: ModelConfig, name: str) -> nn.Module:
-    """Make the matrix ``name``, a key of :meth:`ModelConfig.matrices`, as the config says."""
+    """Make the layer for the matrix ``name``, a key of :meth:`ModelConfig.matrices`."""
     out_features, in_features = config.matrices()[name]
     norm = config.norm_placement == "in_linear"
     bias = config.qkv_bias and name.endswith(("q_proj", "k_proj", "v_proj"))
@@ -244,18 +244,18 @@ def make_linear(config: ModelConfig, name: str) -> nn.Module:
 
 
 def make_norm(config: ModelConfig, features: int, *placements: str) -> nn.Module:
-    """An RMSNorm where the config's placement is one of ``placements``, else nothing."""
+    """An RMSNorm if the config's placement is one of ``placements``, else an identity."""
     if config.norm_placement in placements:
         return RMSNorm(features, config.norm_eps)
     return nn.Identity()
 
 
 class Cache(Protocol):
-    """What attention needs of a cache."""
+    """The interface that attention needs from a cache."""
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values ``[B, G, T, E]`` of a layer; return those of all columns
-        that its mask knows, ``[B, G, C, E]``."""
+        """Store a layer's new keys and values ``[B, G, T, E]``. Return the keys and values of all
+        columns that the mask covers, ``[B, G, C, E]``."""
         ...
 
 
@@ -266,10 +266,10 @@ class KVCache:
     columns, so the newest token of every row is in the same column.
 
     Arguments:
-        config: of the model. batch: rows. max_len: columns, padding included, so that rows of
-            different lengths may need more than config.max_seq_len.
+        config: of the model. batch: rows. max_len: columns, including padding; rows of different
+            lengths may need more than config.max_seq_len.
     Attributes:
-        length: columns filled. pad: int64 ``[B]``, padding columns at the left of each row.
+        length: filled columns. pad: int64 ``[B]``, padding columns at the left of each row.
     """
 
     def __init__(
@@ -292,8 +292,8 @@ class KVCache:
         return self.k.shape[3]
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``[B, G, T, E]`` after the filled columns; return all columns up to there."""
-        if k.shape[1] != self.k.shape[2]:  # as in tensor parallelism; one head would broadcast
+        """Store ``[B, G, T, E]`` after the filled columns; return all filled columns."""
+        if k.shape[1] != self.k.shape[2]:  # tensor parallelism; one head would broadcast
             raise ValueError(
                 f"cache: has {self.k.shape[2]} key-value heads, and this layer {k.shape[1]}"
             )
@@ -310,11 +310,11 @@ class KVCache:
         seen = rearrange(self.pad, "b -> b 1 1") <= columns
         itself = (
             columns == queries[:, None]
-        )  # also a padding token, whose row would be empty and give NaN
+        )  # each token sees itself: else a padding token's row would be empty and give NaN
         return rearrange((causal & seen) | itself, "b t c -> b 1 t c")
 
     def positions(self, n_tokens: int) -> Tensor:
-        """Rotary positions of the next tokens, counted without padding: int64 ``[B, T]``."""
+        """Rotary positions of the next tokens, not counting padding: int64 ``[B, T]``."""
         columns = torch.arange(
             self.length, self.length + n_tokens, device=self.pad.device, dtype=torch.int64
         )
@@ -330,18 +330,18 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tens
 
 
 def rotate(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + E/2) by its position's angle (the rotate-half form)."""
+    """Rotate each pair of channels (i, i + E/2) by the angle of its position (rotate-half form)."""
     first, second = x_BHTE.chunk(2, -1)
     return (x_BHTE * cos + torch.cat((-second, first), -1) * sin).to(x_BHTE.dtype)
 
 
 def apart(tokens_BT: Tensor, separator: int) -> tuple[Tensor, Tensor]:
-    """Keep the documents of a sequence apart, as if each stood alone in a batch.
+    """Keep the documents of a sequence apart, as if each had its own row in the batch.
 
-    The token that ends a document begins the next one, so that the first token of a document is
-    predicted from the separator alone, as where a text is generated or evaluated. The last token of
-    a document still predicts the separator. So every token remains a target, and none is predicted
-    from another document. A document that a sequence cuts begins anew there.
+    The separator that ends a document counts as the first token of the next one. So a document's
+    first token is predicted from the separator alone, as in generation and evaluation. The last
+    token of a document still predicts the separator. So every token remains a target, and no token
+    is predicted from another document. A document cut by the start of a sequence begins there.
 
     Arguments:
         tokens_BT: int64 ``[B, T]``. separator: the token that ends a document.
@@ -431,14 +431,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A language model from a resolved :class:`ModelConfig`.
 
-    Matrices start at N(0, 0.02), those that write to the residual stream (o_proj, down_proj)
-    smaller by sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2). Biases start
-    at 0.
+    Matrices start at N(0, 0.02). The matrices that write to the residual stream (o_proj, down_proj)
+    are divided by sqrt(2 n_layers), so that its variance does not grow with depth (GPT-2). Biases
+    start at 0.
 
     Attributes:
         config: resolved.
         document_separator: the token that ends a document, to keep documents apart in forwards
-            without a cache (:func:`apart`). None, as at first: attention sees all earlier tokens.
+            without a cache (:func:`apart`). None (default): attention sees all earlier tokens.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -466,21 +466,21 @@ class Transformer(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Logits of the next token at every position, or with ``targets`` the mean loss.
+        """Logits of the next token at every position, or the mean loss if ``targets`` are given.
 
-        The loss goes through the forward, so that a wrapper (DDP, FSDP2, ``torch.compile``) runs
-        it too; it never holds all logits (:func:`bitnet.loss.head_loss`).
+        The forward computes the loss, so that a wrapper (DDP, FSDP2, ``torch.compile``) covers it.
+        The loss never holds all logits (:func:`bitnet.loss.head_loss`).
 
         Arguments:
             tokens: int64 ``[B, T]``.
             targets: int64 ``[B, T]``, the token that follows each.
-            cache: earlier tokens, to which these are appended.
+            cache: the earlier tokens; the new tokens are appended.
         Returns:
-            Logits ``[B, T, V]``, fp32 or the autocast dtype; the loss fp32 ``[]``, in nats (fp64
-            for an fp64 model).
+            Logits ``[B, T, V]``, fp32 or the autocast dtype; or the loss, fp32 ``[]``, in nats
+            (fp64 for an fp64 model).
         Raises:
-            ValueError: more tokens than the context (or the cache) holds; targets of another shape
-            than the tokens.
+            ValueError: more tokens than the context (or the cache) holds; targets and tokens
+            differ in shape.
         """
         if isinstance(targets, KVCache):
             raise TypeError("targets: got a cache, which is passed by keyword: cache=...")
@@ -496,8 +496,8 @@ class Transformer(nn.Module):
         return head_loss(self.lm_head, hidden_MD, target_M, self.config.vocab_size)
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The head's input, after the last norm: ``[B, T, D]``. Arguments and errors are those of
-        the forward. A subclass may override it."""
+        """The head's input, after the last norm: ``[B, T, D]``. Arguments and errors are as in the
+        forward. A subclass may override it."""
         n_tokens = tokens.shape[1]
         start, limit = (
             (0, self.config.max_seq_len) if cache is None else (cache.length, cache.max_len)
@@ -524,6 +524,6 @@ class Transformer(nn.Module):
 
 
 def as_transformer(module: nn.Module) -> Transformer:
-    """The same module, as a Transformer to the type checker."""
+    """Return the same module, typed as a Transformer."""
     assert isinstance(module, Transformer)
     return module
