@@ -1,10 +1,10 @@
-"""The ``bitnet`` command, and ``python -m bitnet``: Ctrl-C is heard before torch is imported."""
+"""The ``bitnet`` command and ``python -m bitnet``. Ctrl-C works before torch is imported."""
 
 from bitnet.cli.shell import start
 
 
 def main() -> None:
-    """The console script."""
+    """Run the console script."""
     start()
     from bitnet.cli import main as cli
 

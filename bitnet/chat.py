@@ -1,10 +1,10 @@
-"""A conversation with a model: what was said, and the prompt that the next answer continues.
+"""A conversation with a model: its messages, and the prompt that the next answer continues.
 
-Every answer is generated from the whole conversation. That costs little, since the engine still
-holds the keys and values of what it has read and written: only the new message is computed.
+Every answer is generated from the whole conversation. That costs little: the engine still holds
+the keys and values of the earlier tokens, so it computes only the new message.
 
-A model with a chat template gets its messages as the template spells them. Any other model has
-never seen a message. It continues one growing text, to which each message adds a line.
+A model with a chat template gets its messages in the template's form. Any other model was not
+trained on messages. It continues one growing text, to which each message adds a line.
 """
 
 from collections.abc import Callable
@@ -20,22 +20,22 @@ from bitnet.schema import UserError
 
 @dataclass
 class Chat:
-    """Messages, and how the next answer is sampled."""
+    """The messages, and the settings that sample the next answer."""
 
     engine: Engine
-    """made with one row for this conversation"""
+    """engine with one row, made for this conversation"""
     tokenizer: Tokenizer
     params: SamplingParams
-    """its seed is that of the first answer; each further answer takes the next"""
+    """its seed samples the first answer; each further answer adds 1 to the seed"""
     max_new_tokens: int
-    """of an answer, at most; if the context is nearly full, fewer"""
+    """most tokens of an answer; fewer if the context is nearly full"""
     system: str = ""
-    """The system message; needs a chat template that takes one."""
+    """The system message; the chat template must support one."""
     messages: list[Message] = field(default_factory=list)
     answers: int = 0
-    """Answers asked for so far."""
+    """Number of answers requested so far."""
     forgotten: int = 0
-    """Messages that the latest prompt left out, since the context was full."""
+    """Messages that the latest prompt left out because the context was full."""
 
     @property
     def has_template(self) -> bool:
@@ -47,20 +47,20 @@ class Chat:
         self.messages, self.forgotten = [], 0
 
     def say(self, text: str, on_text: Callable[[str], None]) -> None:
-        """Add a message and generate the answer, which is handed out as it grows.
+        """Add a message and generate the answer; ``on_text`` gets the answer piece by piece.
 
-        On Ctrl-C the answer so far is kept, and KeyboardInterrupt raised. If there is none, and
-        after any other error, the conversation is what it was.
+        On Ctrl-C the partial answer is kept and KeyboardInterrupt raised. If there is no answer
+        yet, or after any other error, the conversation is unchanged.
 
         Raises:
-            UserError: the message does not fit the context, or the template refuses it.
+            UserError: the message does not fit the context, or the template rejects it.
         """
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
         self._answer(before, on_text)
 
     def retry(self, on_text: Callable[[str], None]) -> None:
-        """Answer the last message again, by the next seed. Errors are those of :meth:`say`."""
+        """Answer the last message again, with the next seed. Raises the errors of :meth:`say`."""
         if not self.messages:
             raise UserError("there is no message to answer yet")
         before = list(self.messages)
@@ -91,8 +91,8 @@ class Chat:
                 self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _prompt(self) -> list[int]:
-        """The ids of the conversation. Where they leave too little room for an answer, the oldest
-        messages are left out, two at a time, so that the first is always the user's."""
+        """The token ids of the conversation. If they leave too little room for an answer, the
+        oldest messages are dropped two at a time, so the first is always the user's."""
         room = min(self.max_new_tokens, max(1, self.engine.max_len // 4))
         last = len(self.messages) - 1
         for first in range(0, last + 1, 2):

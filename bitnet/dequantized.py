@@ -1,13 +1,13 @@
-"""The ``weight`` of a packed or converted layer, which stores codes, for programs that read it.
+"""The ``weight`` of a packed or converted layer: the layer stores codes, but code may read weights.
 
     layer.weight.dtype, .device, .shape     not computed (T5 casts to ``wo.weight.dtype``)
     x @ layer.weight.T                      dequantizes the matrix for this use; nothing is kept
     layer.weight.mul_(2)                    RuntimeError: it would change nothing
     layer.weight.T[0] = 1                   RuntimeError, as through any view
 
-It is no parameter and in no state dict. Two kinds of writes are not seen and change nothing: those
-in compiled code, and those through the memory itself (``.numpy()``, ``.untyped_storage()``).
-``parameter.data = layer.weight`` leaves NaN in the parameter; write
+It is not a parameter and not in any state dict. Two kinds of writes are not detected and change
+nothing: writes in compiled code and writes to the memory itself (``.numpy()``,
+``.untyped_storage()``). ``parameter.data = layer.weight`` leaves NaN in the parameter; write
 ``parameter.data.copy_(layer.weight)`` instead.
 """
 
@@ -37,7 +37,7 @@ class DequantizedWeight(Tensor):
     ) -> Any:
         """Return metadata without the values; call any other function with the values.
 
-        A result that shares the memory of the values, as a view does, is a DequantizedWeight, too.
+        A result that shares memory with the values, such as a view, is a DequantizedWeight too.
         """
         kwargs = kwargs or {}
         if func in _KNOWN:
@@ -65,18 +65,18 @@ class DequantizedWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Do the same for operators that did not pass through ``__torch_function__``."""
+        """Do the same for operators that bypassed ``__torch_function__``."""
         _refuse_writes(func._schema.name, args, kwargs or {})
         args, kwargs = tree_map_only(cls, lambda weight: weight._compute(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Iterate over the rows, which are read-only, too."""
+        """Iterate over the rows, which are read-only too."""
         return iter(self.unbind(0))
 
 
 def _refuse_writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise RuntimeError where a function of this name would write into a DequantizedWeight."""
+    """Raise RuntimeError if a function of this name would write into a DequantizedWeight."""
     in_place = name.endswith("_") and not name.endswith("__")
     augmented = name.startswith("__i") and hasattr(Tensor, f"__{name[3:]}")  # __iadd__
     if "out" in kwargs:
@@ -86,22 +86,22 @@ def _refuse_writes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     else:
         return
     if any(isinstance(leaf, DequantizedWeight) for leaf in tree_leaves(written)):
-        raise RuntimeError(  # no TypeError, which torch would take for "not implemented" in `+=`
+        raise RuntimeError(  # in `+=` torch would take a TypeError for "not implemented"
             f"{name}: the weight of a packed or converted layer is made from its codes and "
             "cannot be written"
         )
 
 
 def _memory(tensor: Tensor) -> int:
-    """Identify the storage of a tensor, also where it has no address (on the meta device)."""
+    """Identify the storage of a tensor, even if it has no address (on the meta device)."""
     return int(tensor.untyped_storage()._cdata)
 
 
 def _stand_in(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, compute: Callable[[], Tensor]
 ) -> DequantizedWeight:
-    """Make a DequantizedWeight, whose memory is a single NaN, expanded. It has any memory because
-    torch does not pass ``parameter.data = weight`` to the class: without it, as after
+    """Make a DequantizedWeight, whose memory is a single NaN, expanded. It needs memory because
+    torch does not pass ``parameter.data = weight`` to the class. Without memory, as after
     ``_make_wrapper_subclass``, the parameter would read memory that does not exist."""
     wrong = torch.nan if dtype.is_floating_point else 0  # a view may have another dtype
     element = torch.full((), wrong, dtype=dtype, device=device)
@@ -116,10 +116,10 @@ def dequantized(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
-    """Return the tensor that a layer's ``weight`` is.
+    """Return the tensor that a layer offers as its ``weight``.
 
     Arguments:
-        compute: makes the matrix in any dtype and of any shape with as many elements.
+        compute: makes the matrix, in any dtype and in any shape with the same number of elements.
         shape, dtype, device: of the weight.
     """
 
@@ -127,5 +127,5 @@ def dequantized(
         return compute().to(dtype).reshape(shape)
 
     if torch.compiler.is_compiling() or detect_fake_mode() is not None:
-        return weight()  # compiled code drops it if it is not used; fake values cost nothing
+        return weight()  # compiled code drops it if unused; fake values cost nothing
     return _stand_in(shape, dtype, device, weight)

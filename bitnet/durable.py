@@ -1,10 +1,10 @@
-"""Files and folders that appear whole or not at all, whatever the moment of a crash.
+"""Files and folders that appear complete or not at all, whenever a crash comes.
 
 The recipe for a folder: write everything under a name nobody reads (`.tmp-<name>`, in the same
 parent, since a rename is atomic only within a filesystem), fsync each file and the folder, rename,
-fsync the parent. The fsyncs come before the rename so that a power cut cannot leave the new name on
-old contents, and after it so that the new name itself is on the disk. Removing goes the other way
-round, rename first, so that half a folder never carries the name of a whole one.
+fsync the parent. The fsyncs before the rename ensure that a power cut cannot leave the new name on
+incomplete contents. The fsync after it puts the new name itself on the disk. Removing a folder
+renames it first, so that half a folder never carries the name of a complete one.
 
 Checkpoints (checkpoint.py) and model folders (export/folder.py) are written this way, and their
 tensors by :func:`save_tensors`.
@@ -44,7 +44,7 @@ def fsync(path: Path) -> None:
 
 
 def _make_folder(path: Path) -> None:
-    """mkdir -p whose new entries survive a power cut."""
+    """Do ``mkdir -p`` so that the new entries survive a power cut."""
     missing = takewhile(lambda folder: not folder.is_dir(), (path, *path.parents))
     for folder in reversed(list(missing)):
         folder.mkdir(exist_ok=True)
@@ -52,21 +52,21 @@ def _make_folder(path: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file that appears whole or not at all, replacing what was there. Raises as
-    :func:`new_file`."""
+    """Write a file that appears complete or not at all, replacing any file there. Raises the errors
+    of :func:`new_file`."""
     with new_file(path) as aside:
         aside.write_bytes(data)
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yields the name of a file to write; when the block ends, it *is* ``path``, in place of what
-    was there. Folders that are missing are made.
+    """Yield the name of a file to write. When the block ends, it replaces the file at ``path``.
+    Missing folders are created.
 
     Raises:
-        UserError: ``path`` is a folder, or something else that is no file.
-        OSError: the disk is full, the folder is read-only, ...; and whatever the block raises. What
-            was there is untouched.
+        UserError: ``path`` is a folder, or something else that is not a file.
+        OSError: the disk is full, the folder is read-only, ...; and whatever the block raises. The
+            old file is then untouched.
     """
     if os.path.lexists(path):
         check_file(path)
@@ -83,31 +83,31 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def check_output(option: str, path: Path) -> None:
-    """Raise UserError, naming the option, where a file cannot be written: before the work whose
-    results it is to hold. Its folder is made."""
+    """Raise UserError, naming the option, if a file cannot be written. Called before the work whose
+    results the file will hold. Creates its folder."""
     with user_input(f"{option}: cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:64]}-"):
             pass
-        if os.path.lexists(path):  # a circle of links does not "exist"
+        if os.path.lexists(path):  # a cycle of links does not "exist"
             check_file(path)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder to write files into; when the block ends, it *is* ``path``.
+    """Yield an empty folder to write files into. When the block ends, it replaces ``path``.
 
-    No filesystem call that Python has swaps two folders, so replacing an existing folder takes two
-    renames: the old one to `.old-<name>`, the new one to its place. Killed between the two,
-    ``path`` is missing and the old folder is whole under the other name; :func:`recover` renames
-    it back.
+    Python has no call that swaps two folders, so replacing an existing folder takes two renames:
+    the old one to `.old-<name>`, the new one to its place. If the process is killed between the
+    two, ``path`` is missing and the old folder is complete under the other name; :func:`recover`
+    renames it back.
 
     Raises:
-        UserError: ``path`` cannot be a folder's.
-        OSError: and whatever the block raises; what was at ``path`` is untouched then.
+        UserError: ``path`` cannot be a folder.
+        OSError: and whatever the block raises; ``path`` is then untouched.
     """
-    with user_input(str(path)):  # it may be a circle of links
-        path = path.resolve()  # a link to a folder stays a link: what it points to is replaced
+    with user_input(str(path)):  # it may be a cycle of links
+        path = path.resolve()  # a link to a folder stays a link: its target is replaced
     aside, old = path.with_name(f".tmp-{path.name}"), path.with_name(f".old-{path.name}")
     _make_folder(path.parent)
     if aside.exists():
@@ -115,7 +115,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         aside.mkdir()
         yield aside
-        mode = aside.stat().st_mode & 0o666  # safetensors creates files that only the owner reads
+        mode = aside.stat().st_mode & 0o666  # files of safetensors are readable by the owner only
         for file in aside.iterdir():
             file.chmod(mode)
             fsync(file)
@@ -136,8 +136,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def recover(parent: Path) -> None:
-    """Tidy up after a crash: finish or undo what :func:`new_folder` and :func:`remove_folder` had
-    begun in ``parent``. For the one process that writes there, never for a reader."""
+    """Clean up after a crash: finish or undo what :func:`new_folder` and :func:`remove_folder`
+    began in ``parent``. Only the one process that writes there may call it, never a reader."""
     for old in sorted(parent.glob(".old-*")):
         path = parent / old.name.removeprefix(".old-")
         if path.exists():
@@ -149,7 +149,7 @@ def recover(parent: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder; a crash leaves it whole or gone (and a `.tmp-` for :func:`recover`)."""
+    """Delete a folder; a crash leaves it complete or gone (and a `.tmp-` for :func:`recover`)."""
     aside = path.with_name(f".tmp-{path.name}")
     if aside.exists():
         shutil.rmtree(aside)
@@ -158,13 +158,13 @@ def remove_folder(path: Path) -> None:
 
 
 def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> an earlier name of the same object or the same view of the same memory: a tied
-    weight."""
+    """Find tied weights: name -> an earlier name of the same object, or of the same view of the
+    same memory."""
     aliases: dict[str, str] = {}
     first: dict[object, str] = {}
     for name, tensor in tensors.items():
         key: object = id(tensor)
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():  # others hide their memory
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():  # subclasses hide memory
             key = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
         if (earlier := first.setdefault(key, name)) != name:
             aliases[name] = earlier
@@ -174,18 +174,18 @@ def find_aliases(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> dict[str, str]:
-    """Write a safetensors file, which can hold neither shared nor strided memory.
+    """Write a safetensors file. The format cannot hold shared or strided memory.
 
-    A tensor that is the same view of the same memory as an earlier one (a tied weight) is stored
-    once and returned as an alias; other views become contiguous copies.
+    A tied weight (the same view of the same memory as an earlier tensor) is stored once and
+    returned as an alias. Other views become contiguous copies.
 
     Arguments:
-        tensors: any shapes (0-d and empty ones too), dtypes that safetensors has, any device.
+        tensors: any shapes (0-d and empty too), dtypes that safetensors supports, any device.
         metadata: texts for the file's header.
     Returns:
         alias -> stored name.
     Raises:
-        OSError: with the errno of a full disk, say, which safetensors hides in its own error.
+        OSError: with an errno, for example of a full disk; safetensors' own error hides it.
     """
     stored: dict[str, Tensor] = {}
     aliases = find_aliases(tensors)
@@ -207,12 +207,12 @@ def save_tensors(
 
 
 def each_tensor(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a safetensors file by name, each read when its turn comes.
+    """Yield the tensors of a safetensors file by name, reading each when its turn comes.
 
-    safetensors maps the file. Tensors inside a mapping are not aligned (the last bit of a BLAS
-    result may depend on alignment), keep a deleted file's blocks on the disk, and end the process
-    with SIGBUS where the file shrinks; so each is copied. The pages that were read count as the
-    process's memory as long as the mapping lasts; so each tensor has its own.
+    safetensors maps the file into memory. Tensors inside a mapping are not aligned (the last bit of
+    a BLAS result may depend on alignment). They keep a deleted file's blocks on the disk, and the
+    process gets SIGBUS if the file shrinks. So each tensor is copied. Pages that were read count as
+    the process's memory while the mapping exists. So each tensor has its own mapping.
 
     Raises:
         SafetensorError, OSError: not a safetensors file, unreadable.

@@ -1,14 +1,14 @@
 """The elementwise operators between a layer's matrices: RMSNorm and the squared-ReLU gate.
 
-Composed of torch's operators, each operator saves the tensors that its backward reads: the norm its
-input and the normalized input, the gate relu, relu^2 and ``up``. The inputs alone are enough. In a
-small model on a CPU memory traffic costs more than arithmetic, and touching new memory costs most.
-So each is one autograd function that saves its inputs and recomputes the rest in the backward, in
-place. The forward gives the same bits as the composition.
+Composed of torch's operators, they save every tensor that a backward reads: the norm saves its
+input and the normalized input, the gate saves relu, relu^2 and ``up``. The inputs alone would be
+enough. In a small model on a CPU, memory traffic costs more than arithmetic, and touching new
+memory costs most. So each operator here is one autograd function that saves its inputs and
+recomputes the rest in the backward, in place. The forward gives the same bits as the composition.
 
 The functions serve plain training: eager, reverse mode. Everything else (no gradients,
-torch.compile, torch.func, forward mode, tracing, double backward) uses the composition. Only
-batched gradients (``is_grads_batched=True``) look like single ones, and are an error.
+torch.compile, torch.func, forward mode, tracing, double backward) uses the composition. Batched
+gradients (``is_grads_batched=True``) cannot be told from single ones, and are an error.
 """
 
 from collections.abc import Callable
@@ -27,8 +27,8 @@ _ops = torch.ops.bitnet
 
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm (arXiv 1910.07467), ``x / sqrt(mean(x^2) + eps) * weight``, that computes in fp32
-    and returns the dtype of its input (torch's own mixes dtypes, with a warning, where an autocast
-    layer hands bf16 to an fp32 weight)."""
+    and returns the dtype of its input. (torch's own mixes dtypes, with a warning, if an autocast
+    layer passes bf16 to an fp32 weight.)"""
 
     def forward(self, x: Tensor) -> Tensor:
         """float ``[..., features]`` -> the same shape and dtype."""
@@ -36,7 +36,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
-    """:class:`RMSNorm` with this weight; ``eps`` None is that of fp32."""
+    """:class:`RMSNorm` with this weight; ``eps`` None: the machine epsilon of fp32."""
     if eps is None:
         eps = torch.finfo(torch.float32).eps
     # A GPU's own operator is fused already.
@@ -47,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
 
 
 def relu2_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """``relu(gate)^2 * up`` (the gate of BitNet 2B4T, arXiv 2504.12285), of floats."""
+    """``relu(gate)^2 * up`` of float tensors (the gate of BitNet 2B4T, arXiv 2504.12285)."""
     if _trains(gate, up) and gate.shape == up.shape:
         y: Tensor = _Relu2Mul.apply(gate, up)
         return y
@@ -55,7 +55,7 @@ def relu2_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _trains(*inputs: Tensor) -> bool:
-    """Whether this is plain training: a gradient is wanted, and nothing transforms what runs."""
+    """Whether this is plain training: a gradient is needed, and nothing transforms the code."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     if not any(tensor.requires_grad for tensor in inputs):
@@ -98,7 +98,7 @@ class _RMSNorm(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = dy * wide_weight
-            with torch.autocast("cpu", enabled=False):  # which takes vecdot for a matrix product
+            with torch.autocast("cpu", enabled=False):  # it treats vecdot as a matrix product
                 mean = torch.linalg.vecdot(dx, n).div_(x.shape[-1]).unsqueeze(-1)
             dx = dx.addcmul_(n, mean, value=-1).mul_(r).to(x.dtype)
         if ctx.needs_input_grad[1]:
@@ -131,7 +131,7 @@ class _Relu2Mul(torch.autograd.Function):
             return dgate, dup
         relu = F.relu(gate)
         dgate = (dy * up).mul_(relu).mul_(2)
-        # 0 where the gate is shut, whatever ``up`` is: 0 * inf is NaN
+        # 0 where the gate is closed, even if ``up`` is infinite: 0 * inf would be NaN
         torch.ops.aten.threshold_backward.grad_input(dgate, relu, 0, grad_input=dgate)
         return dgate.to(gate.dtype), relu.mul_(relu).mul_(dy).to(up.dtype)
 
@@ -150,11 +150,12 @@ def _relu2_mul(gate: Tensor, up: Tensor) -> Tensor:
 def _gradients(
     composition: Callable[..., Tensor], inputs: tuple[Tensor, ...], dy: Tensor
 ) -> tuple[Tensor, ...]:
-    """By torch's own operators, whose gradients have gradients (``create_graph=True``)."""
+    """Compute the gradients by torch's own operators, which can be differentiated again
+    (``create_graph=True``)."""
     gradients: tuple[Tensor, ...] = torch.func.vjp(composition, *inputs)[1](dy)
     return gradients
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In fp32, or the dtype of ``x`` where that is wider."""
+    """``x`` in fp32, or in its own dtype if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -4,29 +4,29 @@
     w158 = token_cost(model, context=1024, ternary=True)
     arithmetic(fp16, NODES["7 nm"]) / arithmetic(w158, NODES["7 nm"])
 
-One token is decoded alone (batch 1) with ``context`` positions in view, its own included. The
+One token is decoded alone (batch 1) and attends to ``context`` positions, including its own. The
 ternary model differs from the 16-bit one only in its layers' matrices. Each of their weights costs
 
     FP16      one fp16 multiplication and one addition
     W1.58A8   one int8 addition where the code is +1 or -1, nothing where it is 0
 
-plus, for W1.58A8, finding the activations' scale and applying both scales. All else (attention over
-the cache, head, norms, softmax, rotary positions, residual stream) is the same in both. A
+W1.58A8 also computes the activations' scale and applies both scales. Everything else (attention
+over the cache, head, norms, softmax, rotary positions, residual stream) is the same in both. A
 comparison counts as an addition; roots, exponentials and divisions are left out.
 
-The result depends on how an addition is priced, so both ways are here. *narrow*: by its inputs
-(an int8 add costs 0.007 pJ at 7 nm), as BitNet b1.58 (arXiv 2402.17764) counts; a lower bound. Its
-"71.4 times less" for the layers' matrices is exactly this ratio of three constants:
-(fp16 mul 0.34 + fp16 add 0.16) / int8 add 0.007. No zero is skipped in it, nothing is accumulated
-in more than 8 bits, no scale is applied, and nothing is read from memory. *wide*: by the
-accumulator that kernels have (fp16 products into fp32, int8 values into int32); an upper bound for
-the ternary sum, whose adders may grow with their depth.
+The result depends on the price of an addition, so there are two. *narrow*: by the width of its
+inputs (an int8 add costs 0.007 pJ at 7 nm), as in BitNet b1.58 (arXiv 2402.17764); a lower bound.
+The paper's "71.4 times less" for the layers' matrices is exactly this ratio of three constants:
+(fp16 mul 0.34 + fp16 add 0.16) / int8 add 0.007. It skips no zero, accumulates nothing in more
+than 8 bits, applies no scale and reads nothing from memory. *wide*: by the accumulator of real
+kernels (fp16 products into fp32, int8 values into int32); an upper bound for the ternary sum, whose
+adders may grow with their depth.
 
-Memory costs more than any arithmetic: at batch 1 each weight is fetched for one use, and
-fetching 16 bits from DRAM costs hundreds of times what one multiply-add with them does. The saving
-at batch 1 is therefore about the ratio of the bytes. Batching divides the fetches of weights by
-the batch, in both models; nothing here models that, nor SRAM, wires, instructions, leakage or idle
-hardware, which on real machines outweigh the arithmetic.
+Memory costs more than any arithmetic. At batch 1 each weight is fetched for one use, and fetching
+16 bits from DRAM costs hundreds of times as much as one multiply-add with them. The saving at
+batch 1 is therefore about the ratio of the bytes. Batching divides the weight fetches by the batch
+size, in both models. Nothing here models batching, SRAM, wires, instructions, leakage or idle
+hardware; the last five outweigh the arithmetic on real machines.
 
 The constants are estimates for single operators, not measurements of a chip:
 
@@ -85,7 +85,7 @@ class Part:
     name: str
     operations: Mapping[Operation, int]
     skipped: int = 0
-    """Additions that codes of 0 save."""
+    """Additions saved by codes of 0."""
 
     def count(self, kind: Literal["mul", "add"]) -> int:
         """Multiplications or additions, of any dtype."""
@@ -98,10 +98,10 @@ class TokenCost:
 
     parts: tuple[Part, ...]
     traffic: Mapping[str, int]
-    """Bytes to and from memory, by kind; activations stay on the chip."""
+    """Bytes read from and written to memory, by kind; activations stay on the chip."""
 
     def part(self, name: str) -> Part:
-        """The part of that name."""
+        """The part with this name."""
         return next(part for part in self.parts if part.name == name)
 
 
@@ -117,12 +117,12 @@ MATRICES, SCALES, ATTENTION, HEAD, REST = (
 def token_cost(
     model: ModelConfig, context: int, *, ternary: bool, zeros: float = EXPECTED_ZEROS
 ) -> TokenCost:
-    """Operations and bytes of one token, decoded alone; all but ternary matrices in 16 bits.
+    """Operations and bytes of one token, decoded alone. All but ternary matrices are in 16 bits.
 
     Arguments:
-        model: resolved. context: positions attended to, the token's own included.
-        ternary: W1.58A8 with packed 2-bit codes, or the 16-bit baseline; ``model.linear`` is
-            not read.
+        model: resolved. context: positions attended to, including the token's own.
+        ternary: True: W1.58A8 with packed 2-bit codes. False: the 16-bit baseline.
+            ``model.linear`` is not read.
         zeros: share of zero codes.
     Raises:
         ValueError: context < 1 or zeros outside [0, 1].
@@ -155,13 +155,14 @@ def token_cost(
         {
             MATRICES: packed_matrix_bytes(model) if ternary else 2 * weights,
             "head, embedding, norms": 2 * high_precision,
-            "KV cache": 2 * position * context,  # the token's own is written, the others are read
+            "KV cache": 2 * position * context,  # writes the token's own, reads the others
         },
     )
 
 
 def _scales(model: ModelConfig) -> dict[Operation, int]:
-    """Each matrix: max|x| and x / s_x over its inputs, then s_x and gamma on each output."""
+    """Operations of the scales. Each matrix: max|x| and x / s_x over its inputs, then s_x and gamma
+    on each output."""
     multiplications = additions = 0
     for n, k in model.matrices().values():
         groups = -(-k // model.group_size) if model.granularity == "group" else 1
@@ -172,7 +173,7 @@ def _scales(model: ModelConfig) -> dict[Operation, int]:
 
 def _rest(model: ModelConfig, scores: int) -> dict[Operation, int]:
     heads = model.n_heads + model.n_kv_heads
-    normed = model.num_parameters()["norms"]  # a weight per element; qk_norm has one for all heads
+    normed = model.num_parameters()["norms"]  # 1 weight per element; all heads share qk_norm's
     if model.qk_norm:
         normed += model.n_layers * (heads - 2) * model.head_dim
     rotated = model.n_layers * heads * model.head_dim
@@ -180,7 +181,7 @@ def _rest(model: ModelConfig, scores: int) -> dict[Operation, int]:
     return {
         # square, times the root, times the weight; scale, normalize; cos and sin; gate, times up
         "fp32_mul": 3 * normed + 2 * scores + 2 * rotated + 2 * gated,
-        # mean; find and subtract the maximum, sum up; the turned pair; gate; the stream
+        # mean; find and subtract the maximum, sum up; the rotated pair; gate; the residual stream
         "fp32_add": normed + 3 * scores + rotated + gated + residual,
     }
 
@@ -196,7 +197,7 @@ def packed_matrix_bytes(model: ModelConfig) -> int:
 
 
 def energy(part: Part, node: Mapping[Operation, float], accumulator: Accumulator = "wide") -> float:
-    """pJ of a part's operations, additions priced by their inputs or by their accumulator."""
+    """pJ of a part's operations; additions are priced by their inputs or by their accumulator."""
     prices = {
         operation: node[_WIDE.get(operation, operation) if accumulator == "wide" else operation]
         for operation in part.operations

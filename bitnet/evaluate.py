@@ -1,16 +1,16 @@
-"""Measure a model on text it has not seen: loss, perplexity and bits per byte.
+"""Measure a model on unseen text: loss, perplexity and bits per byte.
 
 Loss in nats per token depends on the tokenizer (longer tokens make fewer and harder predictions),
-so it compares only runs that share one. Bits per byte divides the same total by the bytes of the
-text,
+so it compares only runs with the same tokenizer. Bits per byte divides the same total by the bytes
+of the text,
 
     bits_per_byte = sum of -log2 p(token | tokens before it) / bytes of the text,
 
-which compares models with different tokenizers, and models with compressors: it is the size of the
+so it compares models with different tokenizers, and models with compressors: it is the size of the
 text, in bits per byte, after arithmetic coding with the model's probabilities.
 
 The text is cut into windows of the context length that do not overlap. Each token except the first
-is predicted once; the first tokens of a window are predicted from little context. Sliding windows
+is predicted once. The first tokens of a window are predicted from little context. Sliding windows
 (bitnet/perplexity.py) give somewhat better numbers and cost several times as much. Sums are in
 float64 and the softmax in fp32; the result depends on the batch size only by rounding.
 """
@@ -36,8 +36,8 @@ from bitnet.schema import STRICT, Count, Positive, UserError
 from bitnet.training.distributed import World
 
 _CPU_LOGITS, _GPU_LOGITS = 2**23, 2**28
-"""Logits computed together if no batch size is given: 32 MiB and 1 GiB in fp32, and the softmax
-needs as much again. A CPU gains nothing from more: at 4M parameters, windows of 256 and a
+"""Logits computed together if no batch size is given: 32 MiB and 1 GiB in fp32. The softmax needs
+the same amount again. A CPU gains nothing from more: at 4M parameters, windows of 256 and a
 vocabulary of 4096, a token in a batch of 64 windows takes up to 3 times as long as in a batch of 8
 (2 threads)."""
 
@@ -49,14 +49,14 @@ class EvalConfig:
     every: Positive = 250
     """steps between evaluations (the last step is always evaluated)"""
     max_tokens: Count = 0
-    """validation tokens predicted in an evaluation, in windows spread over the split (of each part
-    of a mixture); 0 = all"""
+    """validation tokens per evaluation, in windows spread over the split (for a mixture: per part);
+    0 = all"""
     micro_batch: Count = 0
-    """sequences at once; 0 = as many as keep the logits within 32 MiB (CPU) or 1 GiB (GPU)"""
+    """sequences per forward; 0 = as many as keep the logits within 32 MiB (CPU) or 1 GiB (GPU)"""
     sample_prompt: str = ""
-    """text that the sample of each evaluation continues; "" = the start of a document"""
+    """prompt of the text that each evaluation samples; "" = the start of a document"""
     sample_tokens: Count = 64
-    """tokens of the sample; 0 = no sample"""
+    """tokens of that sample; 0 = no sample"""
 
 
 class EvalResult(NamedTuple):
@@ -69,18 +69,18 @@ class EvalResult(NamedTuple):
     tokens: int
     """tokens predicted"""
     bytes: int
-    """bytes of UTF-8 that those tokens stand for"""
+    """bytes of UTF-8 in those tokens"""
     nats_per_word: float = math.nan
-    """as ``loss``, per word: what white space separates (of a text only)"""
+    """the same loss per word; white space separates words (only for a text)"""
 
     @property
     def perplexity(self) -> float:
-        """Per token: exp(loss); infinite if that is beyond a float."""
+        """Per token: exp(loss); infinite if a float cannot hold it."""
         return _exp(self.loss)
 
     @property
     def word_perplexity(self) -> float:
-        """Per word: exp(nats_per_word); infinite if that is beyond a float."""
+        """Per word: exp(nats_per_word); infinite if a float cannot hold it."""
         return _exp(self.nats_per_word)
 
 
@@ -95,20 +95,20 @@ def evaluate_windows(
     batch_size: int = 0,
     world: World | None = None,
 ) -> EvalResult:
-    """Evaluate on windows of tokens, as ``bitnet.data.loader.sequential_windows`` cuts them.
+    """Evaluate on windows of tokens from ``bitnet.data.loader.sequential_windows``.
 
-    End-of-document tokens are predictions like any other and stand for no bytes.
+    End-of-document tokens are predicted like any other and count 0 bytes.
 
     Arguments:
         model: evaluated on its device, in eval mode (restored afterwards), under the caller's
             autocast if there is one.
         windows: integers ``[T + 1]`` each: T inputs and, shifted by one, T targets. T may vary.
-        count_bytes: bytes of text that the targets ``window[1:]`` of a window stand for
+        count_bytes: counts the bytes of text in the targets ``window[1:]`` of a window
             (``Tokenizer.count_bytes``).
-        batch_size: windows at once; 0 = as many as keep the logits within 32 MiB on a CPU, 1 GiB
-            elsewhere. A single window with more logits goes to the model with its targets, and the
-            model's forward computes its loss in parts (:func:`bitnet.loss.head_loss`).
-        world: the processes that divide the work, each with all windows; all get the result.
+        batch_size: windows per forward; 0 = as many as keep the logits within 32 MiB on a CPU,
+            1 GiB elsewhere. If a single window has more logits, the model's forward computes its
+            loss in parts (:func:`bitnet.loss.head_loss`).
+        world: the processes that divide the work. Each passes all windows; all get the result.
 
     Raises:
         UserError: the windows hold nothing to predict.
@@ -126,14 +126,14 @@ def evaluate_windows(
 
 
 def mixed(results: Sequence[EvalResult], weights: Sequence[float]) -> EvalResult:
-    """The result on a text whose tokens come from several sources, mixed as they are in training.
+    """The result on a text whose tokens come from several sources, mixed as in training.
 
-    Its loss is the mean of their losses, and its bytes per token the mean of theirs, both by
-    weight; it has the tokens and bytes of all.
+    The loss and the bytes per token are the weighted means over the sources. The counts of tokens
+    and bytes are sums.
 
     Arguments:
-        results: of each source; of one it is returned. weights: as many, positive; their sum need
-            not be 1.
+        results: one per source; a single one is returned as it is. weights: one per source,
+            positive; their sum need not be 1.
     """
     if len(results) == 1:
         return results[0]
@@ -154,8 +154,8 @@ def evaluate_text(
 ) -> EvalResult:
     """Evaluate on a text taken as one document, predicting every token of it.
 
-    The first token's context is the end-of-document token, as in training; the end itself is not
-    predicted. ``bytes`` is the length of the text in UTF-8.
+    The first token's context is the end-of-document token, as in training. The end of the text is
+    not predicted. ``bytes`` is the length of the text in UTF-8.
 
     Arguments:
         model, batch_size: see :func:`evaluate_windows`.
@@ -183,8 +183,8 @@ def check_text_fits(model: Transformer, tokenizer: Tokenizer, text: str) -> None
 
 
 def of_text(loss: float, predicted: int, tokens: int, text: str) -> EvalResult:
-    """The result on a text of so many tokens, of which all or nearly all were predicted: the mean
-    loss of those stands for all, per byte and per word."""
+    """The result on a text of ``tokens`` tokens, all or nearly all of them predicted. The mean loss
+    of the predicted tokens stands for all, per byte and per word."""
     nats = loss * tokens
     words = len(text.split())
     return EvalResult(
@@ -199,7 +199,7 @@ def of_text(loss: float, predicted: int, tokens: int, text: str) -> EvalResult:
 def compressor_baselines(text: bytes) -> dict[str, float]:
     """Bits per byte that ``gzip -9`` and ``xz -9`` reach on a text, for comparison.
 
-    Their output holds everything that unpacking needs; a model's bits per byte leave out the model.
+    Their output is enough to unpack the text. A model's bits per byte leave out the model's size.
 
     Raises:
         UserError: the text is empty.
@@ -213,19 +213,19 @@ def compressor_baselines(text: bytes) -> dict[str, float]:
 
 
 def logits_at_once(device: torch.device) -> int:
-    """Most logits that an evaluation computes together on a device."""
+    """The largest number of logits that an evaluation computes together on a device."""
     return _CPU_LOGITS if device.type == "cpu" else _GPU_LOGITS
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; afterwards each module's own mode is back.
+    """Eval mode and no gradients inside the block; afterwards each module has its old mode again.
 
     The weights of BitLinears are quantized once, on entry
     (:func:`bitnet.linear.weights_quantized`, which raises RuntimeError if they change inside).
 
-    Not ``torch.inference_mode``: a tensor that a module keeps from a forward inside it could not
-    be used in training afterwards.
+    This is not ``torch.inference_mode``: training could not use a tensor that a module keeps from
+    a forward in that mode.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -251,7 +251,7 @@ def _result(nats: float, tokens: int, n_bytes: int) -> EvalResult:
 def _negative_log_likelihood(
     model: Transformer, windows: Iterable[Tensor], batch_size: int, world: World | None = None
 ) -> tuple[float, int]:
-    """The sum of the loss of all predictions, in nats, and their number."""
+    """The summed loss of all predictions, in nats, and their number."""
     device = model.norm.weight.device
     world = world or World(device)
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -275,9 +275,9 @@ def _negative_log_likelihood(
 
 
 def _share(batches: Iterator[Tensor], world: World) -> Iterator[tuple[Tensor, bool]]:
-    """This process's batches, dealt in turns, and whether each counts. Where the last do not go
-    round, the processes without one compute the main one's, which counts only there: weights that
-    are sharded need all processes in each forward."""
+    """This process's batches, dealt in turns, and whether each counts. If there are too few for the
+    last round, the processes without one repeat the main one's batch, which counts only there:
+    sharded weights need all processes in each forward."""
     rank = world.data_rank
     while dealt := list(islice(batches, world.data_size)):
         mine = rank < len(dealt)
@@ -291,8 +291,8 @@ def _nats(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _batches(windows: Iterable[Tensor], batch_size: int, max_predictions: int) -> Iterator[Tensor]:
-    """Stack neighbours of equal length: ``batch_size`` of them, or if that is 0, as many as make up
-    to ``max_predictions``, and at least one."""
+    """Stack neighbouring windows of equal length: ``batch_size`` of them. 0: as many as have at
+    most ``max_predictions``, and at least one."""
     batch: list[Tensor] = []
     for window in windows:
         if len(window) < 2:

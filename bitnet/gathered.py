@@ -1,22 +1,22 @@
-"""A ternary weight whose rows FSDP2 divides over processes, and what is gathered of it.
+"""A ternary weight whose rows FSDP2 divides over processes, gathered as codes.
 
-A layer computes with codes, so codes are all that the processes need of each other: 2 bits per
-weight instead of the 32 of a latent weight. FSDP2 asks a tensor what to gather and what to make of
-it (``fsdp_pre_all_gather``, ``fsdp_post_all_gather``); here
+A layer computes with codes, so processes exchange only codes: 2 bits per weight instead of the 32
+of a latent weight. FSDP2 asks a tensor what to gather and how to rebuild the whole
+(``fsdp_pre_all_gather``, ``fsdp_post_all_gather``). The tensors here are
 
     TernaryShard    a process's rows of the latent weight, which the optimizer updates. It gives
-                    its packed codes, and makes of everyone's a
+                    its packed codes, and builds from the codes of all processes a
     GatheredWeight  the whole weight as int8 codes and scale, while the layer computes. FSDP2 frees
                     it after the forward and gathers it again for the backward.
 
-A scale is that of the whole tensor, with the bits of one process: maxima do not depend on an order,
-and the mean of the magnitudes is a sum of integers. In a block of
+A scale is computed over the whole tensor, with the same bits as in one process: a maximum does not
+depend on the order, and the mean of the magnitudes is a sum of integers. In a block of
 :func:`bitnet.bitlinear.weights_quantized`, all scales together take two small reductions
 (:func:`quantized`), and each process quantizes its rows once.
 
-With tensor parallelism FSDP2 divides a part of a matrix. Its scale is still that of the whole
-matrix: the reductions go over the processes that have the other rows of the part, and then over
-those that have the other parts.
+With tensor parallelism FSDP2 divides a part of a matrix. The scale is still that of the whole
+matrix. The reductions go over the processes with the other rows of the part, then over the
+processes with the other parts.
 """
 
 import dataclasses
@@ -46,27 +46,27 @@ class Parts(NamedTuple):
     """The parts of a matrix in tensor parallelism, of equal size."""
 
     group: dist.ProcessGroup
-    """The processes that have one each."""
+    """The processes; each has one part."""
     by_columns: bool
-    """A part has some of the columns, all of their rows; else some of the rows."""
+    """Each part has some columns, with all rows; else some rows."""
 
 
 @dataclasses.dataclass
 class Gather:
-    """How a weight is gathered; all views of its shard have the same. With tensor parallelism, the
-    weight is the part of a matrix that FSDP2 divides."""
+    """How a weight is gathered; all views of its shard have the same Gather. With tensor
+    parallelism, the weight is the part of a matrix that FSDP2 divides."""
 
     rows: int
-    """Of the whole weight."""
+    """Rows of the whole weight."""
     granularity: Granularity
     group_size: int
     int8_backward: Int8Backward
     as_codes: bool
-    """Gather 2-bit codes; else the latent weights, of which each process makes all codes."""
+    """Gather 2-bit codes; else gather latent weights, and each process computes all codes."""
     parts: Parts | None = None
-    """Of the matrix; None: the weight is all of it."""
+    """The parts of the matrix; None: the weight is the whole matrix."""
     ready: TernaryWeight | None = None
-    """The codes of this process's rows, packed, and the scale: in a block of :func:`quantized`."""
+    """In a block of :func:`quantized`: the packed codes of this process's rows, and the scale."""
 
     def recipe(self) -> tuple[Granularity, int, Int8Backward]:
         """The options of :func:`bitnet.quant.quantize_weight`."""
@@ -74,10 +74,10 @@ class Gather:
 
 
 class TernaryShard(Tensor):
-    """A process's rows of a latent weight: float ``[n, K]``, a tensor like any other but for what
-    FSDP2 finds on it. Only views that FSDP2 makes when it divides a weight are of this class.
+    """A process's rows of a latent weight: float ``[n, K]``, an ordinary tensor except for the two
+    methods that FSDP2 calls. Only views that FSDP2 makes to divide a weight have this class.
 
-    Before that, it is a whole weight: ``nn.Parameter(TernaryShard.of(weight, gather))``.
+    Before the division, it holds a whole weight: ``nn.Parameter(TernaryShard.of(weight, gather))``.
     """
 
     gathering: Gather
@@ -91,7 +91,7 @@ class TernaryShard(Tensor):
         return shard
 
     def plain(self) -> Tensor:
-        """The same memory as a tensor of no class."""
+        """The same memory as a plain Tensor."""
         with torch._C._DisableTorchDispatch():
             return Tensor._make_subclass(Tensor, self)
 
@@ -106,8 +106,8 @@ class TernaryShard(Tensor):
         return cls.of(result, args[0].gathering) if func in _DIVIDING else result
 
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """What this process gives to the others, as many rows on each, and what it needs itself to
-        make the whole: the scale of the tensor.
+        """Return this process's contribution, with equal rows on each process, and what it keeps to
+        build the whole weight: the scale of the tensor.
 
         Arguments:
             mesh: the processes that have the other rows.
@@ -118,7 +118,7 @@ class TernaryShard(Tensor):
             return (pad(local, (0, 0, 0, missing)),), None
         packed, gamma, _ = gather.ready or _quantize([self], mesh.get_group())[0]
         packed = pad(packed, (0, 0, 0, missing))
-        if gamma.dim() == 0 or mesh.size() == 1:  # alone, FSDP2 (2.13) takes one tensor only
+        if gamma.dim() == 0 or mesh.size() == 1:  # in one process FSDP2 (2.13) takes one tensor
             return (packed,), gamma
         return (packed, pad(gamma, (*(0, 0) * (gamma.dim() - 1), 0, missing))), None
 
@@ -130,12 +130,12 @@ class TernaryShard(Tensor):
         *,
         out: "GatheredWeight | None" = None,
     ) -> tuple["GatheredWeight", tuple[Tensor, ...]] | None:
-        """Make the whole weight of what :meth:`fsdp_pre_all_gather` gave on each process.
+        """Build the whole weight from the :meth:`fsdp_pre_all_gather` results of all processes.
 
         Arguments:
             out: the weight to fill again; FSDP2 has allocated its memory.
         Returns:
-            The weight and the tensors that FSDP2 frees; nothing with ``out``.
+            The weight and the tensors that FSDP2 frees; with ``out``, None.
         """
         rows = [part[: self.gathering.rows] for part in gathered]
         if not self.gathering.as_codes:
@@ -152,18 +152,18 @@ class TernaryShard(Tensor):
         assert whole is not None
         for old, new in zip(whole, made, strict=True):
             if old is not None and new is not None:
-                old.data.copy_(new)  # autograd sees no change: it keeps them for the backward
+                old.data.copy_(new)  # autograd keeps them for the backward, so hide the change
         return None
 
 
 _aten = torch.ops.aten
 _DIVIDING = {_aten.detach.default, _aten.new_zeros.default, _aten.slice.Tensor}
-"""What FSDP2 makes the divided weight with."""
+"""The operators by which FSDP2 makes the divided weight."""
 
 
 class GatheredWeight(Tensor):
-    """A whole weight of which only codes and scale are here: float ``[N, K]`` to autograd, which
-    brings it a gradient like that of any weight. An operation that reads it gets ``codes * gamma``.
+    """A whole weight stored only as codes and scale. To autograd it is a float ``[N, K]`` that gets
+    a gradient like any weight. An operation that reads it gets ``codes * gamma``.
     """
 
     codes: Tensor
@@ -175,7 +175,7 @@ class GatheredWeight(Tensor):
     def __new__(
         cls: type["GatheredWeight"], quantized: TernaryWeight, group_size: int, dtype: torch.dtype
     ) -> "GatheredWeight":
-        """Make a weight of its codes and scale; ``dtype``: of the latent weight."""
+        """Make a weight from its codes and scale; ``dtype``: of the latent weight."""
         codes = quantized.codes
         weight = Tensor._make_wrapper_subclass(cls, codes.shape, dtype=dtype, device=codes.device)
         weight.codes, weight.gamma, weight.transposed = quantized
@@ -184,7 +184,7 @@ class GatheredWeight(Tensor):
 
     @property
     def quantized(self) -> TernaryWeight:
-        """What the layer computes with."""
+        """The codes and scale that the layer computes with."""
         return TernaryWeight(self.codes, self.gamma, self.transposed)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
@@ -223,18 +223,18 @@ class GatheredWeight(Tensor):
 
 
 _ITSELF = {_aten.as_strided.default, _aten.detach.default}
-"""What FSDP2 makes a parameter of the gathered weight with: the same shape."""
+"""The operators by which FSDP2 makes the gathered weight a parameter; they keep the shape."""
 
 
 def codes_of_gathered(weight: Any) -> TernaryWeight | None:
-    """The codes of a weight that was gathered, of a DTensor (tensor parallelism) those of this
-    process's part; None for any other weight."""
+    """The codes of a gathered weight; for a DTensor (tensor parallelism), the codes of this
+    process's part. None for any other weight."""
     local = getattr(weight, "_local_tensor", weight)
     return local.quantized if isinstance(local, GatheredWeight) else None
 
 
 def _quantize(shards: Sequence[TernaryShard], group: dist.ProcessGroup) -> list[TernaryWeight]:
-    """The packed codes of each shard and the scale of its rows, which is that of the whole matrix.
+    """The packed codes of each shard, and the scale of its rows, computed over the whole matrix.
     All processes call it with their shards of the same weights.
 
     Arguments:
@@ -267,23 +267,23 @@ def _quantize(shards: Sequence[TernaryShard], group: dist.ProcessGroup) -> list[
 
 
 class _Mean(NamedTuple):
-    """The mean magnitudes of a matrix, of which this process has some of the terms."""
+    """The mean magnitudes of a matrix. This process has some terms of each mean."""
 
     terms: Tensor
-    """latent ``[R, T]``: T terms of each of R means, here"""
+    """latent ``[R, T]``: this process's T terms of each of R means"""
     n: int
     """terms of a mean on all processes together"""
     shape: tuple[int, ...]
-    """of the scale"""
+    """shape of the scale"""
     by_rows: bool
-    """The processes among which FSDP2 divides the rows have other terms."""
+    """Whether the processes with other rows (by FSDP2) have other terms."""
     parts: Parts | None
-    """Those with other parts of the matrix have other terms."""
+    """If set, the processes with other parts of the matrix have other terms."""
 
     @classmethod
     def of(cls, shard: TernaryShard) -> "_Mean | None":
-        """None where all terms are here: those of a row or a group, unless its columns are
-        divided."""
+        """The means of a shard. None if this process has all terms: per row or group, unless the
+        columns are divided."""
         latent, gather, parts = shard.plain(), shard.gathering, shard.gathering.parts
         n_parts = 1 if parts is None else parts.group.size()
         columns = latent.shape[1]
@@ -296,8 +296,8 @@ class _Mean(NamedTuple):
         return cls(latent, columns * n_parts, (len(latent),), by_rows=False, parts=parts)
 
     def largest(self) -> Tensor:
-        """``max|W|`` of the terms of each mean, fp32 ``[R]``, without a copy of them; 0 where there
-        are none, and infinite for NaN, which a maximum over processes may lose."""
+        """``max|W|`` of the terms of each mean, fp32 ``[R]``, without copying them. 0 if there are
+        none. Infinite for NaN, since a maximum over processes may lose a NaN."""
         if not self.terms.shape[1]:
             return self.terms.new_zeros(len(self.terms), dtype=torch.float32)
         top = torch.maximum(self.terms.amax(-1), -self.terms.amin(-1)).float()
@@ -310,7 +310,7 @@ def _reduce(
     means: Sequence[_Mean],
     group: dist.ProcessGroup,
 ) -> None:
-    """Reduce vectors over the processes that have other terms, in place and all together."""
+    """Reduce vectors over the processes that have other terms, in place and all at once."""
     over: dict[dist.ProcessGroup, list[Tensor]] = {}
     for value, mean in zip(values, means, strict=True):
         if mean.by_rows:
@@ -329,15 +329,15 @@ def _packed(weight: TernaryWeight) -> TernaryWeight:
 
 
 def shard_of(weight: Any) -> TernaryShard | None:
-    """This process's rows of a parameter that FSDP2 divides for :class:`TernaryShard`."""
+    """This process's rows of a parameter that FSDP2 divides, if those are a TernaryShard."""
     local = getattr(weight, "_local_tensor", None)
     return local if isinstance(local, TernaryShard) else None
 
 
 @contextmanager
 def quantized(weights: Sequence[Any]) -> Iterator[None]:
-    """Quantize the rows of each weight once, for all gathers in the block: the weights, which are
-    DTensors of FSDP2, must not change in it. Two small reductions, whatever the number of weights.
+    """Quantize the rows of each weight once for all gathers in the block. The weights are DTensors
+    of FSDP2 and must not change in the block. Takes two small reductions for any number of weights.
     """
     found = [(weight, shard_of(weight)) for weight in weights]
     ours = [

@@ -1,4 +1,4 @@
-"""Text from a model in one call: an engine of just the size needed, used once and dropped.
+"""Generate text in one call, by an engine of just the size needed, used once and dropped.
 
 For more than one call on the same weights make a :class:`bitnet.Engine`: it is built once, and
 reuses the keys and values of earlier calls. See docs/generation.md.
@@ -22,7 +22,7 @@ from bitnet.model import Transformer
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A text as a prompt: the end-of-document token, which stands before every document in
+    """Encode a text as a prompt: the end-of-document token, which precedes every document in
     training, then the text's tokens (none for "")."""
     return [tokenizer.eos_id, *tokenizer.encode(text)]
 
@@ -40,7 +40,7 @@ def size_for(
     """The rows and positions that one call needs: ``Engine(model, **size_for(...))``.
 
     Raises:
-        UserError: ``prompts`` is no list, or ``max_new_tokens`` no integer.
+        UserError: ``prompts`` is not a list, or ``max_new_tokens`` is not an integer.
     """
     max_new_tokens = integer("max_new_tokens", max_new_tokens)
     sizes = [len(prompt) for prompt in sequence(prompts) if isinstance(prompt, Sequence)]
@@ -61,14 +61,14 @@ def generate(
     on_stop: Callable[[int, StopReason], None] | None = None,
     **fields: Unpack[SamplingFields],
 ) -> list[list[int]]:
-    """Continue each prompt: :meth:`Engine.generate`, which explains the arguments.
+    """Continue each prompt. :meth:`Engine.generate` explains the arguments.
 
     Prompt and continuation together fill at most ``model.config.max_seq_len`` positions. The model
-    may be in training, with any kind of layer; it is in eval mode during the call, and nothing of
-    the engine is kept.
+    may be in training and have any kind of layer. It is in eval mode during the call. The engine is
+    not kept.
 
     Returns:
-        The new tokens of each prompt, without prompt, ``eos_id`` and stop string.
+        The new tokens for each prompt, without the prompt, ``eos_id`` and the stop string.
 
     Raises:
         UserError: as :meth:`Engine.generate`.

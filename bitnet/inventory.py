@@ -33,16 +33,16 @@ class Coverage(NamedTuple):
     """
 
     replaced: dict[str, int]
-    """number of weights of each layer with ternary or integer weights"""
+    """number of weights in each layer with ternary or integer weights"""
     kept: dict[str, Kept]
     """modules that stay in full precision"""
     never_called: list[str]
-    """replaced layers that no forward has called since, while others were called. If the model
+    """replaced layers that no forward has called since, although others were called. If the model
     reads their weight directly, it does so in full precision. Compiled forwards do not count."""
 
     @property
     def share(self) -> float:
-        """Share of the weights that replaced layers hold, 0 to 1."""
+        """Share of the weights in replaced layers, 0 to 1."""
         replaced = sum(self.replaced.values())
         total = replaced + sum(kept.weights for kept in self.kept.values())
         return replaced / total if total else 0.0

@@ -1,4 +1,4 @@
-"""The next-token loss without all logits: head and cross-entropy, a chunk of tokens at a time.
+"""The next-token loss without all logits: head and cross-entropy on one chunk of tokens at a time.
 
     z = h @ W.T      loss = mean(logsumexp(z) - z[target])      dz = (softmax(z) - onehot) / M
 
@@ -8,11 +8,11 @@ the logits of a chunk are turned into their part of the loss and of the gradient
 while they are still in the cache, and then freed. So the gradients are computed in the *forward*,
 and the backward only multiplies them by the incoming gradient.
 
-The idea is Liger-Kernel's (arXiv 2410.10989); torch's own ``F.linear_cross_entropy`` exists from
-2.13 only, and in its chunked form does not compile.
+The idea is Liger-Kernel's (arXiv 2410.10989). torch's own ``F.linear_cross_entropy`` exists only
+since 2.13, and its chunked form does not compile.
 
-The numbers are those of ``F.cross_entropy(F.linear(h, W).float(), targets)`` but for the order of
-sums: products in the autocast dtype, softmax in fp32, the gradient of W summed over chunks in fp32.
+The results equal ``F.cross_entropy(F.linear(h, W).float(), targets)`` except for the order of sums:
+products in the autocast dtype, softmax in fp32, the gradient of W summed over chunks in fp32.
 
 M tokens, D width of the hidden states, V vocabulary.
 """
@@ -29,29 +29,29 @@ from bitnet.quant import output_dtype
 from bitnet_kernels.cpu.training import cross_entropy_, takes
 
 _CPU_CHUNK, _GPU_CHUNK = (2**22, 128), (2**27, 1024)
-"""Logits per chunk, and its smallest number of tokens. CPU: 16 MiB in fp32 stay in a level-3 cache,
-and glibc's malloc reuses such a block; a block of 32 MiB it returns to the system, and pays page
-faults at the next use. GPU: 512 MiB, large enough that the products fill the device. Fewer tokens
-than that are slow whatever the vocabulary, since each chunk adds to the whole gradient of W."""
+"""Logits per chunk, and the smallest number of tokens per chunk. CPU: 16 MiB in fp32 stay in a
+level-3 cache, and glibc's malloc reuses such a block; it returns a block of 32 MiB to the system,
+and the next use pays page faults. GPU: 512 MiB, enough for the products to fill the device. Chunks
+with fewer tokens are slow for any vocabulary, since each adds to the whole gradient of W."""
 _NO_TARGET = torch.iinfo(torch.int64).min
-"""``ignore_index`` of ``F.cross_entropy``: its default, -100, would leave such targets out of the
-mean, where a plain head refuses them."""
+"""``ignore_index`` of ``F.cross_entropy``. With the default, -100, targets of -100 would be left
+out of the mean; a plain head raises for them."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of logits ``hidden @ weight.T``, of which only a chunk exists at a time.
+    """Mean cross-entropy of logits ``hidden @ weight.T``, with only one chunk in memory at a time.
 
-    Differentiable once, in ``hidden`` and ``weight``; without gradients to compute (no_grad, or
-    neither requires one) only the loss is computed.
+    Differentiable once, in ``hidden`` and ``weight``. If no gradient is needed (no_grad, or
+    neither requires one), only the loss is computed.
 
     Arguments:
         hidden: float ``[M, D]``. weight: float ``[V, D]``. targets: int64 ``[M]`` in 0 .. V - 1.
     Returns:
-        fp32 ``[]`` (fp64 for fp64), in nats. NaN where a hidden state or the weight holds NaN.
+        fp32 ``[]`` (fp64 for fp64), in nats. NaN if a hidden state or the weight holds NaN.
     Raises:
-        TypeError: a dtype that does not fit. ValueError: a shape or a device that does not, or no
-        token at all. On a CPU, torch's own RuntimeError for a target out of range (a GPU reports it
-        as a failed assertion, as for any index).
+        TypeError: a wrong dtype. ValueError: a wrong shape or device, or no tokens. On a CPU,
+        torch's own RuntimeError for a target out of range (a GPU reports a failed assertion, as for
+        any index).
     """
     matrices = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
     if not matrices or not len(weight):
@@ -77,20 +77,20 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, vocab_size: int)
 
     For a plain ``nn.Linear`` without a bias the logits are computed in chunks
     (:func:`linear_cross_entropy`). Any other head (a bias, hooks, a parametrization, quantizers,
-    adapters) is called as a module: on a chunk at a time where no gradient is needed, and on
-    everything where one is.
+    adapters) is called as a module: on one chunk at a time if no gradient is needed, else on all
+    tokens at once.
 
     Arguments:
         hidden: float ``[M, D]``. targets: int64 ``[M]``. vocab_size: logits per token.
     Returns:
         fp32 ``[]``; fp64 from a plain head in fp64.
     Raises:
-        TypeError, ValueError: targets that :func:`linear_cross_entropy` refuses.
+        TypeError, ValueError: targets that :func:`linear_cross_entropy` rejects.
     """
     if is_plain(head, nn.Linear) and head.bias is None:
         assert isinstance(head, nn.Linear)
         weight: Tensor = head.weight
-        if is_dtensor(weight):  # tensor parallelism, which keeps it on every rank
+        if is_dtensor(weight):  # tensor parallelism keeps the head whole on every rank
             from bitnet.sharded import local
 
             weight = local(weight)
@@ -125,8 +125,8 @@ def _check_device(name: str, tensor: Tensor, hidden: Tensor) -> None:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Returns the gradients, before the division by M, beside the loss: torch.func asks for a
-    forward without ctx, which can keep only its outputs for the backward."""
+    """Returns the loss and the gradients before the division by M: torch.func needs a forward
+    without ctx, which can keep only its outputs for the backward."""
 
     @staticmethod
     def forward(
@@ -173,13 +173,13 @@ def _loss_and_gradients(
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The mean loss, fp32 ``[]``, and M times its gradients, as far as they are asked for:
-    ``[M, D]`` in ``dtype`` and fp32 ``[V, D]`` (fp64 where ``dtype`` is). Without the factor M they
-    could underflow in fp16."""
+    """The mean loss, fp32 ``[]``, and M times the requested gradients: ``[M, D]`` in ``dtype`` and
+    fp32 ``[V, D]`` (fp64 if ``dtype`` is fp64). Without the factor M they could underflow in
+    fp16."""
     n_tokens, rows = len(hidden), _chunk_rows(hidden.device, len(weight))
     precise = torch.promote_types(dtype, torch.float32)
     h, w = hidden.to(dtype), weight.to(dtype)
-    # one tensor for all chunks: a small tensor kept per chunk would stop malloc from reusing the
+    # one tensor for all chunks: if each chunk kept a small tensor, malloc could not reuse the
     # blocks before it (0.9 GB more for 32 chunks)
     losses = torch.empty(n_tokens, dtype=precise, device=h.device)
     dh = torch.empty_like(h) if of_hidden else None

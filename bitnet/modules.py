@@ -1,4 +1,4 @@
-"""Find, check and replace the layers of any model, and say why one stays in full precision.
+"""Find, check and replace the layers of any model, and say why a layer stays in full precision.
 
 Here, a weight is one element of a parameter with at least two dimensions (a matrix, a convolution
 kernel, an embedding table); biases and norms do not count.
@@ -30,13 +30,13 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def plain_linear(module: nn.Module, transposed: dict[int, nn.Parameter]) -> nn.Linear:
-    """Return a linear layer as an ``nn.Linear`` that computes the same.
+    """Return a linear layer as an ``nn.Linear`` that computes the same function.
 
-    An ``nn.Linear`` is returned itself. For a ``Conv1D`` a new one is made, with the same bias and
+    An ``nn.Linear`` is returned unchanged. A ``Conv1D`` gives a new layer, with the same bias and
     a new, transposed weight.
 
     Arguments:
-        transposed: new weights by the id of the old one, so that a shared weight stays shared.
+        transposed: old weight's id -> new weight, so that a shared weight stays shared.
     """
     if not is_conv1d(module):
         assert isinstance(module, nn.Linear)
@@ -51,7 +51,7 @@ def plain_linear(module: nn.Module, transposed: dict[int, nn.Parameter]) -> nn.L
 
 
 def check_whole(model: nn.Module, remedy: str) -> None:
-    """Raise ValueError if a parameter is sharded over ranks; the error names the first one."""
+    """Raise ValueError if a parameter is sharded over ranks; the error names the first such one."""
     for name, module in model.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(f"{name or 'model'}: is sharded (FSDP); {remedy}")
@@ -61,7 +61,7 @@ def check_whole(model: nn.Module, remedy: str) -> None:
 
 
 def is_dtensor(tensor: Tensor | None) -> bool:
-    """Whether a tensor is divided over ranks. Does not import torch.distributed.tensor for it."""
+    """Whether a tensor is divided over ranks. Does not import torch.distributed.tensor."""
     return type(tensor) is not nn.Parameter and hasattr(tensor, "full_tensor")
 
 
@@ -118,8 +118,8 @@ def why_full_precision(module: nn.Module) -> str:
 
 
 def kept_weights(model: nn.Module) -> str:
-    """List the modules that hold weights in one line: by class, the largest first, with the reason
-    why each stays in full precision."""
+    """List in one line the modules that hold weights: by class, largest first, with the reason why
+    each stays in full precision."""
     kinds: dict[str, tuple[int, int, str]] = {}
     for _, module, weights in holders(model):
         kind = type_before_parametrizations(module).__name__
@@ -134,7 +134,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module runs the forward of ``kind`` and nothing else.
 
     False for a subclass (a parametrized module is one), a :func:`hooked` module, and a module with
-    backward hooks. A class whose attribute ``computes_as`` is ``kind`` counts as that.
+    backward hooks. A class whose attribute ``computes_as`` is ``kind`` counts as ``kind``.
     """
     backward = module._backward_pre_hooks or module._backward_hooks
     computes_as = getattr(type(module), "computes_as", type(module))
@@ -142,9 +142,9 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calling a module runs more than the forward of its class, or something else: forward
-    hooks of the module, global hooks, or a forward assigned to the instance."""
-    # by name, since torch.compile traces neither the truth nor the length of such hooks
+    """Whether calling a module runs anything but the forward of its class: forward hooks of the
+    module, global hooks, or a forward assigned to the instance."""
+    # by name: torch.compile can trace neither the truth value nor the length of such hooks
     pre_hooks: Mapping[Any, Any] = module._forward_pre_hooks
     added = [name for name in pre_hooks if name != IDLE_HOOK]
     own = added or module._forward_hooks or "forward" in vars(module)
@@ -180,8 +180,8 @@ def never_called(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> list[s
 
 
 def warn_never_called(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Warn about layers of :func:`never_called`: the model may read their weight directly, so it
-    trained that weight in full precision and will now read the quantized one."""
+    """Warn about layers of :func:`never_called`. The model may read their weight directly: then it
+    trained that weight in full precision and will now read the quantized weight."""
     if idle := never_called(model, (kind,)):
         warnings.warn(
             f"{', '.join(idle[:3])}: never called, while other layers were ({len(idle)} such): "
@@ -212,8 +212,8 @@ def replace_modules(
 
 
 def disable_nested_tensors(model: nn.Module) -> None:
-    """Keep ``nn.TransformerEncoder`` from making a nested tensor of a padded batch: replaced layers
-    would compute it part by part."""
+    """Keep ``nn.TransformerEncoder`` from turning a padded batch into a nested tensor: replaced
+    layers would compute it part by part."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False

@@ -1,13 +1,13 @@
 """The product of a packed layer, differentiable in its input.
 
-Packed weights are constants: they have codes and a scale, and nothing to train. The gradient of the
-input is that of BitLinear, straight-through,
+Packed weights are constants: codes and a scale, with nothing to train. The gradient of the input is
+straight-through, as in BitLinear,
 
     dx = dy @ W_hat        W_hat = scale * codes [N, K]
 
-so that what stands before or beside a packed layer can be trained: adapters (LoRA), an embedding, a
-prompt. The codes are unpacked for the product and dropped; between forward and backward nothing is
-kept that the layer does not hold anyway.
+so modules before or beside a packed layer can be trained: adapters (LoRA), an embedding, a prompt.
+The codes are unpacked for the product and dropped. Between forward and backward nothing is kept
+except what the layer holds anyway.
 
 M tokens, K in_features, N out_features.
 """
@@ -32,8 +32,8 @@ def packed_linear(
     group_size: int,
     planes: Tensor | None,
 ) -> Tensor:
-    """:func:`bitnet_kernels.ternary_linear`, with gradients of ``x`` and ``bias`` where they are
-    wanted. The arguments, the result and the errors are its own."""
+    """:func:`bitnet_kernels.ternary_linear`, with gradients of ``x`` and ``bias`` if they are
+    needed. Arguments, result and errors are the same."""
     trains = x.requires_grad or (bias is not None and bias.requires_grad)
     if trains and torch.is_grad_enabled():
         return _PackedLinear.apply(x, packed, scale, bias, kernel, group_size, planes)
@@ -41,7 +41,7 @@ def packed_linear(
 
 
 class _PackedLinear(torch.autograd.Function):
-    """As the head of this file says."""
+    """The autograd function; its formulas are at the top of this file."""
 
     @staticmethod
     def forward(

@@ -1,24 +1,25 @@
-"""Perplexity by a sliding window, the convention of published figures (WikiText and the like).
+"""Perplexity by a sliding window, as in published results (WikiText and similar).
 
 A window of L tokens moves over the text by S tokens, the stride. Each token is predicted once, by
-the first window that holds it and something before it:
+the first window that holds it and at least one token before it:
 
     tokens     0 1 2 3 4 5 6 7 8 9          L = 4, S = 2
     window 0   . 1 2 3                      predicts 1 2 3
     window 1       . . 4 5                  predicts 4 5
     window 2           . . 6 7              ...
 
-So a token has at least L - S tokens of context, once there are as many. With S = L the windows do
-not overlap, and the first token of each is not predicted: the figure of many papers on quantization
-(with L = 2048). Perplexity is exp of the mean loss of the predicted tokens. This is the loop of
-Hugging Face's documentation ("Perplexity of fixed-length models"), except that a window weighs as
-much as the tokens that it predicts; that loop counts one too few in each window but the first.
+So a token has at least L - S tokens of context, except near the start of the text. With S = L the
+windows do not overlap, and the first token of each window is not predicted; many papers on
+quantization report this (with L = 2048). Perplexity is exp of the mean loss of the predicted
+tokens. This is the loop of Hugging Face's documentation ("Perplexity of fixed-length models") with
+one change: each window is weighted by the number of tokens that it predicts. That loop counts one
+too few in each window but the first.
 
-Perplexity per token depends on the tokenizer. Per word,
+Perplexity per token depends on the tokenizer. Perplexity per word,
 
-    word perplexity = exp(loss * tokens / words)        words: what white space separates,
+    word perplexity = exp(loss * tokens / words)        white space separates words,
 
-it compares models of different tokenizers, as bits per byte do. Token 0 is the end-of-document
+compares models with different tokenizers, as bits per byte do. Token 0 is the end-of-document
 token, the context of the text's first token, as everywhere in this library.
 """
 
@@ -41,7 +42,7 @@ def sliding_perplexity(
     context: int = 0,
     track: Callable[[list[list[int]]], Iterable[list[int]]] = iter,
 ) -> EvalResult:
-    """Evaluate on a text taken as one document, by windows that overlap.
+    """Evaluate on a text taken as one document, with overlapping windows.
 
     Arguments:
         stride: S, 1 to L. context: L; 0 = the model's context.
@@ -49,8 +50,8 @@ def sliding_perplexity(
     Returns:
         The mean loss of the predicted tokens; per byte and per word it stands for all tokens.
     Raises:
-        UserError: the text is empty, the tokenizer is not the model's, a context or a stride that
-            cannot be.
+        UserError: the text is empty, the tokenizer is not the model's, or the context or the stride
+            is impossible.
     """
     check_text_fits(model, tokenizer, text)
     longest = model.config.max_seq_len

@@ -1,19 +1,19 @@
-"""Keep torch modules from using a layer's weight without calling its forward, which quantizes.
+"""Keep torch modules from using a layer's weight without calling the forward that quantizes it.
 
-Two torch modules multiply with a layer's ``weight`` themselves: the fused inference path of
-``nn.TransformerEncoderLayer``, and ``nn.MultiheadAttention`` with its output projection. A layer
-that quantizes in its forward would silently compute in full precision there.
+Two torch modules multiply by a layer's ``weight`` directly: ``nn.TransformerEncoderLayer`` in its
+fused inference path, and ``nn.MultiheadAttention`` with its output projection. A layer that
+quantizes in its forward would silently compute in full precision there.
 
-- The fused path is not taken where a module has forward hooks, so each layer carries a hook that
-  does nothing. torch.compile cannot trace that test, so placing a layer also switches the path off
-  by the attribute ``activation_relu_or_gelu``.
-- The attention never calls its projection; a layer placed there is refused.
+- torch skips the fused path if a module has forward hooks, so each layer carries a hook that does
+  nothing. torch.compile cannot trace that test, so placing a layer also switches the path off by
+  the attribute ``activation_relu_or_gelu``.
+- The attention never calls its projection, so a layer placed there raises an error.
 
-This relies on internals of torch: ``Module._forward_pre_hooks``, which ``Module._call_impl`` tests
-by truth and the fused path by length, and ``activation_relu_or_gelu``. The functions that use them
-have the same syntax trees in the wheels of torch 2.11.0, 2.12.0, 2.13.0 and 2.14.1.
-The tests run on the installed torch only. Placing a layer raises RuntimeError where either remedy
-has lost its effect; see :func:`_check_fused_path`.
+This relies on internals of torch: ``activation_relu_or_gelu`` and ``Module._forward_pre_hooks``,
+which ``Module._call_impl`` tests by truth value and the fused path by length. The functions that
+use them have the same syntax trees in the wheels of torch 2.11.0, 2.12.0, 2.13.0 and 2.14.1.
+The tests run on the installed torch only. Placing a layer raises RuntimeError if either remedy has
+lost its effect; see :func:`_check_fused_path`.
 """
 
 from collections import OrderedDict
@@ -43,14 +43,14 @@ class CalledLayer(nn.Module):
 
 
 def _does_nothing(module: nn.Module, args: tuple[Any, ...]) -> None:
-    """A hook that only has to be there: the fused path counts hooks."""
+    """A hook that does nothing but exist: the fused path counts hooks."""
 
 
 class _CallMe(OrderedDict[Any, Any]):
-    """Pre-forward hooks of a :class:`CalledLayer`: one that does nothing, and those of others.
+    """Pre-forward hooks of a :class:`CalledLayer`: the idle hook, and any that users add.
 
-    It is false while only the first is in it, so ``nn.Module``, which tests its truth, runs no
-    hooks. The fused path and torch.compile test its length, which is at least 1.
+    It is false while it holds only the idle hook, so ``nn.Module``, which tests its truth value,
+    runs no hooks. The fused path and torch.compile test its length, which is at least 1.
     """
 
     def __init__(self, *hooks: Any) -> None:
@@ -80,9 +80,9 @@ register_module_module_registration_hook(_placed)
 
 
 def _check_fused_path() -> None:
-    """Raise RuntimeError where torch's fused path bypasses a layer despite one of the remedies.
+    """Raise RuntimeError if torch's fused path bypasses a layer despite one of the remedies.
 
-    Each remedy is tried alone. Where the fused path does not run at all (switched off, or under a
+    Each remedy is tried alone. If the fused path does not run at all (switched off, or under a
     torch function mode), there is nothing to check.
     """
     if _is_called(hook=False, flag=False):
@@ -111,7 +111,7 @@ class _Probe(CalledLayer, nn.Linear):
 
 
 def _is_called(hook: bool, flag: bool) -> bool:
-    """Whether an encoder layer in inference calls its ``linear1``, with these remedies only."""
+    """Whether an encoder layer in inference calls its ``linear1`` with only these remedies."""
     options: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
         layer = nn.TransformerEncoderLayer(2, 2, 2, batch_first=True, **options).eval()
@@ -126,15 +126,15 @@ def _is_called(hook: bool, flag: bool) -> bool:
 
 
 def is_unusual(input: Tensor) -> bool:
-    """Whether an input is nested, or of a subclass of Tensor: :func:`by_its_kind` computes it."""
+    """Whether an input is nested, or of a subclass of Tensor: :func:`by_its_kind` handles it."""
     return input.is_nested or (type(input) is not Tensor and has_torch_function_unary(input))
 
 
 def by_its_kind(layer: nn.Module, input: Tensor) -> Tensor:
     """Compute a layer's output for a nested tensor or a subclass of Tensor, as torch's layers do.
 
-    A nested tensor, which ``nn.TransformerEncoder`` makes of a padded batch, is computed part by
-    part. A subclass of Tensor goes through its ``__torch_function__``, so the output is one, too.
+    A nested tensor, which ``nn.TransformerEncoder`` makes from a padded batch, is computed part by
+    part. A subclass of Tensor goes through its ``__torch_function__``, so the output is one too.
     """
     if not input.is_nested:
         output: Tensor = handle_torch_function(layer.forward, (input,), input)

@@ -1,8 +1,8 @@
-"""train.py and the configs by name, in a checkout and in an installed package.
+"""Find train.py and the configs by name, in a checkout and in an installed package.
 
-They stand at the root of a checkout, outside the package: train.py is there to be read, and nothing
-imports it. An installed package has no such root, so setup.py puts both, as they are, into
-``bitnet/checkout/`` of the wheel, and there is one source for both.
+In a checkout they are at the root, outside the package: train.py is there to be read, and nothing
+imports it. An installed package has no such root, so setup.py copies both unchanged into
+``bitnet/checkout/`` of the wheel. So there is one source for both.
 """
 
 import re
@@ -20,13 +20,13 @@ def root() -> Path:
 
 @dataclass(frozen=True)
 class Overlay:
-    """A config that makes a run only together with something else."""
+    """A config that makes a run only together with other settings."""
 
     needs: str
     usage: str
-    """As arguments of ``bitnet train``."""
+    """Example arguments of ``bitnet train``."""
     keys: tuple[str, ...] = ()
-    """Keys any of which gives what it needs; another config does too."""
+    """Any one of these keys gives what the overlay needs; so does another config."""
 
 
 OVERLAYS = {
@@ -41,8 +41,8 @@ OVERLAYS = {
 
 
 def presets() -> dict[str, Path]:
-    """The configs by name, small ones first: ``quickstart``, ``15m``, ..., and ``fp/15m``, ..., the
-    full-precision baselines; at the end :data:`OVERLAYS`."""
+    """The configs by name, small ones first: ``quickstart``, ``15m``, ..., then the full-precision
+    baselines ``fp/15m``, ..., then :data:`OVERLAYS`."""
     configs = root() / "configs"
     found = {
         str(path.relative_to(configs).with_suffix("")): path for path in configs.rglob("*.toml")

@@ -1,7 +1,7 @@
-"""Progress of long work, on stderr: bars on a terminal, lines from time to time elsewhere.
+"""Progress of long work, on stderr: bars on a terminal, occasional lines elsewhere.
 
 A log or a pipe gets one line per task every :data:`EVERY` seconds, counted from the task's start or
-last reset. A background thread writes the lines, so the loops that work contain no timing. A task
+last reset. A background thread writes the lines, so the working loops contain no timing. A task
 that ends sooner writes nothing.
 """
 
@@ -24,23 +24,23 @@ from rich.progress import (
 )
 
 EVERY = 15.0
-"""Seconds between lines about a task where there is no terminal."""
+"""Seconds between lines about a task if there is no terminal."""
 
 
 def plain_console(**options: Any) -> Console:
-    """A console that prints names as they are, without markup and emoji codes.
+    """A console that prints names unchanged: no markup, no emoji codes.
 
     Arguments:
-        options: as rich's.
+        options: the options of rich's Console.
     """
     return Console(markup=False, emoji=False, **options)
 
 
 class Reports(Progress):
-    """rich's ``Progress``, which also reports where there is no terminal.
+    """rich's ``Progress`` that also reports without a terminal.
 
     Arguments:
-        columns, options: as rich's. console: default stderr, and the bars go in the end.
+        columns, options: as rich's. console: default stderr, with bars that vanish at the end.
     """
 
     def __init__(

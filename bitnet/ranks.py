@@ -1,18 +1,18 @@
-"""What each of several processes holds and sends in a step of training, from a config alone.
+"""Memory and traffic of each process in a training step, computed from a config alone.
 
-The formulas follow what the code does: :func:`bitnet.training.distributed.place` (FSDP2 gathers
-each block by itself, and all else as the root), :func:`bitnet.training.distributed.exchange`
-(gradients leave after the last micro-batch only), :mod:`bitnet.gathered` (what is gathered of a
-ternary weight), :mod:`bitnet.training.muon` and :mod:`bitnet.training.tensor_parallel`. Shapes and
-activations come from the model itself, run on tensors without memory (torch's FakeTensorMode), for
-tensor parallelism in a group of processes that do not exist (its backend "fake").
+The formulas follow the code: :func:`bitnet.training.distributed.place` (FSDP2 gathers each block
+separately, and the rest as the root), :func:`bitnet.training.distributed.exchange` (gradients are
+sent only after the last micro-batch), :mod:`bitnet.gathered` (how a ternary weight is gathered),
+:mod:`bitnet.training.muon` and :mod:`bitnet.training.tensor_parallel`. Shapes and activations come
+from the model itself, run on tensors without memory (torch's FakeTensorMode); tensor parallelism
+runs in a group of processes that do not exist (torch's backend "fake").
 
-Bytes sent are those of ring algorithms, per process: of G bytes and S processes, an all-gather or a
+Sent bytes are per process and for ring algorithms. For G bytes and S processes, an all-gather or a
 reduce-scatter sends (S - 1) / S G, an all-reduce twice that (Patarasu and Yuan 2009, "Bandwidth
 optimal all-reduce algorithms for clusters of workstations").
 
 Left out: single numbers (scales of tensors, the loss, the norm of the gradient), evaluation,
-checkpoints, temporary tensors of an operation or of the optimizer, and what allocators waste.
+checkpoints, temporary tensors of an operation or of the optimizer, and memory wasted by allocators.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Layout(NamedTuple):
 
     strategy: Strategy
     size: int
-    """All processes."""
+    """Number of all processes."""
     shard: int
     """Processes over which one copy of the model is divided; ddp: 1."""
     as_codes: bool
@@ -56,13 +56,13 @@ class Layout(NamedTuple):
 
     @property
     def shares(self) -> int:
-        """Of a batch."""
+        """Number of shares of a batch."""
         return self.size // self.tensor
 
     @property
     def in_fsdp(self) -> bool:
-        """FSDP2 averages the gradients: under ddp, those of several groups of tensor parallelism
-        (:func:`bitnet.training.distributed.place`)."""
+        """Whether FSDP2 averages the gradients. It does so under ddp too, for several groups of
+        tensor parallelism (:func:`bitnet.training.distributed.place`)."""
         return self.strategy != "ddp" or (self.tensor > 1 and self.shares > 1)
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Layout(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes per process at the peak of each kind; the process with the largest part of a model."""
+    """Peak bytes of each kind, for the process with the largest part of a model."""
 
     parameters: int
     gradients: int
@@ -89,21 +89,21 @@ class Traffic(NamedTuple):
     gathered: float
     """Weights, in the forwards and the backwards."""
     gradients: float
-    """Inside a group that divides a model; ddp: everywhere."""
+    """Gradients inside a group that divides a model; ddp: among all processes."""
     between: float
     """hsdp: gradients between the copies."""
     muon: float
-    """Updates to the process that orthogonalizes them and back: the mean over the processes."""
+    """Updates to the process that orthogonalizes them, and back; the mean over the processes."""
     tensor: float = 0
-    """Tensor parallelism: in the layers, forwards and backwards."""
+    """Tensor parallelism: inside the layers, in forwards and backwards."""
 
     def seconds(self, layout: Layout, local: int, inside: float, network: float) -> float:
-        """Time of the exchanges, one after the other and none hidden behind computing. A ring is as
-        fast as its slowest link.
+        """Time of all exchanges, one after the other, with none hidden behind computation. A ring
+        is as fast as its slowest link.
 
         Arguments:
-            local: processes of a machine. inside, network: bytes per second that a process sends to
-                another one of its machine, and of another machine.
+            local: processes per machine. inside, network: bytes per second from a process to one on
+                the same machine, and to one on another machine.
         """
         group = layout.size if layout.strategy == "ddp" else layout.shard * layout.tensor
         speed = inside if group <= local else network
@@ -117,20 +117,20 @@ class Weight(NamedTuple):
     """A parameter of a model that is not built."""
 
     shape: tuple[int, ...]
-    """With tensor parallelism, of a process's part of a matrix."""
+    """Shape; with tensor parallelism, of a process's part of a matrix."""
     ternary: bool
-    """The weight of a BitLinear."""
+    """Whether it is the weight of a BitLinear."""
     muon: bool
-    """Muon updates it."""
+    """Whether Muon updates it."""
 
     def part(self, shard: int) -> int:
-        """Elements of the largest part: FSDP2 divides rows, ceil(rows / shard) for each process."""
+        """Elements of the largest part: FSDP2 gives each process ceil(rows / shard) rows."""
         return -(-self.shape[0] // shard) * math.prod(self.shape[1:])
 
     def gathered(self, model: ModelConfig, layout: Layout) -> int:
-        """Bytes that all processes together give to a gather, rows padded to equal parts. Codes:
-        16 bytes per 64 columns, and the fp32 scales of rows or groups
-        (:meth:`bitnet.gathered.TernaryShard.fsdp_pre_all_gather`); else fp32."""
+        """Bytes that all processes together contribute to a gather; rows are padded to equal parts.
+        Codes: 16 bytes per 64 columns, and the fp32 scales of rows or groups
+        (:meth:`bitnet.gathered.TernaryShard.fsdp_pre_all_gather`). Otherwise fp32."""
         padded = self.part(layout.shard) * layout.shard
         if not (self.ternary and layout.as_codes):
             return _FP32 * padded
@@ -140,8 +140,8 @@ class Weight(NamedTuple):
 
 
 def layouts(config: Config, size: int, local: int) -> list[Layout]:
-    """What ``size`` processes, ``local`` of them per machine, can choose from. hsdp is there where
-    it has copies; codes where BitLinears give them."""
+    """The layouts available to ``size`` processes, ``local`` of them per machine. hsdp is listed if
+    it has several copies; codes are listed if BitLinears give them."""
     model, tensor = config.model, config.distributed.tensor_parallel
     shares, shard = config.shares(size), config.distributed.shard_size or max(1, local // tensor)
     coded = model.linear == "ternary" and model.grad_mask == "none"
@@ -156,8 +156,8 @@ def layouts(config: Config, size: int, local: int) -> list[Layout]:
 
 
 def weights(config: Config) -> tuple[list[Weight], list[Weight]]:
-    """The parameters of a block and those outside of the blocks, of a resolved config; of a matrix
-    that tensor parallelism divides, a process's part."""
+    """The parameters of one block and the parameters outside the blocks, of a resolved config. If
+    tensor parallelism divides a matrix, a process's part of it."""
     tensor = config.distributed.tensor_parallel
     with FakeTensorMode():
         model = Transformer(dataclasses.replace(config.model, n_layers=1))
@@ -178,28 +178,29 @@ def weights(config: Config) -> tuple[list[Weight], list[Weight]]:
 def memory(config: Config, layout: Layout, sequences: int, bf16: bool, kept: int) -> Memory:
     """Bytes per process.
 
-    Parameters, gradients and optimizer state are fp32: 4 bytes each, AdamW's state 8, Muon's 4.
+    Parameters, gradients and optimizer state are fp32. Per parameter: 4 bytes for itself, 4 for its
+    gradient, 8 for AdamW's state or 4 for Muon's.
 
-    Gradients: a bucket for each of ddp (``gradient_as_bucket_view``), and beside it, where a
-    step has several micro-batches, what accumulates before the last of them. fsdp has its part
-    of all; of the group in the backward also the whole and a copy of it that is scattered; and
-    from the head on the root's whole. Where a step has several micro-batches, whole gradients
-    of all groups add up until the last (``set_requires_gradient_sync``).
+    Gradients: ddp holds every gradient in a bucket (``gradient_as_bucket_view``). If a step has
+    several micro-batches, it also holds the gradients accumulated before the last one. fsdp holds
+    its part of all gradients; for the group in the backward also the whole gradients and a copy to
+    scatter; and, from the head on, the root's whole gradients. If a step has several micro-batches,
+    whole gradients of all groups add up until the last (``set_requires_gradient_sync``).
 
-    Buffers: int8 codes of all ternary weights under ddp
-    (:func:`bitnet.bitlinear.weights_quantized`). Under fsdp the process's own packed codes, the
+    Buffers: under ddp, int8 codes of all ternary weights
+    (:func:`bitnet.bitlinear.weights_quantized`). Under fsdp, the process's own packed codes, the
     root's fp32 weights, the whole weights of a block (int8 codes, twice with ``int8_backward``;
-    fp32 where no codes can be gathered), and what is gathered for the next block meanwhile. A
-    ``grad_mask`` keeps the codes of all blocks for the backward, as autocast keeps bf16 copies of
-    the matrices of the full-precision baseline; so does tensor parallelism that gathers latent
-    weights.
+    fp32 if no codes can be gathered), and the data being gathered for the next block. A
+    ``grad_mask`` keeps the codes of all blocks for the backward, and so does tensor parallelism
+    that gathers latent weights. Autocast likewise keeps bf16 copies of the matrices of the
+    full-precision baseline.
 
-    Activations: those kept, and the gradient of the head's weight, which comes with the loss
-    (:func:`bitnet.loss.linear_cross_entropy`).
+    Activations: the kept ones, and the gradient of the head's weight, which is computed with the
+    loss (:func:`bitnet.loss.linear_cross_entropy`).
 
     Arguments:
         sequences: per micro-batch of a process. bf16: with autocast.
-        kept: bytes per sequence, of :func:`activations`.
+        kept: bytes per sequence, from :func:`activations`.
     """
     model, n, shard = config.model, config.model.n_layers, layout.shard
     block, root = weights(config)
@@ -234,10 +235,10 @@ def memory(config: Config, layout: Layout, sequences: int, bf16: bool, kept: int
 
 
 def activations(config: Config, bf16: bool) -> int:
-    """Bytes per sequence that autograd keeps from the forward to the backward, eager, on a CPU;
-    measured on tensors without memory, as the difference between two sequences and one. With
-    ``activation_checkpointing`` = k every k-th block keeps its fp32 input, and the one that the
-    backward computes again has everything it keeps."""
+    """Bytes per sequence that autograd keeps from the forward to the backward, eager, on a CPU.
+    Measured on tensors without memory, as the difference between two sequences and one. With
+    ``activation_checkpointing`` = k every k-th block keeps its fp32 input. The block that the
+    backward recomputes keeps everything."""
     one, two = (_kept(config, depth, 2, bf16) - _kept(config, depth, 1, bf16) for depth in (1, 2))
     n, every, block = config.model.n_layers, config.distributed.activation_checkpointing, two - one
     if not every:
@@ -248,7 +249,7 @@ def activations(config: Config, bf16: bool) -> int:
 
 
 def _kept(config: Config, n_layers: int, sequences: int, bf16: bool) -> int:
-    """Bytes that autograd keeps of a forward with its loss, without the parameters."""
+    """Bytes that autograd keeps for a forward with its loss, without the parameters."""
     storages = dict[int, torch.UntypedStorage]()
 
     def keep(tensor: Tensor) -> Tensor:
@@ -269,8 +270,8 @@ def _kept(config: Config, n_layers: int, sequences: int, bf16: bool) -> int:
 
 @contextmanager
 def _divided(size: int) -> Iterator[Callable[[Transformer], object]]:
-    """What divides a model over ``size`` processes as their first one sees it, in the block: the
-    others do not exist. Does nothing for one process."""
+    """Yield a function that divides a model over ``size`` processes as seen by the first one; the
+    others do not exist. For one process the function does nothing."""
     if size == 1:
         yield lambda model: None
         return
@@ -279,7 +280,7 @@ def _divided(size: int) -> Iterator[Callable[[Transformer], object]]:
     from bitnet.training.tensor_parallel import tensor_parallel
 
     about_gloo = logging.getLogger("torch.distributed.tensor._collective_utils")
-    about_gloo.addFilter(_no_record)  # that it has no all-to-all: nothing is sent here
+    about_gloo.addFilter(_no_record)  # a warning of no all-to-all: nothing is sent here
     dist.init_process_group("fake", rank=0, world_size=size)
     try:
         yield partial(tensor_parallel, mesh=init_device_mesh("cpu", (size,)))
@@ -296,9 +297,9 @@ def traffic(config: Config, layout: Layout, sequences: int, bf16: bool = False) 
     """Bytes that a process sends in a step.
 
     fsdp gathers a block twice per micro-batch, for the forward and for the backward, and the root
-    once (:func:`bitnet.training.distributed.place`); fp32 gradients are reduce-scattered once per
-    step, hsdp's parts of them all-reduced between the copies; ddp all-reduces all. Muon sends the
-    rows of each matrix to one process and back, in bf16
+    once (:func:`bitnet.training.distributed.place`). It reduce-scatters fp32 gradients once per
+    step; hsdp then all-reduces their parts between the copies. ddp all-reduces all gradients. Muon
+    sends the rows of each matrix to one process and back, in bf16
     (:func:`bitnet.training.muon.ShardedMuon.step`).
 
     Arguments:
@@ -326,16 +327,16 @@ def traffic(config: Config, layout: Layout, sequences: int, bf16: bool = False) 
 
 
 def _in_layers(config: Config, ranks: int, sequences: int, bf16: bool) -> float:
-    """Bytes that a process of ``ranks`` sends in the layers in a micro-batch. Of each token:
+    """Bytes that one of ``ranks`` processes sends in the layers per micro-batch. For each token:
 
-    - all-reduced in a forward, the outputs of o_proj and down_proj (int32 sums with a maximum; of
-      the full-precision baseline in its dtype), and in the backward the gradient of an input that
-      is divided, fp32: once for attention and once for the MLP, or once per matrix where no two
-      share an input;
-    - exchanged twice in a forward and twice in its backward, a process's channels for the norms
-      that need all (:class:`bitnet.training.tensor_parallel.ChannelRMSNorm`).
+    - all-reduce in the forward: the outputs of o_proj and down_proj (int32 sums with a maximum; for
+      the full-precision baseline in its dtype). All-reduce in the backward: the fp32 gradient of a
+      divided input, once for attention and once for the MLP, or once per matrix if no two share an
+      input;
+    - twice in the forward and twice in its backward, an exchange of a process's channels for the
+      norms that need all (:class:`bitnet.training.tensor_parallel.ChannelRMSNorm`).
 
-    The gradients of those norms and of heads' are all-reduced, too.
+    The gradients of those norms and of the heads' norms are all-reduced too.
     """
     model, every = config.model, config.distributed.activation_checkpointing
     n, width, dtype = model.n_layers, model.d_model, _BF16 if bf16 else _FP32
@@ -356,10 +357,10 @@ def rank_table(config: Config, size: int, local: int, bandwidth: float, network:
 
     Arguments:
         local: processes per machine; 0: all.
-        bandwidth, network: GB/s inside a machine and between machines; 0: no times, and
-            ``network`` as ``bandwidth``.
+        bandwidth: GB/s inside a machine; 0: no times. network: GB/s between machines; 0: as
+            ``bandwidth``.
     Raises:
-        UserError: the config or the processes are of a kind that is not counted here.
+        UserError: this kind of config or process group is not counted here.
     """
     if section := whole_only(config):
         raise UserError(f"--world-size: does not count what [{section}] adds to a step")

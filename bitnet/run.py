@@ -1,4 +1,4 @@
-"""A run and its folder: the lock, the signals that stop it, its state on disk, what may change.
+"""A run and its folder: its lock, stop signals, state on disk, and the keys that may change.
 
 A run lives in ``run.dir/run.name``:
 
@@ -7,9 +7,9 @@ A run lives in ``run.dir/run.name``:
     checkpoints/      the state of the run, written by :meth:`Run.save`
     model/            the trained model, when the run is done
 
-The data, the schedules and the model (it has no dropout) are pure functions of (seed, step). So the
-weights (learned scales, observers and adapters among them), the optimizers' state, the telemetry's
-last codes, the balance of a distillation and a few counters are all that a checkpoint restores.
+The data, the schedules and the model (it has no dropout) are pure functions of (seed, step). So a
+checkpoint restores only the weights (including learned scales, observers and adapters), the
+optimizers' state, the telemetry's last codes, the balance of a distillation and a few counters.
 """
 
 import dataclasses
@@ -49,14 +49,14 @@ FIXED = (
     *("quant", "qat", "distill", "adapter", "optim.optimizer"),
     *("optim.beta1", "optim.beta2", "optim.eps", "optim.muon_momentum", "optim.muon_ns_steps"),
 )
-"""Keys and sections that must not change in a run: resuming refuses a changed one."""
+"""Keys and sections that must not change in a run: a change is an error on resume."""
 FREE = ("data.threads", "distill.device")
-"""Exceptions: keys of those sections that may change."""
+"""Exceptions: keys in those sections that may change."""
 
 
 @dataclasses.dataclass
 class Run:
-    """A run in progress: what trains, what counts, and how both are saved and restored."""
+    """A run in progress: the trained objects, the counters, and how both are saved and restored."""
 
     config: Config
     """Resolved."""
@@ -77,7 +77,7 @@ class Run:
     skipped: int = 0
     """Steps whose loss or gradient was not finite."""
     skipped_in_a_row: int = 0
-    """How many of them were the newest steps, in this process."""
+    """How many of the latest steps in this process were all skipped."""
     best_loss: float = math.inf
     """Lowest validation loss, in nats."""
     saved_step: int = -1
@@ -92,10 +92,10 @@ class Run:
         return _checkpoints(self.config)
 
     def restore(self, saved: Checkpoint) -> None:
-        """Continue from a checkpoint: the next step is that of an uninterrupted run.
+        """Continue from a checkpoint: the next step is the same as in an uninterrupted run.
 
         Raises:
-            UserError: the data or the teacher are not those the run began with.
+            UserError: the data or the teacher differ from the start of the run.
         """
         state, config = saved.state, self.config
         if state["data"] != self.data_hash:
@@ -112,23 +112,23 @@ class Run:
             self.distiller.load_state(state["distill"])
         weights = self.model.state_dict()
         saved.read_into("model", weights)
-        self.model.load_state_dict(weights)  # in place already; the layers' hooks run
+        self.model.load_state_dict(weights)  # the values are in place; this runs the layers' hooks
         self.telemetry.load_state(saved.read("telemetry"))
         for i, optimizer in enumerate(self.optimizers.optimizers):
             structure = state["optimizers"][i]
             load_optimizer(optimizer, self.model, saved, f"optimizer_{i}", structure)
-        ranks = state.get("ranks") or [state]  # older checkpoints have those of one process
+        ranks = state.get("ranks") or [state]  # older checkpoints have one process's state
         set_rng_state(ranks[self.world.rank % len(ranks)]["rng"])
         self.step = self.saved_step = saved.step
         self.tokens, self.skipped = state["tokens"], state["skipped"]
         self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
 
     def save(self, log: RunLog, val_loss: float | None) -> None:
-        """Write a checkpoint of this step, once its metrics are on disk, and delete old ones. All
-        processes call it. It may be written while training goes on (:class:`Saver`).
+        """Write a checkpoint of this step after its metrics are on disk, and delete old ones. All
+        processes call it. Training may continue during the writing (:class:`Saver`).
 
         Arguments:
-            val_loss: validation loss of this step, in nats; None where it was not measured.
+            val_loss: validation loss of this step, in nats; None if it was not measured.
         """
         log.sync()
         weights = self.model.state_dict(keep_vars=True)  # so that a tied weight is one object
@@ -151,8 +151,8 @@ class Run:
         self.saved_step = self.step
 
     def finish_saving(self, log: RunLog) -> None:
-        """At the end of a run, or where it stops: save this step if it is not saved yet, and return
-        when its checkpoint is on the disk."""
+        """At the end or stop of a run, save this step if it is not saved yet. Return when its
+        checkpoint is on the disk."""
         if self.saved_step != self.step:
             self.save(log, None)
         self.saver.wait()
@@ -165,10 +165,10 @@ class Run:
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
 
     def check_finite(self, log: RunLog, result: StepResult) -> None:
-        """Warn of a step that was not finite.
+        """Warn about a step that was not finite.
 
         Raises:
-            UserError: ``train.max_bad_steps`` in a row were not.
+            UserError: ``train.max_bad_steps`` steps in a row were not finite.
         """
         if result.finite:
             return
@@ -182,8 +182,8 @@ class Run:
             )
 
     def save_if_due(self, log: RunLog, val_loss: float | None) -> None:
-        """Save every ``checkpoint.every`` steps, at the end, and where the validation loss is the
-        lowest yet; but not after a step that was not finite: the weights may be the reason."""
+        """Save every ``checkpoint.every`` steps, at the end, and when the validation loss is the
+        lowest so far. Do not save after a step that was not finite: the weights may be why."""
         config = self.config
         self.saver.check()
         if self.skipped_in_a_row:
@@ -201,11 +201,11 @@ def _checkpoints(config: Config) -> Path:
 
 
 def find_saved(config: Config, world: World) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint of a run (None if the run is new), and lines to warn with. All
-    processes call it and get the same.
+    """The newest complete checkpoint of a run (None if the run is new), and warnings. All processes
+    call it and get the same result.
 
     Raises:
-        UserError: no checkpoint is whole, or the config has a change that a run cannot take.
+        UserError: no checkpoint is complete, or the config changes a key that must not change.
     """
     saved = checkpoint.resume(_checkpoints(config), world)
     if saved is None:
@@ -226,8 +226,8 @@ def announce(
     """Print the first lines of a run, with warnings.
 
     Arguments:
-        warnings: of :func:`find_saved`.
-        parts: of the data. epochs: how often the whole run reads each of them.
+        warnings: from :func:`find_saved`.
+        parts: of the data. epochs: how often the whole run reads each part.
     """
     config, total_steps = run.config, run.config.train.steps
     log.print(one_line(config))
@@ -274,7 +274,7 @@ def announce(
 
 
 def mixture_lines(parts: Sequence[Part], epochs: Sequence[float]) -> list[str]:
-    """A line per part: its share of the sequences, its size, and how often the run reads it."""
+    """One line per part: its share of the sequences, its size, and how often the run reads it."""
     total = sum(part.weight for part in parts)
     return [
         f"  {part.name}: {part.weight / total:.1%} of the sequences, "
@@ -284,9 +284,10 @@ def mixture_lines(parts: Sequence[Part], epochs: Sequence[float]) -> list[str]:
 
 
 def allowed_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> list[str]:
-    """How a new config differs from that of a begun run; UserError for a key of :data:`FIXED`.
+    """The changes from the config of an existing run to a new one; UserError for a key in
+    :data:`FIXED`.
 
-    A key that did not exist when the run began had its default.
+    A key that did not exist when the run began counts as its default.
     """
     defaults, old = to_dict(Config()), with_new_keys(old)
     steps = old["train"]["steps"], new["train"]["steps"]
@@ -315,11 +316,11 @@ def allowed_changes(old: dict[str, Any], new: dict[str, Any], run_dir: Path) -> 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder: two processes that train in one would destroy each other's work."""
+    """Lock the run folder: two processes training in one would destroy each other's work."""
     lock = run_dir / ".lock"
     with user_input(f"run.dir: {run_dir}"):
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock.touch()  # an unwritable folder is an error here, not a wait below
+        lock.touch()  # raises for an unwritable folder, on which the code below would wait
         check_file(lock)
     try:
         with FileLock(lock, timeout=0):
@@ -330,8 +331,8 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Yield a list that the first SIGINT, SIGTERM or SIGHUP is added to. A second SIGINT or SIGTERM
-    ends the process at once."""
+    """Yield a list to which the first SIGINT, SIGTERM or SIGHUP is added. A second SIGINT or
+    SIGTERM ends the process at once."""
     stop: list[int] = []
 
     def on_signal(number: int, _: FrameType | None) -> None:

@@ -1,8 +1,8 @@
-"""What config dataclasses and user-facing errors share, and the gate for a user's input.
+"""Shared parts of config dataclasses and user-facing errors, and the check of a user's input.
 
-Where a user's file or value meets code that may fail on it in any way (a parser, a tokenizer
-library, a regular expression), the call stands inside :func:`user_input`, and a file is read by
-:func:`read_file`. Whatever goes wrong there becomes one line that names the file or key.
+Code that may fail in any way on a user's file or value (a parser, a tokenizer library, a regular
+expression) is called inside :func:`user_input`, and files are read by :func:`read_file`. Any
+failure there becomes one line that names the file or key.
 """
 
 import os
@@ -19,11 +19,11 @@ _CONTROL_CODES = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 16
 
 
 class UserError(ValueError):
-    """A mistake of the user's that one line explains: it names the file, the key and, where there
-    is one, the nearest valid name. The command line prints the line and exits with code 2.
+    """A user's mistake, explained in one line: it names the file, the key and, if there is one, the
+    nearest valid name. The command line prints the line and exits with code 2.
 
-    The message becomes one line whatever a name in it holds: line breaks become spaces, and other
-    control characters, and bytes of a file's name that are no UTF-8, become their codes.
+    The message is always one line, whatever names it contains: line breaks become spaces. Other
+    control characters, and bytes of a file name that are not UTF-8, become their codes.
     """
 
     def __init__(self, message: str) -> None:
@@ -37,8 +37,8 @@ def user_input(what: str) -> Iterator[None]:
     """Turn any exception of the block into a :class:`UserError` that begins with ``what``.
 
     ``what`` names the file or the key. A UserError passes unchanged, and so do Ctrl-C and exits.
-    Anything else is caught, down to BaseException: libraries written in Rust report a panic by
-    one. The original stays as the cause, so that ``BITNET_DEBUG=1`` shows it.
+    Anything else is caught, even a BaseException, by which libraries written in Rust report a
+    panic. The original stays as the cause, so that ``BITNET_DEBUG=1`` shows it.
     """
     try:
         yield
@@ -53,7 +53,7 @@ def user_input(what: str) -> Iterator[None]:
 
 
 def check_file(path: Path, limit: int | None = None) -> None:
-    """Raise UserError, naming the path, for what is no regular file or exceeds ``limit`` bytes.
+    """Raise UserError, naming the path, unless it is a regular file of at most ``limit`` bytes.
 
     Nothing is opened: a FIFO would wait for its writer, and a device may never end.
     """
@@ -70,18 +70,18 @@ def check_file(path: Path, limit: int | None = None) -> None:
 
 
 def read_file(path: Path, limit: int = 2**28) -> bytes:
-    """The bytes of a regular file of at most ``limit`` bytes. Raises UserError as
-    :func:`check_file` does, and where the file cannot be read."""
+    """Return the bytes of a regular file of at most ``limit`` bytes. Raises UserError as
+    :func:`check_file` does, and if the file cannot be read."""
     check_file(path, limit)
     with user_input(str(path)):
         return path.read_bytes()
 
 
 def nearest(name: str, valid: Iterable[str], similarity: float = 0.6) -> str:
-    """The valid name that is spelled most like ``name``, for the hint of an error message.
+    """The valid name with the spelling nearest to ``name``, for the hint in an error message.
 
     Arguments:
-        similarity: the least that counts, from 0 (any name) to 1 (the same name).
+        similarity: the minimum, from 0 (any name) to 1 (the same name).
     Returns:
         "" if no valid name is that similar.
     """
@@ -94,8 +94,8 @@ def debugging() -> bool:
 
 
 STRICT = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
-"""Config dataclasses: no unknown keys, no silent conversions ("1" is not 1), and the string under
-each field is its documentation, which ``--help`` prints."""
+"""Config dataclasses: no unknown keys and no silent conversions ("1" is not 1). The string under
+each field is its documentation; ``--help`` prints it."""
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 """A number of steps, tokens, ... A float holds every integer up to 2^53."""
@@ -106,8 +106,8 @@ RENAMED = {
     "quant.gradient": "quant.grad_mask",
     "quant.gradient_c": "quant.grad_mask_c",
 }
-"""Renamed keys, old to new. In a config or on the command line the old one is an error that names
-the new one; saved files are read by :func:`with_new_keys`."""
+"""Renamed keys, old to new. In a config or on the command line the old key is an error that names
+the new one. :func:`with_new_keys` reads saved files."""
 
 
 def with_new_keys(saved: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Log likelihoods of the last tokens of many sequences, of any lengths, in batches.
 
-Both ways of comparing a model with published figures are made of this: a sliding window over a text
-(bitnet/perplexity.py) predicts the end of each window, a multiple-choice task (bitnet/harness.py)
-the tokens of an answer after its question.
+Two comparisons with published results use it. A sliding window over a text (bitnet/perplexity.py)
+predicts the end of each window. A multiple-choice task (bitnet/harness.py) predicts the tokens of
+an answer after its question.
 
 Sequences are sorted by length, so that a batch has little padding. The padding is on the right:
-attention is causal and each token is quantized by itself, so no token sees it. The head, which is
-most of a small model's work, computes only the positions that predict.
+attention is causal and activations are quantized per token, so no token sees it. The head, most of
+a small model's work, computes only the positions that predict.
 
 B sequences, T tokens of the longest, D channels, M predicted tokens of a batch.
 """
@@ -22,7 +22,7 @@ from bitnet.evaluate import evaluation_mode, logits_at_once
 from bitnet.model import Transformer
 
 _CPU_TOKENS, _GPU_TOKENS = 2**12, 2**16
-"""Tokens of a batch if no batch size is given."""
+"""Tokens per batch if no batch size is given."""
 
 
 class Ending(NamedTuple):
@@ -31,16 +31,16 @@ class Ending(NamedTuple):
     ids: Tensor
     """int64 ``[T]``, at most one more than the model's context"""
     predicted: int
-    """how many tokens at the end, 0 to T - 1: the first token of a sequence has no context"""
+    """number of tokens at the end, 0 to T - 1: the first token of a sequence has no context"""
 
 
 class Likelihood(NamedTuple):
-    """How likely the predicted tokens of a sequence are."""
+    """The likelihood of a sequence's predicted tokens."""
 
     log_p: float
-    """natural logarithm of their probability, the sum over the tokens"""
+    """natural logarithm of their probability, summed over the tokens"""
     greedy: bool
-    """whether each of them is the most likely one in its place"""
+    """whether each token is the most likely one at its position"""
 
 
 def log_likelihoods(
@@ -55,7 +55,7 @@ def log_likelihoods(
 
     Arguments:
         model: evaluated on its device, in eval mode (restored afterwards).
-        batch_size: sequences at once; 0 = as many as have 4,096 tokens on a CPU, 65,536 elsewhere.
+        batch_size: sequences per forward; 0 = up to 4,096 tokens on a CPU, 65,536 elsewhere.
         track: wraps the batches to show progress, as ``bitnet.progress.Reports.track`` does.
     """
     results = [Likelihood(0.0, True)] * len(endings)
@@ -76,7 +76,7 @@ def log_likelihoods(
 def _batches(
     places: Sequence[int], endings: Sequence[Ending], batch_size: int, max_tokens: int
 ) -> Iterator[list[int]]:
-    """Neighbours of ``places``, longest first, so the first of a batch has its width."""
+    """Cut ``places``, sorted longest first, into batches: the first of a batch sets its width."""
     begin = 0
     while begin < len(places):
         width = len(endings[places[begin]].ids)
@@ -86,7 +86,7 @@ def _batches(
 
 
 def _score(model: Transformer, batch: list[Ending], device: torch.device) -> list[Likelihood]:
-    """One forward; its results in the order of the batch."""
+    """Run one forward; the results are in the order of the batch."""
     width = len(batch[0].ids) - 1
     inputs_BT = torch.zeros(len(batch), width, dtype=torch.int64, device="cpu")
     for row, (ids, _) in enumerate(batch):

@@ -1,6 +1,6 @@
-"""A ternary layer whose weight is divided over processes, and what it computes together with them.
+"""Tensor parallelism: the forward of a ternary layer whose weight is divided over processes.
 
-The weight is a DTensor (torch.distributed.tensor), whose placement says how the layer is divided:
+The weight is a DTensor (torch.distributed.tensor). Its placement says how the layer is divided:
 
     Shard(0)  column-parallel: a rank has some of the rows N. It takes the whole input and gives its
               own columns of the output. The backward adds the ranks' gradients of the input.
@@ -8,13 +8,13 @@ The weight is a DTensor (torch.distributed.tensor), whose placement says how the
               The ranks add their int32 sums, so that each has the whole output. The backward needs
               no communication.
 
-The forward gives the bits of one process. A scale is that of the whole tensor: maxima do not depend
-on an order, and the mean of the magnitudes is a sum of integers
-(:func:`bitnet_kernels.reference.clamped_mean`). int32 sums are exact. Gradients of an input are
-floats that the ranks add, so behind a column-parallel layer they are rounded in another order.
+The forward gives the same bits as one process. Scales are computed over the whole tensor: a maximum
+does not depend on the order, and the mean of the magnitudes is a sum of integers
+(:func:`bitnet_kernels.reference.clamped_mean`). int32 sums are exact. But the ranks add the input
+gradients of a column-parallel layer as floats, so their rounding differs from one process.
 
-Importing this module imports torch.distributed.tensor, which takes most of a second. Others import
-it inside the function that met a DTensor (:func:`bitnet.modules.is_dtensor`).
+Importing this module imports torch.distributed.tensor, which takes most of a second. Other modules
+import it inside a function, after they find a DTensor (:func:`bitnet.modules.is_dtensor`).
 """
 
 from collections.abc import Sequence
@@ -50,44 +50,44 @@ class Recipe(NamedTuple):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor, differentiable; any other tensor as it is."""
+    """This rank's part of a DTensor, differentiable; any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def replicated(x: Tensor, mesh: DeviceMesh) -> DTensor:
-    """A tensor that all ranks have, or a DTensor, as a DTensor that is whole on each rank. The
-    gradients of its uses are added over the ranks once, all together."""
+    """Turn a tensor that all ranks have, or a DTensor, into a DTensor that is whole on each rank.
+    The gradients of all its uses are added over the ranks in one step."""
     if not isinstance(x, DTensor):
         return DTensor.from_local(x, mesh, [Replicate()], run_check=False)
-    # a redistribution that has nothing to do would still add the gradients, for each use
+    # even an idle redistribution would add the gradients, once per use
     return x if x.placements[0].is_replicate() else x.redistribute(placements=[Replicate()])
 
 
 def entering(x: Tensor, mesh: DeviceMesh) -> Tensor:
-    """What all ranks have, where each goes on to use it in its own way: the backward adds their
-    gradients, those of all uses of a DTensor together."""
+    """Pass a value that all ranks have to uses that differ by rank. The backward adds the ranks'
+    gradients, for all uses of a DTensor together."""
     return replicated(x, mesh).to_local(grad_placements=[Partial()])
 
 
 @torch.no_grad()
 def quantize_weights(weights: Sequence[DTensor], recipes: Sequence[Recipe]) -> list[TernaryWeight]:
-    """Quantize this rank's part of each weight by the scale of the whole, with the bits of
-    :func:`bitnet.quant.quantize_weight` of the whole: codes int8 of the shape of the part, and
+    """Quantize this rank's part of each weight by the scale of the whole weight, with the same bits
+    as :func:`bitnet.quant.quantize_weight` of the whole: codes int8 of the shape of the part, and
     gamma fp32 ``[]``, or ``[n]`` or ``[n, G]`` for the n rows of the part.
 
-    All ranks call it with the same weights. For all of them together it communicates at most twice:
+    All ranks call it with the same weights. It communicates at most twice for all weights together:
     the largest magnitudes, then the sums.
 
     Arguments:
         weights: matrices ``[N, K]``, all on one mesh.
     Raises:
-        ValueError: :func:`placement_of` refuses a weight, or its columns are divided and have one
-            scale per group of them.
+        ValueError: :func:`placement_of` rejects a weight, or a weight with one scale per group of
+            columns is divided by columns.
     """
     means = [_DividedMean.of(*pair) for pair in zip(weights, recipes, strict=True)]
     divided = [mean for mean in means if mean is not None]
     tops = [mean.magnitude.amax(-1).float() for mean in divided]
-    # infinite, since a maximum over ranks may lose a NaN
+    # NaN becomes infinity, since a maximum over ranks may lose a NaN
     tops = [torch.where(top.isfinite(), top, torch.inf) for top in tops]
     _reduce(tops, dist.ReduceOp.MAX, weights)
     totals = [
@@ -107,18 +107,18 @@ def quantize_weights(weights: Sequence[DTensor], recipes: Sequence[Recipe]) -> l
 
 
 class _DividedMean(NamedTuple):
-    """Mean magnitudes of a weight to which each rank has some of the terms."""
+    """Mean magnitudes of a weight; each rank has some of the terms."""
 
     magnitude: Tensor
     """``[R, T]``: T terms on this rank for each of R means"""
     n: int
     """terms of a mean on all ranks together"""
     shape: tuple[int, ...]
-    """of the scale"""
+    """shape of the scale"""
 
     @classmethod
     def of(cls, weight: DTensor, recipe: Recipe) -> "_DividedMean | None":
-        """None where this rank has all terms of its scales."""
+        """The means of a weight; None if this rank has all terms of its scales."""
         placement = placement_of(weight)
         by_tensor = recipe.granularity == "tensor"
         if not (by_tensor or placement.is_shard(1)):
@@ -150,14 +150,14 @@ def placement_of(weight: DTensor) -> Placement:
 
 
 def parts_of(weight: DTensor) -> Parts:
-    """How FSDP2, which divides this rank's part of a weight, finds the other parts."""
+    """The group by which FSDP2, dividing this rank's part of a weight, finds the other parts."""
     return Parts(weight.device_mesh.get_group(), placement_of(weight).is_shard(1))
 
 
 def _reduce(
     values: Sequence[Tensor], op: dist.ReduceOp.RedOpType, weights: Sequence[DTensor]
 ) -> None:
-    """Reduce vectors over the ranks of the weights, in place and all together."""
+    """Reduce vectors over the ranks of the weights, in place and all at once."""
     if values:
         packed = torch.cat(list(values))
         dist.all_reduce(packed, op, weights[0].device_mesh.get_group())
@@ -166,7 +166,7 @@ def _reduce(
 
 
 def shared_by_ranks(x: Tensor, weights: Sequence[Tensor]) -> Tensor | QuantizedInput:
-    """:func:`bitnet.bitlinear.shared_input` for layers with these weights: quantized once where all
+    """:func:`bitnet.bitlinear.shared_input` for layers with these weights: quantized once if all
     are column-parallel on one mesh, else x itself."""
     first = weights[0]
     if isinstance(x, DTensor) or not isinstance(first, DTensor):
@@ -191,16 +191,16 @@ def sharded_linear(
     quantized: TernaryWeight | None = None,
     int8_backward: Int8Backward = "none",
 ) -> Tensor:
-    """:func:`bitnet.quant.ternary_linear_ste` with a weight that is divided over ranks.
+    """:func:`bitnet.quant.ternary_linear_ste` with a weight divided over ranks.
 
     Arguments:
-        x: for a column-parallel weight the whole input, float ``[..., K]``; for a
-            row-parallel one the columns of it that go with the rank's part of the weight. A DTensor
-            is brought into that form. The result of :func:`bitnet.quant.quantize_input` goes only
-            with the whole input.
+        x: for a column-parallel weight the whole input, float ``[..., K]``; for a row-parallel
+            weight the input columns that match the rank's part of the weight. A DTensor is
+            converted to that form. A result of :func:`bitnet.quant.quantize_input` is valid only
+            as the whole input.
         weight: ``[N, K]``, see :func:`placement_of`. bias: ``[N]``, a DTensor whose placement fits.
         quantized: the result of :func:`quantize_weights` for this weight.
-        Others: those of :func:`bitnet.quant.ternary_linear_ste`.
+        Others: as in :func:`bitnet.quant.ternary_linear_ste`.
     Returns:
         The rank's columns of the output of a column-parallel weight; else the whole output. A
         DTensor if x is one.
@@ -233,8 +233,8 @@ def sharded_linear(
 
 
 def whole_input(x: Tensor | QuantizedInput, weight: DTensor) -> Tensor | QuantizedInput:
-    """The input of a layer with this weight as one process would have it: of a row-parallel layer
-    all columns of it, gathered; not differentiable. All ranks call it."""
+    """The input of a layer with this weight, as one process would have it. For a row-parallel layer
+    it gathers all columns. Not differentiable. All ranks call it."""
     if isinstance(x, QuantizedInput) or not placement_of(weight).is_shard(1):
         return x
     form = [Shard(x.dim() - 1)]
@@ -242,7 +242,7 @@ def whole_input(x: Tensor | QuantizedInput, weight: DTensor) -> Tensor | Quantiz
 
 
 def _quantize_columns(x: Tensor | QuantizedInput, mesh: DeviceMesh) -> QuantizedInput:
-    """Quantize this rank's columns of each token by the maximum over all of its columns."""
+    """Quantize this rank's columns of each token by the maximum over all columns of the token."""
     if isinstance(x, QuantizedInput):
         raise TypeError(
             "input: expected a tensor, since a row-parallel layer takes the scale of a token over "

@@ -35,7 +35,7 @@ _TAKEN = {"vocab_size": "tokenizer", "max_seq_len": "data.seq_len"}
 
 def model_bytes(model: ModelConfig) -> dict[str, int]:
     """Bytes of a model's weights in memory: ``fp32``, ``bf16``, and for a ternary model ``packed``:
-    2 bits per weight of the layers' matrices, their fp32 scales, and fp32 for all else."""
+    2 bits per weight of the layers' matrices, their fp32 scales, and fp32 for the rest."""
     count = model.num_parameters()
     sizes = {"fp32": 4 * count["total"], "bf16": 2 * count["total"]}
     if model.linear == "ternary":
@@ -45,7 +45,7 @@ def model_bytes(model: ModelConfig) -> dict[str, int]:
 
 
 def human(number: float, unit: str = "") -> str:
-    """A number in short form: 15_700_000 -> "15.7M"; with unit "B", "15.7 MB" (powers of 1000)."""
+    """Format a number: 15_700_000 -> "15.7M"; with unit "B", "15.7 MB" (powers of 1000)."""
     large = (("E", 1e18), ("P", 1e15), ("T", 1e12))
     for prefix, size in (*large, ("G" if unit else "B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= size:
@@ -54,7 +54,7 @@ def human(number: float, unit: str = "") -> str:
 
 
 def one_line(config: Config) -> str:
-    """A resolved config in one line, for the head of a run."""
+    """A resolved config in one line, for the start of a run's output."""
     model, train = config.model, config.train
     total = model.num_parameters()["total"]
     arithmetic = str(config.quant) if config.quant.enabled else model.linear
@@ -69,7 +69,7 @@ def one_line(config: Config) -> str:
 
 
 def quantization_lines(config: Config) -> list[str]:
-    """What a run does besides training, from its resolved config: [qat], [adapter], [distill]."""
+    """Lines on [qat], [adapter] and [distill] of a resolved config, as far as the run uses them."""
     quant, qat, lines = config.quant, config.qat, list[str]()
     if quant.enabled:
         ramps = [f"{name} over {share:.0%}" for name, share in _warmups(config) if share]
@@ -93,13 +93,13 @@ def _warmups(config: Config) -> tuple[tuple[str, float], tuple[str, float]]:
 
 
 def tables(asked: Config) -> list[Table]:
-    """The tables of ``bitnet inspect`` for a config as it was given (not resolved)."""
+    """The tables of ``bitnet inspect`` for a config as given (not resolved)."""
     config = asked.resolve()
     found = [_settings(asked, config), _shapes(config), _costs(config)]
     if config.data.is_mixture:
         found.insert(1, _mixture(config))
     if config.quant.enabled and not config.quant.quantizer.ternary:
-        return found  # multiplications of other widths have no table
+        return found  # there is no table for multiplications of other widths
     return found + energy_tables(config.model, config.data.seq_len)
 
 
@@ -174,7 +174,7 @@ def energy_tables(model: ModelConfig, context: int, zeros: float | None = None) 
     """The cost of a generated token: the 16-bit model beside W1.58A8 (bitnet/energy.py).
 
     Arguments:
-        model: resolved. context: positions in view. zeros: share of zero codes, as counted; None:
+        model: resolved. context: positions attended to. zeros: counted share of zero codes; None:
             the expected share.
     """
     return [_operations(model, context, zeros), _energy(model, context, zeros)]
@@ -201,7 +201,7 @@ def _operations(model: ModelConfig, context: int, zeros: float | None) -> Table:
 
 
 def _counts(part: Part) -> tuple[str, str]:
-    """Multiplications and additions, with their dtype."""
+    """The multiplications and the additions, with their dtype."""
 
     def cell(kind: str) -> str:
         found: dict[Operation, int] = {o: n for o, n in part.operations.items() if kind in o}
