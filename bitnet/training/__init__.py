@@ -1,1 +1,1 @@
-"""What a training run is made of, apart from the model: used by train.py and ``bench train``."""
+"""The parts of a training run other than the model; train.py and ``bench train`` use them."""

@@ -1,4 +1,4 @@
-"""Exact, crash-safe checkpoints: a run that is killed at any moment resumes as if it had not been.
+"""Exact, crash-safe checkpoints: a run killed at any moment resumes as if it had never stopped.
 
 A checkpoint is a folder of data only (safetensors and JSON; no pickle, so loading executes no
 code):
@@ -9,25 +9,25 @@ code):
         state.json                                         counters, generators, config, ...
         manifest.json                                      size and sha256 of each; written last
 
-Several processes write the parts that each holds (shards.py), in files of their own:
-model.00000.safetensors, model.00001.safetensors, ... Whoever wrote a checkpoint, it loads into any
-number of processes and any sharding, with the same values.
+With several processes, each writes the parts it holds (shards.py), in its own files:
+model.00000.safetensors, model.00001.safetensors, ... Any checkpoint loads into any number of
+processes and any sharding, with the same values.
 
-**It appears whole or not at all** (written under another name, fsynced, renamed: durable.py). Old
-checkpoints are deleted only when the new one is durable. Processes share the work, and the main
-one makes, names and deletes folders: so the folder must be one that all of them see.
+**It appears complete or not at all** (written under another name, fsynced, renamed: durable.py).
+Old checkpoints are deleted only when the new one is durable. All processes write, and the main one
+makes, names and deletes folders. So all processes must see the same folder.
 
 **It is checked before it is used.** Loading compares every file with the manifest, and the
-manifest with its own canonical spelling, so that any flipped bit is found. A damaged checkpoint is
-reported and the next older one is used. If none is whole, that is an error, never a fresh start.
-Processes divide the files among them, and what one of them finds counts for all.
+manifest with its own canonical spelling, so any flipped bit is found. A damaged checkpoint is
+reported and the next older one is used. If none is complete, that is an error, never a fresh start.
+Processes divide the files among them, and damage found by one counts for all.
 
-**Best needs no marker.** Each manifest carries the validation loss, and the best checkpoint is the
-smallest of them: there is no second file to fall out of step with the folders in a crash.
+**Best needs no marker.** Each manifest carries the validation loss, and the best checkpoint has the
+lowest. So there is no second file that a crash could leave inconsistent with the folders.
 
-The alternative, `torch.save`, is one pickle: it executes code when loaded, and a torn write is
-found only where unpickling happens to fail. So does PyTorch's distributed checkpoint, whose list of
-parts is a pickle; its planners are used here, and its storage is not.
+The alternative, `torch.save`, writes one pickle: loading executes code, and an incomplete write is
+found only if unpickling happens to fail. PyTorch's distributed checkpoint also keeps its list of
+parts in a pickle; its planners are used here, but not its storage.
 """
 
 import dataclasses
@@ -70,40 +70,40 @@ TENSORS = "tensors.json"
 _MAX_BYTES = 2**28
 """Largest file that is read, except tensors."""
 _PATIENCE = timedelta(hours=1)
-"""How long a thread waits for the other processes to have written their parts."""
+"""How long a thread waits until the other processes have written their parts."""
 _LAST_WAIT = 60.0
-"""Seconds that a run which ends by an error waits for a thread that writes."""
+"""Seconds that a run ending with an error waits for the writing thread."""
 _ALONE = World(torch.device("cpu"))
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, config=STRICT)
 class CheckpointConfig:
-    """When checkpoints are written and which are kept."""
+    """When checkpoints are written, and which are kept."""
 
     every: Positive = 500
-    """Steps between checkpoints. One is always written at the end and when the run is stopped."""
+    """Steps between checkpoints. The end or stop of a run always writes one."""
     keep_last: Positive = 2
-    """How many of the newest are kept. If the newest is damaged, a run resumes from the second."""
+    """Number of newest checkpoints kept. If the newest is damaged, a run resumes from the next."""
     keep_best: bool = True
-    """Also keep the one with the lowest validation loss."""
+    """Also keep the checkpoint with the lowest validation loss."""
     async_save: bool = True
-    """On a GPU, train on while a checkpoint is written; its copy takes CPU memory, all of what this
-    process writes. On a CPU a save is never asynchronous."""
+    """On a GPU, continue training while a checkpoint is written, from a copy in CPU memory. On a
+    CPU a save is never asynchronous."""
 
 
 class DamagedError(UserError):
-    """A checkpoint that is not as it was written; the message names the folder and the file."""
+    """A checkpoint that changed after it was written; the message names the folder and the file."""
 
 
 @dataclasses.dataclass
 class Checkpoint:
-    """A checkpoint that is whole. Its tensors are read when they are asked for."""
+    """A complete checkpoint. Its tensors are read on demand."""
 
     path: Path
     step: int
     contents: Contents
-    """Where each tensor is, aliases too."""
+    """Where each tensor is, including aliases."""
     aliases: dict[str, dict[str, str]]
     """Group -> name -> the name under which the same memory (a tied weight) is stored."""
     state: dict[str, Any]
@@ -112,11 +112,11 @@ class Checkpoint:
     """One message for each newer checkpoint that :func:`load_newest` had to skip."""
 
     def read_into(self, group: str, targets: Mapping[str, Tensor]) -> None:
-        """Fill tensors in place: whole ones, or of DTensors the parts of this process. No other
-        process is waited for.
+        """Fill tensors in place: whole tensors, or this process's parts of DTensors. Waits for no
+        other process.
 
         Raises:
-            UserError: the group has other tensors than ``targets``, or others by shape or dtype.
+            UserError: the group and ``targets`` differ in names, shapes or dtypes.
         """
         aliases = self.aliases[group]
         if missing := sorted(self.contents[group].keys() ^ targets.keys()):
@@ -152,11 +152,11 @@ class _Manifest:
     step: int
     val_loss: float | None
     aliases: dict[str, dict[str, str]]
-    """Version 1: as in :class:`_Tensors`. Nothing would find a flipped bit in a name here."""
+    """Version 1: as in :class:`_Tensors`. A flipped bit in a name here would not be found."""
     files: dict[str, _File]
     format: Literal["bitnet-checkpoint"] = "bitnet-checkpoint"
     version: Literal[1, 2] = 2
-    """1: of one process, without :data:`TENSORS`."""
+    """1: written by one process, without :data:`TENSORS`."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -171,11 +171,11 @@ _MANIFEST, _TENSORS = TypeAdapter(_Manifest), TypeAdapter(_Tensors)
 
 
 class _Ranks:
-    """The processes of a run where they work on one checkpoint together.
+    """The processes of a run working together on one checkpoint.
 
     Arguments:
-        own: make a group of them for this alone, so that a thread may use it; all processes have to
-            make it, in the same order.
+        own: make a separate process group, so that a thread may use it. All processes must make
+            it, in the same order.
     """
 
     def __init__(self, world: World = _ALONE, own: bool = False) -> None:
@@ -185,11 +185,11 @@ class _Ranks:
             self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
     def all(self, part: Callable[[], _T]) -> list[_T]:
-        """Do something on every process; returns what each returned, by rank.
+        """Run ``part`` on every process; returns all results, by rank.
 
         Raises:
-            Exception: what it raised on the process of the lowest rank where it did; on others than
-                that one as a UserError.
+            Exception: the exception of the lowest rank that raised; the other processes get it as
+                a UserError.
         """
         result: _T | None = None
         error: Exception | None = None
@@ -211,7 +211,7 @@ class _Ranks:
         return [value for value, _ in everyone]  # type: ignore[misc]
 
     def main(self, part: Callable[[], _T]) -> _T:
-        """Do something on the main process; returns what it returned, or raises, on each."""
+        """Run ``part`` on the main process; every process returns its result, or raises."""
         value, *_ = self.all(part if self.rank == 0 else lambda: None)
         return value  # type: ignore[return-value]
 
@@ -228,14 +228,14 @@ def _steps(root: Path) -> dict[int, Path]:
 
 @dataclasses.dataclass(frozen=True)
 class _Ready:
-    """A checkpoint to be written: what this process adds to it, and what all of them share."""
+    """A checkpoint to be written: the parts of this process, and the data that all share."""
 
     path: Path
     step: int
     parts: Groups
     """Plain tensors that this process writes."""
     contents: Contents | None
-    """Of all processes; None with one, whose tensors are whole."""
+    """Contents of all processes; None for one process, whose tensors are whole."""
     aliases: dict[str, dict[str, str]]
     state: Mapping[str, Any]
     val_loss: float | None
@@ -267,7 +267,7 @@ def _prepare(
 
 
 def _write(ready: _Ready, ranks: _Ranks) -> None:
-    """Write a checkpoint, by all processes; when it returns, it is durable."""
+    """Write a checkpoint; all processes call it. On return the checkpoint is durable."""
     with ExitStack() as stack:
         folder = ranks.main(lambda: stack.enter_context(new_folder(ready.path)))
         written = ranks.all(lambda: _write_parts(folder, ready, ranks))
@@ -291,7 +291,7 @@ def _write_parts(folder: Path, ready: _Ready, ranks: _Ranks) -> _Written:
             if not named:
                 continue
         save_tensors(folder / name, named)
-        if ranks.size > 1:  # of another machine, where the main process cannot do it
+        if ranks.size > 1:  # for a process on another machine, where the main one cannot do it
             fsync(folder / name)
         files[name], headers[name] = _describe(folder / name), shards.read_header(folder / name)
     return files, headers
@@ -326,15 +326,14 @@ def save(
     state: Mapping[str, Any],
     val_loss: float | None = None,
 ) -> Path:
-    """Write the checkpoint of ``step``, durably, by one process. One that exists already is
-    replaced.
+    """Write the checkpoint of ``step`` durably, from one process. Replaces an existing one.
 
     Arguments:
-        root: the folder of checkpoints; created where missing.
+        root: the folder of checkpoints; created if missing.
         tensors: group (an identifier: it names the file) -> name -> tensor.
-        state: JSON values. Floats come back exactly (their shortest repr is written).
-        val_loss: validation loss at this step, None where it was not measured. The best checkpoint
-            is the one with the lowest; a loss that is not finite is never the best.
+        state: JSON values. Floats are restored exactly (their shortest repr is written).
+        val_loss: validation loss at this step, None if it was not measured. The best checkpoint has
+            the lowest loss; a loss that is not finite is never the best.
     Returns:
         The checkpoint's folder.
     Raises:
@@ -349,17 +348,17 @@ def save(
 class Saver:
     """Writes the checkpoints of a run, by all its processes, and deletes old ones.
 
-    With a GPU (``checkpoint.async_save``) a save copies what it writes to the CPU, and a thread
-    writes it while training goes on. The next save waits for the last. A failure is raised by
-    whatever is called next. A crash in the meantime loses that checkpoint and no other.
+    With a GPU (``checkpoint.async_save``) a save copies its data to the CPU, and a thread writes it
+    while training continues. The next save waits for the last one. The next call of any method
+    raises a failure. A crash in the meantime loses only that checkpoint.
 
-    On a CPU a save writes before it returns: the thread would take its time from the step's own
-    threads, and the copy more memory. In a ``with`` block, the end of the block waits.
+    On a CPU a save writes before it returns: a thread would take time from the step's own threads,
+    and the copy would take memory. The end of a ``with`` block waits for the last save.
 
     Arguments:
-        root: the folder of checkpoints, which all processes see.
-        world: its processes; all of them make a Saver and call its methods in the same order.
-        background: whether a thread writes; None: where that helps.
+        root: the folder of checkpoints, which all processes must see.
+        world: the run's processes; all make a Saver and call its methods in the same order.
+        background: whether a thread writes; None: if it helps.
     """
 
     def __init__(
@@ -396,12 +395,12 @@ class Saver:
 
         Arguments:
             tensors: as in :func:`save`; DTensors, or tensors that are equal on all processes.
-            state: JSON, the main process's.
-            of_each: JSON of this process; ``state["ranks"]`` will have every process's.
+            state: JSON; only the main process's counts.
+            of_each: JSON of this process; ``state["ranks"]`` will hold every process's.
             val_loss: as in :func:`save`.
         Raises:
-            OSError, UserError: it could not be written, or the last one could not; earlier ones
-                are untouched.
+            OSError, UserError: this checkpoint or the last one could not be written; earlier
+                checkpoints are untouched.
         """
         self.wait()
         whole = {**state, "ranks": self._ranks.all(lambda: of_each)}
@@ -414,17 +413,17 @@ class Saver:
             for group, named in ready.parts.items()
         }
         copy = dataclasses.replace(ready, parts=parts)
-        # A daemon: where the other processes hang, this one can end nevertheless.
+        # A daemon: this process can end even if the others hang.
         self._thread = Thread(target=self._write, args=(copy, self._thread_ranks), daemon=True)
         self._thread.start()
 
     def check(self) -> None:
-        """Raise what a save in the background failed with, if it has; wait for nothing."""
+        """Raise the error of a failed background save, if there is one; does not wait."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is durable. Raises as :meth:`save` does."""
+        """Wait until the last checkpoint is durable. Raises the errors of :meth:`save`."""
         if self._thread is not None:
             self._thread.join()
         failure, self._thread, self._failure = self._failure, None, None
@@ -464,7 +463,7 @@ def _read_manifest(path: Path) -> _Manifest:
 
 
 def load(path: Path, ranks: _Ranks | None = None) -> Checkpoint:
-    """Open one checkpoint folder, having checked every file of it.
+    """Open one checkpoint folder after checking every file in it.
 
     Raises:
         DamagedError: a file is missing, added, truncated, altered or unreadable.
@@ -491,8 +490,8 @@ def load(path: Path, ranks: _Ranks | None = None) -> Checkpoint:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[list[str]]:
-    """Turn what goes wrong in the block into a DamagedError. The block appends the name of the file
-    that it is at to the list."""
+    """Turn any error of the block into a DamagedError. The block appends the name of the file it is
+    reading to the list."""
     at: list[str] = []
     try:
         yield at
@@ -527,7 +526,7 @@ def _open(path: Path) -> tuple[_Manifest, _Tensors | None, dict[str, Any]]:
 
 
 def _check_files(path: Path, manifest: _Manifest, names: Sequence[str]) -> Headers:
-    """Compare files with the manifest; returns what the files of tensors hold."""
+    """Compare files with the manifest; returns the headers of the tensor files."""
     headers: Headers = {}
     with _damage(path) as at:
         for name in names:
@@ -545,11 +544,11 @@ def _check_files(path: Path, manifest: _Manifest, names: Sequence[str]) -> Heade
 
 
 def load_newest(root: Path, ranks: _Ranks | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint, with a message in ``damaged`` for each that was skipped; None
-    where there are no checkpoints. Changes nothing on the disk.
+    """The newest complete checkpoint; its ``damaged`` has a message for each skipped one. None if
+    there are no checkpoints. Changes nothing on the disk.
 
     Raises:
-        UserError: there are checkpoints and none is whole.
+        UserError: there are checkpoints, but none is complete.
     """
     ranks = _Ranks() if ranks is None else ranks
     damaged: list[str] = []
@@ -571,8 +570,8 @@ def load_newest(root: Path, ranks: _Ranks | None = None) -> Checkpoint | None:
 
 def resume(root: Path, world: World = _ALONE) -> Checkpoint | None:
     """:func:`recover` the folder, :func:`load_newest`, and rename damaged checkpoints to
-    `damaged-step_...`: they do not count as kept, and are not lost. A run calls this at its
-    start, on each of its processes; all of them get the same checkpoint."""
+    `damaged-step_...`, so that they are not lost but do not count as kept. All processes of a run
+    call this at its start and get the same checkpoint."""
     ranks = _Ranks(world)
     ranks.main(lambda: recover(root))
     checkpoint = load_newest(root, ranks)
@@ -593,14 +592,14 @@ def _set_aside(root: Path, newest: int) -> None:
 
 
 def best(root: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss (the newest of equals); None where no
-    readable manifest has one."""
+    """The checkpoint with the lowest validation loss (the newest of equals); None if no readable
+    manifest has one."""
     losses: dict[Path, float] = {}
     for path in _steps(root).values():
         try:
             loss = _read_manifest(path).val_loss
         except (OSError, ValueError):
-            continue  # a damaged one is nobody's best; loading is what reports it
+            continue  # a damaged checkpoint is never the best; loading reports it
         if loss is not None:
             losses[path] = loss
     return min(losses, key=losses.__getitem__, default=None)

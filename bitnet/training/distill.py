@@ -1,7 +1,7 @@
 """Distillation: a quantized student learns a full-precision teacher's predictions and attention.
 
-Two terms join the cross-entropy, both Kullback-Leibler divergences from teacher to student, in
-fp32 whatever the dtype of the forward::
+Two terms are added to the cross-entropy. Both are Kullback-Leibler divergences from teacher to
+student, in fp32 for any dtype of the forward::
 
     logits      T^2 * KL(softmax(z_t / T) || softmax(z_s / T)), mean over tokens
                 (Hinton, arXiv 1503.02531; T^2 keeps its gradient's size independent of T)
@@ -9,16 +9,17 @@ fp32 whatever the dtype of the forward::
                 R(X) = softmax(X X^T / sqrt(d)) of one head's states X [T, d]
                 (MiniLMv2, arXiv 2012.15828; one late layer suffices: BitDistill, arXiv 2510.13998)
 
-Relations compare tokens with tokens, so the teacher's width need not be the student's: the states
-of each projection are cut into ``relation_heads`` parts, whatever the attention's own heads are.
+Relations compare tokens with tokens, so teacher and student may differ in width: the states of each
+projection are cut into ``relation_heads`` parts, independent of the attention's own heads.
 
-**Weights.** Published weights (10 for logits, 1e5 for attention) fit one model and one data set,
-and where a term drowns the others the student ends below plain fine-tuning. So weights here are
-ratios: ``balance`` scales each term so that its gradient with respect to a tensor that it shares
-with the cross-entropy has the configured multiple of the cross-entropy's norm there. For the logits
-term that tensor is the logits; for the relations, the input of their layer's projections, the last
-tensor that both depend on. Measured on the first micro-batch every ``balance_every`` steps (two
-more backward passes per term, down to that tensor), kept in between and in the checkpoint.
+**Weights.** Published weights (10 for logits, 1e5 for attention) fit one model and one data set. If
+one term dominates the others, the student ends worse than with plain fine-tuning. So weights here
+are ratios of gradient norms. ``balance`` takes a tensor that a term shares with the cross-entropy,
+and scales the term so that the norm of its gradient there is the configured multiple of the
+cross-entropy's. For the logits term that tensor is the logits. For the relations it is the input of
+their layer's projections, the last tensor that both depend on. The norms are measured on the first
+micro-batch every ``balance_every`` steps (two more backward passes per term, down to that tensor).
+The scales are kept in between and in the checkpoint.
 """
 
 import math
@@ -48,23 +49,23 @@ class DistillConfig:
     """The ``[distill]`` section: a teacher and the weights of its terms."""
 
     teacher: str = ""
-    """model folder of the teacher, which shares the tokenizer; "" = no distillation"""
+    """model folder of the teacher (same tokenizer as the student); "" = no distillation"""
     device: str = ""
-    """where the teacher runs; "" = with the student"""
+    """device of the teacher; "" = the student's"""
     logits: _Weight = 1.0
     """weight of the loss against the teacher's next-token distribution; 0 = off"""
     temperature: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 5.0
     """divides the logits of teacher and student before they are compared"""
     attention: _Weight = 1.0
-    """weight of the loss of the relations among queries, keys and values; 0 = off"""
+    """weight of the loss on relations among queries, keys and values; 0 = off"""
     attention_layer: Annotated[int, Field(lt=0, ge=-1000)] = -1
-    """the layer whose relations are learned; -1 is the last of either model, -2 the one before"""
+    """layer whose relations are learned; -1 = the last layer of each model, -2 = the one before"""
     relation_heads: Positive = 8
-    """heads that the outputs of a projection are split into; divides its width in both models"""
+    """heads that a projection's output is split into; must divide its width in both models"""
     balance: bool = True
-    """scale each term to the gradient norm of the cross-entropy before its weight; false: do not"""
+    """before its weight, scale each term to the cross-entropy's gradient norm; false = do not"""
     balance_every: Positive = 50
-    """steps between measurements of those norms"""
+    """steps between measurements of these norms"""
 
 
 def logit_loss(student_BTV: Tensor, teacher_BTV: Tensor, temperature: float) -> Tensor:
@@ -90,7 +91,7 @@ def relation_loss(student_BTD: Tensor, teacher_BTD: Tensor, heads: int) -> Tenso
 
 
 def _relations(states_BTD: Tensor, heads: int) -> Tensor:
-    """Logits of R: ``[B, T, heads * d]`` -> ``[B, heads, T, T]``, every token to every token."""
+    """Logits of R between all pairs of tokens: ``[B, T, heads * d]`` -> ``[B, heads, T, T]``."""
     x = rearrange(states_BTD.float(), "b t (h d) -> b h t d", h=heads)
     return x @ x.transpose(-1, -2) / math.sqrt(x.shape[-1])
 
@@ -137,16 +138,16 @@ class _Divergence(torch.autograd.Function):
 
 
 class Distiller:
-    """The teacher beside a student in training.
+    """The teacher of a student in training.
 
     Arguments:
-        teacher: on its device; put in eval mode, without gradients.
-        student: on its device, with its final modules, to which hooks are added.
+        teacher: on its device; is put in eval mode, without gradients.
+        student: on its device, with its final modules; hooks are added to them.
         config: with weights and layer.
         bf16: run the teacher under bf16 autocast.
         world: the processes that share each step; all have the same scales.
     Raises:
-        UserError: the two do not fit together; names the key.
+        UserError: teacher and student do not fit together; names the key.
     """
 
     def __init__(
@@ -172,8 +173,7 @@ class Distiller:
             self._teacher_states = _States(self._teacher, config.attention_layer, student=False)
 
     def begin(self, step: int) -> None:
-        """Begin a step: every ``balance_every`` steps, norms are measured on its first
-        micro-batch."""
+        """Begin a step. Every ``balance_every`` steps, its first micro-batch measures the norms."""
         self._balance_due = self.config.balance and step % self.config.balance_every == 0
 
     def losses(
@@ -183,8 +183,8 @@ class Distiller:
         (:data:`bitnet.training.step.Losses`).
 
         Arguments:
-            student: that of the constructor, wrapped or not; its forward runs under the caller's
-                autocast, all else in fp32.
+            student: the constructor's student, wrapped or not. Its forward runs under the caller's
+                autocast, the rest in fp32.
         """
         logits_BTV = student(tokens_BT)
         with torch.autocast(logits_BTV.device.type, enabled=False):
@@ -195,8 +195,8 @@ class Distiller:
         """The weighted terms of a micro-batch, summed: fp32 ``[]``. Call outside autocast.
 
         Arguments:
-            inputs_BT, logits_BTV: arguments and result of the student's last forward.
-            cross_entropy: of those, still with its graph.
+            inputs_BT, logits_BTV: input and result of the student's last forward.
+            cross_entropy: of these logits, still with its graph.
         """
         with (
             torch.no_grad(),
@@ -225,7 +225,7 @@ class Distiller:
         return total
 
     def _balance(self, name: str, term: Tensor, cross_entropy: Tensor, shared: Tensor) -> None:
-        """Set the scale; where either norm is 0 or not finite, the one before stays."""
+        """Set the scale. If either norm is 0 or not finite, the old scale stays."""
         (of_loss,) = torch.autograd.grad(cross_entropy, shared, retain_graph=True)
         (of_term,) = torch.autograd.grad(term, shared, retain_graph=True)
         norms = torch.stack([of_loss.float().norm(), of_term.float().norm()])
@@ -237,8 +237,8 @@ class Distiller:
             self._scales[name] = scale
 
     def readings(self) -> dict[str, float]:
-        """For a line of metrics: each term (mean over the micro-batches since the last call, of all
-        processes) and the scale it enters the loss with. All processes call it."""
+        """For a line of metrics: each term (mean over the micro-batches of all processes since the
+        last call) and its scale in the loss. All processes call it."""
         row: dict[str, float] = {}
         for name, values in self._terms.items():
             row[f"distill/{name}"] = float(self._world.mean(torch.stack(values).mean()))
@@ -247,7 +247,7 @@ class Distiller:
         return row
 
     def state(self) -> dict[str, float]:
-        """For a checkpoint, as JSON."""
+        """The state for a checkpoint, as JSON."""
         return dict(self._scales)
 
     def load_state(self, state: dict[str, float]) -> None:
@@ -256,8 +256,8 @@ class Distiller:
 
 
 class _States:
-    """Records the input and the outputs of one layer's projections, by forward hooks: of a student
-    in training mode, of a teacher always."""
+    """Records the input and the outputs of one layer's projections by forward hooks: for a student
+    only in training mode, for a teacher always."""
 
     def __init__(self, model: Transformer, layer: int, *, student: bool) -> None:
         self._model, self._is_student = model, student
@@ -267,7 +267,7 @@ class _States:
         for name in PROJECTIONS:
             projection = model.get_submodule(f"{attention}.{name}")
             projection.register_forward_hook(self._on_output(name))
-            if name == PROJECTIONS[0]:  # all three are given the same tensor
+            if name == PROJECTIONS[0]:  # all three get the same input
                 projection.register_forward_pre_hook(self._on_input)
 
     def _listening(self) -> bool:
@@ -276,7 +276,7 @@ class _States:
     def _on_input(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         if self._listening():
             self._input = args[0]
-            if self._is_student and not args[0].requires_grad:  # below it all is frozen
+            if self._is_student and not args[0].requires_grad:  # all layers below are frozen
                 args[0].requires_grad_()
 
     def _on_output(self, name: str) -> Callable[..., None]:
@@ -287,7 +287,7 @@ class _States:
         return hook
 
     def take(self) -> tuple[Tensor, list[Tensor]]:
-        """Return and forget the input ``[B, T, D]`` and the outputs of the last forward."""
+        """Return and drop the input ``[B, T, D]`` and the outputs of the last forward."""
         shared, self._input = self._input, None
         assert shared is not None, "take() belongs to a forward"
         return shared, [self._outputs.pop(name) for name in PROJECTIONS]
@@ -296,7 +296,7 @@ class _States:
 def load_teacher(
     config: DistillConfig, student: Transformer, tokenizer_hash: str, seq_len: int, device: Any
 ) -> Transformer:
-    """The teacher of a config, checked against the student.
+    """Load the teacher of a config and check it against the student.
 
     Arguments:
         tokenizer_hash: of the data's tokenizer. seq_len: tokens in a training sequence.

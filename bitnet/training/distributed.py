@@ -1,15 +1,16 @@
-"""The processes that train one model: which one this is, and what they compute together.
+"""The processes that train one model: their ranks, and the operations that they do together.
 
-torchrun starts them, and says in the environment which is which (:class:`Launch`). Each takes its
-share of every batch. A wrapper around the model averages the gradients, and :class:`World` the
-loss; what is decided by a number (a step that is not finite, a signal to stop) is decided from one
-number that all of them have. The main process, of rank 0, prepares data and writes files.
+torchrun starts them and sets each one's rank in the environment (:class:`Launch`). Each takes its
+share of every batch. A wrapper around the model averages the gradients, and :class:`World` averages
+the loss. Decisions (skip a step that is not finite, stop on a signal) use one number that is the
+same on all processes. The main process, rank 0, prepares data and writes files.
 
-With ``tensor_parallel = N``, N processes are one to the data: they divide the matrices of each
-layer (:mod:`bitnet.training.tensor_parallel`) and take the same share of the batch. The processes
-are then a mesh, data x tensor, whose last dimension are neighbours by rank: on one machine, where
-the exchanges of each layer are fast. The gradients of the groups are averaged by FSDP2. For ddp it
-divides nothing: DistributedDataParallel takes no weights that are divided already.
+With ``tensor_parallel = N``, groups of N processes act as one for the data: they divide the
+matrices of each layer (:mod:`bitnet.training.tensor_parallel`) and take the same share of the
+batch. The processes then form a mesh, data x tensor. Its last dimension holds neighbours by rank,
+on one machine, where the exchanges of each layer are fast. FSDP2 averages the gradients of the
+groups. For ddp FSDP2 divides nothing; it is used because DistributedDataParallel cannot take
+weights that are already divided.
 
 With one process, everything here is the identity and no process group is made.
 """
@@ -49,7 +50,7 @@ Strategy = Literal["ddp", "fsdp", "hsdp"]
 TENSOR = "tensor"
 """The dimension of a mesh over which tensor parallelism divides the matrices."""
 _ANSWER = 5.0
-"""Seconds in which each process says that it, too, waited in vain for another."""
+"""Seconds in which each process reports that it, too, waited for another without an answer."""
 _MAIN_SPEAKS = 10.0
 """Seconds after which a process reports a mistake that the main one should have reported."""
 
@@ -60,43 +61,43 @@ class DistributedConfig:
 
     strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = "auto"
     """ddp: a whole model per process; fsdp: weights, gradients and optimizer state divided over all
-    processes; hsdp: divided over those of a machine, and so on each machine; auto: ddp up to 1B
+    processes; hsdp: divided within each machine, one copy per machine; auto: ddp up to 1B
     parameters, else fsdp"""
     shard_size: Count = 0
-    """hsdp: processes over which one model is divided; 0 = those of a machine"""
+    """hsdp: processes over which one model is divided; 0 = the processes of a machine"""
     gather: Literal["codes", "weights"] = "codes"
-    """what fsdp and hsdp gather of ternary weights: codes, 2 bits each, or latent weights, 32; the
-    numbers are the same"""
+    """what fsdp and hsdp gather for ternary weights: "codes" (2 bits per weight) or latent
+    "weights" (32 bits); the results are the same"""
     tensor_parallel: Positive = 1
-    """processes, neighbours by rank, that divide the matrices of each layer and take the same
-    sequences; strategy is how such groups train one model. Divides the number of processes,
-    model.n_heads, model.n_kv_heads and model.d_ff"""
+    """processes (neighbours by rank) per group that divides the matrices of each layer and takes
+    the same sequences; strategy says how the groups train one model. Must divide the number of
+    processes, model.n_heads, model.n_kv_heads and model.d_ff"""
     activation_checkpointing: Count = 0
-    """every n-th block keeps only its input for the backward, which computes the rest again; 0 =
-    none, 1 = all, with a third more time per step"""
+    """every n-th block keeps only its input for the backward, which recomputes the rest; 0 = none,
+    1 = all, which takes a third more time per step"""
     timeout: Annotated[int, Field(ge=1, le=365 * 24 * 3600)] = 600
-    """seconds that a process waits for the others in a step before the run ends; at the start it
-    waits 600 if this is less"""
+    """seconds that a process waits for the others in a step before the run ends; at the start at
+    least 600"""
 
 
 class Launch(NamedTuple):
-    """What torchrun says of this process; without torchrun, that it is the only one."""
+    """This process's place among all, as set by torchrun; without torchrun, the only process."""
 
     rank: int = 0
-    """Its number, from 0, among all of the run."""
+    """The number of this process in the run, from 0."""
     size: int = 1
     """The number of processes."""
     local_rank: int = 0
-    """Its number among those of this machine."""
+    """The number of this process on this machine, from 0."""
     local_size: int = 1
-    """The number of processes of this machine."""
+    """The number of processes on this machine."""
 
     @classmethod
     def from_environment(cls) -> "Launch":
         """Read RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
 
         Raises:
-            UserError: some are missing, or one is no number.
+            UserError: some are missing, or one is not a number.
         """
         names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
         values = [os.environ.get(name) for name in names]
@@ -111,12 +112,12 @@ class Launch(NamedTuple):
         return cls(*(int(value) for value in values if value is not None))
 
     def command(self, words: list[str]) -> str:
-        """The command that started this run, to be shown.
+        """The command that started this run, for display.
 
         Arguments:
-            words: after Python's name, ``sys.orig_argv[1:]``.
+            words: the words after Python's name, ``sys.orig_argv[1:]``.
         """
-        words = words[1:] if words[0] == "-u" else words  # torchrun's
+        words = words[1:] if words[0] == "-u" else words  # torchrun adds it
         if Path(words[0]).name == "bitnet":
             return shlex.join(["bitnet", *words[1:]])
         start = ["python"]
@@ -130,7 +131,7 @@ class Launch(NamedTuple):
         """``train.device`` for this process: each process of a machine has its own GPU.
 
         Raises:
-            UserError: ``name`` is one GPU for several processes, or there are fewer than processes.
+            UserError: ``name`` is one GPU for several processes, or there are too few GPUs.
         """
         if self.size == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
             return name
@@ -149,9 +150,9 @@ class Launch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """This process among all of a run.
+    """This process among all processes of a run.
 
-    More than one need an initialized process group of torch.distributed.
+    Several processes need an initialized process group of torch.distributed.
     """
 
     device: torch.device
@@ -161,26 +162,26 @@ class World:
     size: int = 1
     """The number of processes."""
     mesh: "DeviceMesh | None" = None
-    """The processes as a mesh, where parameters are sharded over it; else None. Its dimensions are
-    named: "replicate" and "shard" (FSDP2), "tensor" (tensor parallelism), each if there."""
+    """The mesh of processes over which parameters are sharded; None if they are not. Its dimensions
+    are some of "replicate" and "shard" (FSDP2), and "tensor" (tensor parallelism)."""
     store: Any = None
     """The key-value store of the process group (``torch.distributed.Store``)."""
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and the console."""
+        """Whether this process writes the files and prints."""
         return self.rank == 0
 
     @property
     def tensor_parallel(self) -> int:
-        """Processes that divide the matrices of each layer, and take the same sequences."""
+        """How many processes divide the matrices of each layer and take the same sequences."""
         if self.mesh is None or TENSOR not in _dims(self.mesh):
             return 1
         return self.mesh.size(_dims(self.mesh).index(TENSOR))
 
     @property
     def data_size(self) -> int:
-        """Shares of a batch: one for each process, or for each group of tensor parallelism."""
+        """Number of shares of a batch: one per process, or per group of tensor parallelism."""
         return self.size // self.tensor_parallel
 
     @property
@@ -199,7 +200,7 @@ class World:
         return value if self.data_size == 1 else self.sum(value) / self.data_size
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over the shares of a batch, on each process. Those that have the same share have
+        """The sum over the shares of a batch, on each process. Processes with the same share have
         the same value, which counts once."""
         if self.data_size == 1:
             return value
@@ -212,7 +213,7 @@ class World:
         return total
 
     def maximum(self, number: int) -> int:
-        """The largest of the processes' numbers, on each of them."""
+        """The largest number of all processes, on each process."""
         if self.size == 1:
             return number
         largest = torch.tensor(number, device=self.device, dtype=torch.int64)
@@ -220,7 +221,7 @@ class World:
         return int(largest)
 
     def from_main(self, value: _T) -> _T:
-        """The main process's value (anything that pickles), on each process."""
+        """The main process's value (anything picklable), on each process."""
         if self.size == 1:
             return value
         values = [value]
@@ -228,20 +229,20 @@ class World:
         return values[0]
 
     def barrier(self) -> None:
-        """Wait until all processes are here, at most ``distributed.timeout`` seconds."""
+        """Wait until all processes call this, at most ``distributed.timeout`` seconds."""
         if self.size > 1:
             dist.barrier()
 
     @contextmanager
     def main_first(self, what: str) -> Iterator[None]:
-        """Run a block on the main process, and after it on the others, which wait without a limit:
+        """Run a block on the main process first, then on the others. They wait without a limit:
         preparing data may take hours.
 
         Arguments:
-            what: names the block, once per run.
+            what: the block's name, unique in the run.
         """
         if self.size > 1 and not self.is_main:
-            while not self.store.check([what]):  # waiting in the store would keep signals out
+            while not self.store.check([what]):  # waiting in the store would block signals
                 time.sleep(POLL)
         yield
         if self.size > 1 and self.is_main:
@@ -256,12 +257,12 @@ def joined(
     device: torch.device,
     facts: Mapping[str, str],
 ) -> Iterator[World]:
-    """The processes of a run within the block, in a process group: NCCL on GPUs (and gloo for what
-    is on the CPU), gloo on CPUs. One process makes none, unless its strategy divides weights.
+    """Join the processes of a run in a process group for the block: NCCL on GPUs (and gloo for CPU
+    tensors), gloo on CPUs. One process makes no group, unless its strategy divides weights.
 
     Arguments:
-        strategy: chosen, where ``config`` says "auto".
-        facts: name -> value of what has to be the same on all processes
+        strategy: the chosen one if ``config`` says "auto".
+        facts: name -> value of everything that must be the same on all processes
             (:func:`bitnet.training.start.facts_of`).
     Raises:
         UserError: the processes do not find each other or differ in a fact, or one ended or did not
@@ -309,8 +310,8 @@ def joined(
 def mesh_of(
     config: DistributedConfig, strategy: Strategy, launch: Launch, device: torch.device
 ) -> "DeviceMesh | None":
-    """All processes as the mesh of :class:`World`: for fsdp of one dimension, for hsdp of copies
-    and parts of them, each with tensor parallelism as the last. None: whole models."""
+    """All processes as the mesh of :class:`World`. fsdp: one dimension. hsdp: copies x parts of a
+    copy. Tensor parallelism adds a last dimension. None: each process has a whole model."""
     tensor = config.tensor_parallel
     data = launch.size // tensor
     shape = {"shard": data}
@@ -344,7 +345,7 @@ def data_dims(mesh: "DeviceMesh") -> tuple[str, ...]:
 
 
 def _missing(world: World) -> str:
-    """Who is missing, in words, after an exchange failed: those that do not say within
+    """Name the missing processes after a failed exchange: those that do not report within
     :data:`_ANSWER` seconds that it failed for them too."""
     deadline = time.monotonic() + _ANSWER
     world.store.set(f"failed/{world.rank}", "")
@@ -360,8 +361,8 @@ def _missing(world: World) -> str:
 
 @contextmanager
 def one_report(launch: Launch) -> Iterator[None]:
-    """Have a mistake that all processes find reported once: others than the main one wait a moment,
-    in which torchrun ends them, and name their rank."""
+    """Report a mistake of all processes only once: the others wait a moment, in which torchrun ends
+    them, before they report it with their rank."""
     try:
         yield
     except UserError as error:
@@ -377,17 +378,17 @@ def place(
     world: World,
     prepare: Callable[[nn.Module], None] = lambda _: None,
 ) -> None:
-    """Bring a model to the device of this process: whole, or this process's part of it (tensor
-    parallelism, which needs a :class:`bitnet.model.Transformer`, then FSDP2).
+    """Move a model to this process's device: the whole model, or this process's part of it. The
+    model is divided by tensor parallelism (only a :class:`bitnet.model.Transformer`), then FSDP2.
 
     Each block is gathered before it computes and freed after it, in the forward and again in the
-    backward. What is left, such as embeddings, stays from the forward to the backward. Weights are
-    gathered in their own dtype and gradients averaged in it: autocast casts after the gather, so
-    the numbers are those of one process.
+    backward. Other parameters, such as embeddings, stay from the forward to the backward. Weights
+    are gathered, and gradients averaged, in their own dtype. Autocast casts after the gather, so
+    the numbers are the same as in one process.
 
     Arguments:
         blocks: the parts to gather one after the other.
-        prepare: what to do to a block before it is divided.
+        prepare: called on each block before it is divided.
     """
     if world.mesh is None:
         model.to(world.device)
@@ -396,7 +397,7 @@ def place(
         from bitnet.model import as_transformer
         from bitnet.training.tensor_parallel import tensor_parallel
 
-        # torch warns, on each process, of two exchanges where it takes one more than it might
+        # torch warns, on each process, of two exchanges where one would do
         logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
         tensor_parallel(as_transformer(model), world.mesh[TENSOR])
     if not (dims := data_dims(world.mesh)):
@@ -413,12 +414,12 @@ def place(
 
 
 def parallel(model: nn.Module, world: World, idle_parameters: bool = False) -> nn.Module:
-    """The model to train, from :func:`place`: where it is whole on each of several processes,
-    wrapped so that each backward averages the gradients; else itself.
+    """Return a model from :func:`place`, ready to train. If several processes each have it whole,
+    it is wrapped so that each backward averages the gradients. Otherwise it is returned unchanged.
 
     Arguments:
-        idle_parameters: some may be in no step's graph, such as scales of quantizers that do not
-            quantize yet.
+        idle_parameters: some parameters may be missing from a step's graph, such as scales of
+            quantizers that do not quantize yet.
     """
     if world.size == 1 or world.mesh is not None:
         return model
@@ -429,8 +430,8 @@ def parallel(model: nn.Module, world: World, idle_parameters: bool = False) -> n
 
 @contextmanager
 def exchange(model: nn.Module, last: bool) -> Iterator[None]:
-    """Around the forward and the backward of a micro-batch: after the ``last`` of a step gradients
-    are averaged over the processes, after others they only accumulate."""
+    """Wrap the forward and the backward of a micro-batch. The ``last`` micro-batch of a step
+    averages gradients over the processes; the others only accumulate them."""
     if isinstance(model, DistributedDataParallel):
         with nullcontext() if last else model.no_sync():
             yield
@@ -441,8 +442,8 @@ def exchange(model: nn.Module, last: bool) -> Iterator[None]:
 
 
 def recompute(blocks: Iterable[nn.Module], every: int) -> None:
-    """Have every n-th block, from the first on, keep only its input for the backward, which then
-    computes the block again; 0 = none. Call before :func:`place`."""
+    """Make every n-th block, from the first on, keep only its input for the backward, which then
+    recomputes the block; 0 = none. Call before :func:`place`."""
     for block in list(blocks)[::every] if every else ():
         block.forward = partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
@@ -450,8 +451,8 @@ def recompute(blocks: Iterable[nn.Module], every: int) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that is divided over processes, gathered on each; any other as it is. All processes
-    call it."""
+    """Gather a tensor that is divided over processes, on each of them; return any other tensor
+    unchanged. All processes call it."""
     if (gather := getattr(tensor, "full_tensor", None)) is None:
         return tensor
     gathered: Tensor = gather()

@@ -1,15 +1,15 @@
 """The log of a run: ``metrics.jsonl``, the console and trackers, behind :class:`RunLog`.
 
-``metrics.jsonl`` is the record: one JSON object per line, each with the ``step`` it belongs to. It
-is exact over kills because of an order, not a lock:
+``metrics.jsonl`` is the record: one JSON object per line, each with its ``step``. It stays exact
+after a kill because of an order, not a lock:
 
     append(step s) ... sync() -> checkpoint of step s becomes durable      while training
     rewind(s) -> train on from s                                           on resume
 
-A line is in the file before the checkpoint that covers it, and lines past the checkpoint are
-deleted before their steps run again; so whatever the moment of a SIGKILL, no step is lost or
-doubled. The console and the trackers (trackers.py) are views: they may be cut off at any time, and
-their failure is one warning, never the end of a run.
+A line is in the file before the checkpoint that covers it. Lines past the checkpoint are deleted
+before their steps run again. So no SIGKILL, at any moment, loses or doubles a step. The console and
+the trackers (trackers.py) are views: they may be cut off at any time, and their failure is one
+warning, never the end of a run.
 """
 
 import json
@@ -39,45 +39,45 @@ class LogConfig:
     """The ``[log]`` section: what is logged, how often and where to."""
 
     every: Positive = 10
-    """Steps between lines of metrics.jsonl (and of the console, where it is not a terminal)."""
+    """Steps between lines of metrics.jsonl (and of the console if it is not a terminal)."""
     telemetry_every: Count = 100
     """Steps between readings of the ternary weights (zeros, flips, ...); 0 turns them off."""
     wandb: Literal["offline", "online", "disabled"] = "offline"
-    """offline: under the run folder, for `wandb sync`; online needs an API key; disabled."""
+    """offline: kept in the run folder for `wandb sync`; online: needs an API key; disabled: off."""
     wandb_project: Annotated[str, Field(min_length=1)] = "bitnet"
     """The wandb project."""
     tensorboard: bool = False
-    """Also write for TensorBoard, to tensorboard/ of the run folder; needs the package."""
+    """Also write TensorBoard files, to tensorboard/ in the run folder; needs the package."""
 
 
 class MetricsFile:
     """``metrics.jsonl``, append-only between rewinds.
 
     Arguments:
-        path: of the file; it and its folder are made by the first write.
+        path: of the file; the first write creates it and its folder.
     Raises:
-        UserError: from any method, where the file cannot be written (permissions, a full disk).
+        UserError: from any method, if the file cannot be written (permissions, a full disk).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one line and hand it to the operating system at once: it survives a killed
-        process, and after :meth:`sync` a killed machine.
+        """Write one line and pass it to the operating system at once: it survives a kill of the
+        process, and after :meth:`sync` a crash of the machine.
 
         Floats are written with all their digits and read back bit for bit. JSON has no NaN and
         no infinity; both become ``null``.
 
         Arguments:
-            row: ``step`` (int: completed steps) and whatever else JSON can hold.
+            row: ``step`` (int: completed steps) and any other values that JSON can hold.
         """
         assert type(row.get("step")) is int, "a line without its step cannot be rewound"
         line = memoryview(json.dumps(_json_value(row), allow_nan=False).encode() + b"\n")
         with _user_error(self.path):
             if not self.path.exists():
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomic(self.path, b"")  # so that the name, too, survives a power cut
+                write_atomic(self.path, b"")  # so that the name survives a power cut too
             with self.path.open("ab", buffering=0) as file:
                 while line:
                     line = line[file.write(line) :]
@@ -90,14 +90,14 @@ class MetricsFile:
                     os.fsync(file.fileno())
 
     def rewind(self, step: int) -> None:
-        """Keep exactly the whole lines with a step <= ``step``; atomic (write aside, rename).
+        """Keep exactly the complete lines with a step <= ``step``; atomic (write aside, rename).
 
-        Call once before the first append, with the checkpoint's step, or with -1 where there is
-        no checkpoint. What a killed process left past it goes, a half-written last line too.
+        Call once before the first append, with the checkpoint's step, or with -1 if there is no
+        checkpoint. Deletes everything that a killed process left past it, even half a last line.
 
         Raises:
-            UserError: a line that is no JSON object with a step stands before lines to be kept:
-                that is damage, not a kill.
+            UserError: a line before the kept ones is not a JSON object with a step; a kill cannot
+                cause that damage.
         """
         with _user_error(self.path):
             data = read_file(self.path, 2**30) if self.path.exists() else b""
@@ -151,7 +151,7 @@ _PRINTABLE = dict.fromkeys(_CONTROL_CODES, "\N{REPLACEMENT CHARACTER}")
 
 
 _LONG_WAIT = 0.01
-"""Share of the time, spent waiting for data, from which it is shown."""
+"""Waiting for data is shown from this share of the time on."""
 
 
 class Console:
@@ -161,12 +161,12 @@ class Console:
     terminal's cursor comes back however the run ends.
 
     Arguments:
-        total_steps: of the run; start_step: where this process resumed.
+        total_steps: of the run. start_step: where this process resumed.
         every: steps between plain lines; the last step has one too.
         quiet: print nothing at all.
         file: default stdout.
-        clock: seconds, for the ETA, which is the wall clock of this process: evaluations and
-            checkpoints included.
+        clock: seconds, for the ETA; wall time of this process, including evaluations and
+            checkpoints.
     """
 
     def __init__(
@@ -188,7 +188,7 @@ class Console:
         )
         terminal = self._rich.is_terminal and not self._rich.is_dumb_terminal and not quiet
         self._live = Live(console=self._rich, refresh_per_second=4) if terminal else None
-        self._reports = Reports(console=self._rich, disable=True)  # its lines, but no bars
+        self._reports = Reports(console=self._rich, disable=True)  # lines, but no bars
         self._doing = self._reports.add_task("starting", total=None)
 
     def __enter__(self) -> "Console":
@@ -203,9 +203,9 @@ class Console:
             self._live.stop()
 
     def progress(self, step: int, row: Mapping[str, Any]) -> None:
-        """Show a step, once or more; uses ``loss``, ``val_bpb`` (the last one seen stays),
-        ``tokens_per_second``, ``data_wait`` (where it is 1% or more) and ``lr`` of the row,
-        whichever are there."""
+        """Show a step, once or more. Uses those of the row's ``loss``, ``val_bpb`` (the last one
+        seen stays), ``tokens_per_second``, ``data_wait`` (if it is 1% or more) and ``lr`` that are
+        there."""
         self._val_bpb = row.get("val_bpb", self._val_bpb)
         done = step - self.start_step
         seconds = (self._clock() - self._start) * (self.total_steps - step) / max(done, 1)
@@ -228,19 +228,19 @@ class Console:
                 self._last_line = step
             return
         while len(fields) > 1 and len("  ".join(fields)) > self._rich.width:
-            fields.pop()  # the most telling fields stand first
+            fields.pop()  # the most important fields come first
         self._live.update(Text("  ".join(fields), no_wrap=True, overflow="ellipsis"))
 
     def print(self, text: str, style: str = "") -> None:
-        """Print lines (above the live line). Control characters, which a generated sample may
-        hold, and characters that the stream cannot encode are replaced."""
+        """Print lines (above the live line). Replaces control characters, which a generated sample
+        may hold, and characters that the stream cannot encode."""
         encoding = self._rich.encoding
         text = text.translate(_PRINTABLE).encode(encoding, "replace").decode(encoding)
         self._rich.print(Text(text, style=style), soft_wrap=True)
         self._reports.reset(self._doing)
 
     def doing(self, what: str) -> None:
-        """Name what begins. Where there is no terminal, a line on stderr says so after some time
+        """Name the work that begins. Without a terminal, a line on stderr shows it after some time
         without another line."""
         self._reports.update(self._doing, description=what)
 
@@ -250,17 +250,17 @@ class Console:
 
 
 class RunLog:
-    """Everything a run says: ``metrics.jsonl``, trackers and the console, as one object.
+    """All outputs of a run, ``metrics.jsonl``, trackers and the console, as one object.
 
-    Use as a context manager: however the run ends, trackers are closed (as failed, where an
-    exception ends it) and the terminal's cursor comes back. ``print``, ``warn`` and ``doing`` are
-    those of :class:`Console`.
+    Use as a context manager: however the run ends, trackers are closed (as failed, if an exception
+    ends it) and the terminal's cursor comes back. ``print``, ``warn`` and ``doing`` are those of
+    :class:`Console`.
 
     Arguments:
         config: of the run. folder: of the run.
-        step: completed steps; lines of metrics.jsonl past them are deleted. None: the run begins.
+        step: completed steps; later lines of metrics.jsonl are deleted. None: a new run.
         total_steps: of the run.
-        silent: write and print nothing, as all processes of a run but the main one.
+        silent: write and print nothing; for all processes except the main one.
     """
 
     def __init__(
@@ -296,7 +296,7 @@ class RunLog:
         """Start the trackers, under the run's name and with its resolved config and commit.
 
         Raises:
-            UserError: ``log.tensorboard`` is set, and the package is missing.
+            UserError: ``log.tensorboard`` is set, but the package is missing.
         """
         if self._file is None:
             return
@@ -310,10 +310,10 @@ class RunLog:
             self._trackers.append(Wandb(mode, project, self._folder, name, settings, self.warn))
 
     def row(self, row: Mapping[str, Any], *, record: bool) -> None:
-        """Show numbers of ``row["step"]``, beside those shown before.
+        """Show numbers of ``row["step"]``, in addition to those shown before.
 
         Arguments:
-            record: also write a line of metrics.jsonl, and to the trackers.
+            record: also write them to metrics.jsonl and to the trackers.
         """
         step = row["step"]
         if record and self._file is not None:

@@ -1,16 +1,16 @@
 """Muon on one process, and for matrices whose rows are divided over processes.
 
-The update of a matrix is its momentum with all singular values brought near 1, by Newton-Schulz
+The update of a matrix is its momentum with all singular values brought near 1 by Newton-Schulz
 iterations (Jordan's Muon, https://kellerjordan.github.io/posts/muon/). ``torch.optim.Muon`` runs
-them in bf16. On a GPU so do we, by its own function. On a CPU we run them in fp32: a CPU without
-matrix tiles multiplies bf16 numbers at half the speed of fp32 (AVX-512 BF16) or far more slowly
-(AVX2), and an iteration is nothing but products.
+them in bf16. On a GPU we call its function. On a CPU we run them in fp32: a CPU without matrix
+tiles multiplies bf16 numbers at half the speed of fp32 (AVX-512 BF16) or far more slowly (AVX2),
+and an iteration consists of products only.
 
-Newton-Schulz iterations need the whole matrix. So each divided matrix has one process that
-orthogonalizes it: the others send it their rows of the update and get their rows of the result
-back, all matrices in one exchange each way. What is done per element, momentum, weight decay and
-the update, is done on the rows where they are. The update enters the iterations in bf16 and leaves
-them in bf16, so bf16 is what is sent, and any number of processes finds the same bits.
+Newton-Schulz iterations need the whole matrix. So one process orthogonalizes each divided matrix:
+the others send it their rows of the update and get their rows of the result back, for all matrices
+in one exchange each way. Each process does the elementwise work on its own rows: momentum, weight
+decay and the update. The update enters and leaves the iterations in bf16, so the processes exchange
+bf16, and any number of processes computes the same bits.
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update."""
+        """Update the parameters once."""
         assert closure is None, "gradients are there already"
         for group in self.param_groups:
             params: list[Any] = []
@@ -83,8 +83,8 @@ class Muon(torch.optim.Muon):
 
 
 class ShardedMuon(Muon):
-    """:class:`Muon` for parameters that are DTensors, divided by rows over one dimension of their
-    mesh: with the same bits. The state is divided as its parameter. All processes call ``step``."""
+    """:class:`Muon`, with the same bits, for DTensors whose rows are divided over one dimension of
+    their mesh. The state is divided like its parameter. All processes call ``step``."""
 
     def _orthogonalized(
         self, params: list[Any], updates: list[Tensor], newton_schulz: tuple[Any, ...]
@@ -112,7 +112,7 @@ def _orthogonalized(
     rank, size = group.rank(), group.size()
     owners = _owners([tuple(param.shape) for param in params], size)
     owned = [i for i, owner in enumerate(owners) if owner == rank]
-    order = sorted(range(len(params)), key=owners.__getitem__)  # by owner, then as they come
+    order = sorted(range(len(params)), key=owners.__getitem__)  # by owner, else unchanged
     sent = [sum(updates[i].numel() for i in order if owners[i] == to) for to in range(size)]
     shapes = {i: tuple(params[i].shape) for i in owned}
     rows = {i: [_rows(shapes[i][0], r, size) for r in range(size)] for i in owned}
@@ -143,7 +143,7 @@ def _sizes(
 def _rows_group(param: Any) -> dist.ProcessGroup:
     """The processes among which the rows of a DTensor are divided.
 
-    Raises ValueError for one that is divided in another way.
+    Raises ValueError for a DTensor that is divided differently.
     """
     divided = [dim for dim, placement in enumerate(param.placements) if placement.is_shard()]
     if len(divided) != 1 or not param.placements[divided[0]].is_shard(0):
@@ -155,14 +155,14 @@ def _rows_group(param: Any) -> dist.ProcessGroup:
 
 
 def _rows(n: int, rank: int, size: int) -> int:
-    """Rows that a process has of ``n``: DTensor divides as ``torch.chunk`` does."""
+    """How many of ``n`` rows a process has: DTensor divides as ``torch.chunk`` does."""
     most = -(-n // size)
     return max(0, min(n, (rank + 1) * most) - rank * most)
 
 
 def _owners(shapes: list[tuple[int, ...]], size: int) -> list[int]:
-    """The process that orthogonalizes each matrix: the largest first, each to the one with the
-    least to do. An iteration's products take N K min(N, K) multiplications."""
+    """Assign each matrix to the process that orthogonalizes it: largest first, each to the process
+    with the least work. An iteration's products take N K min(N, K) multiplications."""
     work, owners = [0] * size, [0] * len(shapes)
     cost = [n * k * min(n, k) for n, k in shapes]
     for i in sorted(range(len(shapes)), key=lambda i: -cost[i]):
@@ -178,7 +178,7 @@ def _exchange(
     received = flat.new_empty(sum(receive))
     width = flat.element_size()
     dist.all_to_all_single(
-        received.view(torch.uint8),  # gloo knows no bf16
+        received.view(torch.uint8),  # gloo lacks bf16
         flat.view(torch.uint8),
         [n * width for n in receive],
         [n * width for n in send],

@@ -1,22 +1,22 @@
 """Optimizers, and the schedules of the learning rate (LR) and the weight decay (WD).
 
-Ternary training needs other settings than full precision; these are from published runs (BitNet
-b1.58 Training Tips with 2402.17764, TriLM 2407.12327). A latent weight matters only by the side of
-a threshold that it is on, so the LR is 6-8 times the full-precision peak; WD keeps weights near the
-thresholds, where they can still flip, and is switched off after 50-67% of the run so that the codes
-settle; and the LR decays to zero, because at a high LR codes keep flipping and the loss only shows
-its gain once they stop. The default LR schedule is warmup-stable-decay ("wsd"), whose flat part
-does not depend on the length of the run, so that a run can be prolonged; ``two_stage`` is the
-schedule of the papers. There is no average of the weights over time: rounding an average of latent
-weights gives codes that no step ever trained (+0.12 to +1.07 bits per byte).
+Ternary training needs other settings than full precision. These are from published runs (BitNet
+b1.58 Training Tips with 2402.17764, TriLM 2407.12327). Only the side of a threshold on which a
+latent weight lies matters, so the LR is 6-8 times the full-precision peak. WD keeps weights near
+the thresholds, where they can still flip. It is switched off after 50-67% of the run so that the
+codes settle. The LR decays to zero: at a high LR codes keep flipping, and the loss falls only once
+they stop. The default LR schedule is warmup-stable-decay ("wsd"). Its flat part does not depend on
+the length of the run, so a run can be extended. ``two_stage`` is the schedule of the papers. There
+is no average of the weights over time: rounding an average of latent weights gives codes that no
+step ever trained (+0.12 to +1.07 bits per byte).
 
-A schedule is a pure function of (step, total steps, config) and nothing else, so a resumed run
-needs no scheduler state. ``torch.optim.lr_scheduler`` would keep such state and knows no WD.
+A schedule is a pure function of (step, total steps, config), so a resumed run needs no scheduler
+state. ``torch.optim.lr_scheduler`` would keep such state and does not schedule WD.
 
-Two optimizers are offered. AdamW updates everything. ``muon`` gives the hidden matrices to Muon
+There are two optimizers. AdamW updates everything. ``muon`` gives the hidden matrices to Muon
 (momentum, then Newton-Schulz iterations that bring the singular values of the update near 1, in
-bitnet/training/muon.py) and leaves embeddings, head and norms to AdamW: a row of an embedding
-matrix is touched by few tokens, and orthogonalizing over such rows has no meaning.
+bitnet/training/muon.py) and leaves embeddings, head and norms to AdamW: few tokens touch a row of
+an embedding matrix, and orthogonalizing over such rows has no meaning.
 """
 
 import math
@@ -42,50 +42,50 @@ class OptimConfig:
     """The ``[optim]`` section: optimizer, learning rate and weight decay with their schedules."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """adamw updates everything; muon takes the hidden matrices and leaves the rest to adamw"""
+    """adamw updates everything; muon updates the hidden matrices and leaves the rest to adamw"""
     lr: _NotNegative = 0.0
-    """peak learning rate of AdamW; 0 = chosen by the size (bitnet inspect prints it)"""
+    """peak learning rate of AdamW; 0 = chosen by model size (bitnet inspect prints it)"""
     beta1: _Momentum = 0.9
-    """AdamW: decay of the mean of the gradient"""
+    """AdamW: decay of the mean gradient"""
     beta2: _Momentum = 0.95
-    """AdamW: decay of the mean of its square"""
+    """AdamW: decay of the mean squared gradient"""
     eps: _Positive = 1e-8
     """AdamW: added to the root of the mean square"""
     weight_decay: _NotNegative = 0.1
-    """peak weight decay, decoupled: a matrix shrinks by lr * weight_decay of itself in a step"""
+    """peak weight decay, decoupled: each step multiplies a matrix by 1 - lr * weight_decay"""
     grad_clip: _NotNegative = 1.0
     """largest norm of the whole gradient; 0 = no clipping"""
     lr_schedule: Literal["wsd", "cosine", "linear", "two_stage", "constant"] = "wsd"
-    """wsd: flat, then linear to the minimum over the last decay_fraction; cosine, linear: over the
-    whole run; two_stage: linear, multiplied by second_stage_ratio from halfway on; constant"""
+    """wsd: flat, then linear to the minimum over the last decay_fraction; cosine, linear: decay
+    over the whole run; two_stage: linear, times second_stage_ratio from halfway on; constant"""
     warmup_steps: Count = 0
     """steps of linear warmup; 0 = 5% of the run, at most 375; 1 = none"""
     decay_fraction: _Fraction = 0.33
-    """wsd: the share of the run, at its end, in which the learning rate decays"""
+    """wsd: share of the run, at its end, in which the learning rate decays"""
     min_lr_fraction: _Fraction = 0.0
-    """what the learning rate decays to, as a share of its peak"""
+    """final learning rate, as a share of the peak"""
     second_stage_ratio: _Fraction = 2 / 3
     """two_stage: peak of the second half over the peak of the first (1.5e-3 -> 1e-3 is 2/3)"""
     wd_schedule: Literal["constant", "zero_at", "cosine"] = "zero_at"
     """weight decay. constant; zero_at: constant, then 0 from wd_zero_fraction on; cosine: a half
-    cosine that ends there"""
+    cosine that reaches 0 at wd_zero_fraction"""
     wd_zero_fraction: _Fraction = 0.6
     """share of the run after which weight decay is 0 (zero_at, cosine)"""
     muon_lr: _NotNegative = 0.0
-    """muon: peak learning rate of the hidden matrices; 0 = 0.02, a tenth of it for a saved model"""
+    """muon: peak learning rate of the hidden matrices; 0 = 0.02, or 0.002 from a saved model"""
     muon_momentum: _Momentum = 0.95
-    """muon: decay of the mean of the gradient (Nesterov)"""
+    """muon: decay of the mean gradient (Nesterov)"""
     muon_ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5
     """muon: Newton-Schulz iterations (the ternary parameter-golf record used 3)"""
 
 
 def warmup_steps(total_steps: int, config: OptimConfig) -> int:
-    """Steps of warmup: the config's, or where that is 0, 5% of the run and at most 375."""
+    """Steps of warmup: the config's, or if that is 0, 5% of the run and at most 375."""
     return config.warmup_steps or min(375, total_steps // 20)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: OptimConfig) -> float:
-    """The factor of the peak learning rates at an update.
+    """The factor that multiplies the peak learning rates at an update.
 
     With ``s`` the step, ``n`` the total, ``w`` the warmup and ``p = (s - w) / (n - w)``::
 
@@ -98,8 +98,8 @@ def learning_rate_factor(step: int, total_steps: int, config: OptimConfig) -> fl
         factor = min(ramp, m + (1 - m) * min(1, shape)),   m = min_lr_fraction
 
     Every shape is 1 at ``s = w`` (or before) and would be 0 at ``s = n``, one past the last
-    update: so neither the first nor the last update is done with a learning rate of 0. A warmup
-    longer than the run never reaches the peak.
+    update. So neither the first nor the last update has a learning rate of 0. A warmup longer
+    than the run never reaches the peak.
 
     Arguments:
         step: the update, counted from 0, less than ``total_steps``.
@@ -166,11 +166,11 @@ def _check_step(step: int, total_steps: int) -> None:
 def param_groups(model: nn.Module, config: OptimConfig) -> dict[str, list[nn.Parameter]]:
     """The parameters by optimizer: each trainable parameter is in exactly one list, once.
 
-    ``decay``: matrices, embeddings and head among them; AdamW with weight decay, as in nanoGPT and
-    in GPT-NeoX, with which the TriLM learning rates were found. ``no_decay``: norms, biases (all
-    that is not a matrix) and the learned scales of quantizers (``weight_step``); AdamW without.
-    ``muon``: the matrices of the layers (a name with a part ``layers``), empty with ``optimizer =
-    "adamw"``. Tied weights count as the embedding.
+    ``decay``: matrices, including embeddings and head; AdamW with weight decay, as in nanoGPT and
+    in GPT-NeoX, which found the TriLM learning rates. ``no_decay``: norms, biases (everything that
+    is not a matrix) and the learned scales of quantizers (``weight_step``); AdamW without weight
+    decay. ``muon``: the matrices of the layers (a name with a part ``layers``), empty with
+    ``optimizer = "adamw"``. Tied weights count as the embedding.
     """
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "muon": []}
     for name, parameter in model.named_parameters():
@@ -189,7 +189,7 @@ class Optimizers:
     """One or two optimizers that step together on one schedule.
 
     ``optimizers`` is the list to save and load. The peak learning rates are kept here, not in the
-    optimizers' state: a resumed run uses those of its config.
+    optimizers' state: a resumed run uses the peaks of its config.
     """
 
     def __init__(self) -> None:
@@ -202,9 +202,9 @@ class Optimizers:
         """Add an optimizer.
 
         Arguments:
-            optimizer: its groups' ``lr`` and ``weight_decay`` belong to the schedule from here on.
-            peak_lr: what the learning-rate factor multiplies.
-            decay_scales: for each of its groups, what the weight decay is multiplied by.
+            optimizer: from now on the schedule sets its groups' ``lr`` and ``weight_decay``.
+            peak_lr: the learning-rate factor multiplies it.
+            decay_scales: for each of its groups, a factor of the weight decay.
         """
         assert len(decay_scales) == len(optimizer.param_groups)
         self.optimizers.append(optimizer)
@@ -218,7 +218,7 @@ class Optimizers:
                 group["weight_decay"] = weight_decay * decay_scale
 
     def step(self) -> None:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for optimizer in self.optimizers:
             optimizer.step()
 
@@ -231,17 +231,17 @@ class Optimizers:
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizers:
     """The optimizers for a model; call ``set_schedule`` before each ``step``.
 
-    AdamW is the fused one, on the CPU too: at 4M parameters and 2 threads it takes 1.3 ms, against
-    5.6 ms for the foreach and the per-tensor ones, and is as reproducible.
+    AdamW is the fused version, on the CPU too: at 4M parameters and 2 threads it takes 1.3 ms,
+    against 5.6 ms for the foreach and the per-tensor versions, and is equally reproducible.
 
-    Muon scales its update by sqrt(max(1, rows/columns)) (Jordan's original, which its customary LR
-    of 0.02 belongs to). That LR is some ten times AdamW's, and a decoupled decay of lr * wd would
-    be ten times as strong with it; its weight decay is therefore scaled by lr / muon_lr, so that
-    every matrix shrinks at one rate, whoever updates it.
+    Muon scales its update by sqrt(max(1, rows/columns)), as in Jordan's original, for which 0.02 is
+    the usual LR. That LR is about ten times AdamW's, so a decoupled decay of lr * wd would be ten
+    times as strong. Muon's weight decay is therefore scaled by lr / muon_lr, so that both
+    optimizers shrink matrices at the same rate.
 
     Arguments:
         model: parameters already on their device; wrapped (compiled, distributed) or not.
-        config: with ``lr`` and, for Muon, ``muon_lr`` resolved, above 0.
+        config: ``lr`` and, for Muon, ``muon_lr`` are resolved (above 0).
 
     Raises:
         ValueError: a learning rate is still 0, or ``muon`` finds no matrix in the model's layers.
@@ -288,16 +288,16 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tenso
     """Scale the gradients so that the norm of all of them together is at most ``max_norm``.
 
     Arguments:
-        parameters: those without a gradient are passed over.
+        parameters: those without a gradient are skipped.
         max_norm: 0 = measure only.
 
     Returns:
-        The norm before clipping, fp32 []: not finite where any gradient is not (the gradients
-        are then of no use, clipped or not). Reading it waits for the device; this does not.
+        The norm before clipping, fp32 []. It is not finite if any gradient is not; the gradients
+        are then useless, clipped or not. Reading it waits for the device; this function does not.
     """
     with_grad = [p for p in parameters if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None])
-    if hasattr(norm, "full_tensor"):  # of sharded gradients: each process has a part of the sum
+    if hasattr(norm, "full_tensor"):  # sharded gradients: each process has a part of the sum
         norm = norm.full_tensor()
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)

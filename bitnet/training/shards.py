@@ -1,14 +1,14 @@
-"""Which parts of which tensors each process writes, and where they are found again.
+"""Plan which process writes which parts of which tensors, and read the parts back.
 
-A tensor of a model on several processes may be whole on each (DDP, buffers) or a DTensor, of which
-each holds a part (FSDP2, tensor parallelism). PyTorch's distributed checkpoint (DCP) plans who
-writes what: every part once, the whole tensors divided evenly. What is written is
-ours: safetensors and a list of their contents (:data:`Contents`). DCP's own list is a pickle, which
-executes code when it is loaded. Its safetensors storage has no such list, so a missing part leaves
-a tensor as it was; it also casts dtypes in silence, and refuses strided tensors.
+With several processes, a tensor of the model may be whole on each (DDP, buffers), or a DTensor of
+which each holds a part (FSDP2, tensor parallelism). PyTorch's distributed checkpoint (DCP) plans
+the writing: every part once, the whole tensors divided evenly. The format is ours: safetensors and
+a list of their contents (:data:`Contents`). DCP's own list is a pickle, and loading it executes
+code. DCP's safetensors storage has no such list, so a missing part leaves a tensor unchanged; it
+also casts dtypes silently and rejects strided tensors.
 
-Reading follows the list. It gives each process the parts that it holds now, whatever the number of
-processes and the sharding when they were written.
+Reading follows the list. It gives each process the parts that it holds now, for any number of
+processes and any sharding at the time of writing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""safetensors' names."""
+"""safetensors' names of dtypes."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -53,7 +53,7 @@ class Chunk:
 
     file: str
     offsets: list[Count]
-    """Where it begins in the whole tensor."""
+    """Where the part begins in the whole tensor."""
     sizes: list[Count]
 
 
@@ -67,8 +67,8 @@ class Stored:
     chunks: list[Chunk]
 
     def zeros(self, like: Tensor | None) -> Tensor:
-        """Memory to read it into: sharded as ``like`` where that has its shape, else whole, on the
-        CPU."""
+        """Memory to read the tensor into: sharded like ``like`` if that has the same shape, else
+        whole, on the CPU."""
         dtype = _DTYPES[self.dtype]
         if like is not None and self.shape and list(like.shape) == self.shape:
             return torch.zeros_like(like, dtype=dtype, requires_grad=False)
@@ -76,27 +76,27 @@ class Stored:
 
 
 Contents = dict[str, dict[str, Stored]]
-"""Group -> name -> where it is."""
+"""Group -> name -> where the tensor is."""
 Headers = dict[str, dict[str, tuple[str, list[int]]]]
-"""File -> name -> dtype and shape of what the file holds."""
+"""File -> name -> dtype and shape in the file."""
 
 
 class Plan(NamedTuple):
-    """What a save writes."""
+    """The tensors that a save writes."""
 
     mine: dict[str, dict[str, Tensor]]
     """Group -> name -> the plain tensor that this process writes; it may be memory in use."""
     contents: Contents
-    """Of all processes."""
+    """The contents of all processes."""
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[Any]:
-    """Whether a tensor is a DTensor. DTensor is not imported for this, which takes a second."""
+    """Whether a tensor is a DTensor. Does not import DTensor, which takes a second."""
     return hasattr(tensor, "to_local")
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy of one whose class hides its memory (for FSDP's all-gather, say)."""
+    """The tensor, or a copy if its class hides its memory (as one for FSDP's all-gather does)."""
     return tensor if type(tensor) in (Tensor, nn.Parameter) else copied(tensor)
 
 
@@ -107,7 +107,7 @@ def copied(tensor: Tensor) -> Tensor:
 
 
 def local_parts(groups: Groups) -> dict[str, dict[str, Tensor]]:
-    """What the only process of a run writes: every tensor, whole."""
+    """The parts that the only process of a run writes: every tensor, whole."""
     return {
         group: {name: plain(t.to_local() if is_sharded(t) else t) for name, t in named.items()}
         for group, named in groups.items()
@@ -115,17 +115,17 @@ def local_parts(groups: Groups) -> dict[str, dict[str, Tensor]]:
 
 
 def file_name(group: str, rank: int) -> str:
-    """The file with the parts of ``group`` that a process of several writes."""
+    """The name of the file for one process's parts of ``group``, among several processes."""
     return f"{group}.{rank:05d}.safetensors"
 
 
 def plan(groups: Groups, rank: int, exchange: Callable[[Any], list[Any]]) -> Plan:
     """Divide the writing among the processes. All of them call it.
 
-    A tensor that is no DTensor has to be the same on every process; any of them may write it.
+    A tensor that is not a DTensor must be equal on all processes; any of them may write it.
 
     Arguments:
-        exchange: gives every process's value, by rank, to all of them.
+        exchange: gives the values of all processes, by rank, to each process.
     """
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
@@ -156,11 +156,11 @@ def plan(groups: Groups, rank: int, exchange: Callable[[Any], list[Any]]) -> Pla
 
 
 def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
-    """Name -> dtype and shape of the tensors in a safetensors file, none of which is read.
+    """Name -> dtype and shape of the tensors in a safetensors file, without reading their values.
 
     Raises:
-        SafetensorError, OSError: not a safetensors file (what its header declares must be exactly
-            what the file holds), unreadable.
+        SafetensorError, OSError: unreadable, or not a safetensors file (the file must hold exactly
+            what its header declares).
     """
     with safe_open(path, "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -185,7 +185,7 @@ def whole_files(groups: Mapping[str, str], headers: Headers) -> Contents:
 def check(contents: Contents, headers: Headers) -> None:
     """Compare a list of contents with the files.
 
-    So no tensor is made that is larger than what the files hold, and none has a missing part.
+    This ensures that no tensor is larger than the data in the files, and none misses a part.
 
     Raises:
         ValueError: they differ.
@@ -212,13 +212,13 @@ def check(contents: Contents, headers: Headers) -> None:
 def read_into(
     folder: Path, stored: Mapping[str, Stored], targets: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Fill tensors in place, each process its parts; no communication.
+    """Fill tensors in place, on each process its own parts, without communication.
 
     Arguments:
-        targets: names in files and tensors, whole or sharded, on any device.
+        targets: (name in the files, tensor) pairs; whole or sharded, on any device.
     Raises:
-        ValueError: a tensor is not there, or has another shape or dtype.
-        SafetensorError, OSError: a file is not what it was.
+        ValueError: a tensor is missing, or has another shape or dtype.
+        SafetensorError, OSError: a file has changed.
     """
     pieces: dict[str, list[tuple[str, tuple[slice, ...], Tensor]]] = {}
     for name, target in targets:
@@ -241,7 +241,7 @@ def read_into(
 def _pieces(
     name: str, stored: Stored, target: Tensor
 ) -> Iterator[tuple[str, tuple[slice, ...], Tensor]]:
-    """The file, the slice of the part in it and the slice of ``target`` that it fills."""
+    """Yield the file, the slice of its part, and the slice of ``target`` that it fills."""
     if not is_sharded(target):
         for chunk in stored.chunks:
             if prod(chunk.sizes):

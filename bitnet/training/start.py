@@ -1,9 +1,9 @@
-"""How the processes of a run begin together: as one start, and with the same config and code.
+"""Start the processes of a run together: in the same start, with the same config and code.
 
-They share nothing yet but torchrun's key-value store. :func:`name_start` tells this start of the
-processes from the ones before it. :func:`agree` compares what each was started with: processes
-with two learning rates, or two versions of a layer, would train a model that nobody asked for, and
-with two strategies they would wait for each other forever.
+The processes share only torchrun's key-value store so far. :func:`name_start` distinguishes this
+start of the processes from earlier ones. :func:`agree` compares their settings: processes with
+different learning rates, or different versions of a layer, would train a model that nobody asked
+for. With different strategies they would wait for each other forever.
 """
 
 import hashlib
@@ -20,23 +20,23 @@ import bitnet_kernels
 from bitnet.schema import UserError
 
 LIMIT = 600.0
-"""Seconds that processes wait for each other at the start, if ``distributed.timeout`` is not more:
-imports from a busy file system take minutes. torchrun waits as long for its machines."""
+"""Seconds that processes wait for each other at the start, unless ``distributed.timeout`` is more:
+imports from a busy file system take minutes. torchrun waits for its machines equally long."""
 SOURCES = (Path(__file__).parents[1], Path(bitnet_kernels.__file__).parent)
 """The folders of ``bitnet`` and ``bitnet_kernels``."""
 POLL = 0.1
-"""Seconds between looks at the store. (Waiting in the store itself would keep signals out.)"""
+"""Seconds between reads of the store. (Waiting in the store itself would block signals.)"""
 
 
 def name_start(store: Any, rank: int, size: int, limit: float) -> str:
     """A name for this start of the processes: the same on all of them, and never used before.
 
-    torchrun may keep its store when it starts the processes again. What the last ones left in it,
-    such as addresses, then looks like an answer. So each process says a random word, and the main
-    one repeats what it sees until each has seen its own word repeated, and has said so.
+    torchrun may keep its store when it restarts the processes. Values left by the earlier start,
+    such as addresses, then look like answers. So each process writes a random word. The main one
+    repeats the words that it reads until each process has confirmed that it saw its own.
 
     Raises:
-        UserError: after ``limit`` seconds some have not started; it names them.
+        UserError: after ``limit`` seconds some processes have not started; the error names them.
     """
     word, deadline = secrets.token_hex(8), time.monotonic() + limit
     store.set(f"word/{rank}", word)
@@ -59,12 +59,12 @@ def name_start(store: Any, rank: int, size: int, limit: float) -> str:
 
 
 def agree(store: Any, rank: int, size: int, facts: Mapping[str, str], limit: float) -> None:
-    """Compare what the processes were started with, all with the main one.
+    """Compare the facts of all processes with the main one's.
 
     Arguments:
         store: of this start alone. facts: name -> value, of this process.
     Raises:
-        UserError: on all of them, where a fact differs; it names the first process where one does.
+        UserError: on all processes, if a fact differs; it names the first process that differs.
     """
     store.set(f"facts/{rank}", json.dumps(facts))
     if rank == 0:
@@ -80,10 +80,10 @@ def agree(store: Any, rank: int, size: int, facts: Mapping[str, str], limit: flo
 
 
 def facts_of(config: Mapping[str, Mapping[str, Any]], device: torch.device) -> dict[str, str]:
-    """What must be the same on all processes.
+    """The facts that must be the same on all processes.
 
     Arguments:
-        config: section -> key -> value. device: of this process; its kind counts.
+        config: section -> key -> value. device: of this process; only its type counts.
     """
     facts = {f"{s}.{key}": repr(value) for s, keys in config.items() for key, value in keys.items()}
     return facts | {"device": device.type, "torch": torch.__version__, "source code": source_hash()}
@@ -100,7 +100,7 @@ def source_hash(roots: Sequence[Path] = SOURCES) -> str:
 
 
 def _difference(rank: int, theirs: Mapping[str, str], ours: Mapping[str, str]) -> str:
-    """How a process differs from the main one, in a line; "" if it does not."""
+    """Describe in one line how a process differs from the main one; "" if it does not."""
     keys = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
     if not keys:
         return ""
@@ -112,7 +112,7 @@ def _difference(rank: int, theirs: Mapping[str, str], ours: Mapping[str, str]) -
 
 
 def _take(store: Any, key: str, rank: int, size: int, limit: float) -> str:
-    """What a process puts into the store; UserError if it does not, for ``limit`` seconds."""
+    """Read a process's value from the store; UserError if it is missing after ``limit`` seconds."""
     deadline = time.monotonic() + limit
     while not store.check([key]):
         if time.monotonic() > deadline:

@@ -1,6 +1,6 @@
 """The state of optimizers and random number generators as tensors and JSON, and back, exactly.
 
-An optimizer numbers its parameters. Here they go by their names in the model, so that state finds
+An optimizer numbers its parameters. Here they have their names in the model, so that state finds
 its parameter in a run with another number of processes or another sharding.
 """
 
@@ -16,8 +16,8 @@ from bitnet.training.checkpoint import Checkpoint
 
 
 def flatten(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON of the same structure: tensors go to ``tensors`` under their path; tuples and dicts
-    (whose keys may be integers) are tagged, since JSON has neither."""
+    """Return JSON of the same structure. Tensors go to ``tensors`` under their path. Tuples and
+    dicts with integer keys do not exist in JSON, so tuples and dicts are tagged."""
     if isinstance(value, Tensor):
         assert name not in tensors, name
         tensors[name] = value.detach()
@@ -58,10 +58,10 @@ def _named_parameters(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, model: nn.Module
 ) -> tuple[dict[str, Tensor], Any]:
-    """An optimizer's state as tensors (its own memory, not copies) and JSON (all else, exactly).
+    """An optimizer's state as tensors (its own memory, not copies) and JSON (the rest, exactly).
 
     Arguments:
-        model: whose parameters it updates.
+        model: the model whose parameters the optimizer updates.
     """
     names = list(_named_parameters(optimizer, model))
     state = optimizer.state_dict()
@@ -81,13 +81,13 @@ def load_optimizer(
     group: str,
     structure: Any,
 ) -> None:
-    """The inverse of :func:`optimizer_tensors`, however the parameters are sharded now.
+    """The inverse of :func:`optimizer_tensors`, for any present sharding of the parameters.
 
     Arguments:
         group: of the checkpoint's tensors.
     Raises:
-        ValueError: the state is of other parameters, or PyTorch cast it (it gives a state its
-            parameter's dtype), so that training would not go on exactly.
+        ValueError: the state belongs to other parameters, or PyTorch cast it to its parameter's
+            dtype, so that training would not continue exactly.
     """
     parameters = _named_parameters(optimizer, model)
     names, stored = list(parameters), saved.contents[group]
@@ -111,7 +111,7 @@ def load_optimizer(
 
 
 def _numbered(state: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    """An optimizer's state with numbers for names; older checkpoints have numbers already."""
+    """An optimizer's state with numbers for names; older checkpoints already have numbers."""
     groups = state["param_groups"]
     saved = [name for group in groups for name in group["params"]]
     if saved == list(range(len(names))):
@@ -148,7 +148,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: Mapping[str, Any]) -> None:
-    """The inverse of :func:`rng_state`. States of CUDA devices beyond those here are left out:
+    """The inverse of :func:`rng_state`. Skips states of CUDA devices that do not exist here:
     nothing draws from them."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))

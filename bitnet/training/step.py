@@ -1,9 +1,9 @@
 """One optimizer step: forward and backward over micro-batches, clip, check, update.
 
-The step knows of a model only that ``model(tokens, targets)`` is the mean loss, so the model may be
-wrapped (``torch.compile``, DistributedDataParallel): the wrapper's forward runs. What makes a
-ternary step fast works inside a wrapper too: each weight is quantized once, for all micro-batches
-(:func:`bitnet.linear.weights_quantized`), layers that read the same input share its codes
+The step assumes only that ``model(tokens, targets)`` is the mean loss. So the model may be wrapped
+(``torch.compile``, DistributedDataParallel): the wrapper's forward runs. The optimizations of a
+ternary step work inside a wrapper too: each weight is quantized once for all micro-batches
+(:func:`bitnet.linear.weights_quantized`), layers with the same input share its codes
 (:func:`bitnet.linear.shared_input`), and logits are computed in chunks
 (:func:`bitnet.loss.head_loss`).
 """
@@ -28,9 +28,9 @@ from bitnet.training.optim import (
 )
 
 MicroBatch = tuple[Tensor, Tensor]
-"""Tokens and the token that follows each: int64 ``[B, T]`` both."""
+"""Tokens, and the token that follows each: both int64 ``[B, T]``."""
 Losses = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(model, tokens, targets) -> the cross-entropy, which is reported, and the loss to minimize."""
+"""(model, tokens, targets) -> the cross-entropy to report, and the loss to minimize."""
 
 
 class StepResult(NamedTuple):
@@ -41,13 +41,13 @@ class StepResult(NamedTuple):
     grad_norm: float
     """Norm of all gradients, before clipping."""
     lr_factor: float
-    """Of the peak learning rates."""
+    """Factor of the peak learning rates."""
     weight_decay: float
-    """Before it is scaled per optimizer."""
+    """Weight decay, before it is scaled per optimizer."""
 
     @property
     def finite(self) -> bool:
-        """Whether loss and gradients are finite; otherwise there was no update."""
+        """Whether loss and gradients are finite; if not, there was no update."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
@@ -77,7 +77,7 @@ def train_step(
         step: the number of the update, from 0 to ``total_steps`` - 1.
         config: the schedules and ``grad_clip``.
         autocast: around each forward.
-        losses: of a micro-batch.
+        losses: computes the losses of a micro-batch.
     """
     loss = world.mean(add_gradients(model, micro_batches, autocast, losses))
     grad_norm = clip_gradients(model.parameters(), config.grad_clip)
@@ -102,7 +102,7 @@ def add_gradients(
 ) -> Tensor:
     """Add the gradients of the mean loss over micro-batches to ``.grad``.
 
-    Arguments: those of :func:`train_step`.
+    Arguments: as in :func:`train_step`.
     Returns:
         The mean cross-entropy: ``[]``.
     """
@@ -118,12 +118,12 @@ def add_gradients(
 
 
 def split(tokens_BT: Tensor, targets_BT: Tensor, size: int) -> list[MicroBatch]:
-    """Micro-batches of ``size`` sequences."""
+    """Split a batch into micro-batches of ``size`` sequences."""
     return list(zip(tokens_BT.split(size), targets_BT.split(size), strict=True))
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """A model whose forward, with the loss in it, is one compiled graph; the weights are shared."""
+    """A model whose forward, including the loss, is one compiled graph; the weights are shared."""
     _name_cpu_in_cache()
     wrapped = torch.compile(model, fullgraph=True)
     assert isinstance(wrapped, nn.Module)
@@ -131,7 +131,7 @@ def compiled(model: nn.Module) -> nn.Module:
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:
-    """Compile the forward of each block by itself, in place: what divides the weights over
+    """Compile the forward of each block separately, in place: the code that divides weights over
     processes runs before and after a block."""
     _name_cpu_in_cache()
     for block in blocks:
@@ -139,12 +139,12 @@ def compile_blocks(blocks: Iterable[nn.Module]) -> None:
 
 
 def _name_cpu_in_cache() -> None:
-    """Have torch keep compiled graphs apart by the vector width of the CPU.
+    """Make torch's cache of compiled graphs distinguish CPUs by vector width.
 
     torch (2.13) keeps compiled graphs in a folder, under a key that does not include the vector
     width of the CPU. A graph compiled for AVX-512 would then run, with wrong numbers or a
     segmentation fault, on an AVX2 machine that shares the folder or under ATEN_CPU_CAPABILITY=avx2.
-    So the width goes into the key, as torch's own tag.
+    So this adds the width to the key, as torch's own tag.
     """
     width, tag = torch.backends.cpu.get_cpu_capability(), torch.compiler.config.cache_key_tag
     if width not in tag.split():

@@ -3,22 +3,22 @@
 A loss curve does not show a quantizer that is stuck. These numbers do, for the model and per layer:
 
     zeros        share of codes that are 0. 0.31 for Gaussian weights, 0.25 for nn.Linear's uniform
-                 initial ones; a trained run sits at 0.31 to 0.34.
+                 initial weights; 0.31 to 0.34 in a trained run.
     flip_rate    share of codes that changed since the last reading (absent from the first). It
-                 falls with the learning rate; near 0 early on means the codes are frozen.
+                 falls with the learning rate; near 0 early in a run, the codes are frozen.
     dead_zone    share of weights with ||W| - gamma/2| <= 0.05 * gamma/2, i.e. about to flip or
                  flipping back and forth. 0.029 for Gaussian weights.
-    gamma        the weight scale (its mean where a layer has several).
+    gamma        the weight scale (the mean if a layer has several).
     gamma_drift  gamma / gamma of the first reading - 1.
-    act_clipped  share of int8 activation codes at the ends, +-127. Absmax never cuts a value off,
-                 so this is the share *at* the token's maximum after rounding: about 1/K where one
-                 outlier sets the scale, more where many values are near the maximum.
-    act_kurtosis fourth standardized moment of the activations that are quantized: 3 for Gaussian
-                 ones; the larger it is, the more of the 8 bits the outliers use up.
+    act_clipped  share of int8 activation codes at the ends, +-127. Absmax never clips a value, so
+                 this is the share *at* the token's maximum after rounding: about 1/K if one
+                 outlier sets the scale, more if many values are near the maximum.
+    act_kurtosis fourth standardized moment of the quantized activations: 3 for Gaussian ones. The
+                 larger it is, the more of the 8 bits the outliers use up.
 
 The weights are read as they are. The activations come from one extra forward pass without
 gradients on one micro-batch, so a reading costs about half of a training micro-step. It leaves
-no trace: random state, train/eval modes, gradients and compiled code are as before.
+random state, train/eval modes, gradients and compiled code unchanged.
 """
 
 from collections.abc import Iterator
@@ -40,12 +40,12 @@ DEAD_ZONE = 0.05
 
 
 class Telemetry:
-    """Reads a model's BitLinears; remembers the codes of the last reading, 2 bits each.
+    """Reads a model's BitLinears; keeps the codes of the last reading, 2 bits each.
 
     Arguments:
-        model: as it is called in training, without a wrapper (``torch.compile``, DDP). It reads
-            BitLinears, and layers that QAT quantizes by BitNet's recipe. A model without
-            them, such as a full-precision baseline, is read as ``{}``.
+        model: the model in training, without a wrapper (``torch.compile``, DDP). BitLinears are
+            read, and layers that QAT quantizes by BitNet's recipe. For a model without such
+            layers, such as a full-precision baseline, a reading is ``{}``.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,15 +61,15 @@ class Telemetry:
 
     @torch.no_grad()
     def read(self, inputs: Tensor) -> dict[str, Any]:
-        """Take a reading. All processes of a run take it together, each of its own inputs; the
+        """Take a reading. All processes of a run take it together, each on its own inputs. The
         numbers of the weights are the same on all.
 
         Arguments:
-            inputs: what the model's forward takes, one micro-batch.
+            inputs: one micro-batch for the model's forward.
         Returns:
             For a line of metrics: ``ternary/<number>`` of the model (a mean over layers, weighted
-            by their weights or activations), and ``ternary/layers``: layer -> number -> value, to
-            4 digits.
+            by their number of weights or activations), and ``ternary/layers``: layer -> number ->
+            value, to 4 digits.
         """
         if not self._layers:
             return {}
@@ -93,8 +93,8 @@ class Telemetry:
         return {**overall, "ternary/layers": layers}
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint: ``codes.<layer>`` uint8 (packed) and ``gamma.<layer>`` fp32 ``[]`` of
-        the first reading; empty before it."""
+        """The state for a checkpoint: ``codes.<layer>`` uint8 (packed), and ``gamma.<layer>`` fp32
+        ``[]`` of the first reading; empty before that reading."""
         codes = {f"codes.{name}": packed for name, packed in self._packed.items()}
         return codes | {f"gamma.{name}": gamma for name, gamma in self._first_gamma.items()}
 
@@ -102,7 +102,7 @@ class Telemetry:
         """Continue from :meth:`state`: the next reading equals that of an uninterrupted run.
 
         Raises:
-            ValueError: the state is not of this model's layers.
+            ValueError: the state belongs to other layers than this model's.
         """
         expected = {f"{kind}.{name}" for kind in ("codes", "gamma") for name in self._layers}
         if state and set(state) != expected:
@@ -166,7 +166,7 @@ class _Activations:
         if isinstance(layer, BitLinear) and layer.rms_norm is not None:
             given = layer.rms_norm(given)
         weight: Any = layer.weight
-        if is_dtensor(weight):  # tensor parallelism: this rank may have some columns of the input
+        if is_dtensor(weight):  # tensor parallelism: this rank may have only some input columns
             from bitnet.sharded import whole_input
 
             given = whole_input(given, weight)
@@ -180,7 +180,7 @@ class _Activations:
         self._kurtosis.append(standard.square().square().mean() * x.numel())
 
     def numbers(self) -> dict[str, Tensor]:
-        """Empty for a layer that was not called."""
+        """The numbers of the activations; empty for a layer that was not called."""
         if not self.count:
             return {}
         return {
@@ -191,11 +191,11 @@ class _Activations:
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, eager; random state and modes come back as they were."""
+    """Run a block in evaluation mode, eager; restore random state and modes afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        # Eager: hooks on compiled code would have it compiled again, with and without them.
+        # Eager: hooks on compiled code would make torch compile it again, with and without them.
         with (
             torch.random.fork_rng([device] if device.type == "cuda" else []),
             torch.compiler.set_stance("force_eager"),

@@ -15,14 +15,14 @@ With ``distributed.tensor_parallel = N`` train.py does this (:func:`bitnet.train
     norms before those  (sub_norm, in_linear) have a rank's channels of all tokens, and need all
                         channels of a token: the ranks exchange, each normalizes some of the tokens,
                         and they exchange back
-    all else            the same on every rank: embedding, head, other norms, the residual stream
+    the rest            the same on every rank: embedding, head, other norms, the residual stream
 
-The forward gives the bits of one process, whatever the number of ranks: products and scales are
-exact (:mod:`bitnet.sharded`), and an exchange moves values and adds none. Gradients are added over
-the ranks, which rounds them in another order.
+The forward gives the same bits as one process, for any number of ranks: products and scales are
+exact (:mod:`bitnet.sharded`), and an exchange moves values without adding any. Gradients are added
+over the ranks, so their rounding differs.
 
-Every parameter becomes a DTensor on the mesh, those on every rank too (``Replicate``), since an
-optimizer's fused step and the clipping of gradients take only tensors of one kind.
+Every parameter becomes a DTensor on the mesh, even if each rank has all of it (``Replicate``):
+an optimizer's fused step and the clipping of gradients cannot mix DTensors and plain tensors.
 
 For another model, give the styles :class:`ColwiseBitLinear` and :class:`RowwiseBitLinear` to
 torch's ``parallelize_module``. They install no hooks, so layers still share their quantized input.
@@ -50,10 +50,10 @@ from bitnet.sharded import entering
 
 
 class ColwiseBitLinear(ParallelStyle):
-    """Divide the rows of a BitLinear's weight, and its bias, over the ranks: the layer takes the
+    """Divide the rows of a BitLinear's weight, and its bias, over the ranks. The layer takes the
     whole input and gives the rank's columns of the output.
 
-    Raises ValueError for any other module, or rows that cannot be divided equally.
+    Raises ValueError for any other module, or for rows that cannot be divided equally.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -66,11 +66,11 @@ class ColwiseBitLinear(ParallelStyle):
 
 
 class RowwiseBitLinear(ParallelStyle):
-    """Divide the columns of a BitLinear's weight over the ranks: the layer takes the rank's columns
+    """Divide the columns of a BitLinear's weight over the ranks. The layer takes the rank's columns
     of the input and gives the whole output.
 
-    Raises ValueError for any other module, columns that cannot be divided equally, or granularity
-    "group".
+    Raises ValueError for any other module, for columns that cannot be divided equally, or for
+    granularity "group".
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
@@ -87,10 +87,10 @@ class RowwiseBitLinear(ParallelStyle):
 
 
 class Replicated(ParallelStyle):
-    """Keep a module's parameters on every rank, as DTensors, and compute with tensors.
+    """Keep a module's parameters on every rank, as DTensors, but compute with plain tensors.
 
     Arguments:
-        kind: the class that computes so; the module becomes one (as FSDP makes its modules).
+        kind: the class that does so; the module's class is changed to it (as FSDP does).
     """
 
     def __init__(self, kind: "type[_Replica]") -> None:
@@ -108,18 +108,18 @@ class Replicated(ParallelStyle):
 
 
 class _Replica(nn.Module):
-    """A module whose weight is a DTensor on every rank, and whose forward computes with tensors."""
+    """A module whose weight is a DTensor on every rank; its forward computes with plain tensors."""
 
     weight: DTensor
     computes_as: ClassVar[type[nn.Module]]
-    """The class of which it runs the forward."""
+    """The class whose forward it runs."""
 
     def _whole_weight(self) -> Tensor:
         return self.weight.to_local()
 
 
 class WholeEmbedding(_Replica, nn.Embedding):  # type: ignore[misc]
-    """An embedding of tokens that all ranks have."""
+    """An embedding; all ranks have the same tokens."""
 
     computes_as = nn.Embedding
 
@@ -129,7 +129,7 @@ class WholeEmbedding(_Replica, nn.Embedding):  # type: ignore[misc]
 
 
 class WholeLinear(_Replica, nn.Linear):  # type: ignore[misc]
-    """A linear layer without bias, of what all ranks have."""
+    """A linear layer without bias; all ranks have the same input."""
 
     computes_as = nn.Linear
 
@@ -139,7 +139,7 @@ class WholeLinear(_Replica, nn.Linear):  # type: ignore[misc]
 
 
 class WholeRMSNorm(_Replica, RMSNorm):  # type: ignore[misc]
-    """A norm of what all ranks have."""
+    """A norm; all ranks have the same input."""
 
     computes_as = RMSNorm
 
@@ -149,18 +149,18 @@ class WholeRMSNorm(_Replica, RMSNorm):  # type: ignore[misc]
 
 
 class HeadRMSNorm(WholeRMSNorm):
-    """A norm of each head, of which a rank has some: the backward adds the ranks' gradients."""
+    """A norm per head; a rank has some heads. The backward adds the ranks' gradients."""
 
     def _whole_weight(self) -> Tensor:
         return entering(self.weight.to_local(), self.weight.device_mesh)
 
 
 class ChannelRMSNorm(HeadRMSNorm):
-    """A norm over channels of which a rank has some.
+    """A norm over channels; a rank has some channels.
 
-    The ranks exchange channels for tokens: each gets all channels of its share of the tokens, and
-    the norm has the bits of one process. A mean of squares from the ranks' partial sums would need
-    no exchange, but be rounded in another order; codes of activations would then differ.
+    The ranks exchange channels for tokens: each gets all channels of its share of the tokens, so
+    the norm has the same bits as in one process. A mean of squares from the ranks' partial sums
+    would need no exchange, but its rounding, and so the activations' codes, would differ.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,14 +181,14 @@ class ChannelRMSNorm(HeadRMSNorm):
 
 
 def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
-    """Divide a model over the ranks of a mesh of one dimension, in place.
+    """Divide a model over the ranks of a one-dimensional mesh, in place.
 
-    All ranks call it with the same model on their device; the weights are those of the first.
-    Apply FSDP or activation checkpointing afterwards, and make the optimizer from the parameters
-    that the model has then.
+    All ranks call it with the same model on their device; the first rank's weights are used. Apply
+    FSDP or activation checkpointing afterwards, and make the optimizer from the resulting
+    parameters.
 
     Raises:
-        UserError: :func:`bitnet.model.check_divides` refuses the config, or a matrix of a layer is
+        UserError: :func:`bitnet.model.check_divides` rejects the config, or a matrix of a layer is
             neither a BitLinear nor an nn.Linear.
     """
     config = model.config
@@ -209,7 +209,7 @@ def tensor_parallel(model: Transformer, mesh: DeviceMesh) -> Transformer:
                     "divided, without [quant], [adapter] or a norm inside in full precision"
                 )
     for name, module in model.named_modules():
-        if type(module) is RMSNorm and not name.endswith(".rms_norm"):  # those are of a matrix
+        if type(module) is RMSNorm and not name.endswith(".rms_norm"):  # rms_norm: in a matrix
             kind = name.rpartition(".")[2]
             plan[name] = Replicated(_NORMS.get(kind, WholeRMSNorm))
     parallelize_module(model, mesh, plan)
@@ -230,7 +230,7 @@ _NORMS: dict[str, type[_Replica]] = {
 
 
 def is_row_parallel(name: str) -> bool:
-    """Whether the columns of a matrix of a layer are divided, and not its rows."""
+    """Whether the columns, not the rows, of a layer's matrix are divided."""
     return name.endswith(("o_proj", "down_proj"))
 
 
@@ -248,7 +248,7 @@ def _check_equal(name: str, features: int, mesh: DeviceMesh) -> None:
 def _distribute(
     module: nn.Module, mesh: DeviceMesh, source: int | None, **placements: Placement
 ) -> None:
-    """Make parameters of a module DTensors, those of the rank ``source`` of the mesh."""
+    """Turn parameters of a module into DTensors, with the values of rank ``source`` of the mesh."""
     for name, placement in placements.items():
         parameter = module._parameters.get(name)
         if parameter is not None and not isinstance(parameter, DTensor):

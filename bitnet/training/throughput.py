@@ -17,8 +17,8 @@ import torch
 class Throughput:
     """Tokens per second over the last ``window`` steps, without the time in :meth:`pause`.
 
-    It reads the host's clock: on a GPU call :meth:`step` after the host has waited for the result
-    of the step, as a loop that reads its loss does.
+    It reads the host's clock: on a GPU call :meth:`step` after the host has waited for the step's
+    result, as a loop that reads the loss does.
     """
 
     def __init__(self, window: int = 20, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -26,15 +26,15 @@ class Throughput:
         self._steps: deque[tuple[float, int, float]] = deque(maxlen=window)
 
     def step(self, tokens: int, waited: float = 0.0) -> None:
-        """Count a step of ``tokens`` tokens that has just ended; for ``waited`` seconds of it there
-        was no batch yet."""
+        """Count a step of ``tokens`` tokens that has just ended; it waited ``waited`` seconds for
+        its batch."""
         now = self._clock()
         self._steps.append((now - self._mark, tokens, waited))
         self._mark = now
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Stop the clock, around evaluations, samples and checkpoints."""
+        """Stop the clock during evaluations, samples and checkpoints."""
         start = self._clock()
         try:
             yield
@@ -43,13 +43,13 @@ class Throughput:
 
     @property
     def tokens_per_second(self) -> float:
-        """0.0 before the first step."""
+        """Tokens per second; 0.0 before the first step."""
         seconds = sum(seconds for seconds, _, _ in self._steps)
         return sum(tokens for _, tokens, _ in self._steps) / seconds if seconds > 0 else 0.0
 
     @property
     def data_wait(self) -> float:
-        """The share of those steps' time in which there was no batch yet; 0.0 before the first."""
+        """The share of the steps' time spent waiting for a batch; 0.0 before the first step."""
         seconds = sum(seconds for seconds, _, _ in self._steps)
         return sum(waited for _, _, waited in self._steps) / seconds if seconds > 0 else 0.0
 
@@ -65,11 +65,11 @@ _BF16_PEAKS = (
     (r"L40S$", 362e12),
     (r"L4$", 121e12),
     (r"A10$", 125e12),
-    (r"RTX 4090$", 165e12),  # not the D or the laptop part, which end otherwise
+    (r"RTX 4090$", 165e12),  # not the D or the laptop GPU, whose names end otherwise
     (r"RTX 3090$", 71e12),
 )
-"""Device names and their dense bf16 peak with fp32 accumulation, FLOP/s; NVIDIA's datasheets and
-(RTX) architecture whitepapers. The first match counts."""
+"""Device names and their dense bf16 peak with fp32 accumulation, FLOP/s, from NVIDIA's datasheets
+and (RTX) architecture whitepapers. The first match counts."""
 
 
 def datasheet_peak(name: str) -> float | None:
@@ -80,10 +80,10 @@ def datasheet_peak(name: str) -> float | None:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """The peak FLOP/s that MFU is relative to, and the source of the number.
+    """The peak FLOP/s on which MFU is based, and the source of the number.
 
-    For bf16 on a known GPU it is the datasheet's. Otherwise it is *measured*, once: the fastest of
-    a few square matmuls in ``dtype`` (under a second; a busy machine lowers it).
+    For bf16 on a known GPU it is the datasheet's. Otherwise it is *measured* once: the fastest of
+    a few square matmuls in ``dtype`` (under a second; a busy machine gives a lower peak).
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
@@ -109,7 +109,7 @@ class Meter:
         bf16: whether the run computes in bf16, else fp32.
         flops_per_token: of training, forward and backward.
     Attributes:
-        peak, peak_source: by :func:`peak_flops`.
+        peak, peak_source: from :func:`peak_flops`.
     """
 
     def __init__(self, device: torch.device, bf16: bool, flops_per_token: float) -> None:
@@ -132,27 +132,27 @@ class Meter:
 
 
 class CoreWatch:
-    """Finds out whether other programs take a run's CPU cores away.
+    """Finds out whether other programs take CPU cores away from a run.
 
     Threads of OpenMP wait for each other at the end of each operator, so a step takes several times
-    as long when one of them has no core. The thread that trains is then without a core for much of
-    the time; on an idle machine it hardly ever is. So its CPU time is compared with the elapsed
-    time, in windows of at least :data:`WINDOW` seconds and steps. Where it is too small, a forward
-    pass is timed with the run's threads and with one, in turns.
+    as long when one of them has no core. The training thread then has no core for much of the time;
+    on an idle machine it nearly always has one. So its CPU time is compared with the elapsed time,
+    in windows of at least :data:`WINDOW` seconds and steps. If the CPU time is too small, a forward
+    pass is timed with the run's threads and with one thread, in turns.
 
     Arguments:
-        clock, cpu_clock: seconds that passed, and seconds the calling thread had a core.
+        clock, cpu_clock: seconds that passed, and seconds in which the calling thread had a core.
     """
 
     WINDOW: float = 3
     """Steps, and seconds of steps, per window."""
     SHARE = 0.85
-    """Share of the time: a thread that had a core for more is not disturbed."""
+    """A thread that had a core for more than this share of the time is not disturbed."""
     GAIN = 1.25
     """Smallest speedup by one thread that is worth a line; another line needs a speedup that
     differs by this factor."""
     COST = 100
-    """Time between measurements, as a multiple of the last one's."""
+    """Time between measurements, as a multiple of the time of the last one."""
 
     def __init__(
         self,
@@ -169,11 +169,11 @@ class CoreWatch:
         self._mark = self._clock(), self._cpu_clock()
 
     def end(self, forward: Callable[[], object]) -> str:
-        """Note the end of a step. Returns a line that says what would be faster and by how much, or
-        (mostly) "".
+        """Note the end of a step. Returns a line that says what would be faster and by how much;
+        usually "".
 
         Arguments:
-            forward: a forward pass that leaves no trace; called a few times when it is to be timed.
+            forward: a forward pass without side effects; called a few times to time it.
         """
         wall, cpu = self._mark
         self._steps += 1
@@ -205,8 +205,8 @@ class CoreWatch:
 def _in_turns(
     work: Callable[[], object], threads: int, clock: Callable[[], float]
 ) -> tuple[float, float]:
-    """Median seconds of ``work`` with ``threads`` threads and with one. The number of threads is
-    restored."""
+    """Median seconds of ``work`` with ``threads`` threads and with one. Restores the number of
+    threads."""
     seconds: dict[int, list[float]] = {threads: [], 1: []}
     try:
         for _ in range(3):
@@ -228,8 +228,8 @@ def mfu(flops_per_token: float, tokens_per_second: float, peak: float) -> float:
 def peak_memory(device: torch.device) -> int:
     """Peak bytes: of tensors on a GPU, of the process's resident memory on a CPU.
 
-    Linux counts ru_maxrss over an exec, so a child of a large process would report its parent's
-    peak; VmHWM is the process's own.
+    Linux keeps ru_maxrss across an exec, so a child of a large process would report its parent's
+    peak. VmHWM is the process's own.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -242,13 +242,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Restart :func:`peak_memory` from what is held now. Returns False where the system cannot (a
-    CPU without Linux's clear_refs): the peak stays that of the whole process."""
+    """Restart :func:`peak_memory` from the memory held now. Returns False if the system cannot (a
+    CPU without Linux's clear_refs): then the peak covers the whole life of the process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # 5: VmHWM alone; proc(5)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # 5: only VmHWM; proc(5)
     except OSError:
         return False
     return True

@@ -1,8 +1,8 @@
 """Views of a run in other programs: wandb and TensorBoard.
 
-Both get the same panels, by :func:`panels`. Neither ends a run or stops it for long: the first
-failure of any call prints one warning and switches the tracker off, while metrics.jsonl goes on.
-The packages are imported when a tracker starts, since a run without one need not pay for it.
+Both get the same panels, from :func:`panels`. Neither ends a run or stops it for long: the first
+failure of any call prints one warning and switches the tracker off; metrics.jsonl continues. The
+packages are imported when a tracker starts, so that a run without one does not pay for the import.
 """
 
 import json
@@ -30,7 +30,7 @@ _SECTIONS = {
     "mfu": "speed",
     "peak_memory_bytes": "speed",
 }
-"""Of a line's numbers; all others are of "train"."""
+"""The section of each number in a line; all other numbers are in "train"."""
 
 
 def panels(row: Mapping[str, Any]) -> dict[str, float]:
@@ -54,7 +54,7 @@ def panels(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Tracker(ABC):
-    """What wandb and TensorBoard have in common.
+    """The common base of wandb and TensorBoard.
 
     Arguments:
         warn: prints one warning line.
@@ -69,7 +69,7 @@ class Tracker(ABC):
             self._open = True
 
     def log(self, row: Mapping[str, Any], step: int) -> None:
-        """Show a line of metrics. The step must not fall."""
+        """Show a line of metrics. The step must not decrease."""
         if self._open:
             with self._guard("log"):
                 self._log(panels(row), row.get("sample", ""), step)
@@ -101,10 +101,10 @@ class Tracker(ABC):
 
 
 class Wandb(Tracker):
-    """wandb. It never asks for anything: online mode needs an API key, and without one, where wandb
-    would stop at a prompt, the run is logged offline. The run's id is kept in
-    ``<folder>/wandb/id``, so a resumed run continues its curves: online in place, offline when
-    `wandb sync` uploads the parts (steps that wandb has already seen, it ignores).
+    """wandb, without prompts. Online mode needs an API key; without one, wandb would stop at a
+    prompt, so the run is logged offline. The run's id is kept in ``<folder>/wandb/id``, so a
+    resumed run continues its curves: online in place, offline when `wandb sync` uploads the parts
+    (wandb ignores steps that it has already seen).
 
     Arguments:
         mode: as ``log.wandb``. project: as ``log.wandb_project``.
@@ -139,7 +139,7 @@ class Wandb(Tracker):
             id=_wandb_id(self._folder / "wandb" / "id"),
             dir=str(self._folder),
             config=self._settings,
-            resume="allow" if self._mode == "online" else None,  # offline has nothing to ask
+            resume="allow" if self._mode == "online" else None,  # offline has no server to ask
             settings=wandb.Settings(
                 mode=self._mode, console="off", silent=True, init_timeout=30, finish_timeout=30
             ),
@@ -154,7 +154,7 @@ class Wandb(Tracker):
         self._run.log(shown, step=step)
 
     def _finish(self, exit_code: int) -> None:
-        """Online it waits at most 30 s for the upload."""
+        """Close wandb; online it waits at most 30 s for the upload."""
         self._run.finish(exit_code=exit_code)
 
 
@@ -163,7 +163,7 @@ class TensorBoard(Tracker):
 
     Arguments:
         folder: of the event files. settings: the resolved config, shown as text.
-        first_step: events from this step on, of a process that was killed, are dropped.
+        first_step: events of a killed process from this step on are dropped.
     Raises:
         UserError: the package is missing.
     """
@@ -203,7 +203,7 @@ class TensorBoard(Tracker):
 
 
 def _markdown(text: str) -> str:
-    """Text as a block of code, which Markdown shows as it is."""
+    """Text as a code block, which Markdown shows unchanged."""
     return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
