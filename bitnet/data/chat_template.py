@@ -1,16 +1,17 @@
-"""The chat template of a model: how messages become the text that it was trained to answer.
+"""The chat template of a model: it turns messages into the text that the model was trained to
+answer.
 
-A template is a Jinja program that comes with a model, thus somebody else's code. It is rendered as
-transformers does: in Jinja's sandbox, which gives it values and no access to Python, without files
-and without network. It can still loop for long; Ctrl-C ends that.
+A template is a Jinja program that comes with a model, so it is somebody else's code. It is rendered
+as transformers does: in Jinja's sandbox, with values only and no access to Python, files or the
+network. It can still loop for a long time; Ctrl-C ends that.
 
-The tokens of a rendered chat are of two kinds. The template's own text may name special tokens,
-such as <|im_start|>, which become these tokens. A message must not: a literal "<|im_end|>" in it
-stays text, or a message could end itself and speak for the other side. Before rendering, a
-character that no message holds is put into such names, and taken out again from what stays text.
+A rendered chat has two kinds of tokens. The template's own text may name special tokens, such as
+<|im_start|>, which become these tokens. A message must not: a literal "<|im_end|>" in it stays
+text, or a message could end itself and speak for the other side. Before rendering, a character that
+no message contains is inserted into such names; it is removed again from the parts that stay text.
 
 A model folder keeps the template in chat_template.json, with the texts of the tokens that a
-template may ask for (bos_token, eos_token).
+template may use (bos_token, eos_token).
 """
 
 import json
@@ -27,9 +28,9 @@ from bitnet.schema import UserError, read_file, user_input
 FILE = "chat_template.json"
 _MAX_BYTES = 2**20
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-"""The names under which a template may ask for a special token's text."""
+"""The names by which a template may use a special token's text."""
 _PRIVATE = range(0xE000, 0xF8FF)
-"""Characters without a meaning, for the mark in names that are text."""
+"""Characters without a meaning, to mark names that must stay text."""
 
 
 class Message(TypedDict):
@@ -42,8 +43,8 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and the special tokens' texts that it may use. It is compiled when it is first
-    used: a model whose template is damaged can still be used for other things."""
+    """A template and the texts of the special tokens that it may use. It is compiled on first use:
+    a model with a damaged template can still be used for other things."""
 
     source: str
     tokens: Mapping[str, str] = field(default_factory=dict)
@@ -60,7 +61,7 @@ class ChatTemplate:
         Arguments:
             answer: end with the beginning of the assistant's next turn.
         Raises:
-            UserError: the template is not valid Jinja, or refuses the messages, such as two of one
+            UserError: the template is not valid Jinja, or rejects the messages, such as two of one
                 role in a row.
         """
         with user_input("chat template"):
@@ -76,11 +77,11 @@ class ChatTemplate:
     def segments(
         self, messages: Sequence[Message], specials: Mapping[str, int], answer: bool = True
     ) -> list[str | int]:
-        """The text of a chat as stretches of ordinary text and ids of special tokens.
+        """The text of a chat as pieces of ordinary text and ids of special tokens.
 
         Arguments:
-            specials: the tokenizer's special tokens by name. Names count in the template's text,
-                not in messages.
+            specials: the tokenizer's special tokens by name. Names become tokens only in the
+                template's text, not in messages.
         """
         names = sorted(filter(None, specials), key=len, reverse=True)
         if not names:
@@ -111,12 +112,12 @@ class ChatTemplate:
 
 
 def read_chat_template(path: Path) -> ChatTemplate:
-    """Read a chat_template.json. Raises UserError, naming the file, if it is none."""
+    """Read a chat_template.json. Raises UserError, naming the file, if it is not valid."""
     return parse_chat_template(path, read_file(path, _MAX_BYTES))
 
 
 def parse_chat_template(where: Path, data: bytes) -> ChatTemplate:
-    """A template from the content of a chat_template.json. Raises UserError, naming the file."""
+    """Parse the content of a chat_template.json. Raises UserError, naming the file."""
     with user_input(f"{where}: damaged"):
         content = json.loads(data)
         if not isinstance(content, dict) or content.keys() != {"source", "tokens"}:
@@ -125,7 +126,7 @@ def parse_chat_template(where: Path, data: bytes) -> ChatTemplate:
 
 
 def template_of(where: Path | str, source: Any, tokens: Any) -> ChatTemplate:
-    """A template from what a file says, for any kind of file. Raises UserError, naming it."""
+    """Make a template from the values in any kind of file. Raises UserError, naming the file."""
     if not isinstance(source, str) or not isinstance(tokens, Mapping):
         raise UserError(f"{where}: its chat template is not a text with special tokens")
     texts = {name: _text_of(tokens.get(name)) for name in _TOKENS}
@@ -133,8 +134,8 @@ def template_of(where: Path | str, source: Any, tokens: Any) -> ChatTemplate:
 
 
 def hf_chat_template(folder: Path) -> ChatTemplate | None:
-    """The template of a Hugging Face folder: chat_template.jinja, or the one in
-    tokenizer_config.json (of several, "default"). None if it has none."""
+    """The template of a Hugging Face folder: chat_template.jinja, or the template in
+    tokenizer_config.json (if several, "default"). None if there is none."""
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (path := folder / name).is_file():
@@ -155,7 +156,7 @@ def hf_chat_template(folder: Path) -> ChatTemplate | None:
 
 
 def _text_of(token: Any) -> str:
-    """A special token's text, which files give bare or in an object; "" if it has none."""
+    """A special token's text, which files store as a string or in an object; "" if none."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""
@@ -168,7 +169,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(ext.Extension):
-        """``{% generation %}`` marks the assistant's words, for training; here it only encloses."""
+        """``{% generation %}`` marks the assistant's words for training; here it has no effect."""
 
         tags = {"generation"}  # noqa: RUF012 - Jinja's own attribute
 

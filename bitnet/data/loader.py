@@ -9,13 +9,13 @@ A prepared set (prepare.py writes it) is a folder:
 
 Training reads windows of ``seq_len + 1`` tokens at a stride of ``seq_len`` (inputs, and the same
 tokens shifted by one as targets), so in an epoch each token is a target once. Documents are not
-padded; attention sees those before unless ``document_mask`` keeps them apart (``apart`` in
-bitnet/model.py). A run may mix several sets, each with a share of the sequences (mixture.py).
+padded; attention sees earlier documents unless ``document_mask`` keeps documents apart (``apart``
+in bitnet/model.py). A run may mix several sets, each with a share of the sequences (mixture.py).
 
-The order of the windows is a keyed permutation of their numbers, another one in each epoch,
-computed for the windows that a batch needs and never stored. So a batch is a pure function of
-(seed, step): there is no shuffle buffer, no worker and no state in a checkpoint, a resumed run sees
-the batches that an uninterrupted run sees, and any number of processes divides the same batch. The
+The order of the windows is a keyed permutation of their numbers, different in each epoch. It is
+computed only for the windows of a batch and never stored. So a batch is a pure function of
+(seed, step). There is no shuffle buffer, no worker and no state in a checkpoint. A resumed run sees
+the same batches as an uninterrupted run, and any number of processes divides the same batch. The
 permutation is a Feistel network (Luby and Rackoff, 1988) over the least 4^h >= n, applied again
 until the result is below n. It uses only integer arithmetic, so it is the same on every machine.
 """
@@ -51,35 +51,35 @@ class DataConfig:
     """The ``[data]`` section: the text, its tokenizer, its validation split, and the windows."""
 
     path: Annotated[str, Field(min_length=1)] = "data/python-stdlib"
-    """folder of the prepared data; made (as by `bitnet prepare`) if it is missing"""
+    """folder of the prepared data; created (as by `bitnet prepare`) if it is missing"""
     sources: Annotated[
         list[str] | list[Source], BeforeValidator(source_tables), Field(min_length=1)
     ] = Field(default_factory=lambda: ["python-stdlib"])
     """files, globs and folders of .txt, .md, .py, .jsonl (each also .gz, .xz, .zst) and .parquet;
-    "python-stdlib", the standard library's own source; "hf:NAME" or "hf:NAME:CONFIG", the train
-    split of a Hugging Face dataset, streamed. Or a mixture: a table [[data.sources]] for each part,
+    "python-stdlib": the standard library's own source; "hf:NAME" or "hf:NAME:CONFIG": the train
+    split of a Hugging Face dataset, streamed. Or a mixture: one table [[data.sources]] per part,
     with name, path (of prepared data) or texts (a list as above, prepared in path or in
     data.path/NAME), weight (its share of the training sequences, relative to the others) and
     text_field"""
     text_field: str = "text"
-    """the field of .jsonl, .parquet and Hugging Face rows that holds the text"""
+    """field of .jsonl, .parquet and Hugging Face rows that holds the text"""
     tokenizer: str = ""
     """a sentencepiece model file, or a byte-level BPE tokenizer.json (with the hf extra); "" =
     train one on the training split"""
     vocab_size: Annotated[int, Field(ge=260, le=2**24)] = 8192
-    """tokens of the tokenizer to train, 256 of them bytes; a given tokenizer has its own"""
+    """tokens of the tokenizer to train, including 256 bytes; a given tokenizer has its own size"""
     max_tokenizer_mb: Positive = 100
-    """megabytes of text, sampled over all of it, that the tokenizer is trained on"""
+    """megabytes of text, sampled from all of it, to train the tokenizer on"""
     val_fraction: Annotated[float, Field(gt=0, le=0.5)] = 0.01
-    """share of the documents held out for validation, chosen by a hash of their text; if there are
-    only a few long documents, passages of them are held out"""
+    """share of the documents held out for validation, chosen by a hash of their text; with only a
+    few long documents, passages of them are held out"""
     shard_tokens: Positive = 100_000_000
-    """tokens in a file of the prepared set"""
+    """tokens per file of the prepared set"""
     seq_len: Positive = 512
     """tokens in a training sequence"""
     document_mask: bool = False
-    """keep the documents of a sequence apart: attention does not see those before, and positions
-    begin anew; in evaluations too"""
+    """keep the documents of a sequence apart, also in evaluations: attention does not see earlier
+    documents, and positions restart"""
     threads: Count = 0
     """threads for tokenization; 0 = one per core"""
 
@@ -90,11 +90,11 @@ class DataConfig:
 
     @property
     def texts(self) -> list[str]:
-        """The sources of a config without tables."""
+        """The sources, for a config without tables."""
         return [source for source in self.sources if isinstance(source, str)]
 
     def mixture(self) -> list[Source]:
-        """The sources as parts of a mixture, complete; without tables, data.path is its only one.
+        """The sources as complete parts of a mixture; without tables, data.path is the only part.
 
         Raises:
             UserError: as :func:`bitnet.data.mixture.completed`.
@@ -111,7 +111,7 @@ class Shard:
     file: str
     """its name in the folder"""
     n_tokens: Positive
-    """tokens in it, EOS included"""
+    """tokens in it, including EOS"""
     sha256: str
     """hash of the file, in hex"""
 
@@ -121,7 +121,7 @@ class Split:
     """The sizes and files of one split."""
 
     n_tokens: Positive
-    """tokens, EOS included"""
+    """tokens, including EOS"""
     n_bytes: Positive
     """exact UTF-8 bytes of the text"""
     n_documents: Positive
@@ -192,7 +192,7 @@ def read_index(path: Path) -> Index:
 
 
 class TokenDataset:
-    """One split of a prepared set, read from its files when asked for.
+    """One split of a prepared set, read from its files on demand.
 
     Attributes:
         path, split: as given.
@@ -206,7 +206,7 @@ class TokenDataset:
         verify: compare each shard's checksum, which reads the whole shard (about 1 s per
             gigabyte); sizes are always compared.
     Raises:
-        UserError: there is no such set, or a file is missing, damaged or from another set.
+        UserError: there is no such set, or a file is missing, damaged or from a different set.
     """
 
     def __init__(self, path: Path | str, split: SplitName, verify: bool = True) -> None:
@@ -230,7 +230,7 @@ class TokenDataset:
         """The tokenizer that made the ids.
 
         Raises:
-            UserError: its file is missing or damaged, or belongs to another tokenizer.
+            UserError: its file is missing, damaged, or of a different tokenizer.
         """
         path = tokenizer_path(self.path)
         if hashlib.sha256(read_model(path)).hexdigest() != self._tokenizer_sha256:
@@ -261,8 +261,8 @@ class TokenDataset:
 
 
 class _ShardFile:
-    """An open file of tokens. Reading, unlike a mapping, survives a file that becomes shorter (a
-    mapping ends the process with SIGBUS), and its pages never count as the process's memory."""
+    """An open file of tokens. If a file becomes shorter, a memory mapping ends the process with
+    SIGBUS; reading does not. And its pages never count as the process's memory."""
 
     def __init__(self, path: Path, dtype: np.dtype) -> None:
         self._path, self._dtype = path, dtype
@@ -297,17 +297,17 @@ def _open_shard(folder: Path, shard: Shard, dtype: np.dtype, verify: bool) -> _S
 class Loader:
     """Training batches as a pure function of (seed, step), divided among ranks.
 
-    Batch ``step`` holds sequences number ``step * B .. step * B + B - 1`` of an endless row of
-    them. Of one set: epoch after epoch, each a permutation of all windows; a batch may span two.
-    Tokens after the last whole window are left out of every epoch. Of several sets: the sequences
-    of each, in that order, at the places that :class:`bitnet.data.mixture.Schedule` gives it.
+    Batch ``step`` holds sequences ``step * B .. step * B + B - 1`` of an endless series. For one
+    set, the series is epoch after epoch, each a permutation of all windows; a batch may span two
+    epochs. Tokens after the last whole window are left out of every epoch. For several sets, each
+    has its own series, and :class:`bitnet.data.mixture.Schedule` gives it places in the mixed one.
 
     Arguments:
-        datasets: the split to read, or one for each part of a mixture.
+        datasets: the split to read, or one split per part of a mixture.
         seq_len: T, tokens per sequence.
         batch_sequences: B, sequences of the global batch.
         seed: seed of the order.
-        weights: of several datasets; their sum need not be 1.
+        weights: one per dataset if there are several; their sum need not be 1.
     Raises:
         UserError: a split has too few tokens for one window.
     """
@@ -364,12 +364,12 @@ class Loader:
             for row, window in zip(places, windows, strict=True):
                 windows_BT[row] = window
         inputs_BT, targets_BT = windows_BT[:, :-1], windows_BT[:, 1:]
-        # copied by numpy: in the thread that prefetches, torch's operators would start OpenMP's
+        # numpy copies: torch's operators would start OpenMP threads in the prefetching thread
         return torch.from_numpy(inputs_BT.copy()), torch.from_numpy(targets_BT.copy())
 
 
 class _Windows:
-    """The windows of one split in an endless row of epochs.
+    """The windows of one split in an endless series of epochs.
 
     Attributes:
         n_windows: windows in an epoch.
@@ -406,7 +406,7 @@ def permute(positions: np.ndarray, n: int, key: bytes) -> np.ndarray:
     Arguments:
         positions: uint64 ``[P]`` below ``n``.
         n: at least 1.
-        key: any bytes; another key is another permutation.
+        key: any bytes; each key gives a different permutation.
     Returns:
         uint64 ``[P]`` below ``n``.
     """
@@ -434,8 +434,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def window_starts(n_tokens: int, seq_len: int, max_tokens: int = 0) -> Iterator[int]:
-    """The first positions of windows of ``seq_len`` predictions among ``n_tokens``: of all windows,
-    or of about ``max_tokens`` predictions, spread evenly (the beginning may be all of one kind)."""
+    """The start positions of windows of ``seq_len`` predictions among ``n_tokens``: of all windows,
+    or of windows with about ``max_tokens`` predictions, spread evenly (the beginning of the text
+    may be all of one kind)."""
     n_windows = -(-n_tokens // seq_len)
     count = min(n_windows, max(1, max_tokens // seq_len)) if max_tokens else n_windows
     return (i * n_windows // count * seq_len for i in range(count))
@@ -446,14 +447,14 @@ def sequential_windows(
 ) -> Iterator[Tensor]:
     """Windows for evaluation: every token of a split is predicted exactly once, in order.
 
-    The first token's context is EOS, as if a document had just ended; the last window may be
-    shorter. So over the whole split the targets stand for exactly its ``n_bytes``: the sum of
-    ``Tokenizer.count_bytes`` over the windows, which is exact for a part of them too.
+    The first token's context is EOS, as if a document had just ended. The last window may be
+    shorter. So over the whole split, ``Tokenizer.count_bytes`` summed over the windows is exactly
+    the split's ``n_bytes``. The sum is exact for a subset of the windows too.
 
     Arguments:
         dataset: N tokens.
         seq_len: T, predictions per window.
-        max_tokens: about how many predictions; 0 = all. See :func:`window_starts`.
+        max_tokens: approximate number of predictions; 0 = all. See :func:`window_starts`.
     Yields:
         int64 ``[T + 1]``, the last one possibly shorter: inputs are ``[:-1]``, targets ``[1:]``.
     """

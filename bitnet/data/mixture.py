@@ -1,21 +1,21 @@
 """Several sources in one run, each with an exact share of the training sequences.
 
-K sources in the order of the config, with shares p_1 ... p_K that sum to 1. Source 1 takes its
-share of all sequences, source 2 its share of what source 1 leaves, and so on:
+There are K sources in the order of the config, with shares p_1 ... p_K that sum to 1. Source 1
+takes its share of all sequences, source 2 its share of the rest, and so on:
 
     r_0(n) = n,    c_k(n) = floor(n_k q_k + u_k),    r_k(n) = r_(k-1)(n) - c_k(n)
 
-where c_k(n) is the number of source k's sequences among the first n, n_k = r_(k-1)(n) what the
-sources before it leave, q_k = p_k / (p_k + ... + p_K), and u_k in [0, 1) an offset that the seed
-chooses. As n grows by one, exactly one c_k does. So the source of a sequence, and its number within
-the source, are a pure function of (seed, number of the sequence), as the order within a source is
-(loader.py): any number of processes divides the same batch, and a resumed run needs no state.
+where c_k(n) is the number of source k's sequences among the first n, n_k = r_(k-1)(n) the number
+that earlier sources leave, q_k = p_k / (p_k + ... + p_K), and u_k in [0, 1) an offset chosen by the
+seed. When n grows by one, exactly one c_k grows by one. So the source of a sequence, and its number
+within the source, are a pure function of (seed, number of the sequence), like the order within a
+source (loader.py). Any number of processes divides the same batch; a resumed run needs no state.
 
 Each step of the recursion adds less than one to |c_k - n p_k|. So after any number of sequences
-every source is fewer than K - 1 of them away from its share, for two sources fewer than one. (Draws
-at random would be sqrt(n p (1 - p)) away; the usual table of one entry per sequence, filled
-greedily, is as exact, but takes memory for the whole run.) The arithmetic is that of integers:
-weights are read as the decimal numbers they are written as.
+every source is fewer than K - 1 sequences away from its share; with two sources, fewer than one.
+(Random draws would be sqrt(n p (1 - p)) away. The usual table with one entry per sequence, filled
+greedily, is equally exact, but takes memory for the whole run.) All arithmetic is on integers:
+weights are read as the decimal numbers in the config.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from pydantic.dataclasses import dataclass
 from bitnet.schema import STRICT, UserError, nearest
 
 MIN_SHARE = Fraction(1, 10**6)
-"""A smaller share is refused: it is a mistake, or a source that hardly any run would read."""
+"""A smaller share is an error: it is a mistake, or a source that hardly any run would read."""
 MAX_EPOCHS = 4
 """Repeating text up to this often is nearly as good as new text (arXiv 2305.16264)."""
 _DENOMINATOR = 2**40
@@ -44,22 +44,22 @@ class Source:
     """A table of ``[[data.sources]]``: one part of a mixture."""
 
     name: str = ""
-    """its name in metrics (val_loss/NAME); "" = the last part of path"""
+    """name of the part in metrics (val_loss/NAME); "" = the last component of path"""
     path: str = ""
     """folder of its prepared data; "" = data.path/NAME"""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """its share of the training sequences, relative to the other weights"""
     texts: list[str] = Field(default_factory=list)
-    """what path is made from if it is missing, as data.sources lists it"""
+    """sources to make path from if it is missing; a list as in data.sources"""
     text_field: str = ""
-    """the field of its rows that holds the text; "" = data.text_field"""
+    """field of its rows that holds the text; "" = data.text_field"""
 
 
 def source_tables(value: Any) -> Any:
-    """Make the tables of ``data.sources`` :class:`Source` objects; strings stay.
+    """Turn the tables of ``data.sources`` into :class:`Source` objects; strings stay.
 
     Raises:
-        ValueError: one line, of a key or a value that cannot be.
+        ValueError: one line on an invalid key or value.
     """
     if not isinstance(value, list | tuple):
         raise ValueError("expected a list of strings, or tables [[data.sources]]")
@@ -92,8 +92,8 @@ def completed(sources: Sequence[Source], folder: Path) -> list[Source]:
     Arguments:
         folder: ``data.path``.
     Raises:
-        UserError: a table names no text, a name is no word, a name or a folder stands twice, a
-            share is too small.
+        UserError: a table names no text, a name is not a word, a name or a folder occurs twice, or
+            a share is too small.
     """
     found: list[Source] = []
     for number, source in enumerate(sources, 1):
@@ -121,13 +121,13 @@ def completed(sources: Sequence[Source], folder: Path) -> list[Source]:
 
 
 def shares(weights: Sequence[float]) -> list[Fraction]:
-    """Weights divided by their sum, exactly: each is the decimal number that it is written as."""
+    """Weights divided by their sum, exactly: each weight is read as the decimal number written."""
     exact = [Fraction(repr(float(weight))) for weight in weights]
     return [weight / sum(exact) for weight in exact]
 
 
 class Schedule:
-    """Which source each of an endless sequence of training sequences comes from.
+    """The source of each training sequence in an endless series.
 
     Arguments:
         weights: K positive numbers. seed: of the offsets.
@@ -145,7 +145,7 @@ class Schedule:
             self._steps.append((q.numerator, q.denominator, offset))
 
     def counts(self, n: int) -> list[int]:
-        """Sequences of each source among the first ``n``."""
+        """Number of sequences of each source among the first ``n``."""
         counts, rest = [], n
         for numerator, denominator, offset in self._steps:
             counts.append((rest * numerator + offset) // denominator)
@@ -160,7 +160,7 @@ class Schedule:
         """
         if not 0 <= count <= 2**20:
             raise ValueError(f"count: expected at most 2^20 sequences, got {count}")
-        rest, more = first, np.arange(count + 1)  # rest + more: what is left to later sources
+        rest, more = first, np.arange(count + 1)  # rest + more: left to later sources
         sources = np.full(count, self._n_sources - 1)
         undecided = np.ones(count, dtype=bool)
         for number, (numerator, denominator, offset) in enumerate(self._steps):

@@ -1,4 +1,4 @@
-"""The prepared sets of a run: one, or one for each part of a mixture."""
+"""The prepared sets of a run: one set, or one per part of a mixture."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ class Part(NamedTuple):
 
     name: str
     weight: float
-    """Of its training sequences, relative to the other parts'."""
+    """Its share of the training sequences, relative to the other parts' weights."""
     train: TokenDataset
     val: TokenDataset
 
 
 def open_parts(config: DataConfig, *, progress: bool = True) -> list[Part]:
-    """The sets of a config, prepared before if they are missing. All have one tokenizer.
+    """Open the sets of a config; prepare missing ones first. All share one tokenizer.
 
     Raises:
         UserError, OSError: as :func:`bitnet.data.prepare.prepare_all` and :class:`TokenDataset`.
@@ -38,13 +38,13 @@ def open_parts(config: DataConfig, *, progress: bool = True) -> list[Part]:
 
 
 def hash_of(parts: Sequence[Part]) -> str:
-    """A hash of all tokens, in hex: that of the index, or of the indexes, which hold the hashes of
+    """A hash of all tokens, in hex: the hash of the index or indexes, which hold the hashes of
     their files."""
     hashes = [sha256(Path(part.train.path) / INDEX) for part in parts]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 def loader_of(parts: Sequence[Part], seq_len: int, batch_sequences: int, seed: int) -> Loader:
-    """The training batches of a run: arguments of :class:`Loader`."""
+    """Make the loader of a run's training batches. Arguments as for :class:`Loader`."""
     weights = [part.weight for part in parts]
     return Loader([part.train for part in parts], seq_len, batch_sequences, seed, weights)

@@ -1,12 +1,12 @@
-"""Batches made one step ahead of the training that takes them.
+"""Make batches one step ahead of training.
 
-While a step computes, one background thread makes the next step's batch, so a slow disk or a large
-batch delays a step only by what it takes longer than the step. A batch is a pure function of its
-step (loader.py), so the thread changes no number, has no state to save, and what it has made ahead
-when a run ends is dropped.
+While a step computes, one background thread makes the next step's batch. So a slow disk or a large
+batch delays a step only if the batch takes longer than the step. A batch is a pure function of its
+step (loader.py), so the thread changes no result and has no state to save. At the end of a run the
+batch made ahead is dropped.
 
-The thread works in numpy alone: an operator of torch would start a second team of OpenMP threads,
-which would spin on the cores of the first.
+The thread uses only numpy: an operator of torch would start a second team of OpenMP threads, which
+would spin on the cores of the first.
 """
 
 import time
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 Batch = tuple[Tensor, Tensor]
-"""Tokens and the token that follows each: int64 ``[B, T]`` both."""
+"""Tokens, and the token that follows each: both int64 ``[B, T]``."""
 
 
 class Prefetcher:
@@ -29,10 +29,10 @@ class Prefetcher:
         waited: seconds that the last :meth:`take` waited for its batch.
 
     Arguments:
-        make: the batch of a step, on the CPU; called in the thread, for one step at a time.
-        device: where batches go. For a GPU the thread copies them to pinned memory, and
-            :meth:`take` begins a copy that the host does not wait for.
-        first_step, last_step: the steps to make are from ``first_step`` to ``last_step`` - 1.
+        make: makes the batch of a step, on the CPU; called in the thread, one step at a time.
+        device: device of the batches. For a GPU the thread copies them to pinned memory, and
+            :meth:`take` starts an asynchronous copy.
+        first_step, last_step: batches are made for steps ``first_step`` to ``last_step`` - 1.
     """
 
     def __init__(
@@ -50,11 +50,11 @@ class Prefetcher:
         self._executor.shutdown(cancel_futures=True)
 
     def take(self, step: int) -> Batch:
-        """The batch of a step, on the device; begins to make that of the next one. Steps are taken
-        in order, each once.
+        """Return the batch of a step, on the device, and start on the next one. Take each step
+        once, in order.
 
         Raises:
-            Exception: what ``make`` raised for this step.
+            Exception: the exception that ``make`` raised for this step.
         """
         assert self._next is not None
         assert step == self._step, "steps are taken in order"
@@ -71,7 +71,7 @@ class Prefetcher:
         return self._executor.submit(self._made, step)
 
     def _start(self) -> None:
-        if self._device.type == "cuda":  # a new thread would pin for GPU 0, with a context there
+        if self._device.type == "cuda":  # else a new thread pins for GPU 0 and makes a context
             torch.cuda.set_device(self._device)
 
     def _made(self, step: int) -> Batch:

@@ -1,30 +1,30 @@
 """Turn text into a prepared set (loader.py describes it): survey, tokenizer, tokens.
 
 The sources are read twice. The *survey* counts, decides how to hold out validation text, and keeps
-a sample for the tokenizer: the documents with the least hashes, so that neither the order of the
-sources nor that of their rows matters. The second pass tokenizes and writes.
+a sample for the tokenizer: the documents with the smallest hashes, so the order of sources and of
+rows does not matter. The second pass tokenizes and writes.
 
-*Validation split.* A document is held out if a hash of its text, as a fraction of all hashes, is
-below ``val_fraction``: the same document is always on the same side, and so are all its copies.
-With few documents this may hold out nothing, or nearly all. If it gives less than half or more than
-twice the bytes asked for, *passages* are held out instead: documents are cut at paragraphs into
+*Validation split.* A document is held out if the hash of its text, as a fraction of the hash range,
+is below ``val_fraction``. So a document and all its copies are always on the same side. With few
+documents this may hold out nothing, or nearly everything. If it gives less than half or more than
+twice the requested bytes, *passages* are held out instead: documents are cut at paragraphs into
 parts of 2 to 4 Ki characters, each with its own hash; the parts between two held-out ones stay
-together as a document. At least one passage is held out. Passages of a book resemble the rest of
-the book more than another book does, so the index records which of the two was done.
+together as a document. At least one passage is held out. A passage resembles the rest of its book
+more than another book does, so the index records which of the two methods was used.
 
-*Whole or not at all.* The set is written beside its final name and renamed when all of it is on
-disk. Under a lock, one process prepares, and others that need the same set wait for it and use it.
-An interrupted preparation starts anew, and removes the files of the old one.
+*Complete or not at all.* The set is written beside its final name, and renamed when all of it is on
+disk. Under a lock, one process prepares; others that need the same set wait for it and use it. An
+interrupted preparation starts over and removes the old files.
 
-*Reuse.* A finished set is used again if its settings are the same, and refused otherwise. Changed
-source files are only reported: a set does not depend on them any more, and a resumed run must see
-the same data as before.
+*Reuse.* A finished set is used again if its settings are the same; otherwise it is an error.
+Changed source files are only reported: a set does not depend on them any more, and a resumed run
+must see the same data as before.
 
-*Mixtures.* Each part is a separate set, and all share one tokenizer: ``data.tokenizer``, or that of
-the first part that is prepared already, or one trained on a sample of all texts, by their weights.
+*Mixtures.* Each part is a separate set, and all share one tokenizer: ``data.tokenizer``, or the
+tokenizer of the first part already prepared, or one trained on a sample of all texts by weight.
 
-*Memory* does not grow with the text: the sample for the tokenizer (``max_tokenizer_mb``) and a
-batch of documents are all that is held.
+*Memory* does not grow with the text: only the sample for the tokenizer (``max_tokenizer_mb``) and a
+batch of documents are held.
 """
 
 import dataclasses
@@ -67,15 +67,15 @@ from bitnet.schema import UserError, check_file, user_input
 
 _HASHES = 2**64
 _PASSAGE = 2048
-"""Least characters of a passage."""
+"""Smallest size of a passage, in characters."""
 _BATCH = 2**23
 """Characters tokenized at once."""
 _HUB_SURVEY = 4
-"""The survey reads this many times the tokenizer's text from a Hugging Face dataset."""
+"""The survey reads this multiple of the tokenizer's text from a Hugging Face dataset."""
 
 
 def prepare(config: DataConfig, *, progress: bool = True) -> Path:
-    """Make the prepared set that a config without tables describes, unless it exists.
+    """Make the prepared set of a config without tables, unless it exists.
 
     Arguments:
         config: the ``[data]`` section.
@@ -93,13 +93,13 @@ def prepare(config: DataConfig, *, progress: bool = True) -> Path:
 
 
 def prepare_all(config: DataConfig, *, progress: bool = True) -> list[Source]:
-    """Make all prepared sets that a config describes, those that do not exist yet.
+    """Make all prepared sets of a config that do not exist yet.
 
-    Arguments: those of :func:`prepare`.
+    Arguments: as for :func:`prepare`.
     Returns:
         ``config.mixture()``; each path is a prepared set.
     Raises:
-        UserError: as :func:`prepare`; or the sets have several tokenizers.
+        UserError: as :func:`prepare`; or the sets have different tokenizers.
         OSError: a file (named) cannot be written.
     """
     if not config.is_mixture:
@@ -150,7 +150,7 @@ def _part_config(config: DataConfig, part: Source) -> DataConfig:
 
 
 def _common_tokenizer(config: DataConfig, parts: list[Source], console: Console) -> Tokenizer:
-    """The tokenizer of the first part that is prepared, or one trained on the texts of all.
+    """The tokenizer of the first part already prepared, or one trained on the texts of all parts.
 
     Raises:
         UserError: its vocabulary is not ``data.vocab_size``.
@@ -186,12 +186,12 @@ def _prepare(config: DataConfig, given: Tokenizer | None, console: Console) -> N
 
 @contextmanager
 def _locked(path: Path, ending: str, console: Console) -> Iterator[None]:
-    """Hold a lock beside a folder; where another process has it, wait."""
+    """Hold a lock beside a folder; wait if another process holds it."""
     with user_input(f"data.path: {path}"):
         place = path.resolve()
         place.parent.mkdir(parents=True, exist_ok=True)
         lock_path = place.with_name(f".{place.name}.{ending}")
-        lock_path.touch()  # an unwritable folder is an error here, not a wait below
+        lock_path.touch()  # raises for an unwritable folder, on which the code below would wait
         check_file(lock_path)
     lock = FileLock(lock_path)
     try:
@@ -206,7 +206,7 @@ def _locked(path: Path, ending: str, console: Console) -> Iterator[None]:
 
 
 def _is_prepared(path: Path, config: DataConfig, given: Tokenizer | None, console: Console) -> bool:
-    """Whether the set exists; raises UserError if something else does."""
+    """Whether the set exists; raises UserError if something else is there."""
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return False
     if not (path / INDEX).exists():
@@ -215,7 +215,7 @@ def _is_prepared(path: Path, config: DataConfig, given: Tokenizer | None, consol
         )
     index = read_index(path)
     settings, there = _settings(config, given), index.settings
-    if given and not there.get("tokenizer"):  # its own, which may be the given one
+    if given and not there.get("tokenizer"):  # the set's own tokenizer may be the given one
         there = there | {"tokenizer": index.tokenizer_sha256}
     differences = [
         f"{key} is {there[key]!r} there and {settings[key]!r} here"
@@ -230,7 +230,7 @@ def _is_prepared(path: Path, config: DataConfig, given: Tokenizer | None, consol
     console.print(f"using {_summary(path, index)}")
     try:
         changed = _digest(local_files(config.texts)) != index.sources_digest
-    except UserError:  # the sources are gone, and are not needed
+    except UserError:  # the sources are gone, but not needed
         changed = False
     if changed:
         console.print(
@@ -240,9 +240,9 @@ def _is_prepared(path: Path, config: DataConfig, given: Tokenizer | None, consol
 
 
 def _settings(config: DataConfig, given: Tokenizer | None) -> dict[str, Any]:
-    """The settings that determine the contents of a set; a given tokenizer counts by its hash."""
+    """The settings that determine the contents of a set, with the hash of a given tokenizer."""
 
-    def text(name: str) -> str:  # a file name that is not UTF-8 has lone surrogates, JSON has none
+    def text(name: str) -> str:  # JSON cannot hold the lone surrogates of a non-UTF-8 file name
         return name.encode(errors="backslashreplace").decode()
 
     settings: dict[str, Any] = {
@@ -323,7 +323,7 @@ def _trained(texts: Iterator[str], config: DataConfig, model: Path, bars: Progre
 
 @dataclass(frozen=True)
 class _HeldOut:
-    """Decides which parts of a text are validation."""
+    """Decides which parts of a text are held out for validation."""
 
     unit: Literal["documents", "passages"]
     threshold: int
@@ -344,13 +344,13 @@ class _Survey:
     sample: list[str]
 
     def training_sample(self) -> Iterator[str]:
-        """The sample without what is held out."""
+        """The sample without held-out text."""
         parts = (part for text in self.sample for part in self.held_out.divide(text))
         return (text for split, text in parts if split == "train")
 
 
 def _survey(config: DataConfig, sample_bytes: int, bars: Progress) -> _Survey:
-    """Read all local documents, and the first ones of a Hugging Face dataset.
+    """Read all local documents, and the first documents of a Hugging Face dataset.
 
     Raises:
         UserError: there is no text, or too little to split.
@@ -360,7 +360,7 @@ def _survey(config: DataConfig, sample_bytes: int, bars: Progress) -> _Survey:
     threshold = int(config.val_fraction * _HASHES)
     n_bytes = held_out_bytes = kept_bytes = 0
     lowest, highest = _HASHES, -1
-    kept: list[tuple[int, str]] = []  # a heap, the greatest hash first
+    kept: list[tuple[int, str]] = []  # a heap, the largest hash first
     left_out: Counter[str] = Counter()
     for text in documents(config.texts, config.text_field, hub_bytes, left_out):
         size = len(text.encode())
@@ -395,8 +395,8 @@ def _survey(config: DataConfig, sample_bytes: int, bars: Progress) -> _Survey:
 
 
 def _hash(text: str, purpose: bytes = b"split") -> int:
-    """A hash below 2^64. The purpose gives the sample another hash than the split: the documents
-    with the least split hashes are all validation."""
+    """A hash below 2^64. ``purpose`` makes the sample's hash differ from the split's: the documents
+    with the smallest split hashes are all in the validation split."""
     digest = hashlib.blake2b(text.encode(), digest_size=8, person=purpose).digest()
     return int.from_bytes(digest, "little")
 
@@ -441,7 +441,7 @@ def _batches(
 
 
 class _SplitWriter:
-    """Appends documents to the shards of one split; a document may span two."""
+    """Appends documents to the shards of one split; a document may span two shards."""
 
     def __init__(self, folder: Path, split: SplitName, dtype: np.dtype, shard_tokens: int) -> None:
         self._folder, self._split = folder, split
@@ -458,11 +458,11 @@ class _SplitWriter:
 
     def __exit__(self, *_: object) -> None:
         if self._file:
-            with _naming(self._path):  # closing tries once more to write the buffer
+            with _naming(self._path):  # closing tries again to write the buffer
                 self._file.close()
 
     def append(self, tokens: list[int], n_bytes: int) -> None:
-        """Add a document that stands for ``n_bytes`` of text."""
+        """Add a document with ``n_bytes`` bytes of text."""
         self._n_bytes += n_bytes
         self._n_documents += 1
         rest = np.array(tokens, dtype=self._dtype)
@@ -506,7 +506,7 @@ class _SplitWriter:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name the file in the OSError that writing to an open file raises (a full disk)."""
+    """Add the file's name to an OSError from writing to an open file (a full disk)."""
     try:
         yield
     except OSError as error:

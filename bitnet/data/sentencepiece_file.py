@@ -1,17 +1,17 @@
-"""The vocabulary inside a sentencepiece model file, and such a file from a vocabulary.
+"""Read the vocabulary of a sentencepiece model file, and make such a file from a vocabulary.
 
-The file is a protobuf message, ModelProto. Only the fields that a BPE model needs are here: the
-protobuf package, which reads all of them, is not a requirement of this project. sentencepiece reads
-the file itself; what is written here goes through it before it is used.
+The file is a protobuf message, ModelProto. Only the fields that a BPE model needs are handled here,
+so the project does not require the protobuf package, which reads all of them. sentencepiece reads
+every file written here before it is used.
 
     ModelProto       pieces = 1, trainer_spec = 2, normalizer_spec = 3
     SentencePiece    piece = 1, score = 2, type = 3
     TrainerSpec      model_type = 3 (BPE = 2), byte_fallback = 35, eos_piece = 47
     NormalizerSpec   name = 1, add_dummy_prefix = 3, remove_extra_whitespaces = 4
 
-A message is a string of fields: a number (8 * field + wire type), then for wire type 0 a number,
-for 1 and 5 as many bytes as 8 and 4, for 2 a length and as many bytes. Numbers have 7 bits per
-byte, the lowest first, and a high bit where more follow.
+A message is a series of fields. Each is a number (8 * field + wire type), then a number for wire
+type 0, 8 bytes for 1, 4 bytes for 5, or a length and that many bytes for 2. Numbers have 7 bits per
+byte, the lowest first; the high bit is set if more follow.
 Source: google/sentencepiece, src/sentencepiece_model.proto; protobuf.dev, "Encoding".
 """
 
@@ -24,11 +24,11 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 class Piece(NamedTuple):
-    """An entry of the vocabulary; its place is its id."""
+    """An entry of the vocabulary; its index is its id."""
 
     text: str
     score: float
-    """Of two possible merges, the one that makes the piece of higher score comes first."""
+    """Of two possible merges, the one whose piece has the higher score comes first."""
     kind: int
 
 
@@ -69,7 +69,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _number(message: bytes, at: int) -> tuple[int, int]:
-    """A number and the place after it."""
+    """A number and the position after it."""
     value = shift = 0
     while shift < 64:
         if at >= len(message):
@@ -87,7 +87,7 @@ def make_model(pieces: Sequence[Piece], eos: str, dummy_prefix: bool) -> bytes:
 
     Arguments:
         eos: the text of the end-of-document token.
-        dummy_prefix: whether a space comes before each text.
+        dummy_prefix: whether a space is put before each text.
     """
     entries = [
         _field(1, _field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + _flag(3, kind))

@@ -1,19 +1,19 @@
 """Read text: from files, globs, folders, the standard library, Hugging Face datasets.
 
-All sources become a stream of documents (str), never in memory together. A .txt, .md or .py file is
-one document; so is a row of .jsonl, .parquet or a Hugging Face dataset. Upper case in a file's
-ending does not matter. The stream depends only on the sources: folders are walked in sorted order,
-following links, and a file or folder reached twice, such as in a circle of links, is read once.
+All sources become a stream of documents (str), never all in memory at once. A .txt, .md or .py file
+is one document, and so is a row of .jsonl, .parquet or a Hugging Face dataset. File endings may be
+in upper case. The stream depends only on the sources: folders are walked in sorted order, following
+links, and a file or folder reached twice, such as through a cycle of links, is read once.
 
-Nobody notices text that was left out silently until after the training. So a folder that cannot be
-listed is an error, and so is a text file that cannot be read or a link to nothing. Hidden files,
-``__pycache__``, files with other endings and documents without text are left out and counted.
+Silently omitted text would be noticed only after training. So a folder that cannot be listed is an
+error, and so is a text file that cannot be read or a broken link. Hidden files, ``__pycache__``,
+files with other endings and documents without text are left out and counted.
 
 Files are UTF-8 (a byte order mark is dropped); a .py file's coding line may name another encoding.
 Anything else is an error that names the file, as is a damaged or truncated archive. Two things are
-repaired: lone surrogates, which JSON allows and UTF-8 does not, become U+FFFD; documents beyond
-2 Mi characters are cut at a paragraph, so that a dump in one file neither fills the memory nor
-lands in one split.
+repaired. Lone surrogates, which JSON allows and UTF-8 does not, become U+FFFD. Documents longer
+than 2 Mi characters are cut at a paragraph, so that a dump in one file neither fills the memory nor
+is all in one split.
 """
 
 import io
@@ -45,7 +45,7 @@ _COMPRESSIONS: dict[str, Callable[[], Any]] = {
 }
 """Ending -> a decompressor of one member (gzip), stream (xz) or frame (zstd)."""
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"} | {
-    "encodings",  # generated tables, not written code: a sixth of the library
+    "encodings",  # generated tables, not written code; a sixth of the library
     "pydoc_data",
 }
 _MAGIC = "*?["
@@ -55,9 +55,9 @@ _MAX_ROW = 2**27
 _BLOCK = 2**20
 _HOLE = "\0" * _BLOCK
 _PACKED_BLOCK = 2**12
-"""Bytes decompressed at once: 4 KiB of a hostile archive are at most 128 MiB of zeros."""
+"""Bytes decompressed at once: 4 KiB of a hostile archive give at most 128 MiB of zeros."""
 _MAX_PADDING = 2**12
-"""Most blocks of zeros between an archive's members or after them."""
+"""Most blocks of zeros between an archive's members, or after the last one."""
 
 
 def local_files(sources: Sequence[str], left_out: Counter[str] | None = None) -> list[Path]:
@@ -67,7 +67,7 @@ def local_files(sources: Sequence[str], left_out: Counter[str] | None = None) ->
         sources: as ``DataConfig.sources``.
         left_out: counts the files in folders that are not read, by kind (".csv", "hidden", ...).
     Raises:
-        UserError: a source is missing (the error gives the nearest name), is of no known kind,
+        UserError: a source is missing (the error gives the nearest name), is of an unknown kind,
             holds no file, or cannot be read.
     """
     return [item for item in _in_order(sources, left_out) if isinstance(item, Path)]
@@ -86,7 +86,7 @@ def documents(
         field: the field of a row that holds the text.
         hub_bytes: read about this much of each Hugging Face dataset (a second pass downloads it
             again).
-        left_out: counts documents of blanks or null.
+        left_out: counts documents that are blank or null.
     Raises:
         UserError: a source is missing, unreadable, damaged, or has no such field.
     """
@@ -106,8 +106,8 @@ def documents(
 def cut(text: str, size: int) -> Iterator[str]:
     """Cut a text into parts of ``size`` to ``2 * size`` characters, the last possibly shorter.
 
-    A part ends with a paragraph if one ends in that range, else with a line, else with a word, else
-    anywhere. Joined, the parts are the text.
+    A part ends at the end of a paragraph if there is one in that range, else of a line, else of a
+    word, else anywhere. The joined parts are the text.
     """
     start = 0
     while len(text) - start > 2 * size:
@@ -168,7 +168,7 @@ def _files(source: str, left_out: Counter[str]) -> list[Path]:
 def _matching(folder: Path, parts: Sequence[str], above: frozenset[Path]) -> Iterator[Path]:
     """The files below a folder that match the pattern ``parts``, as ``glob`` defines it (``**``:
     any folders; a hidden name only if the pattern has its dot). Unlike ``glob`` it raises OSError
-    if a folder cannot be listed, and enters a circle of links only once.
+    if a folder cannot be listed, and enters a cycle of links only once.
 
     Arguments:
         above: the real paths of the folders that a ``**`` has entered.
@@ -196,7 +196,7 @@ def _matching(folder: Path, parts: Sequence[str], above: frozenset[Path]) -> Ite
 def _walk(
     folder: Path, endings: tuple[str, ...], no_folders: set[str], left_out: Counter[str]
 ) -> list[Path]:
-    """The files with these endings in sorted order, a folder's own files before its folders'."""
+    """The files with these endings in sorted order, a folder's own files before its subfolders'."""
     found: list[Path] = []
     walked: set[tuple[int, int]] = set()
     for root, folders, names in os.walk(folder, onerror=_refuse_folder, followlinks=True):
@@ -258,8 +258,8 @@ def _file_texts(path: Path, field: str) -> Iterator[str]:
 
 
 def _python_text(source: bytes) -> str:
-    """Decode a Python file as its coding line says; raises ValueError for an encoding that changes
-    ASCII, which is none of Python source."""
+    """Decode a Python file by its coding line. Raises ValueError for an encoding that changes
+    ASCII, since Python source cannot have one."""
     if len(source) > _MAX_ROW:
         raise ValueError(f"is no Python source: it has more than {_MAX_ROW:,} bytes")
     encoding, _ = tokenize.detect_encoding(io.BytesIO(source).readline)
@@ -292,10 +292,10 @@ def _open(path: Path) -> IO[bytes]:
 
 
 class _Decompressed(io.RawIOBase):
-    """Reads all members of an archive, and raises if one is not whole.
+    """Reads all members of an archive, and raises if one is incomplete.
 
-    The readers of the standard library and of zstandard accept some cut archives: no bytes at all
-    (.gz, .zst), a cut last frame (.zst), a damaged second stream (.xz).
+    The readers of the standard library and of zstandard accept some broken archives: an empty file
+    (.gz, .zst), a truncated last frame (.zst), a damaged second stream (.xz).
     """
 
     def __init__(self, path: Path, decoder: Callable[[], Any]) -> None:
@@ -324,7 +324,7 @@ class _Decompressed(io.RawIOBase):
         while block := self._file.read(_PACKED_BLOCK):
             while block:
                 if member is None:
-                    # zeros between members are padding, which gzip and xz allow
+                    # gzip and xz allow zeros between members as padding
                     if members and not (block := block.lstrip(b"\0")):
                         if (padding := padding + 1) > _MAX_PADDING:
                             raise EOFError("it ends in zeros, more than padding has")
@@ -395,7 +395,7 @@ def _hub_rows(source: str, field: str) -> Iterator[str]:
             yield _text_of(row, field, source)
     except UserError:
         raise
-    except Exception as error:  # of datasets, huggingface_hub, httpx, fsspec, ...
+    except Exception as error:  # from datasets, huggingface_hub, httpx, fsspec, ...
         raise UserError(
             f"data.sources: cannot read {source!r}: {type(error).__name__}: {_first_line(error)}"
         ) from error

@@ -1,31 +1,32 @@
 """Text to token ids and back, byte for byte: sentencepiece BPE with byte fallback.
 
 A language model is scored in bits per byte of the original text, so the tokenizer must lose
-nothing: ``decode(encode(text)) == text`` for every str. Hence no normalization (``identity``), no
-removal of whitespace, and a token for each of the 256 bytes, for characters that the vocabulary
-lacks. Loading checks this on a few hostile strings and refuses a lossy sentencepiece model.
+nothing: ``decode(encode(text)) == text`` for every str. So there is no normalization
+(``identity``), no removal of whitespace, and a token for each of the 256 bytes, for characters
+missing from the vocabulary. Loading checks this on a few hostile strings and rejects a lossy
+sentencepiece model.
 
-Traits of sentencepiece, and how this module treats them:
+Properties of sentencepiece, and how this module handles them:
 
 - *Dummy prefix.* sentencepiece puts a space before each text, so that a word has the same token at
   the start of a text as after a space. llama.cpp and Hugging Face expect it, so it is kept;
-  ``decode`` removes it. It is a byte that the text does not have: ``token_bytes`` of an encoded
-  text add up to one more than its bytes. :meth:`Tokenizer.count_bytes` leaves it out.
-- *U+2581 (lower one eighth block)* is sentencepiece's mark for a space, so a literal one would come
-  back as a space. It gets its three byte tokens instead.
+  ``decode`` removes it. The text does not have this byte: ``token_bytes`` of an encoded text add
+  up to one more than its bytes. :meth:`Tokenizer.count_bytes` leaves it out.
+- *U+2581 (lower one eighth block)* is sentencepiece's mark for a space, so a literal U+2581 would
+  decode to a space. It gets its three byte tokens instead.
 - *The trainer* skips a "sentence" that is long or holds U+2585, and puts the dummy prefix before
-  each. So it gets whole documents, cut at such characters, without a limit of length and without
-  the prefix, except a space where a document begins: it counts the strings that ``encode`` will
-  see, newlines and indentation included. Training line by line, as is common, costs 5% more tokens
-  on Python source, because ``):\\n`` or ``\\n\\n`` cannot become a token.
-- *Threads.* The model file stores their number; it is reset, so that a file and its hash depend
+  each. So it gets whole documents, cut at such characters, without a length limit and without the
+  prefix except at the start of a document. It then counts the strings that ``encode`` will see,
+  including newlines and indentation. Training line by line, as is common, costs 5% more tokens on
+  Python source, because ``):\\n`` or ``\\n\\n`` cannot become a token.
+- *Threads.* The model file stores their number. It is reset, so that a file and its hash depend
   only on text and vocabulary size.
 
-A space that follows another character always starts a new token (a piece has spaces only at its
-start, or is all spaces). A text cut there has the same tokens as in one piece, so long texts are
-encoded in segments, in parallel, in time linear in their length.
+A space after another character always starts a new token (a piece has spaces only at its start, or
+is all spaces). A text cut there has the same tokens as the whole text, so long texts are encoded in
+segments, in parallel, in time linear in their length.
 
-Files are patched by appending: in protobuf, the last of two values of a field counts.
+Files are patched by appending: in protobuf, the last value of a field counts.
 """
 
 import hashlib
@@ -47,7 +48,7 @@ from bitnet.schema import UserError, nearest, read_file, user_input
 
 _SPACE = "\u2581"
 _SEGMENT = 4096
-"""Characters after which a text is cut at the next possible place."""
+"""Number of characters after which a text is cut at the next possible place."""
 _CUT = re.compile("(?<=[^ ]) ")
 _UNTRAINABLE = re.compile("[\0\u2581\u2585]+")
 _PREFIX_ON, _PREFIX_OFF = b"\x1a\x02\x18\x01", b"\x1a\x02\x18\x00"
@@ -66,23 +67,23 @@ _PROBES = (
 
 
 class Tokenizer:
-    """A sentencepiece model that loses nothing, with an end-of-document token.
+    """A lossless sentencepiece model with an end-of-document token.
 
     The other kind, a Hugging Face tokenizer.json, is a subclass with the same interface;
     :func:`bitnet.data.tokenizer_json.load_tokenizer` tells them apart.
 
     Arguments:
-        path: the file. If ``model_bytes`` are given, it need not exist, and serves in errors only.
+        path: the file. With ``model_bytes`` it need not exist, and is only named in errors.
         model_bytes: the file's contents; None = read them.
     Attributes:
-        file_name: the name of the file in a folder of ours.
+        file_name: the name of the file in a model or data folder.
         path: the model file.
         model_bytes: its contents.
         vocab_size: number of ids, V.
         eos_id: the end-of-document token; ``encode`` never produces it.
         eos_ids: all tokens that end a generated text, ``eos_id`` first.
-        specials: the control tokens, which no text becomes: name -> id.
-        chat_template: how the model was trained to answer; None where nothing is known of it.
+        specials: the control tokens, which text never encodes to: name -> id.
+        chat_template: the chat template that the model was trained with; None if unknown.
 
     Raises:
         UserError: the file is missing, is not a sentencepiece model, has no end-of-sentence token,
@@ -129,15 +130,15 @@ class Tokenizer:
                 )
 
     def special_id(self, name: str) -> int | None:
-        """The id of a control token by its name, such as "</s>"; None where there is none."""
+        """The id of a control token by its name, such as "</s>"; None if there is none."""
         return self.specials.get(name)
 
     def encode_chat(self, template: ChatTemplate, messages: Sequence[Message]) -> list[int]:
-        """The ids of a chat up to where the assistant is to answer. Special tokens that the
-        template names are these tokens; in a message, their names are text.
+        """The ids of a chat up to the assistant's next answer. The template's special tokens become
+        these tokens; in a message, their names stay text.
 
         Raises:
-            UserError: the template refuses the messages; a text that cannot be encoded.
+            UserError: the template rejects the messages; a text that cannot be encoded.
         """
         parts = template.segments(messages, self.specials)
         return [
@@ -151,7 +152,7 @@ class Tokenizer:
 
     @property
     def prefixes_space(self) -> bool:
-        """Whether a space comes before each text (the dummy prefix)."""
+        """Whether a space is put before each text (the dummy prefix)."""
         return bool(self._prefix)
 
     @cached_property
@@ -161,7 +162,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """int64 ``[V]``: UTF-8 bytes that each id stands for, 0 for control ids.
+        """int64 ``[V]``: number of UTF-8 bytes of each id, 0 for control ids.
 
         They add up to the text's bytes plus one for the dummy prefix; see :meth:`count_bytes`.
         """
@@ -174,10 +175,10 @@ class Tokenizer:
         return sizes
 
     def count_bytes(self, tokens: Any) -> int:
-        """Exact UTF-8 bytes of text that ``tokens[1:]`` stand for.
+        """Exact number of UTF-8 bytes of text in ``tokens[1:]``.
 
-        The dummy prefix of a document, which is no byte of it, is recognized by the end-of-document
-        token before it; so put one first where a document begins:
+        The dummy prefix is not a byte of the document. It is recognized by the end-of-document
+        token before it, so put one first if a document begins:
         ``count_bytes([eos_id, *encode(text)]) == len(text.encode())``.
 
         Arguments:
@@ -190,7 +191,7 @@ class Tokenizer:
         return total
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without end-of-document token; of the empty text, none.
+        """The ids of a text, without end-of-document token; none for the empty text.
 
         Raises:
             UserError: the text holds a lone surrogate, which has no UTF-8.
@@ -239,10 +240,10 @@ class Tokenizer:
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int, out: Path, threads: int = 0
 ) -> Tokenizer:
-    """Train a BPE tokenizer and write it to ``out``, whole or not at all.
+    """Train a BPE tokenizer and write it to ``out``, completely or not at all.
 
     Ids: 0 unknown (never produced), 1 begin, 2 end of document, 3..258 the bytes, then merges in
-    the order they were learned, then single characters. Digits are never merged, runs of spaces
+    the order they were learned, then single characters. Digits are never merged; runs of spaces
     are. The same texts in the same order give the same file.
 
     Arguments:
@@ -251,7 +252,7 @@ def train_tokenizer(
         vocab_size: number of ids in total.
         threads: 0 = one per core; does not change the result.
     Raises:
-        UserError: the texts are too few for this vocabulary, or it is too small for them.
+        UserError: there are too few texts for this vocabulary, or it is too small for the texts.
         OSError: ``out`` cannot be written.
     """
     options: dict[str, str | int | bool] = {

@@ -5,20 +5,20 @@ printable character (GPT-2's alphabet: " " is "Ġ"), so a token's length in char
 in bytes. Further requirements:
 
 - *No loss.* A normalizer (NFC, lower case), a prefixed space or a splitter that removes its
-  separators changes the text that is scored. A few probes cannot find them all, so the file may
-  hold only parts known to lose nothing (:func:`_unfit`); the probes, as for sentencepiece, are for
-  the rest. The library silently drops a byte that is no token (SmolLM2's vocabulary lacks six
-  control characters and the rare planes of Unicode): encoding refuses a text with such a byte.
-- *One encoding.* BPE with dropout gives another encoding in each call, and is refused.
+  separators changes the scored text. A few probes cannot find them all, so the file may hold only
+  parts known to lose nothing (:func:`_unfit`). The probes, as for sentencepiece, check the rest.
+  The library silently drops a byte that is not a token (SmolLM2's vocabulary lacks six control
+  characters and the rare planes of Unicode), so encoding rejects a text with such a byte.
+- *One encoding.* BPE with dropout gives a different encoding in each call, and is rejected.
 - *No specials from text.* A literal "<|im_end|>" in a text is encoded as those bytes, not as the
-  control token: a document must not be able to end itself. A special token that merges produce,
-  and that ordinary text would therefore become, is refused.
+  control token: a document must not be able to end itself. A special token that merges can produce
+  is rejected, since ordinary text would become it.
 - *An end-of-document token*, for which the format has no field. It is the token that the file's
-  post-processor puts after a text, or else the first of the usual names. :func:`with_eos` writes
-  the first form. A chat model has several tokens that end a text (Llama 3's <|eot_id|>): the
+  post-processor puts after a text, else the first of the usual names. :func:`with_eos` writes the
+  first form. A chat model has several tokens that end a text (Llama 3's <|eot_id|>): the
   post-processor's template lists the others without placing them.
 
-The `tokenizers` package that runs it comes with the `hf` extra.
+The `hf` extra installs the `tokenizers` package that runs it.
 """
 
 import json
@@ -37,7 +37,7 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 _SPLITTERS = ("ByteLevel", "Split", "Digits", "Punctuation")
 """Pre-tokenizers that only cut, unless their options add or remove something."""
 _MAX_IDS = 2**24
-"""As many as a model may have."""
+"""Largest number of ids that a model may have."""
 _EOS_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 
 
@@ -63,7 +63,7 @@ class JsonTokenizer(Tokenizer):
     """A byte-level BPE tokenizer.json with the interface of ``bitnet.data.tokenizer.Tokenizer``.
 
     Arguments:
-        path: the file. If ``model_bytes`` are given, it need not exist, and serves in errors only.
+        path: the file. With ``model_bytes`` it need not exist, and is only named in errors.
         model_bytes: the file's contents; None = read them.
     Raises:
         UserError: the file is missing, damaged, not byte-level BPE, loses text or has no
@@ -105,7 +105,7 @@ class JsonTokenizer(Tokenizer):
         self._check_lossless([f" {name} " for name in self._ordinary_added()])
 
     def _ordinary_added(self) -> list[str]:
-        """Added tokens that are not special: text becomes them, and they may strip spaces."""
+        """Added tokens that are not special: text can encode to them, and they may strip spaces."""
         added = self._backend.get_added_tokens_decoder().values()
         return [token.content for token in added if not token.special]
 
@@ -118,12 +118,12 @@ class JsonTokenizer(Tokenizer):
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """int64 ``[V]``: the UTF-8 bytes that each id stands for; 0 for special and unused ids."""
+        """int64 ``[V]``: number of UTF-8 bytes of each id; 0 for special and unused ids."""
         alphabet, specials = set(_byte_marks().values()), set(self.specials.values())
         sizes = np.zeros(self.vocab_size, dtype=np.int64)
         for piece, token in self._pieces.items():
             if token not in specials:
-                # as the decoder does: a piece with one foreign character stands for itself
+                # as in the decoder: a piece with any foreign character is literal text
                 mapped = alphabet.issuperset(piece)
                 sizes[token] = len(piece) if mapped else len(piece.encode())
         return sizes
@@ -141,7 +141,7 @@ class JsonTokenizer(Tokenizer):
         for text in texts:
             check_text(text)
             self._check_bytes(text)
-        with user_input(f"{self.path}: the text cannot be encoded"):  # a costly regex panics
+        with user_input(f"{self.path}: the text cannot be encoded"):  # a costly regex may panic
             if threads == 1:
                 return [self._backend.encode(text, add_special_tokens=False).ids for text in texts]
             encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -170,8 +170,8 @@ class JsonTokenizer(Tokenizer):
 
 
 def with_eos(model_bytes: bytes, eos: str, ends: Sequence[str] = ()) -> bytes:
-    """Change the post-processor of a tokenizer.json: it then puts the special token ``eos`` after a
-    text, and does nothing else. :class:`JsonTokenizer` looks for this form first.
+    """Change the post-processor of a tokenizer.json so that it puts the special token ``eos`` after
+    a text and does nothing else. :class:`JsonTokenizer` looks for this form first.
 
     Arguments:
         ends: all tokens that end a generated text, with or without ``eos``.
@@ -219,7 +219,7 @@ def _backend(path: Path, model_bytes: bytes) -> Any:
         affix = _affix(json.loads(model_bytes))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a tokenizer.json, or a damaged one: {error}") from error
-    if affix:  # the library panics over one that its vocabulary was not made with
+    if affix:  # the library panics if the vocabulary was not made with it
         raise UserError(f"{path}: has {affix}; only byte-level BPE is supported")
     try:
         backend = Backend.from_str(model_bytes.decode("utf-8"))
@@ -228,7 +228,7 @@ def _backend(path: Path, model_bytes: bytes) -> Any:
             raise UserError(
                 f"{path}: has a token of id {largest:,}; at most {_MAX_IDS:,} ids are supported"
             )
-        content = json.loads(backend.to_str())  # every default written out
+        content = json.loads(backend.to_str())  # with every default written out
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:  # the library's panics are not even an Exception
@@ -248,15 +248,15 @@ def _backend(path: Path, model_bytes: bytes) -> Any:
 
 
 def _affix(content: Any) -> str:
-    """The name of a mark of word parts that the file has (other kinds of BPE, WordPiece), or ""."""
+    """The name of the setting that marks word parts (other kinds of BPE, WordPiece); "" if none."""
     model = content.get("model") if isinstance(content, dict) else None
     names = ("continuing_subword_prefix", "end_of_word_suffix")
     return next((n for n in names if isinstance(model, dict) and model.get(n)), "")
 
 
 def _unfit(content: dict[str, Any], backend: Any) -> str | None:
-    """Why a byte-level BPE tokenizer loses text, or gives a text several encodings; None if it does
-    neither. ``content`` is tokenizer.json as the library writes it."""
+    """Say why a byte-level BPE tokenizer loses text, or gives a text several encodings; None if it
+    does neither. ``content`` is tokenizer.json as the library writes it."""
     for step in _steps(content["normalizer"], "normalizers"):
         return f"its normalizer {step['type']} changes the text"
     splitters = _steps(content["pre_tokenizer"], "pretokenizers")
@@ -281,7 +281,7 @@ def _unfit(content: dict[str, Any], backend: Any) -> str | None:
 
 
 def _is_word(piece: str, backend: Any) -> bool:
-    """Whether the pre-tokenizer makes one word of a piece's text, alone or inside another text."""
+    """Whether the pre-tokenizer keeps a piece's text as one word, alone or inside another text."""
     bytes_of = {mark: byte for byte, mark in _byte_marks().items()}
     text = bytes(bytes_of.get(mark, 0) for mark in piece).decode(errors="replace")
     around = (text, f" {text} ", f"a{text}a")
@@ -291,7 +291,7 @@ def _is_word(piece: str, backend: Any) -> bool:
 
 
 def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    """The parts of a Sequence, nested ones too, in order; a part that is no Sequence, alone."""
+    """The parts of a Sequence in order, including nested ones; any other part alone."""
     if part is None:
         return []
     if part["type"] != "Sequence":
@@ -300,8 +300,8 @@ def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _byte_marks() -> dict[int, str]:
-    """GPT-2's alphabet: printable bytes of Latin-1 stand for themselves; the other bytes, in order,
-    for the characters from U+0100 on."""
+    """GPT-2's alphabet: printable bytes of Latin-1 map to themselves; the other bytes, in order, to
+    the characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {

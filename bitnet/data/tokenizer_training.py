@@ -1,15 +1,15 @@
-"""sentencepiece's trainer in a separate process: the parent's end and the child's.
+"""sentencepiece's trainer in a separate process: the code of the parent and of the child.
 
 The trainer is one call of C++ that takes minutes and handles no signal. A separate process can be
-killed: by any exception here (Ctrl-C, SIGTERM), and by the end of this process for any reason. The
+killed: on any exception here (Ctrl-C, SIGTERM), and when this process ends for any reason. The
 child leads its own session, so that Ctrl-C in a terminal reaches only the parent.
 
-The parent writes frames: a length in 8 bytes, then as many bytes. The first frame holds the options
-in JSON, the others hold sentences, and the length -1 ends them. The child answers with the model
-and exit code 0, or with a message and exit code 1. The parent keeps its end of the pipe open until
-then; if it closes, the child ends.
+The parent writes frames: a length in 8 bytes, then that many bytes. The first frame holds the
+options in JSON, the others hold sentences, and the length -1 ends them. The child answers with the
+model and exit code 0, or with a message and exit code 1. The parent keeps its end of the pipe open
+until then; if it closes, the child ends.
 
-The child runs this file, which therefore imports nothing but sentencepiece.
+The child runs this file, which therefore imports only sentencepiece.
 """
 
 import json
@@ -32,11 +32,11 @@ def train_model(sentences: Iterable[str], options: dict[str, str | int | bool]) 
     """Run ``SentencePieceTrainer.train`` on sentences, which may be a generator.
 
     Arguments:
-        options: sentencepiece's, except those of input and output.
+        options: sentencepiece's options, except those for input and output.
     Returns:
         The model file's bytes.
     Raises:
-        RuntimeError: with the trainer's message, or the way its process ended.
+        RuntimeError: with the trainer's message, or how its process ended.
     """
     child = subprocess.Popen(
         [sys.executable, "-P", __file__],
@@ -74,7 +74,7 @@ def train_model(sentences: Iterable[str], options: dict[str, str | int | bool]) 
 
 
 def _frames(requests: IO[bytes]) -> Iterator[bytes]:
-    """The parent's frames, to the end; if they break off, this process ends."""
+    """Yield the parent's frames; if they end too early, this process ends."""
     while header := requests.read(_LENGTH.size):
         (length,) = _LENGTH.unpack(header)
         if length == _END:

@@ -1,9 +1,9 @@
-"""Windows of tokens to evaluate or to calibrate on, cut from a text or a prepared folder.
+"""Windows of tokens for evaluation or calibration, cut from a text or a prepared folder.
 
     T tokens that a window predicts    S windows
 
-A window to evaluate on is int64 ``[T + 1]``: its inputs are ``[:-1]``, its targets ``[1:]``.
-:func:`bitnet.data.loader.sequential_windows` cuts those of a prepared folder.
+An evaluation window is int64 ``[T + 1]``: its inputs are ``[:-1]``, its targets ``[1:]``.
+:func:`bitnet.data.loader.sequential_windows` cuts the windows of a prepared folder.
 """
 
 from collections.abc import Iterable
@@ -35,8 +35,8 @@ def text_windows(
     """Cut a text, taken as one document, as ``sequential_windows`` cuts a split.
 
     Arguments:
-        seq_len: T. max_tokens: about how many tokens to predict, in windows spread evenly over the
-            text; 0: all.
+        seq_len: T. max_tokens: approximate number of tokens to predict, in windows spread evenly
+            over the text; 0: all.
     Returns:
         int64 ``[T + 1]`` each; the last one may be shorter. The first token's context is the
         end-of-document token.
@@ -47,14 +47,14 @@ def text_windows(
 
 
 def whole_inputs(windows: Iterable[Tensor], seq_len: int) -> Tensor:
-    """Stack the inputs of windows ``[T + 1]``, without those that are shorter: int64 ``[S, T]``."""
+    """Stack the inputs of windows ``[T + 1]``, leaving out shorter ones: int64 ``[S, T]``."""
     whole = [window[:-1] for window in windows if len(window) == seq_len + 1]
     return torch.stack(whole) if whole else torch.empty(0, seq_len, dtype=torch.int64, device="cpu")
 
 
 def first_inputs(tokenizer: Tokenizer, text: str, seq_len: int, max_tokens: int) -> list[Tensor]:
-    """The first ``max_tokens`` tokens of a text, as batches of one window: int64 ``[1, T]`` each,
-    the last one maybe shorter."""
+    """The first ``max_tokens`` tokens of a text, as batches of one window: int64 ``[1, T]`` each;
+    the last one may be shorter."""
     ids = _document(tokenizer, text)[:max_tokens]
     return list(ids.unsqueeze(0).split(seq_len, 1))
 
