@@ -1,1 +1,1 @@
-"""The ``bitnet`` command: one file per command; ``main`` gathers them."""
+"""The ``bitnet`` command: one file per command; ``main`` collects them."""

@@ -1,4 +1,4 @@
-"""``bitnet bench``: measure speed, and draw tables and plots from the figures."""
+"""``bitnet bench``: measure speed, and draw tables and plots from the results."""
 
 from bitnet.cli.lazy import group
 

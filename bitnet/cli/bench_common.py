@@ -1,4 +1,4 @@
-"""What the benchmarks share: options in one wording, result files, progress, and how they end."""
+"""Shared code of the benchmarks: options, result files, progress, and how they end."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -45,8 +45,8 @@ Tokens = Annotated[
 
 
 def bench_device(name: str, threads: int = 0) -> torch.device:
-    """:func:`pick_device`; a GPU by number becomes the current one, since streams, graphs and
-    events belong to the current device. ``threads``: of torch on the CPU; 0: torch's choice."""
+    """:func:`pick_device`; a GPU given by number becomes the current device, to which streams,
+    graphs and events belong. ``threads``: of torch on the CPU; 0: torch's choice."""
     device = pick_device(name)
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)
@@ -56,7 +56,7 @@ def bench_device(name: str, threads: int = 0) -> torch.device:
 
 
 def given_shapes(shapes: list[str] | None, models: list[str] | None) -> list[tuple[int, int]]:
-    """(N, K) of the shapes and of the models' matrices, each once."""
+    """(N, K) of the given shapes and of the models' matrices, without duplicates."""
     try:
         parsed = [parse_shape(text) for text in shapes or ()]
     except ValueError as error:
@@ -66,12 +66,12 @@ def given_shapes(shapes: list[str] | None, models: list[str] | None) -> list[tup
 
 
 def results_path(out: str, name: str) -> Path:
-    """The file ``out``, else ``name`` beside the published figures or in the current folder.
+    """The file ``out``, else ``name`` beside the published results or in the current folder.
 
-    The file's folder is made.
+    Creates the file's folder.
 
     Raises:
-        UserError: nothing can be written there: before the measuring, which may take hours.
+        UserError: the file cannot be written. Raised before measuring, which may take hours.
     """
     path = Path(out) if out else (RESULTS if RESULTS.is_dir() else Path()) / name
     check_output("--out", path)
@@ -79,8 +79,8 @@ def results_path(out: str, name: str) -> Path:
 
 
 def progress(console: Console) -> Progress:
-    """The bar of every benchmark. It estimates the remaining time from the last hour and not, as
-    usual, from half a minute, since a step may take longer than that."""
+    """The progress bar of every benchmark. It estimates the remaining time from the last hour
+    instead of the usual half minute, since a step may take longer than that."""
     return Reports(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
@@ -93,7 +93,7 @@ def progress(console: Console) -> Progress:
 
 
 def say(console: Console, text: str) -> None:
-    """Print lines as they are, whatever the terminal's width."""
+    """Print lines unchanged, for any terminal width."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -101,8 +101,8 @@ def say(console: Console, text: str) -> None:
 def ending(console: Console, kept: Callable[[], str], *failures: type[Exception]) -> Iterator[None]:
     """End a benchmark that stops early.
 
-    Ctrl-C ends it with exit code 130 and a line that contains ``kept()``: what the file has, "" if
-    nothing. One of the ``failures`` ends it with exit code 1 and its message.
+    Ctrl-C ends it with exit code 130 and a line that contains ``kept()``, which describes the
+    file's rows ("" if none). One of the ``failures`` ends it with exit code 1 and its message.
     """
     try:
         yield
@@ -114,6 +114,6 @@ def ending(console: Console, kept: Callable[[], str], *failures: type[Exception]
 
 
 def fail(message: str, cause: BaseException) -> Never:
-    """End the command with exit code 1: the message on stderr, and no traceback."""
+    """End the command with exit code 1 and the message on stderr, without a traceback."""
     print(f"error: {message}", file=sys.stderr)
     raise typer.Exit(1) from cause

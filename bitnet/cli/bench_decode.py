@@ -58,7 +58,7 @@ from bitnet_kernels.bench.machine import Machine
 
 
 class _Usual(NamedTuple):
-    """What is measured by default."""
+    """The default measurements."""
 
     sizes: tuple[str, ...]
     batches: tuple[int, ...]
@@ -169,21 +169,20 @@ def decode_command(
     profile: Profiled = False,
     out: Out = "",
 ) -> None:
-    """Time generation beside baseline, transformers, llama.cpp.
+    """Time generation against baseline, transformers, llama.cpp.
 
-    Each contender runs in its own process; they take turns, one generation each, so that a machine
-    that slows down slows all alike. Results are the time to the first token, tokens per second
+    Each contender runs in its own process. They take turns, one generation each, so that a machine
+    that slows down slows all of them. Results are the time to the first token, tokens per second
     after it, memory, and on a GPU joules per token, with the ratios within a round. Rows are
-    written when a case is done: Ctrl-C loses one at most, and the same command continues where it
-    stopped. What the file has already, measured by the same sources, is shown and not measured
-    again.
+    written after each case: Ctrl-C loses at most one case, and the same command continues where it
+    stopped. Rows in the file that the same source code measured are shown and not measured again.
 
-    ours-auto is what `bitnet generate` does; -dot and -addsub force a kernel; -bf16-head and
+    ours-auto is the engine of `bitnet generate`; -dot and -addsub force a kernel; -bf16-head and
     -int8-head are --head on a CPU, with keys and values in bf16. baseline is the same shape with
     nn.Linear layers in the same engine. transformers is generate() of its BitNet class
-    (autobitlinear) on the same ternary weights, greedy. llama.cpp (--peers) has them as GGUF, TQ2_0
-    with an fp16 head, without and with (-fa) flash attention; before anything is timed, its logits
-    are compared with ours. --threads can be repeated; --peers takes 1 and 2.
+    (autobitlinear) on the same ternary weights, greedy. llama.cpp (--peers) has these weights as
+    GGUF, TQ2_0 with an fp16 head, without and with (-fa) flash attention; its logits are compared
+    with ours before anything is timed. --threads can be repeated; --peers takes 1 and 2.
 
     On a GPU: bitnet bench decode --size 700m --size 2b --size 8b
     """
@@ -259,7 +258,7 @@ def _subjects(folder: str, sizes: Sequence[str], cases: Sequence[Case]) -> list[
 
 @dataclasses.dataclass
 class _Run:
-    """The settings of a command, which hold for every model, and the rows of its results."""
+    """The settings of a command, the same for every model, and the rows of its results."""
 
     console: Console
     here: Machine
@@ -276,21 +275,21 @@ class _Run:
     kept: list[Figures] = dataclasses.field(default_factory=list)
     """The file's rows."""
     shown: list[Figures] = dataclasses.field(default_factory=list)
-    """Those of this command, measured now or before."""
+    """The rows of this command, measured now or before."""
 
     def say(self, text: str) -> None:
-        """A line, or several."""
+        """Print one line or several."""
         say(self.console, text)
 
     def use(self, threads: int) -> None:
-        """Measure with so many threads from here on. 0: torch's choice."""
+        """Use this number of threads from now on. 0: torch's choice."""
         self.threads = threads
         torch.set_num_threads(threads or self.usual)
         self.here = machine.describe(self.here.device)
 
     def measure(self, subjects: Sequence[Subject], counts: Sequence[int], lines: list[str]) -> None:
-        """Measure all models with each number of threads; print ``lines``, then results as they
-        come, then the tables."""
+        """Measure all models with each number of threads. Print ``lines``, then each result, then
+        the tables."""
         self.kept = read(self.path, COLUMNS) if self.path else []
         _, no_energy = machine.find_meter(self.here.device)
         todo = [
@@ -310,11 +309,11 @@ class _Run:
         self.say(f"figures: {self.path}" if self.path else NOT_WRITTEN)
 
     def kept_so_far(self) -> str:
-        """The line of a stopped command about its file."""
+        """The line about the file that a stopped command prints."""
         return f"the same command goes on from {self.path}" if self.path and self.shown else ""
 
     def jobs(self, subject: Subject, lines: list[str]) -> list[Job]:
-        """The contenders that can take part; ``lines`` gets why others cannot."""
+        """The contenders that can run; ``lines`` gets the reasons why others cannot."""
         no = refusals(self.names, self.here.device, subject.config)
         lines += [f"{name} is left out: {why}" for name, why in no.items()]
         config = dataclasses.asdict(subject.config)
@@ -329,7 +328,8 @@ class _Run:
         return jobs
 
     def race(self, subject: Subject, jobs: list[Job]) -> None:
-        """Show a model's cases that the file has; measure the others, writing it after each."""
+        """Show a model's cases that are in the file. Measure the others; write the file after
+        each."""
         common = common_columns(self.here, self.rounds)
         before = [stored(subject, case, jobs, common, self.kept) for case in self.cases]
         todo = [case for case, rows in zip(self.cases, before, strict=True) if not rows]
@@ -365,7 +365,7 @@ class _Run:
         self.say(_line(rows))
 
     def fitting(self, subject: Subject, jobs: list[Job], lines: list[str]) -> list[Job]:
-        """Those that fit into memory together; ``lines`` gets the others."""
+        """The jobs that fit into memory together; ``lines`` gets the others."""
         sizes = [held_bytes(job, subject.config, self.cases) for job in jobs]
         free = free_bytes(self.here.device)
         kept = fitting(jobs, sizes, free)
@@ -382,7 +382,7 @@ class _Run:
 
 
 def _line(rows: Sequence[Figures]) -> str:
-    """One line for those who watch: a case's results."""
+    """One line that shows a case's results."""
     parts = []
     for row in rows:
         notes = []
@@ -409,7 +409,7 @@ def _profile(run: _Run, subjects: list[Subject]) -> None:
         raise UserError("--profile: one --contender, --size, --batch and --prompt")
     subject, case = subjects[0], run.cases[0]
     (job,) = run.jobs(subject, [])
-    read(run.path, PROFILE_COLUMNS)  # a file of something else is found before the work
+    read(run.path, PROFILE_COLUMNS)  # raises before the work if the file holds something else
     with reporting(f"profiling {job.contender}, {subject.name}"):
         found: Profile = measure(job, case, run.here)
     common = common_columns(run.here, 1)

@@ -49,10 +49,10 @@ def exact_command(
 ) -> None:
     """Check that every operator is right on this device.
 
-    A few shapes of each operator, by every kernel, against the CPU's exact arithmetic; then the
-    products of --shape and --m, which `bitnet bench kernels` times. Kernels are compiled side by
-    side in several processes. A case that crashes or hangs ends no other. The CSV is written anew
-    after each case. Exit code 1 where something is not exact.
+    Compares a few shapes of each operator, by every kernel, with the CPU's exact arithmetic; then
+    the products of --shape and --m, which `bitnet bench kernels` times. Several processes compile
+    kernels in parallel. A case that crashes or hangs ends no other case. The CSV is rewritten after
+    each case. Exit code 1 if anything is not exact.
 
     Example: bitnet bench exact --shape 2560x6912 --m 1 --m 16
     """

@@ -1,6 +1,6 @@
 """``bitnet bench kernels``: time every kernel against the 16-bit matmul.
 
-:mod:`bitnet_kernels.bench` measures; here are options, progress and files.
+:mod:`bitnet_kernels.bench` measures; this file has options, progress and files.
 """
 
 from functools import partial
@@ -36,7 +36,7 @@ from bitnet_kernels.bench.verify import Inexact
 from bitnet_kernels.sass import ARCHS
 
 ESTIMATES = "kernels_estimate.csv"
-"""Beside the measured file: machines without a GPU would each have these rows."""
+"""A separate file: otherwise every machine without a GPU would have these rows."""
 
 
 def kernels_command(
@@ -82,9 +82,9 @@ def kernels_command(
 ) -> None:
     """Time every kernel against the 16-bit matmul.
 
-    Nothing is timed that is not exact. Contenders take turns in one run, in CUDA graphs on a GPU,
-    with weights that come from memory (cold) or from the cache (hot). The CSV is written after each
-    group of contenders: Ctrl-C loses one at most, and the same command continues where it stopped.
+    Only exact kernels are timed. Contenders take turns in one run, in CUDA graphs on a GPU, with
+    weights read from memory (cold) or from the cache (hot). The CSV is written after each group of
+    contenders: Ctrl-C loses at most one group, and the same command continues where it stopped.
 
     Example: bitnet bench kernels --model bitnet-2b4t --m 1 --m 16
     """
@@ -117,7 +117,7 @@ def kernels_command(
 
 
 class _Asked(NamedTuple):
-    """Options as given; empty ones are chosen by device."""
+    """Options as given; the device chooses empty ones."""
 
     shapes: tuple[tuple[int, int], ...]
     tokens: tuple[int, ...]
@@ -128,7 +128,8 @@ class _Asked(NamedTuple):
     energy: bool
 
     def choice(self, kind: str, everything: bool, quick: bool) -> Selection:
-        """What to measure; by default what a CPU can do in minutes, and more on a GPU."""
+        """The cases to measure; by default as many as a CPU can do in minutes, and more on a
+        GPU."""
         gpu = kind == "cuda"
         shapes: tuple[tuple[int, int], ...]
         if everything:
@@ -152,8 +153,8 @@ class _Asked(NamedTuple):
 
 
 def _measure(console: Console, path: Path, kept: list[rows.Row], bench: Bench) -> None:
-    """Measure the groups that the file, whose rows are ``kept``, does not have yet; write it after
-    each."""
+    """Measure the groups that are not in the file yet (its rows are ``kept``); write the file after
+    each group."""
     everything = list(groups(bench.choice, bench.here.device))
     todo = [group for group in everything if not bench.done(group, kept)]
     is_begun = len(todo) < len(everything)
@@ -193,7 +194,7 @@ def _read(path: Path) -> list[rows.Row]:
 
 
 def _line(group: Group, new: list[rows.Row]) -> str:
-    """One line for those who watch: a group's result."""
+    """One line that shows a group's result."""
     best: dict[str, float] = {}
     for row in new:
         if row.what != "linear" or (row.contender == "bitnet" and row.dtype == "fp32"):
@@ -218,6 +219,6 @@ def _estimate(console: Console, path: Path, archs: tuple[str, ...], choice: Sele
     except estimating.Unavailable as reason:
         say(console, str(reason))
         return
-    old = [row for row in _read(path) if row.code == common["code"]]  # others are of other kernels
+    old = [row for row in _read(path) if row.code == common["code"]]  # drop rows of other kernels
     rows.write(path, rows.merge(old, new))
     say(console, f"estimates: {path}, {len(new)} rows, nothing was run")

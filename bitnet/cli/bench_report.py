@@ -1,4 +1,4 @@
-"""``bitnet bench report``: draw the documentation's tables and plots from the figures."""
+"""``bitnet bench report``: draw the documentation's tables and plots from the results."""
 
 from pathlib import Path
 from typing import Annotated
@@ -21,8 +21,8 @@ def report_command(
 ) -> None:
     """Draw tables and plots from docs/results/*.csv.
 
-    The tables of README.md, kernels/README.md, docs/decoding.md and docs/training.md stand between
-    marked lines and are replaced there. Plots need pip install -e ".[plots]".
+    Replaces the tables between marked lines in README.md, kernels/README.md, docs/decoding.md and
+    docs/training.md. Plots need pip install -e ".[plots]".
     """
     folder = Path(root) / RESULTS
     if not folder.is_dir():

@@ -33,7 +33,7 @@ from bitnet_kernels.bench import machine
 EAGER = ("fp", "naive", "ours")
 """Variants measured by default on a CPU, where compiling a step takes minutes."""
 CPU_TOKENS = 2048
-"""Tokens per micro-batch of a model by size on a CPU, two per step: seconds instead of minutes."""
+"""Tokens per micro-batch with --size on a CPU, two per step: seconds instead of minutes."""
 PEAK_TRIES = 5
 
 Overrides = Annotated[
@@ -120,17 +120,17 @@ def train_command(
     naive      BitLinear as papers print it, fake quantization in floats
     ours       BitLinear of this package
     ours-int8  the same with model.int8_backward = "both", an approximation
-    torchao    torchao's bitnet_training, where that package is installed
+    torchao    torchao's bitnet_training, if that package is installed
     ...-compiled: by torch.compile
 
-    Each variant runs in its own process; they take turns, one step each, so that a machine that
-    slows down slows all alike. Results are ratios of speed within a round, peak memory, loss and
-    compile time. Rows are written when a model is done; they replace those of an earlier run that
-    measured the same thing with as many steps.
+    Each variant runs in its own process. They take turns, one step each, so that a machine that
+    slows down slows all of them. Results are ratios of speed within a round, peak memory, loss and
+    compile time. Rows are written after each model. They replace the rows of an earlier run with
+    the same case and the same number of steps.
 
     A step is train.py's. With --size on a CPU it has 4,096 tokens, so that the default takes
-    minutes; with --config it has as many as the config says: 131,072 tokens for configs/15m.toml,
-    a minute and a half on 2 cores.
+    minutes. With --config it has the config's tokens: 131,072 for configs/15m.toml, a minute and a
+    half on 2 cores.
 
     The full measurement on a GPU: bitnet bench train --size 350m --size 1b
     """
@@ -146,7 +146,7 @@ def train_command(
     more = overrides or []
     asked = _Asked(tokens, micro_batches, steps + warmup, target, dtype, threads, seed, quick, more)
     subjects = _subjects(config or [], size or [], "15m" if on_cpu else "350m")
-    runs = {  # every mistake is found before anything is printed or timed
+    runs = {  # finds every mistake before anything is printed or timed
         label: asked.configs(paths, given, chosen) for label, (paths, given) in subjects.items()
     }
     here = machine.describe(target)
@@ -213,10 +213,10 @@ class _Asked(NamedTuple):
     def configs(
         self, paths: Sequence[Path], given: list[str], variants: list[str]
     ) -> dict[str, Config]:
-        """Variant -> its config, which holds all that a worker needs.
+        """Variant -> its config, which holds everything that a worker needs.
 
         Arguments:
-            paths, given: config files, or the overrides that make a model of some size.
+            paths, given: config files, or overrides that set the model's size.
         """
         base = load_config(paths, [*given, *self.overrides]).resolve()
         seq_len, train = base.data.seq_len, base.train
@@ -258,7 +258,7 @@ def _race(
     console: Console, label: str, configs: Mapping[str, Config], steps: int, warmup: int
 ) -> tuple[dict[str, list[Reply]], tuple[float, str]]:
     """The variants' replies, and the peak FLOP/s with its source. The peak is the best of several
-    measurements before the first turns: another program may slow down one, but hardly all."""
+    measurements before the first turns: another program may slow down one, but rarely all."""
     train = next(iter(configs.values())).train
     device = torch.device(train.device)
     dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32

@@ -28,8 +28,8 @@ def tune_command(
 ) -> None:
     """Find the fastest kernels for shapes on this GPU, and keep them.
 
-    Every candidate is checked, then timed; the best go to the user's cache, which wins over the
-    table that ships with the package. Takes minutes per shape, since each candidate is compiled.
+    Every candidate is checked, then timed. The best are saved in the user's cache, which overrides
+    the package's own table. Takes minutes per shape, since each candidate is compiled.
 
     Example: bitnet bench tune --model bitnet-2b4t --m 1 --m 16
     """

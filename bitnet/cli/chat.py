@@ -1,8 +1,8 @@
 """``bitnet chat``: talk to a model in a terminal.
 
-On a terminal, lines are edited by readline where Python has it, Ctrl-C ends an answer or clears a
-line, and Ctrl-D leaves. Where the input is a pipe, each line is a message, only the answers are
-written to stdout, a mistake ends the program, and Ctrl-C does, too.
+On a terminal, readline edits lines if Python has it, Ctrl-C ends an answer or clears a line, and
+Ctrl-D quits. If the input is a pipe, each line is a message, only the answers are written to
+stdout, and a mistake or Ctrl-C ends the program.
 """
 
 import contextlib
@@ -60,8 +60,8 @@ def chat_command(
 ) -> None:
     """Talk to a trained or packed model.
 
-    A model imported with a chat template answers messages. Any other model continues the text that
-    you begin. /help lists the commands.
+    A model imported with a chat template answers messages. Any other model continues your text.
+    /help lists the commands.
 
     Example: bitnet chat runs/quickstart/model-packed
     """
@@ -74,7 +74,7 @@ def chat_command(
     engine = Engine(
         model, tokenizer, max_batch=1, max_len=context, cache_dtype=kv, head=head, kernel=kernel
     )
-    del model  # the engine holds what it reads
+    del model  # the engine keeps the tensors that it needs
     params = SamplingParams(temperature, top_k, top_p, seed, tokenizer.eos_ids, stop=stop or ())
     chat = Chat(engine, tokenizer, params, max_new_tokens, system)
     if system and not chat.has_template:
@@ -99,8 +99,8 @@ def _answer_lines(chat: Chat) -> None:
 
 
 def _talk(chat: Chat, introduction: str) -> None:
-    """Read, answer and go on, whatever happens in between, until the user leaves."""
-    with contextlib.suppress(ImportError):  # Windows has none: lines then come without editing
+    """Read and answer messages until the user quits; errors do not end the chat."""
+    with contextlib.suppress(ImportError):  # Windows has none: lines cannot be edited then
         import readline  # noqa: F401 - input() uses it once it is imported
     print(introduction, file=sys.stderr)
     while True:
@@ -126,8 +126,8 @@ def _read_line(prompt: str) -> str:
 
 
 def _read_message(read: Callable[[str], str]) -> str | None:
-    """The next message that is not empty, without its final newline; lines that end with a
-    backslash are joined to the next. None at the end of the input."""
+    """The next message that is not empty, without its final newline. A line that ends with a
+    backslash is joined to the next line. None at the end of the input."""
     parts: list[str] = []
     while True:
         with user_input("the input cannot be read"):
@@ -144,7 +144,7 @@ def _read_message(read: Callable[[str], str]) -> str | None:
 
 
 def _command(chat: Chat, message: str) -> bool:
-    """Carry out a command, or answer a message; False to leave.
+    """Run a command, or answer a message; returns False to quit.
 
     Raises:
         UserError: an unknown command, a wrong value, a message that cannot be answered.
@@ -224,7 +224,7 @@ def _write(text: str) -> None:
 
 
 def _end(chat: Chat) -> None:
-    """End an answer's line; say what the model no longer sees."""
+    """End an answer's line; report the messages that the model no longer sees."""
     _write("\n")
     if chat.forgotten:
         print(

@@ -1,4 +1,4 @@
-"""What several commands share: arguments, options, names, texts, devices, tables."""
+"""Shared code of the commands: arguments, options, names, texts, devices, tables."""
 
 import math
 import os
@@ -26,7 +26,7 @@ from bitnet_kernels import pack_ternary, ternary_matmul
 
 
 def model_of(path: Path) -> Path:
-    """The model folder that an argument names; for a run its ``model``, which is said on stderr."""
+    """The model folder of an argument; for a run, its ``model`` folder, reported on stderr."""
     found = find_model(path)
     if found != path:
         print(f"{path} is a run: taking {found}", file=sys.stderr)
@@ -44,7 +44,7 @@ KernelOption = Annotated[Kernel, typer.Option(help="Kernel of a packed model's l
 
 
 def is_file(path: str) -> bool:
-    """Whether ``path`` is a file; False for a word that is too long for a path."""
+    """Whether ``path`` is a file; False for a word too long for a path."""
     return os.path.isfile(path)  # noqa: PTH113 - Path.is_file() raises OSError
 
 
@@ -52,10 +52,10 @@ def split_args(args: list[str]) -> tuple[list[str], list[str]]:
     """Split arguments into config files and ``section.key=value`` overrides.
 
     A word with ``=`` that ends in ``.toml`` is a config file if that file exists. A word with
-    neither is a file, too, or else the name of a config that comes with the package.
+    neither is a config file too, or else the name of a config in the package.
 
     Raises:
-        UserError: there is no config of that name, or it is an overlay without what it needs.
+        UserError: there is no config of that name, or it is an overlay without its other settings.
     """
     paths, overrides, names = list[str](), list[str](), list[str]()
     for word in args:
@@ -89,20 +89,20 @@ def _preset(name: str) -> Path:
 
 
 def config_help() -> str:
-    """Text for ``--help``: every config key with its default and meaning."""
+    """The text for ``--help``: every config key with its default and meaning."""
     sections: dict[str, list[str]] = {}
     for name, key, default, text in describe():
         value = f'"{default}"' if isinstance(default, str) else str(default).replace("'", '"')
         lines = sections.setdefault(name, [f"[{name}]"])
         lines.append(f"  {key} = {value.lower() if isinstance(default, bool) else value}")
         lines += [f"      {line}" for line in textwrap.wrap(text, 72)]
-    # a paragraph that begins with \b is not wrapped again
+    # click does not wrap a paragraph that begins with \b
     keys = ["\b\n" + "\n".join(lines) for lines in sections.values()]
     return "\n\n".join(["Keys of a config, with their defaults:", *keys])
 
 
 def valid_names(option: str, names: Iterable[str], valid: Iterable[str]) -> list[str]:
-    """The names, each once.
+    """Return the names without duplicates.
 
     Raises:
         UserError: a name is not valid. The error names ``option`` and the nearest valid name.
@@ -140,7 +140,7 @@ def _number(text: str) -> float | None:
 
 
 def wide_console() -> Console:
-    """A console for wide tables: at least 120 columns where the output is a file or a pipe."""
+    """A console for wide tables: at least 120 columns if the output is a file or a pipe."""
     console = plain_console()
     if not console.is_terminal:
         console.width = max(console.width, 120)
@@ -148,7 +148,7 @@ def wide_console() -> Console:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file. Raises UserError, naming the file, if it is empty or not UTF-8."""
+    """Read a text file. Raises UserError, naming the file, if it is empty or not UTF-8."""
     try:
         text = read_file(path, 2**30).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -182,7 +182,7 @@ def pick_device(name: str, option: str = "--device") -> torch.device:
 
 
 def load_for_inference(folder: Path, device: str, kernel: Kernel) -> tuple[Transformer, Tokenizer]:
-    """Load a model and its tokenizer for a device, packed layers with the kernel.
+    """Load a model and its tokenizer onto a device; packed layers use the kernel.
 
     Raises:
         UserError: no such device or model folder, or a kernel that does not run on the device.
@@ -197,8 +197,8 @@ def load_for_inference(folder: Path, device: str, kernel: Kernel) -> tuple[Trans
 
 
 def packed_bf16(model: Transformer, kernel: Kernel) -> Transformer:
-    """Cast a model to bf16, the dtype of the GPU kernels. Ternary layers are packed before, so that
-    their codes and scales are those of the fp32 weights."""
+    """Cast a model to bf16, the dtype of the GPU kernels. Ternary layers are packed first, so that
+    their codes and scales come from the fp32 weights."""
     if model.config.linear == "ternary":
         model = as_transformer(pack(model, kernel))
     return model.to(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""``bitnet convert``: import a model, or take a full-precision one of ours, and prepare it for
+"""``bitnet convert``: import a model, or take our full-precision one, and prepare it for
 quantization-aware training."""
 
 import dataclasses
@@ -24,7 +24,7 @@ from bitnet.qat.recipe import Recipe
 from bitnet.schema import UserError
 
 CALIBRATION_TOKENS, CALIBRATION_WINDOW = 65_536, 512
-"""Most tokens of the --calibration text that observers see, and tokens per window."""
+"""Most tokens of the --calibration text for the observers, and tokens per window."""
 
 
 def convert_command(
@@ -64,10 +64,10 @@ def convert_command(
 ) -> None:
     """Import a pretrained model, and add quantizers to train with.
 
-    SOURCE is Llama-like: full precision of ours, Hugging Face safetensors with their tokenizer, or
-    GGUF (dequantized). The written folder holds fp32 weights and the recipe; train.py starts from
-    it with train.init_from=FOLDER, `bitnet pack` makes its integers. A ternary model (Hugging
-    Face's BitNet, ternary GGUF) is imported as it is stored: master weights, or packed codes.
+    SOURCE is a Llama-like model: our full-precision folder, Hugging Face safetensors with their
+    tokenizer, or GGUF (dequantized). The written folder holds fp32 weights and the recipe. Train it
+    with train.init_from=FOLDER; `bitnet pack` makes its integers. A ternary model (Hugging Face's
+    BitNet, ternary GGUF) is imported as it is stored: master weights, or packed codes.
 
     Try: bitnet convert SmolLM2-135M/ quant.weights=int quant.bits=4 --out runs/smol-w4
     """

@@ -1,4 +1,4 @@
-"""``bitnet eval``: how well a model predicts a text, or what it scores in tasks of lm_eval."""
+"""``bitnet eval``: measure how well a model predicts a text, or its scores in lm_eval's tasks."""
 
 from functools import partial
 from pathlib import Path
@@ -56,7 +56,7 @@ def eval_command(
     """Measure a trained or packed model on a text or in tasks.
 
     On a text: bits per byte, loss, perplexity per token and per word. In tasks: the metrics of
-    lm-evaluation-harness, which comes with the eval extra.
+    lm-evaluation-harness (needs the eval extra).
 
     Example: bitnet eval runs/quickstart/model-packed --data data/python-stdlib --baselines
     """
@@ -98,7 +98,7 @@ def eval_command(
 
 
 def _check_options(**options: Any) -> None:
-    """Raise UserError for an option that the way of evaluating does not have."""
+    """Raise UserError for an option that does not apply to this kind of evaluation."""
     text, tasks = options["text"], options["tasks"]
     for name in ("stride", "context"):
         if options[name] and not text:
@@ -122,8 +122,8 @@ def _of_text(
 
 
 def _table(name: str, result: EvalResult, text: str) -> Table:
-    """The result, and what compressors reach on a text, unless that is empty."""
-    per_word = result.nats_per_word == result.nats_per_word  # not NaN: of a text
+    """The result, and the compressors' bits per byte on ``text`` unless it is empty."""
+    per_word = result.nats_per_word == result.nats_per_word  # not NaN: evaluated on a text
     title = f"{result.bytes:,} bytes, {result.tokens:,} tokens predicted"
     table = Table("", "bits per byte", "loss", "perplexity", title=title)
     row = [f"{result.bits_per_byte:.4f}", f"{result.loss:.4f}", f"{result.perplexity:.2f}"]
@@ -140,7 +140,7 @@ def _table(name: str, result: EvalResult, text: str) -> Table:
 
 
 def task_table(results: dict[str, dict[str, Any]]) -> Table:
-    """lm_eval's results, one row a metric."""
+    """lm_eval's results, one row per metric."""
     table = Table("task", "filter", "metric", "value", "standard error")
     for task, metrics in results.items():
         for key, value in metrics.items():

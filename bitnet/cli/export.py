@@ -72,7 +72,7 @@ export_command.__doc__ = f"""{export_command.__doc__}
 
 
 def _one_of(option: str, name: str, valid: list[str]) -> str:
-    """The name. Raises UserError, with the nearest valid one, for another."""
+    """Return a valid name. Raises UserError, with the nearest valid name, for any other."""
     if not name:
         raise UserError(f"name the format with {option}: {', '.join(valid)}")
     return valid_names(option, [name], valid)[0]

@@ -1,4 +1,4 @@
-"""``bitnet generate``: continue texts with a trained or a packed model."""
+"""``bitnet generate``: continue texts with a trained or packed model."""
 
 import sys
 from contextlib import nullcontext
@@ -38,7 +38,7 @@ def generate_command(
 ) -> None:
     """Continue one text or several with a trained or packed model.
 
-    Text goes to stdout, the speed to stderr. Ctrl-C ends the text where it is, with exit code 130.
+    Text goes to stdout, speed to stderr. Ctrl-C ends the text, with exit code 130.
 
     Example: bitnet generate runs/quickstart/model --prompt "def main" --temperature 0.7
     """
@@ -49,7 +49,7 @@ def generate_command(
     output = _Output(tokenizer, prompts)
     size = size_for(model, prompts, max_new_tokens)
     engine = Engine(model, tokenizer, **size, cache_dtype=kv, head=head, kernel=kernel)
-    del model  # the engine holds what it reads, such as a bf16 head and not the fp32 embedding
+    del model  # the engine keeps what it needs, such as a bf16 head, not the fp32 embedding
     params = SamplingParams(temperature, top_k, top_p, seed, tokenizer.eos_ids, stop=stop or ())
     interrupted = False
     several = reporting(f"generating {len(prompts)} texts") if len(prompts) > 1 else nullcontext()
@@ -66,11 +66,11 @@ def generate_command(
         file=sys.stderr,
     )
     if interrupted:
-        raise typer.Exit(130)  # 128 + SIGINT, as shells have it
+        raise typer.Exit(130)  # 128 + SIGINT, as in shells
 
 
 class _Output:
-    """Prompts and their continuations on stdout: one text as it grows, several at the end."""
+    """Prompts and continuations on stdout: a single text as it is generated, several at the end."""
 
     def __init__(self, tokenizer: Tokenizer, prompts: list[list[int]]) -> None:
         self.prompts = [tokenizer.decode(ids) for ids in prompts]
@@ -85,7 +85,7 @@ class _Output:
             self._write(text)
 
     def end(self) -> None:
-        """Write what is not written yet."""
+        """Write the text that is not written yet."""
         if len(self.texts) == 1:
             self._begin()
             self._write("\n")
@@ -94,7 +94,7 @@ class _Output:
             self._write(f"--- {number}\n{prompt}{text}\n")
 
     def _begin(self) -> None:
-        """Write the prompt, but not before the first text: an error before it has its own line."""
+        """Write the prompt when the first text comes, so that an earlier error has its own line."""
         if not self.begun:
             self._write(self.prompts[0])
         self.begun = True

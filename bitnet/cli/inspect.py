@@ -11,7 +11,7 @@ class ConfigByDefault(TyperGroup):
     """``inspect CONFIG.toml`` means ``inspect config CONFIG.toml``."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
-        """As click does, but a first word that names no command is an argument of ``config``."""
+        """Resolve as click does, but pass a first word that is no command to ``config``."""
         return super().resolve_command(ctx, args if args[0] in self.commands else ["config", *args])
 
 

@@ -47,7 +47,7 @@ def inspect_config(
 
     Try: bitnet inspect configs/15m.toml model.depth=8
 
-    With --world-size: memory and bytes sent per process, under each strategy.
+    With --world-size: memory and sent bytes per process, for each strategy.
 
     Try: bitnet inspect configs/700m.toml --world-size 16 --local-size 8
     """

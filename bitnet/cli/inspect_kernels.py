@@ -32,13 +32,13 @@ def inspect_kernels(
     sass: Annotated[str, typer.Option(help="Folder for listings, the main loop marked.")] = "",
     csv_file: Annotated[str, typer.Option("--csv", help="File for all figures.")] = "",
 ) -> None:
-    """Compile the GPU kernels, and count what their main loops cost.
+    """Compile the GPU kernels, and count the cost of their main loops.
 
-    This needs no GPU. Instructions are those of a thread, counted in the machine code (SASS), per
-    weight. The last columns are the weights that an SM could process per clock, by published rates
-    of its units, and how that compares with what memory delivers ("93%: alu", limited by the
-    integer units): a bound, not a measurement. A kernel of the addsub family that multiplies data
-    anywhere but by the two scales of its epilogue is an error: exit code 1.
+    Needs no GPU. Instructions of one thread are counted in the machine code (SASS), per weight. The
+    last columns are a bound, not a measurement: the weights that an SM could process per clock, by
+    published rates of its units, and the share of the memory's rate that this is ("93%: alu" =
+    limited by the integer units). An addsub kernel may multiply data only by the two scales of its
+    epilogue; any other multiplication is an error: exit code 1.
 
     Example: bitnet inspect kernels --arch sm_80 --arch sm_90 --kernel "M=1" --sass listings
     """
@@ -66,7 +66,7 @@ def inspect_kernels(
 
 
 def chosen_specs(kernel: str) -> dict[str, Any]:
-    """Name -> kernel to compile, of the kernels whose name contains ``kernel``.
+    """Name -> kernel to compile, for the kernels whose name contains ``kernel``.
 
     Raises:
         UserError: there is none, or kernels cannot be compiled here.
@@ -102,7 +102,7 @@ def compiled(archs: list[str], specs: dict[str, Any], listings: Path | None) -> 
 
 
 def multipliers(report: Report) -> list[str]:
-    """The multiplications that an addsub kernel may not have."""
+    """The multiplications that an addsub kernel must not have."""
     return report.multipliers_on_data + report.multipliers_outside
 
 
@@ -138,7 +138,7 @@ def tables_of(arch_name: str, reports: list[Report]) -> Iterator[Table]:
 
 
 def load_widths(report: Report) -> str:
-    """A note on weights that are not loaded 16 bytes at a time; "" where they are, or in bulk."""
+    """A note if weights are not loaded 16 bytes at a time; "" if they are, or loaded in bulk."""
     if report.weight_load_bits in ([128], []):
         return ""
     return f"weights in loads of {', '.join(str(n // 8) for n in report.weight_load_bits)} bytes"
@@ -153,7 +153,7 @@ def roofline(report: Report) -> str:
 
 
 def counted(opcodes: list[str]) -> str:
-    """``"0"``, or opcodes with how often each occurs."""
+    """``"0"``, or each opcode with its count."""
     return ", ".join(f"{opcode} x{n}" for opcode, n in Counter(opcodes).items()) or "0"
 
 

@@ -20,10 +20,9 @@ def inspect_model(
 ) -> None:
     """Print operations, bytes and energy per generated token.
 
-    Zeros are counted in the real codes. The tables compare the 16-bit model and the ternary one of
-    the same shape, whichever of them the folder holds. For a full-precision model they assume the
-    expected share of zeros. Models of other bit widths are refused: their products are
-    multiplications.
+    Zeros are counted in the real codes. The tables compare the 16-bit and the ternary model of the
+    same shape; the folder may hold either. For a full-precision model they assume the expected
+    share of zeros. Models of other bit widths are an error: their products are multiplications.
 
     Try: bitnet inspect model runs/quickstart/model-packed
     """

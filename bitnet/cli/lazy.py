@@ -1,7 +1,7 @@
-"""Groups of commands whose modules are imported when a command is looked up.
+"""Groups of commands that import a command's module only when the command is looked up.
 
-``bitnet generate`` thus imports neither PTQ nor the benchmarks; ``--help`` of a group, which shows
-the first line of each command, imports them all.
+So ``bitnet generate`` imports neither PTQ nor the benchmarks. ``--help`` of a group shows the first
+line of each command, so it imports them all.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 
 class Commands(Mapping[str, Any]):
-    """Commands by name, in the order in which ``--help`` lists them.
+    """Commands by name, in the order of ``--help``.
 
     Arguments:
         homes: name -> ``"module:object"``. The object is a command's function, a command
@@ -40,18 +40,18 @@ class Commands(Mapping[str, Any]):
 
 
 def command(name: str, function: Any, **options: Any) -> Any:
-    """A click command of a function with Typer's annotations; ``options`` as Typer's."""
+    """Make a click command from a function with Typer's annotations; ``options`` as Typer's."""
     app = typer.Typer(rich_markup_mode=None, add_completion=False)
     app.command(name, **options)(function)
     return typer.main.get_command(app)
 
 
 def group(homes: Mapping[str, str], help_text: str, cls: type = TyperGroup, **options: Any) -> Any:
-    """A group that shows its help when no command is named.
+    """Make a group that shows its help when no command is given.
 
     Arguments:
-        homes: as of :class:`Commands`.
-        cls: the group's class. options: its further arguments.
+        homes: as for :class:`Commands`.
+        cls: the group's class. options: further arguments of the class.
     """
     return cls(
         name=None,

@@ -1,7 +1,7 @@
-"""The ``bitnet`` command gathers the commands, one per file of this folder.
+"""The ``bitnet`` command collects the commands, one per file in this folder.
 
 Every command is a thin layer over functions of the library; ``bitnet COMMAND --help`` explains it.
-A mistake of the user ends in one line on stderr and exit code 2.
+A user's mistake ends in one line on stderr and exit code 2.
 """
 
 from bitnet.cli.lazy import group

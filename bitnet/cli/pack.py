@@ -23,7 +23,7 @@ from bitnet.schema import UserError
 from bitnet.summary import human
 
 PROMPTS = ["", "The ", "def __init__(self"]
-"""Texts for the proof, unless others are given."""
+"""Default texts for the proof."""
 
 
 def pack_command(
@@ -36,7 +36,7 @@ def pack_command(
 ) -> None:
     """Pack a trained model, and prove that it computes the same.
 
-    Ternary models and those with a [quant] recipe can be packed. The packed folder is read back
+    Ternary models and models with a [quant] recipe can be packed. The packed folder is read back
     from disk and compared with the trained model: codes, int32 accumulators, logits and greedy
     tokens must be equal to the last bit. Exit code 1 if not.
     """
@@ -61,7 +61,7 @@ def pack_command(
 
 
 def beside(folder: Path, suffix: str) -> Path:
-    """``FOLDER-packed``, say; the folder's own name where it ends in ``.`` or ``..``."""
+    """For example ``FOLDER-packed``; finds the folder's name if the path ends in ``.`` or ``..``."""
     if folder.name in ("", ".."):  # Path("x/.") has the name x
         folder = folder.resolve()
     return folder.with_name(folder.name + suffix)

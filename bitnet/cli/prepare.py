@@ -35,10 +35,10 @@ def prepare_command(
 ) -> None:
     """Turn text into token shards to train on.
 
-    A tokenizer is trained, unless one is named; documents are tokenized, and some are split off
-    for validation. The result is checked as a whole: an interrupted run leaves nothing that
-    loads. train.py does the same when its config's data.path is missing. A config with
-    tables [[data.sources]], a mixture, has each of its sources prepared.
+    Trains a tokenizer, unless one is given, tokenizes the documents and holds some out for
+    validation. The result is complete or absent: an interrupted run leaves nothing that loads.
+    train.py does the same if its config's data.path is missing. For a config with tables
+    [[data.sources]] (a mixture), each source is prepared.
 
     Example: bitnet prepare my-texts/ --path data/my-texts --vocab-size 8192
     """

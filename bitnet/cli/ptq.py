@@ -1,4 +1,4 @@
-"""``bitnet ptq``: compare quantization without training, by bit width and by method."""
+"""``bitnet ptq``: compare quantization without training, by bit width and method."""
 
 import csv
 import io
@@ -39,7 +39,7 @@ from bitnet.qat.recipe import Recipe
 from bitnet.schema import UserError
 
 MAX_WINDOW = 2048
-"""Longest window, in tokens; the papers' own."""
+"""Longest window, in tokens, as in the papers."""
 
 
 def ptq_command(
@@ -80,10 +80,10 @@ def ptq_command(
     """Quantize without training, and say where that suffices.
 
     rtn rounds to nearest, gptq compensates errors (arXiv 2210.17323), awq rescales channels by
-    search (2306.00978), smoothquant by a formula (2211.10438). 1.58 bits are ternary with BitNet's
-    scale, mean|W|. Embedding and head stay as they are.
+    search (2306.00978), smoothquant rescales them by a formula (2211.10438). 1.58 bits means
+    ternary with BitNet's scale, mean|W|. Embedding and head are not quantized.
 
-    The verdict on a bit width goes by its best method. PTQ is enough: perplexity grows by less than
+    The best method decides the verdict on a bit width. PTQ is enough: perplexity grows by less than
     1%. QAT is likely worth it: by 1% to 10%. QAT needed: by 10% or more.
 
     Example: bitnet ptq runs/fp/model --data data/python-stdlib --bits 4,3 --methods rtn,gptq
@@ -140,8 +140,8 @@ def _check_texts(text: str, data: str, calibration: str, calibrated: list[str]) 
 
 
 def _check_outputs(csv_file: str, out: str, count: int) -> None:
-    """Raise UserError if --csv would replace a file that this command did not write, or --out a
-    folder; and if --out would hold ``count`` models, not one."""
+    """Raise UserError if --csv would replace a file that this command did not write, if --out would
+    replace a folder, or if --out would get ``count`` models instead of one."""
     if csv_file:
         path = Path(csv_file)
         if not path.parent.is_dir():
@@ -199,7 +199,7 @@ def _calibration_inputs(
 
 
 class _Results:
-    """Quantizes and measures models under one progress bar; the CSV file has every row so far."""
+    """Quantizes and measures models under one progress bar; the CSV file holds all rows so far."""
 
     def __init__(
         self, windows: list[Tensor], tokenizer: Tokenizer, progress: Reports, path: Path | None
@@ -209,12 +209,12 @@ class _Results:
         self._progress, self._path = progress, path
         self._task = progress.add_task("", total=None)
         self._seconds = 0.0
-        self._write()  # a path that cannot be written is an error now, not at the end
+        self._write()  # a path that cannot be written raises now, not at the end
 
     def quantize(
         self, what: str, method: str, model: Transformer, recipe: Recipe, inputs: Tensor
     ) -> Transformer:
-        """Quantize by a method; ``what`` names it in the bar and in errors."""
+        """Quantize by a method; ``what`` is its name in the bar and in errors."""
         self._progress.reset(self._task, description=what)
         begun = time.perf_counter()
 

@@ -24,9 +24,9 @@ def report_command(
 ) -> None:
     """Show a run, and how it compares with others, on one page.
 
-    The page opens without a network: which run is better and by how much, whether the ternary
-    weights have settled, curves, telemetry by layer, samples, sizes and speeds. It reads
-    config.toml and metrics.jsonl; the runs may be in progress.
+    The page says which run is better and by how much, and whether the ternary weights have settled.
+    It has curves, telemetry by layer, samples, sizes and speeds, and opens without a network. It is
+    made from config.toml and metrics.jsonl; the runs may be in progress.
 
     Example: bitnet report runs/quickstart runs/quickstart-fp
     """

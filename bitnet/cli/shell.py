@@ -1,11 +1,11 @@
 """How our programs start and end.
 
-A mistake of the user ends in one line on stderr and exit code 2. Ctrl-C ends in code 130, SIGTERM
-in 143 and a closed terminal (SIGHUP) in 129, each after half-written files were removed. A reader
-that goes away (``| head``) ends in code 1. ``BITNET_DEBUG=1`` or ``--debug`` shows the traceback
-before the line. A traceback that appears without it is a defect of ours.
+A user's mistake ends in one line on stderr and exit code 2. Ctrl-C ends in code 130, SIGTERM in 143
+and a closed terminal (SIGHUP) in 129, each after half-written files are removed. A closed output
+pipe (``| head``) ends in code 1. ``BITNET_DEBUG=1`` or ``--debug`` shows the traceback before the
+line. Any other traceback is our bug.
 
-Nothing slow is imported here: :func:`start` has to run before torch is imported.
+Nothing slow is imported here: :func:`start` must run before torch is imported.
 """
 
 import codecs
@@ -25,11 +25,11 @@ from bitnet.schema import UserError, debugging
 from bitnet.signals import drop_closed_terminal, ending_signals
 
 SPINS = "10000"
-"""GOMP_SPINCOUNT where the user sets none: turns that a thread of OpenMP waits before it gives up
-its core. libgomp's own 300,000 are several ms: beside busy programs threads then mostly wait for
-each other. docs/training.md has the cost on an idle machine and the gain on a busy one."""
+"""GOMP_SPINCOUNT if the user sets none: how often a waiting OpenMP thread spins before it gives up
+its core. libgomp's default of 300,000 takes several ms: beside busy programs, threads then mostly
+wait for each other. docs/training.md has the cost on an idle machine and the gain on a busy one."""
 LONGEST_LINE = 2_000
-"""Longest error line in characters; the middle of a longer one is left out."""
+"""Longest error line in characters; the middle of a longer line is left out."""
 _WIDTHS = range(20, 10_001)
 """Plausible values of COLUMNS and LINES."""
 
@@ -37,14 +37,14 @@ _WIDTHS = range(20, 10_001)
 def start() -> None:
     """Call this first in a program, before the imports that take seconds.
 
-    Until :func:`run`, Ctrl-C ends the process at once with exit code 130. Where the locale knows
-    nothing but ASCII (``LC_ALL=C`` with Python's own remedies switched off), the process starts
-    again in UTF-8 mode: file names and arguments would otherwise not be the text that they are.
-    OpenMP reads how long its threads are to spin when torch is imported; see :data:`SPINS`.
+    Until :func:`run`, Ctrl-C ends the process at once with exit code 130. If the locale supports
+    only ASCII (``LC_ALL=C`` with Python's own remedies switched off), the process restarts in UTF-8
+    mode: file names and arguments would otherwise be decoded wrongly. OpenMP reads its spin count
+    when torch is imported; see :data:`SPINS`.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = SPINS
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not if it is ignored
         signal.signal(signal.SIGINT, _leave_at_once)
     ascii_only = codecs.lookup(sys.getfilesystemencoding()).name == "ascii"
     if ascii_only and os.environ.get("PYTHONUTF8") != "1":
@@ -67,11 +67,11 @@ def run(app: Callable[..., Any]) -> Never:
     with one_line_errors():
         try:
             sys.exit(app(standalone_mode=False))
-        except usage_error as error:  # an unknown option, a number that is none
+        except usage_error as error:  # an unknown option, an invalid number
             error.message = "\n".join(map(cut, error.message.split("\n")))
             error.show()
             sys.exit(error.exit_code)
-        except typer.Abort as error:  # what Typer makes of an EOFError
+        except typer.Abort as error:  # Typer turns an EOFError into this
             raise UserError(str(error.__cause__ or "the input ended early")) from error
 
 
@@ -84,7 +84,7 @@ def one_line_errors() -> Iterator[None]:
             with signals_exit():
                 yield
         finally:
-            if sys.stdout is not None:  # here, where a closed pipe can still be dealt with
+            if sys.stdout is not None:  # flush here, where a closed pipe can still be handled
                 sys.stdout.flush()
     except UserError as error:
         _fail(error, str(error))
@@ -103,20 +103,20 @@ def one_line_errors() -> Iterator[None]:
 
 
 def exhausted(error: Exception) -> str:
-    """The memory that is used up according to an error, ``"GPU memory (...)"`` or ``"memory"``; ""
-    for another error."""
+    """The memory that an error says is used up, ``"GPU memory (...)"`` or ``"memory"``; "" for any
+    other error."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):
         return f"GPU memory ({error})"
-    said = ("not enough memory", "can't allocate memory")  # by torch's CPU allocator
+    said = ("not enough memory", "can't allocate memory")  # messages of torch's CPU allocator
     out = isinstance(error, MemoryError) or any(words in str(error) for words in said)
     return "memory" if out else ""
 
 
 def _mend_environment() -> None:
-    """Restore Python's handler of Ctrl-C, drop impossible terminal sizes, and let the output take
-    any character."""
+    """Restore Python's handler of Ctrl-C, drop impossible terminal sizes, and make the output
+    accept any character."""
     if signal.getsignal(signal.SIGINT) is _leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("COLUMNS", "LINES"):
@@ -146,7 +146,7 @@ def _drop_output() -> None:
 
 
 def cut(line: str) -> str:
-    """The line, with its middle left out where it is longer than :data:`LONGEST_LINE`."""
+    """The line; if it is longer than :data:`LONGEST_LINE`, without its middle."""
     if len(line) <= LONGEST_LINE:
         return line
     head, mark = LONGEST_LINE * 3 // 4, " ... "
@@ -155,9 +155,9 @@ def cut(line: str) -> str:
 
 @contextmanager
 def signals_exit() -> Iterator[None]:
-    """Within the block, SIGTERM and SIGHUP raise ``SystemExit`` (143 and 129, 128 + the number, as
-    in shells) instead of ending the process at once, so that blocks around files and workers clean
-    up. Only in the main thread; elsewhere nothing changes."""
+    """Within the block, SIGTERM and SIGHUP raise ``SystemExit`` (143 and 129: 128 + the number, as
+    in shells) instead of ending the process at once, so that ``with`` blocks for files and workers
+    clean up. Works only in the main thread; in others it changes nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -165,7 +165,7 @@ def signals_exit() -> Iterator[None]:
 
     def leave(number: int, frame: FrameType | None) -> Never:
         for one in numbers:
-            signal.signal(one, signal.SIG_IGN)  # a second one would interrupt the cleaning
+            signal.signal(one, signal.SIG_IGN)  # a second signal would interrupt the cleanup
         drop_closed_terminal()
         raise SystemExit(128 + number)
 

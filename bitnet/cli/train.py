@@ -1,4 +1,4 @@
-"""``bitnet train``: runs train.py, which an installed package carries too."""
+"""``bitnet train``: run train.py, which is also in an installed package."""
 
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -15,15 +15,15 @@ def train_command(
         list[str] | None, typer.Argument(metavar="CONFIG... [SECTION.KEY=VALUE...]")
     ] = None,
 ) -> None:
-    """Train a model: train.py, with its arguments.
+    """Train a model: run train.py, with its arguments.
 
-    CONFIG is a TOML file or the name of a config that comes with the package: bitnet train 15m.
+    CONFIG is a TOML file or the name of a config in the package, as in: bitnet train 15m.
     """
     spec = spec_from_file_location("__main__", root() / "train.py")
     assert spec is not None
     assert spec.loader is not None
     script, before = module_from_spec(spec), sys.modules["__main__"]
-    sys.argv = ["bitnet train", *(args or ())]  # the name in its usage; runpy would set its own
+    sys.argv = ["bitnet train", *(args or ())]  # the name in the usage; runpy would set its own
     try:
         sys.modules["__main__"] = script
         spec.loader.exec_module(script)
@@ -34,6 +34,6 @@ def train_command(
 train = command(
     "train",
     train_command,
-    add_help_option=False,  # train.py's own lists every key of a config
+    add_help_option=False,  # train.py's own help lists every key of a config
     context_settings={"ignore_unknown_options": True},
 )
