@@ -1,11 +1,10 @@
-"""What a model on disk consists of, whatever holds it: a folder (folder.py) or one file
-(one_file.py).
+"""The contents of a model on disk, the same in a folder (folder.py) and in one file (one_file.py).
 
-A description (:class:`FolderConfig`): the resolved config, the form of the weights, checksums, and
-the description's own. And tensors under the names of our modules. Loading builds the modules that
-the description names, without memory and without drawing random numbers, compares the tensors'
-names, shapes and dtypes with theirs, and only then reads values: nothing is made to the size that
-a damaged file claims.
+There is a description (:class:`FolderConfig`): the resolved config, the form of the weights,
+checksums, and the description's own checksum. And there are tensors under the names of our modules.
+Loading first builds the described modules, without memory and without random numbers. It compares
+the tensors' names, shapes and dtypes with theirs, and only then reads values. So a damaged file
+cannot make it allocate memory of a wrong size.
 """
 
 import dataclasses
@@ -38,9 +37,9 @@ from bitnet_kernels.packing import packed_columns
 
 FORMAT, VERSION = "bitnet-train", 1
 MAX_FILE_BYTES = 2**28
-"""Largest size in bytes of what is no tensor of the model, such as a tokenizer."""
+"""Largest size in bytes of a part that is not a tensor of the model, such as a tokenizer."""
 _BLOCK = 64
-"""Rows of a matrix that are unpacked at a time."""
+"""Rows of a matrix unpacked at a time."""
 FULL_PRECISION = Recipe()
 Weights = Literal["latent", "packed", "integer"]
 Kinds = dict[str, tuple[torch.dtype, torch.Size]]
@@ -59,23 +58,23 @@ class FolderConfig:
     sha256: dict[str, str]
     """sha256 of the other files, by name."""
     config_sha256: str
-    """Of all the others, as :func:`_config_sha256` spells it."""
+    """sha256 of all other fields, by :func:`_config_sha256`."""
     quant: Recipe = FULL_PRECISION
     """The recipe that quantizes the model; absent from the file if there is none."""
     document_separator: Annotated[int, Field(ge=0)] | None = None
-    """The token between documents that training kept apart, as an evaluation does. Absent
-    from the file if they were not."""
+    """The token between documents, if training kept documents apart; evaluation then does too.
+    Otherwise absent from the file."""
 
 
 _CONFIG = TypeAdapter(FolderConfig)
 
 
 def stored_form(model: Transformer, quant: Recipe) -> tuple[Weights, dict[str, Tensor]]:
-    """The form of a model's weights, and its tensors as a file holds them.
+    """The form of a model's weights, and its tensors as stored in a file.
 
     Raises:
-        ValueError: the model's layers or tensors are not those of its config and ``quant``, so that
-            another model would be loaded; the first is named.
+        ValueError: the model's layers or tensors do not match its config and ``quant``, so that a
+            different model would be loaded; names the first one.
     """
     modules = dict(model.named_modules())
     quantized = any(isinstance(m, TernaryLinear | IntLayer) for m in modules.values())
@@ -118,7 +117,7 @@ def describe(
 
 def parse(data: bytes | str, where: str) -> FolderConfig:
     """Read and check a description. Raises UserError, beginning with ``where``, if it is damaged
-    or foreign."""
+    or of another program."""
     try:
         raw = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -146,15 +145,15 @@ def assemble(
     path: Path,
     where: str,
 ) -> Transformer:
-    """The model of a description and tensors, on the CPU.
+    """Build the model from a description and tensors, on the CPU.
 
     Arguments:
         kinds: of the tensors, by name.
-        read: their values, in any order; an OSError or SafetensorError passes.
+        read: their values, in any order; an OSError or SafetensorError passes through.
         kernel: of the packed layers.
-        path: of the tensors, where: of the description, for messages.
+        path: of the tensors. where: of the description. Both are for messages.
     Raises:
-        UserError: they do not belong together, or a value can be no model's.
+        UserError: description and tensors do not match, or a value is invalid.
     """
     try:
         model = structure_of(config.model, config.weights, config.quant)
@@ -198,8 +197,8 @@ def assemble(
 def _repacked(codes: Tensor, in_features: int) -> Tensor:
     """The quarter-planes uint8 ``[N, ceil(K/64)*16]`` of base-3 codes uint8 ``[N, ceil(K/5)]``.
 
-    In blocks of rows. What C's allocator gets back between two weights that stay, it keeps for the
-    process: that must not be whole matrices of a byte per weight.
+    Works in blocks of rows. C's allocator keeps memory that is freed between two weights for the
+    process, so the freed memory must not be whole matrices with a byte per weight.
     """
     packed = codes.new_empty(len(codes), packed_columns(in_features))
     for rows, part in zip(packed.split(_BLOCK), codes.split(_BLOCK), strict=True):
@@ -208,7 +207,7 @@ def _repacked(codes: Tensor, in_features: int) -> Tensor:
 
 
 def _ternary_linear(linear: BitLinear | TernaryLinear, kernel: Kernel) -> TernaryLinear:
-    """The packed layer, without memory, that stands in a BitLinear's place."""
+    """The packed layer, without memory, that replaces a BitLinear."""
     layer = TernaryLinear(
         linear.in_features,
         linear.out_features,
@@ -223,8 +222,8 @@ def _ternary_linear(linear: BitLinear | TernaryLinear, kernel: Kernel) -> Ternar
 
 
 class _NoRandomNumbers(TorchFunctionMode):
-    """Skips the drawing of initial weights. For those of meta tensors, which draw nothing, torch
-    would import its compiler: 900 modules, two seconds and 150 MB."""
+    """Skips the drawing of initial weights. On meta tensors it would draw nothing, but torch would
+    import its compiler: 900 modules, two seconds and 150 MB."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -236,12 +235,12 @@ class _NoRandomNumbers(TorchFunctionMode):
 
 
 def structure_of(config: ModelConfig, weights: Weights, quant: Recipe) -> Transformer:
-    """The model's modules without memory, and without drawing initial weights; BitLinears stand
-    where a packed model has its TernaryLinears. Raises UserError for a recipe that does not fit."""
+    """The model's modules without memory and without drawing initial weights. BitLinears stand in
+    for the TernaryLinears of a packed model. Raises UserError for a recipe that does not fit."""
     if (weights == "integer") > quant.enabled or (weights == "packed" and quant.enabled):
         raise UserError(f'weights "{weights}" and quant.weights "{quant.weights}" disagree')
     with torch.device("meta"), _NoRandomNumbers():
-        model = Transformer(config).float()  # whatever torch's default dtype is
+        model = Transformer(config).float()  # torch's default dtype may differ
         if quant.enabled:
             try:
                 prepare(model, quant)
@@ -253,7 +252,7 @@ def structure_of(config: ModelConfig, weights: Weights, quant: Recipe) -> Transf
 
 
 def _second_names(model: Transformer) -> dict[str, str]:
-    """Parameters that have two names (a tied head's): the second, not stored, to the first."""
+    """Parameters with two names (a tied head): second name, which is not stored -> first name."""
     first = {id(parameter): name for name, parameter in model.named_parameters()}
     named = model.named_parameters(remove_duplicate=False)
     return {name: first[id(p)] for name, p in named if first[id(p)] != name}
@@ -273,8 +272,8 @@ def _coded(model: Transformer, weights: Weights) -> dict[str, BitLinear | Ternar
 def _misfit(
     modules: Mapping[str, nn.Module], structure: Transformer, weights: Weights
 ) -> str | None:
-    """The first layer for which loading would build one that computes something else, even if the
-    tensors are the same; None if there is none."""
+    """The first layer that loading would rebuild with a different computation, even if the tensors
+    are the same; None if there is none."""
     expected = dict(structure.named_modules())
     for name, module in modules.items():
         if (other := expected.get(name)) is None:
@@ -292,7 +291,7 @@ def _misfit(
 
 
 def _options(module: nn.Module) -> dict[str, Any]:
-    """The settings by which a quantized layer computes, besides its tensors."""
+    """The settings of a quantized layer's computation, apart from its tensors."""
     if isinstance(module, QATLayer | IntLayer):
         return {f"quant.{key}": v for key, v in dataclasses.asdict(module.recipe).items()}
     names = ("granularity", "group_size", "grad_mask", "grad_mask_c")
@@ -305,7 +304,7 @@ def kinds_of(tensors: Mapping[str, Tensor]) -> Kinds:
 
 
 def _difference(tensors: Kinds, structure: Transformer, weights: Weights) -> str | None:
-    """How the tensors differ from those of such a model; None if they do not."""
+    """Describe how the tensors differ from those of such a model; None if they do not."""
     expected = kinds_of(structure.state_dict())
     for name, linear in _coded(structure, weights).items():
         expected.pop(f"{name}.weight" if isinstance(linear, BitLinear) else f"{name}.packed")
@@ -329,10 +328,10 @@ def _difference(tensors: Kinds, structure: Transformer, weights: Weights) -> str
 
 
 def _bad_value(name: str, tensor: Tensor) -> str | None:
-    """Why a tensor's values can be no packed model's; None if they can."""
+    """Say why a tensor's values are impossible in a packed model; None if they are possible."""
     if not tensor.is_floating_point() or not tensor.numel():
         return None
-    low, high = (float(value) for value in tensor.aminmax())  # of a NaN, both are NaN
+    low, high = (float(value) for value in tensor.aminmax())  # a NaN makes both NaN
     if not (math.isfinite(low) and math.isfinite(high)):
         return f"tensor {name} holds NaN or infinity"
     if name.endswith("scale") and not low > 0:
@@ -341,7 +340,7 @@ def _bad_value(name: str, tensor: Tensor) -> str | None:
 
 
 def check_vocab(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
-    """Raise UserError, beginning with ``where``, for a tokenizer of another vocabulary."""
+    """Raise UserError, beginning with ``where``, for a tokenizer with a different vocabulary."""
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{where}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
@@ -350,7 +349,7 @@ def check_vocab(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
 
 
 def _config_sha256(config: Mapping[str, Any]) -> str:
-    """sha256 of config.json's content without this key; sorted, so that layout does not matter."""
+    """sha256 of config.json's content without this key, sorted so that layout does not matter."""
     rest = {key: value for key, value in config.items() if key != "config_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -368,14 +367,14 @@ def _first_error(error: ValidationError) -> str:
 
 def check_layers(path: Path, config: ModelConfig, where: str) -> None:
     """Raise UserError if a file of tensors is larger than the config's model can be, or lacks one
-    of its layers. ``where``: the description, for messages."""
+    of the model's layers. ``where``: the description, for messages."""
     if not path.is_file():
         raise UserError(f"{path}: missing")
     try:
         config = config.resolve()
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    # in any form at most 16 bytes a parameter: codes, scales and zero points of single columns
+    # at most 16 bytes per parameter in any form: codes, scales and zero points of single columns
     check_file(path, 16 * config.num_parameters()["total"] + MAX_FILE_BYTES)
     with user_input(f"{path}: damaged"), safe_open(path, "pt") as file:
         names = file.keys()

@@ -1,10 +1,10 @@
-"""What is known of how a model was trained, for the card or the metadata of an export.
+"""Facts on how a model was trained, for the card or the metadata of an export.
 
-The model folder of a run lies in the run's folder, which has its config and its metrics. A folder
-that was moved elsewhere is exported without them.
+The model folder of a run is inside the run's folder, which has the config and the metrics. A model
+folder that was moved elsewhere is exported without them.
 
-A card is made to be published, and paths name people, machines and projects. So of every path in
-the config only the last part stays.
+A card is made to be published, and paths name people, machines and projects. So only the last
+component of every path in the config is kept.
 """
 
 import json
@@ -19,21 +19,21 @@ from bitnet.schema import read_file
 
 _MAX_BYTES = 2**30
 _TEXTS = ("sample_prompt", "text_field")
-"""Keys whose value is a text, which may have a slash."""
+"""Keys whose value is a text that may contain a slash."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run says of its model; empty where there is no run."""
+    """A run's facts on its model; empty if there is no run."""
 
     name: str
-    """Of the run, or of the model folder."""
+    """Name of the run, or of the model folder."""
     config: str = ""
-    """The run's config.toml, of its paths the last parts; "" if it cannot be read as TOML."""
+    """The run's config.toml with shortened paths; "" if it cannot be read as TOML."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """The newest evaluation: ``step``, ``tokens``, ``val_loss`` (nats) and ``val_bpb``."""
     sources: tuple[str, ...] = ()
-    """The training data, as ``data.sources`` names it, of paths the last parts."""
+    """The training data, as in ``data.sources``, with shortened paths."""
 
 
 def read_facts(folder: Path) -> Facts:
@@ -53,7 +53,7 @@ def read_facts(folder: Path) -> Facts:
 
 
 def _without_paths(value: Any, key: str = "") -> Any:
-    """A value of a config with the last part in place of each path."""
+    """A config value with each path replaced by its last component."""
     if isinstance(value, dict):
         return {key: _without_paths(one, key) for key, one in value.items()}
     if isinstance(value, list):
@@ -67,7 +67,7 @@ def _last_evaluation(path: Path) -> dict[str, Any]:
     for line in reversed(read_file(path, _MAX_BYTES).splitlines()):
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):  # a killed run's last line
+        except (ValueError, RecursionError):  # the last line of a killed run
             continue
         if isinstance(row, dict) and "val_loss" in row:
             return row
@@ -75,7 +75,7 @@ def _last_evaluation(path: Path) -> dict[str, Any]:
 
 
 def _sources(settings: dict[str, Any]) -> tuple[str, ...]:
-    """``data.sources`` of a run's config; those of a mixture are tables."""
+    """``data.sources`` of a run's config; in a mixture they are tables."""
     try:
         sources = settings["data"]["sources"]
     except (KeyError, TypeError):

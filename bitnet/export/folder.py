@@ -1,4 +1,4 @@
-"""A model folder: what a run leaves behind, what `bitnet pack` writes and `bitnet.load` reads.
+"""A model folder: written by a run and by `bitnet pack`, read by `bitnet.load`.
 
     model/
         model.safetensors   tensors; Hugging Face's BitNet names without the leading "model."
@@ -6,25 +6,25 @@
         tokenizer.model     the sentencepiece model (or tokenizer.json, of that kind)
         chat_template.json  of a chat model: how messages become text (bitnet/data/chat_template.py)
 
-Weights come in three forms. *latent*: the fp32 weights of training, from which training can go on.
-*packed*: each ternary matrix as ``<name>.codes``, five base-3 digits per byte (uint8
+Weights come in three forms. *latent*: the fp32 weights of training; training can continue from
+them. *packed*: each ternary matrix as ``<name>.codes``, five base-3 digits per byte (uint8
 ``[N, ceil(K/5)]``, 1.6 bits per weight), and ``<name>.scale`` in fp32. In memory a TernaryLinear
 holds 2 bits per weight in the order that kernels need. Both forms hold the same integers, so
-converting is exact. The scale is stored and never estimated again: absmean of a dequantized matrix
-keeps the codes and shrinks the scale by the share of nonzeros.
-*integer*: the model was quantized by a recipe (bitnet/qat/recipe.py), which stands in config.json
-as ``quant``: codes of so many bits, scales and zero points as bitnet/qat/integer.py holds them, and
-a ternary matrix as in *packed*. A latent model may have a recipe too: it is prepared for
-quantization-aware training or comes from it, with observers and learned scales. Loading repeats
-what made the modules (``prepare``, ``convert``) without memory and fills them.
+converting is exact. The scale is stored and never computed again: absmean of a dequantized matrix
+keeps the codes but multiplies the scale by the share of nonzeros.
+*integer*: the model was quantized by a recipe (bitnet/qat/recipe.py), stored as ``quant`` in
+config.json. There are codes of the recipe's bits, scales and zero points as in
+bitnet/qat/integer.py, and ternary matrices as in *packed*. A latent model may have a recipe too: it
+is prepared for or comes from quantization-aware training, with observers and learned scales.
+Loading repeats ``prepare`` and ``convert`` without memory, then fills the modules.
 
-Nothing that is loaded can execute code (safetensors, JSON, sentencepiece's protobuf), every file is
-checked against its sha256, and config.json against its own: a hand-edited rope_theta would load and
-be quietly wrong. Other files in the folder are not looked at.
+Loading executes no code (safetensors, JSON, sentencepiece's protobuf). Every file is checked
+against its sha256, and config.json against its own: a hand-edited rope_theta would load and be
+silently wrong. Other files in the folder are ignored.
 
-Saving writes a folder aside and renames it, so it appears whole or not at all. *Replacing* one
-takes two renames (durable.py): killed just between them, the path is missing and the previous
-version is whole in `.old-<name>` beside it; loading then says so.
+Saving writes a folder aside and renames it, so it appears complete or not at all. *Replacing* one
+takes two renames (durable.py). If the process is killed between them, the path is missing and the
+previous version is complete in `.old-<name>` beside it; loading then says so.
 """
 
 import dataclasses
@@ -75,14 +75,14 @@ def save_model(
         model: with fp32 weights, or packed (every BitLinear a TernaryLinear), or prepared or
             converted by ``quant``; on any device.
         tokenizer: the model's own. None: the folder has none, and only :func:`load_model` reads it.
-        quant: the recipe that the model was prepared with; of a model without quantizers, none.
+        quant: the recipe that the model was prepared with; not for a model without quantizers.
     Returns:
         The folder.
     Raises:
-        UserError: ``folder`` exists and is something else; another tokenizer's vocabulary.
-        ValueError: the model's layers or tensors are not those of its config and ``quant``, so that
-            another model would be loaded; the first is named.
-        OSError: the disk is full, ...; what was there is untouched.
+        UserError: ``folder`` exists and is something else; a tokenizer with another vocabulary.
+        ValueError: the model's layers or tensors do not match its config and ``quant``, so that a
+            different model would be loaded; names the first one.
+        OSError: the disk is full, ...; the old folder is untouched.
     """
     folder = Path(folder)
     _refuse_to_replace(folder)
@@ -107,9 +107,9 @@ def load(
     """Load a model and its tokenizer from a model folder, or from one file (one_file.py).
 
     Arguments:
-        device: where the model goes. kernel: of the packed layers, if the model is packed.
+        device: device of the model. kernel: of the packed layers, if the model is packed.
     Raises:
-        UserError: naming the file that is missing, damaged, or of another format or vocabulary.
+        UserError: a file is missing, damaged, or of another format or vocabulary; names the file.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -143,8 +143,8 @@ def load_model(
 ) -> Transformer:
     """As :func:`load`, without the tokenizer, which may be missing. Draws no random number.
 
-    A latent model can be trained on (one with a recipe is prepared by it, its observers where they
-    were). A packed or integer one gets the stored codes and scales as they are.
+    A latent model can be trained further (with a recipe, it is prepared by the recipe, with the
+    state of its observers). A packed or integer model gets the stored codes and scales unchanged.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -153,7 +153,7 @@ def load_model(
     _verify(folder, config)
     path = folder / TENSORS
     try:
-        kinds = kinds_of(load_file(path))  # a mapping: no value is read
+        kinds = kinds_of(load_file(path))  # a memory mapping: no value is read
         model = assemble(config, kinds, each_tensor(path), kernel, path, str(folder / CONFIG))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged: {error}") from error
@@ -166,13 +166,13 @@ class Sizes:
     ``total``."""
 
     fp32: dict[str, int]
-    """If every parameter were fp32."""
+    """Bytes if every parameter were fp32."""
     stored: dict[str, int]
-    """In model.safetensors; the total includes the file's header."""
+    """Bytes in model.safetensors; the total includes the file's header."""
 
 
 def sizes(folder: Path | str) -> Sizes:
-    """Sizes of a model folder's weights on the disk. Raises as :func:`load_model`."""
+    """Sizes of a model folder's weights on the disk. Raises the errors of :func:`load_model`."""
     folder = Path(folder)
     config, path = read_config(folder), folder
     if folder.is_dir():
@@ -192,9 +192,9 @@ def sizes(folder: Path | str) -> Sizes:
 
 
 def _refuse_to_replace(folder: Path) -> None:
-    """Raise UserError unless the folder may be replaced, which deletes it: an empty folder, or one
-    that holds nothing but our files."""
-    with user_input(str(folder)):  # no path, or a circle of links
+    """Raise UserError unless the folder may be replaced (and so deleted): it is empty or holds only
+    our files."""
+    with user_input(str(folder)):  # an invalid path, or a cycle of links
         folder.resolve()
     if folder.is_dir():
         present = {path.name for path in folder.iterdir()}
@@ -221,7 +221,7 @@ def is_ours(config: Path) -> bool:
 
 def read_config(folder: Path) -> FolderConfig:
     """Read and check config.json, or the description in a file (one_file.py). Raises UserError if
-    it is missing, damaged or foreign."""
+    it is missing, damaged or of another program."""
     if folder.is_file():
         return read_description(folder)
     path = folder / CONFIG
@@ -245,8 +245,8 @@ def read_config(folder: Path) -> FolderConfig:
 
 
 def _verify(folder: Path, config: FolderConfig) -> None:
-    """Check the files against their sha256. Before that, check by the header that they can belong
-    to such a model: no huge file is hashed, and no million empty layers are built."""
+    """Check the files against their sha256. First check by the header that they can belong to such
+    a model, so that no huge file is hashed and no million empty layers are built."""
     check_layers(folder / TENSORS, config.model, str(folder / CONFIG))
     for name, expected in config.sha256.items():
         path = folder / name

@@ -1,12 +1,12 @@
 """The formats that a model can be exported to, one row each.
 
     hf = FORMATS["hf"]
-    hf.save(model, tokenizer, path, "offline", facts)     # whole or not at all
-    model, tokenizer = hf.load(path)                      # back as ours, with the same codes
-    hf.verify(model, tokenizer, path).holds               # against the program that reads it
+    hf.save(model, tokenizer, path, "offline", facts)     # complete or not at all
+    model, tokenizer = hf.load(path)                      # as our model, with the same codes
+    hf.verify(model, tokenizer, path).holds               # in the program that reads the format
 
 To add a format, write a module with these three functions in bitnet/export/ and add its row. Its
-``save`` refuses by name what the format cannot carry, and says which settings it can.
+``save`` raises for settings that the format cannot hold, names them, and says which ones it can.
 """
 
 import copy
@@ -48,17 +48,17 @@ class Format:
     """A row of :data:`FORMATS`."""
 
     about: str
-    """What it is and who reads it, in one line."""
+    """The format and its readers, in one line."""
     kinds: Mapping[str, str]
-    """Its variants, and what each is for. The first is the default."""
+    """Variant -> its purpose. The first is the default."""
     save: Save
-    """Write a model, latent or packed, to a path that does not exist, as such a kind. Raises
-    UserError for what the format cannot carry."""
+    """Write a model, latent or packed, to a path that does not exist, as one of the kinds. Raises
+    UserError for anything that the format cannot hold."""
     load: Callable[[Path], tuple[Transformer, Tokenizer]]
     """Read it back. Raises UserError for a file that is damaged or of another kind."""
     verify: Callable[[Transformer, Tokenizer, Path], Verification]
-    """Compare the model with the file, read back by ``load`` and, where it is installed, by the
-    program that the format belongs to."""
+    """Compare the model with the file, read back by ``load`` and by the format's own program if
+    that is installed."""
 
 
 def _save_gguf(
@@ -68,7 +68,7 @@ def _save_gguf(
 
 
 def _save_packed(save: Callable[[Path, Transformer, Tokenizer], Path]) -> Save:
-    """Make ``save``, which writes a model as it is, one of a format's that packs it first."""
+    """Turn ``save``, which writes a model unchanged, into one that packs the model first."""
 
     def packing(
         model: Transformer, tokenizer: Tokenizer, path: Path, kind: str, facts: Facts
@@ -88,7 +88,7 @@ def _save_packed(save: Callable[[Path, Transformer, Tokenizer], Path]) -> Save:
 
 
 def _verify_ours(model: Transformer, tokenizer: Tokenizer, path: Path) -> Verification:
-    """Compare all that was read back, and its logits, to the last bit."""
+    """Compare everything that was read back, and the logits, to the last bit."""
     result = Verification()
     loaded, read = load(path)
     compare_codes(model, loaded, result)

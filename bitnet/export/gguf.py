@@ -1,20 +1,20 @@
 """Import a model from one GGUF file.
 
     architecture   our model                  its matrices
-    llama          pre_norm, SiLU             dequantized to fp32; ternary if they are stored so
+    llama          pre_norm, SiLU             dequantized to fp32; ternary if stored as ternary
     qwen2          the same with qkv_bias     the same
     bitnet         sub_norm, SiLU, a tied     ternary: the codes and scales of the file
                    head
 
-The names of a file become ours, and for llama the rows of q_proj and k_proj their order: llama.cpp
-rotates neighbouring channels by one angle, our model channels i and i + E/2, and its converter
-interleaves the rows. (For the others llama.cpp does as we do.) Every key of the architecture and
-every tensor must be one that our model has, so that nothing is left out silently.
+The file's names become our names. For llama the rows of q_proj and k_proj are reordered: llama.cpp
+rotates neighbouring channels by one angle, our model rotates channels i and i + E/2, and
+llama.cpp's converter interleaves the rows. (For the others llama.cpp does as we do.) Our model must
+have every key of the architecture and every tensor, so that nothing is left out silently.
 
-A matrix counts as ternary where its type is (tq1_0, tq2_0, bitnet.cpp's i2_s) or a ``.scale``, one
-number that multiplies its output, stands beside it; in the architecture bitnet always. The nonzero
-weights must then have one absolute value: that, times the ``.scale``, is the scale. Nothing is
-estimated, and a matrix with other values is refused.
+A matrix counts as ternary if its type is ternary (tq1_0, tq2_0, bitnet.cpp's i2_s), if the file has
+a ``.scale`` for it (one number that multiplies its output), or if the architecture is bitnet. The
+nonzero weights must then have one absolute value; times the ``.scale``, it is the scale. Nothing is
+estimated, and a matrix with other values is an error.
 """
 
 from functools import partial
@@ -34,7 +34,7 @@ from bitnet.model import Transformer
 from bitnet.schema import UserError, nearest
 
 ARCHITECTURES = {"pre_norm": "llama", "sub_norm": "bitnet"}
-"""``model.norm_placement`` -> architecture of a file that is written."""
+"""``model.norm_placement`` -> architecture of a written file."""
 _QWEN2 = "qwen2"
 _NAMES = {
     "token_embd.weight": "embed_tokens.weight",
@@ -52,12 +52,12 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""Part of a layer in a file -> ours."""
+"""Part of a layer in a file -> our name."""
 SUB_NORM_NAMES = {
     "attn_sub_norm": "self_attn.attn_sub_norm",
     "ffn_sub_norm": "mlp.ffn_sub_norm",
 }
-"""The same, of the architecture bitnet alone."""
+"""The same, only for the architecture bitnet."""
 _TERNARY = ("TQ1_0", "TQ2_0", "I2_S")
 _READ = {
     *("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size"),
@@ -65,7 +65,7 @@ _READ = {
     *("rope.freq_base", "rope.dimension_count", "attention.key_length", "attention.value_length"),
     *("tensor_data_layout", "attention.sliding_window"),
 }
-"""Keys of the architecture that are read, are checked, or do not affect the computation."""
+"""Keys of the architecture that are read or checked, or do not affect the computation."""
 _NEUTRAL: dict[str, Any] = {
     "attention.causal": True,
     "attention.clamp_kqv": 0,
@@ -81,12 +81,12 @@ _NEUTRAL: dict[str, Any] = {
     "rope.scale_linear": 1,
     "use_parallel_residual": False,
 }
-"""Keys of other architectures -> the value at which they compute what ours does."""
+"""Keys of other architectures -> the value with which they compute the same as ours."""
 
 
 def load_gguf(source: Path) -> tuple[Transformer, Tokenizer]:
-    """Import a .gguf file; as :func:`bitnet.export.hf.load_hf`, but with ternary layers, packed,
-    where its matrices are ternary."""
+    """Import a .gguf file, as :func:`bitnet.export.hf.load_hf` does; ternary matrices become packed
+    ternary layers."""
     reader = open_gguf(source)
     keys = Keys(source, reader)
     arch = _architecture(keys)
@@ -103,7 +103,7 @@ def load_gguf(source: Path) -> tuple[Transformer, Tokenizer]:
 
 
 def _architecture(keys: Keys) -> str:
-    """The file's architecture. Raises UserError unless it is one that can be imported."""
+    """The file's architecture. Raises UserError unless it can be imported."""
     source = keys.source
     kind = keys.get("general.type", str, "model")
     if kind != "model":
@@ -120,7 +120,7 @@ def _architecture(keys: Keys) -> str:
 
 
 def _shape(keys: Keys, arch: str, ternary: bool) -> Shape:
-    """The model's sizes. Raises UserError for what our model cannot have."""
+    """The model's sizes. Raises UserError for anything that our model cannot have."""
     source = keys.source
     context = keys.size(f"{arch}.context_length")
     d_model, heads = (
@@ -173,8 +173,8 @@ def _shape(keys: Keys, arch: str, ternary: bool) -> Shape:
 
 
 def _stored(source: Path, reader: Any, shape: Shape) -> dict[str, Stored]:
-    """Every tensor of the file, under our names; unknown ones under their own. A ternary matrix is
-    two: codes, and ``weight_scale``."""
+    """Every tensor of the file, under our names; unknown tensors under their own. A ternary matrix
+    is two tensors: codes and ``weight_scale``."""
     stored: dict[str, Stored] = {}
     used: set[str] = set()
     names = LAYER_NAMES | SUB_NORM_NAMES if shape.sub_norm else LAYER_NAMES
@@ -213,24 +213,25 @@ def _stored(source: Path, reader: Any, shape: Shape) -> dict[str, Stored]:
 
 
 def _dims(tensor: Any) -> tuple[int, ...]:
-    """The shape of a tensor, as torch has it."""
+    """The shape of a tensor, in torch's order."""
     return tuple(int(n) for n in reversed(tensor.shape.tolist()))
 
 
 def _is_number(text: str) -> bool:
-    """Whether a text is a layer's number: no sign, no leading zero."""
+    """Whether a text is a layer number: no sign, no leading zero."""
     return text.isascii() and text.isdecimal() and (text == "0" or text[0] != "0")
 
 
 def _read(tensor: Any, heads: int, rows: int) -> Tensor:
-    """The first rows of a tensor in fp32. ``heads``: those of rows in llama.cpp's order."""
+    """The first rows of a tensor in fp32. ``heads``: number of heads if the rows are in llama.cpp's
+    order."""
     from gguf.quants import dequantize
 
     if tensor.tensor_type.name == "I2_S":
         values = read_i2_s(torch.from_numpy(tensor.data.copy()), _dims(tensor))[:rows]
     else:
         values = torch.from_numpy(dequantize(tensor.data[:rows], tensor.tensor_type).copy())
-    if heads:  # llama.cpp's order of a head's rows, 0, E/2, 1, E/2 + 1, ..., put back
+    if heads:  # undo llama.cpp's order of a head's rows, 0, E/2, 1, E/2 + 1, ...
         values = values.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
     return values
 

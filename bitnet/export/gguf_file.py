@@ -1,8 +1,8 @@
 """A GGUF file as data: its metadata and its tensors, checked as they are read.
 
-The `gguf` package reads the file, and trusts it. Here every count is compared with what the file
-holds, before something of that size is made, and every value of the metadata with the kind that is
-expected.
+The `gguf` package reads the file and trusts it. Here every count is compared with the file's real
+contents before memory of that size is allocated, and every metadata value is checked for the
+expected type.
 """
 
 import math
@@ -22,7 +22,7 @@ _I2_S: Any = SimpleNamespace(name="I2_S", value=I2_S)
 
 
 def open_gguf(source: Path) -> Any:
-    """gguf's reader of a file, whose tensors are within the file and do not overlap.
+    """gguf's reader of a file. Its tensors are checked to be within the file and not to overlap.
 
     A tensor of bitnet.cpp's type i2_s, which the package does not know, has the type's name "I2_S"
     and its bytes as data.
@@ -82,7 +82,7 @@ def open_gguf(source: Path) -> Any:
 
 
 class Keys:
-    """The file's metadata as Python values; a wrong kind is an error that names the key."""
+    """The file's metadata as Python values; a wrong type is an error that names the key."""
 
     def __init__(self, source: Path, reader: Any) -> None:
         self.source = source
@@ -92,7 +92,7 @@ class Keys:
         return iter(self._fields)
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of a key, which must be of the kind (list: an array)."""
+        """The value of a key, which must be of type ``kind`` (list: an array)."""
         if key not in self._fields:
             return default
         with user_input(f"{self.source}: {key}: cannot be read"):
@@ -116,8 +116,8 @@ class Keys:
         return value
 
     def real(self, key: str, default: float | None = None) -> float:
-        """A positive, finite number. Of an fp32, the shortest decimal that it stands for: 1e-5, not
-        9.99999975e-6."""
+        """A positive, finite number. An fp32 value becomes the shortest decimal that rounds to it:
+        1e-5, not 9.99999975e-6."""
         value = self.need(key, float) if default is None else self.get(key, float, default)
         if not 0 < value < math.inf:
             raise UserError(f"{self.source}: {key}: cannot be read: is {value}, expected above 0")

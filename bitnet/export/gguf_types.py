@@ -10,11 +10,11 @@
                highest, as a fraction of 243, rounded up to 256ths: multiplying the byte by 3
                carries its first digit out.
     i2_s       2 bits per weight, of bitnet.cpp on x86. 128 weights in 32 bytes; byte m holds the
-               weights m + 32 j in its bits 6 - 2j and 7 - 2j, as code + 1. After the last row stand
-               32 bytes: d in fp32, then zeros. On ARM bitnet.cpp reads blocks of 64.
+               weights m + 32 j in its bits 6 - 2j and 7 - 2j, as code + 1. 32 bytes follow the last
+               row: d in fp32, then zeros. On ARM bitnet.cpp reads blocks of 64.
 
 llama.cpp's quantizer takes the largest value of a block as its d. So a block of zeros has d = 0
-there, and here too: the bytes are equal.
+there, and here too, so that the bytes are equal.
 
 Source of the layouts: llama.cpp, ggml/src/ggml-quants.c; microsoft/BitNet, src/ggml-bitnet-mad.cpp.
 N rows, K columns.
@@ -36,9 +36,9 @@ KINDS: dict[Kind, str] = {
     "f32": "32 bits per weight, and a 32-bit embedding; no activation is rounded",
     "i2_s": "2 bits per weight, for bitnet.cpp on x86",
 }
-"""What each kind is for."""
+"""The purpose of each kind."""
 I2_S = 36
-"""Number of i2_s in a file. In llama.cpp it belonged to a type that was removed."""
+"""Type number of i2_s in a file. In llama.cpp it belonged to a type that was removed."""
 _I2_S_TAIL = 32
 
 
@@ -47,11 +47,11 @@ class TensorType:
     """How a file stores a matrix."""
 
     number: int
-    """In the header of a tensor."""
+    """Type number in the header of a tensor."""
     file_type: int
-    """``general.file_type`` of a file whose matrices are so."""
+    """``general.file_type`` of a file with matrices of this type."""
     columns: int
-    """Weights of a block; a row has whole blocks."""
+    """Weights per block; a row has whole blocks."""
     block_bytes: int
     encode: Callable[[Tensor, Tensor], Tensor]
     """Codes int8 ``[N, K]`` and fp32 ``d`` -> the bytes, uint8 ``[n]``."""
@@ -92,7 +92,7 @@ def _tq1_0(codes: Tensor, d: Tensor) -> Tensor:
 
 
 def _block_scales(codes: Tensor, d: Tensor) -> Tensor:
-    """fp16 ``d`` of each block, 0 if all of its codes are: uint8 ``[N, K / 256, 2]``."""
+    """fp16 ``d`` of each block, 0 if all its codes are 0: uint8 ``[N, K / 256, 2]``."""
     used = rearrange(codes, "n (b k) -> n b k", k=256).any(2, keepdim=True)
     return torch.where(used, d, 0.0).half().view(torch.uint8)
 
@@ -115,7 +115,7 @@ TYPES: dict[Kind, TensorType] = {
 
 
 def i2_s_bytes(weights: int) -> int:
-    """Bytes of a matrix in i2_s. Raises ValueError unless its weights are whole blocks."""
+    """Bytes of a matrix in i2_s. Raises ValueError unless its weights fill whole blocks."""
     if weights % TYPES["i2_s"].columns:
         raise ValueError(f"{weights} weights are no blocks of 128")
     return TYPES["i2_s"].bytes(1, weights)
@@ -125,7 +125,7 @@ def read_i2_s(data: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The weights fp32 ``[N, K]`` of a matrix in i2_s, uint8 ``[n]``.
 
     Raises:
-        ValueError: a weight is none of the three, or K is no multiple of 128.
+        ValueError: a weight has none of the three codes, or K is not a multiple of 128.
     """
     if shape[-1] % TYPES["i2_s"].columns:
         raise ValueError(f"its rows of {shape[-1]} are no blocks of 128")

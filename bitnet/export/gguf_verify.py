@@ -1,10 +1,10 @@
 """Check an exported GGUF file against the model, in llama.cpp itself.
 
-llama.cpp multiplies by the same codes and scales, but rounds activations to int8 in blocks of 256
-channels (for matrices in f32 not at all) where our model rounds them by token, and keeps keys and
-values in fp16. That moves logits by some 3% of their spread in a small model and by more in a deep
-one. An error of a format (a scale, an order of rows, a norm, an activation) moves them by 100%. The
-bound lies between.
+llama.cpp multiplies by the same codes and scales. But it rounds activations to int8 in blocks of
+256 channels (not at all for f32 matrices), where our model rounds them per token, and it keeps keys
+and values in fp16. That moves logits by some 3% of their spread in a small model, and by more in a
+deep one. A format error (a scale, an order of rows, a norm, an activation) moves them by 100%. The
+bound is in between.
 """
 
 from pathlib import Path
@@ -22,13 +22,13 @@ from bitnet.export.verification import Verification, compare_codes
 from bitnet.model import Transformer
 
 BOUND = 0.2
-"""Of the root mean square of a difference of logits, in standard deviations of the logits."""
+"""Bound on the root mean square difference of logits, in standard deviations of the logits."""
 TOKENS = 64
-"""Tokens in each of the two rows whose logits are compared, or as many as the context holds."""
+"""Tokens in each of the two compared rows, or as many as the context holds."""
 
 
 def verify_gguf(model: Transformer, tokenizer: Tokenizer, path: Path) -> Verification:
-    """Compare codes, scales and token ids read back, then token ids and logits in llama.cpp.
+    """Read back and compare codes, scales and token ids; then token ids and logits in llama.cpp.
 
     Raises:
         UserError: the file cannot be read back.

@@ -4,18 +4,19 @@
     sentencepiece BPE          llama                   merges by the scores of the pieces
     tokenizer.json, bytes      gpt2                    by ``tokenizer.ggml.pre``, then by merges
 
-A sentencepiece vocabulary is its pieces, their scores and kinds, and whether a space comes before a
-text. sentencepiece and llama.cpp then find the same ids, with two exceptions in llama.cpp: a
-literal U+2581 becomes a space, and a text that spells a control token, as "</s>", may become it.
+A sentencepiece vocabulary is its pieces, their scores and kinds, and whether a space is put before
+a text. sentencepiece and llama.cpp then give the same ids, with two exceptions in llama.cpp: a
+literal U+2581 becomes a space, and a text that spells a control token, such as "</s>", may become
+that token.
 
-A byte-level vocabulary is its tokens, its merges and the name of how text is split before merging,
-for which llama.cpp has a regular expression. _SPLITS lists the names that are known here; another
-name, or another way to split, is refused. A file without the key was made before April 2024, when
+A byte-level vocabulary is its tokens, its merges and the name of the way to split text before
+merging. llama.cpp has a regular expression for each name. _SPLITS lists the names known here; any
+other name, or way to split, is an error. A file without the key was made before April 2024, when
 llama.cpp split all such texts as GPT-2 does.
 
-The token that begins a text is our end-of-document token: it stands before every document in
-training, and :func:`bitnet.generate.encode_prompt` puts it before a prompt. A chat template goes
-along; one that asks for another token at the beginning gets that.
+The token that begins a text is our end-of-document token: it precedes every document in training,
+and :func:`bitnet.generate.encode_prompt` puts it before a prompt. A chat template is written too;
+if it uses another token at the beginning, that token begins a text.
 
 Source of names and expressions: llama.cpp, src/llama-vocab.cpp, and the models' tokenizer.json.
 """
@@ -66,18 +67,19 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"),
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
-"""``tokenizer.ggml.pre`` -> expressions; each cuts its matches out of what the one before left."""
+"""``tokenizer.ggml.pre`` -> expressions; each cuts its matches out of the rest left by earlier
+ones."""
 _WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "lfm2", "tekken"}
 """Values of ``pre`` for which a word that is a token is not merged from its parts."""
 _ASKED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-"""Name under which a chat template asks for a token's text -> the token's kind in a file."""
+"""Name by which a chat template uses a token's text -> the token's kind in a file."""
 
 
 def read_tokenizer(keys: Keys) -> Tokenizer:
     """The tokenizer of a file.
 
     Raises:
-        UserError: it has none, or one that would split text in another way here.
+        UserError: it has none, or one that would split text differently here.
     """
     model = keys.need("tokenizer.ggml.model", str)
     kinds = {"llama": _sentencepiece, "gpt2": _byte_level}
@@ -133,7 +135,7 @@ def write_tokenizer(writer: Any, tokenizer: Tokenizer, path: Path) -> None:
     Arguments:
         writer: gguf's. path: of the file, for messages.
     Raises:
-        UserError: llama.cpp has no name for the way in which it splits text.
+        UserError: llama.cpp has no name for the way in which the tokenizer splits text.
     """
     if isinstance(tokenizer, JsonTokenizer):
         _write_byte_level(writer, tokenizer, path)
@@ -183,7 +185,7 @@ def _write_byte_level(writer: Any, tokenizer: JsonTokenizer, path: Path) -> None
 
 
 def _pre(content: dict[str, Any], path: Path) -> str:
-    """The name of how a tokenizer.json splits text."""
+    """The name of the way in which a tokenizer.json splits text."""
     step = content.get("pre_tokenizer") or {"type": "Sequence", "pretokenizers": []}
     steps = step["pretokenizers"] if step["type"] == "Sequence" else [step]
     splits = tuple(split for step in steps if (split := _expression(step)) is not None)
@@ -198,7 +200,7 @@ def _pre(content: dict[str, Any], path: Path) -> str:
 
 
 def _expression(step: dict[str, Any]) -> str | None:
-    """The regular expression by which a step cuts; None if it does not cut, "" if by another way"""
+    """The regular expression by which a step cuts; None if it does not cut, "" if in another way"""
     if step["type"] == "ByteLevel":
         return _GPT2 if step.get("use_regex", True) else None
     if step["type"] == "Digits" and step.get("individual_digits"):
@@ -235,7 +237,7 @@ def _byte_level(keys: Keys) -> JsonTokenizer:
 
 
 def _end_tokens(keys: Keys, tokens: list[str], kinds: list[Any]) -> list[str]:
-    """The tokens that end a text, each once."""
+    """The tokens that end a text, without duplicates."""
     ends: dict[str, None] = {}
     for name in ("eos", "eot", "eom"):
         key = f"tokenizer.ggml.{name}_token_id"
@@ -254,7 +256,7 @@ def _end_tokens(keys: Keys, tokens: list[str], kinds: list[Any]) -> list[str]:
 def _tokenizer_json(
     pre: str, tokens: list[str], kinds: list[Any], merges: list[list[str]]
 ) -> dict[str, Any]:
-    """The content of a tokenizer.json of byte-level BPE; ``pre``: how it splits text."""
+    """The content of a tokenizer.json for byte-level BPE; ``pre``: the way to split text."""
     marks = {"add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     numbered = list(enumerate(zip(tokens, kinds, strict=True)))

@@ -1,15 +1,15 @@
-"""Write a ternary model as GGUF, with the codes and the scales that it has.
+"""Write a ternary model as GGUF, with the model's own codes and scales.
 
-A converter that starts from dense weights estimates the scales again, and finds others: the mean of
-|W| over a ternary matrix counts its zeros. Nothing is estimated here, so llama.cpp multiplies by
-our numbers. A scale is fp32, and most types of a matrix hold it in fp16 (gguf_types.py). Where fp16
-holds it exactly, it stands in the matrix. Otherwise the matrix is that of the codes alone, and the
-scale stands beside it, as ``<name>.scale``, by which llama.cpp multiplies the layer's output. So
-nothing is rounded, except the embedding: to fp16, but in a file of kind f32.
+A converter that starts from dense weights estimates the scales again, and gets different ones: the
+mean of |W| over a ternary matrix counts its zeros. Nothing is estimated here, so llama.cpp
+multiplies by our numbers. A scale is fp32, but most matrix types hold it in fp16 (gguf_types.py).
+If fp16 holds it exactly, it is stored in the matrix. Otherwise the matrix holds the codes alone,
+and the scale is stored beside it as ``<name>.scale``, by which llama.cpp multiplies the layer's
+output. So nothing is rounded except the embedding, to fp16 (not in a file of kind f32).
 
-The architecture is the one that computes what our model computes: "bitnet" for ``sub_norm`` and
-"llama" for ``pre_norm``, both with SiLU. Names, and the order of a head's rows, are those of the
-reader (:mod:`bitnet.export.gguf`).
+The architecture computes the same as our model: "bitnet" for ``sub_norm`` and "llama" for
+``pre_norm``, both with SiLU. Names, and the order of a head's rows, are as in the reader
+(:mod:`bitnet.export.gguf`).
 """
 
 from collections.abc import Callable, Iterator
@@ -39,7 +39,7 @@ _CARRIED: dict[str, tuple[Any, ...]] = {
     "tie_embeddings": (True,),
     "granularity": ("tensor",),
 }
-"""Settings of a model -> the values that a file can carry."""
+"""Settings of a model -> the values that a file can hold."""
 PRESET = "configs/gguf.toml"
 
 
@@ -48,9 +48,9 @@ class _Tensor(NamedTuple):
 
     shape: tuple[int, ...]
     number: int
-    """Of its type."""
+    """Number of its type."""
     size: int
-    """In bytes."""
+    """Size in bytes."""
     make: Callable[[], Tensor]
     """Its bytes, uint8."""
 
@@ -62,21 +62,21 @@ def save_gguf(
     kind: Kind = "tq2_0",
     name: str = "",
 ) -> Path:
-    """Write a GGUF file, whole or not at all.
+    """Write a GGUF file, completely or not at all.
 
     Arguments:
         model: trained or packed, on any device; with the settings that :func:`unfit` accepts.
-        tokenizer: the model's own. None: the file has the size of the vocabulary alone, which is
-            enough for a benchmark.
-        path: the file; one that exists is replaced.
-        kind: how matrices are stored, see :mod:`bitnet.export.gguf_types`.
-        name: of the model, which programs show.
+        tokenizer: the model's own. None: the file has only the vocabulary's size, which is enough
+            for a benchmark.
+        path: the file; an existing one is replaced.
+        kind: how matrices are stored; see :mod:`bitnet.export.gguf_types`.
+        name: the model's name, which programs show.
     Returns:
         The path.
     Raises:
-        UserError: the model has a setting, a layer or a number that the file cannot carry, which
-            the message names; or the `gguf` package is missing.
-        OSError: the disk is full, ...; what was there is untouched.
+        UserError: the file cannot hold a setting, a layer or a number of the model (named); or the
+            `gguf` package is missing.
+        OSError: the disk is full, ...; the old file is untouched.
     """
     path = Path(path)
     if kind not in KINDS:
@@ -123,7 +123,7 @@ def save_gguf(
 
 
 def unfit(config: ModelConfig, kind: Kind = "tq2_0") -> str:
-    """The settings of a model that a file cannot carry, as a sentence; "" if it can carry all."""
+    """A sentence on the model's settings that a file cannot hold; "" if it can hold all."""
     found = []
     for key, carried in _CARRIED.items():
         if (value := getattr(config, key)) not in carried:
@@ -138,7 +138,7 @@ def unfit(config: ModelConfig, kind: Kind = "tq2_0") -> str:
 
 
 def _tensors(model: Transformer, kind: Kind, path: Path) -> Iterator[tuple[str, _Tensor]]:
-    """The file's tensors by name. The order is that of llama.cpp's own files."""
+    """The file's tensors by name, in the order of llama.cpp's own files."""
     embedding = model.embed_tokens.weight
     if kind != "f32" and not bool(embedding.detach().half().isfinite().all()):
         raise UserError(f"{path}: embed_tokens: holds values that fp16 cannot")
@@ -176,8 +176,8 @@ def _floats(weight: Tensor | nn.Module, kind: Kind) -> _Tensor:
 def _matrix(
     name: str, layer: nn.Module, kind: Kind, heads: int, where: str
 ) -> Iterator[tuple[str, _Tensor]]:
-    """A ternary matrix, and its scale if that stands beside it. ``heads``: those of rows that
-    llama.cpp has in another order."""
+    """A ternary matrix, and its scale if that is stored beside it. ``heads``: number of heads if
+    llama.cpp has the rows in another order."""
     codes, scale = codes_and_scale(layer, where)
     exact = kind in ("f32", "i2_s") or torch.equal(scale.half().float(), scale)
     inside = exact and bool(codes.any())  # zeros alone have no scale

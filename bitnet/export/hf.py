@@ -1,17 +1,17 @@
 """Import a pretrained Llama-family model as our Transformer, to quantize it or to train it further.
 
     model, tokenizer = load_hf("SmolLM2-135M/")           # config.json, weights, tokenizer.json
-    model, tokenizer = load_hf("SmolLM2-135M-Q4_1.gguf")  # one file, its weights made fp32
+    model, tokenizer = load_hf("SmolLM2-135M-Q4_1.gguf")  # one file, dequantized to fp32
     model, tokenizer = load_hf("bitnet-b1.58-2B-4T/")     # BitNet, latent or packed as it is stored
 
-What our model does not have (biases other than Qwen2's, scaled rotary positions, sliding windows,
-other head sizes) is refused by name: such a model would load and silently compute something else.
-Adapters (LoRA) are refused too: alone they are no model, and next to one it is unknown whether they
-are merged in.
+Features that our model does not have (biases other than Qwen2's, scaled rotary positions, sliding
+windows, other head sizes) are errors that name the feature: otherwise the model would load and
+silently compute something else. Adapters (LoRA) are errors too: alone they are not a model, and
+beside a model it is unknown whether they are already merged.
 
-This module reads folders, bitnet/export/gguf.py reads GGUF files; bitnet/export/llama.py lists what
-they must hold. Weights come from safetensors only, never from a pickle or from a file outside the
-folder, even if an index of shards names one.
+This module reads folders; bitnet/export/gguf.py reads GGUF files; bitnet/export/llama.py lists the
+required contents. Weights come from safetensors only, never from a pickle or from a file outside
+the folder, even if an index of shards names one.
 """
 
 import dataclasses
@@ -41,14 +41,14 @@ def load_hf(source: Path | str, master_weights: bool = False) -> tuple[Transform
 
     Arguments:
         source: a local Hugging Face folder (safetensors), or a .gguf file.
-        master_weights: take the weights of a folder without ``quantization_config`` as those of a
-            ternary model's training, not as full precision.
+        master_weights: take the weights of a folder without ``quantization_config`` as a ternary
+            model's master weights, not as full precision.
     Returns:
-        the model (fp32; ternary, latent or packed, where the checkpoint is a BitNet), and its
-        tokenizer, whose end-of-document token is the checkpoint's own; where it has several ends,
-        ``eos_ids`` has them all.
+        the model (fp32; ternary, latent or packed, if the checkpoint is a BitNet), and its
+        tokenizer, whose end-of-document token is the checkpoint's own; if the checkpoint has
+        several end tokens, ``eos_ids`` has them all.
     Raises:
-        UserError: something is missing or damaged, or the model's maths is not ours; the `hf`
+        UserError: something is missing or damaged, or our model cannot compute the same; the `hf`
             extra is not installed.
     """
     source = Path(source)
@@ -67,12 +67,12 @@ def load_hf(source: Path | str, master_weights: bool = False) -> tuple[Transform
 
 
 def add_sub_norms(model: Transformer) -> Transformer:
-    """Add BitNet's extra norms (``sub_norm``), of weight 1, before o_proj and down_proj, with which
-    a model can be trained on as a ternary one (BitDistill, arXiv 2510.13998). The result shares the
-    weights; it computes something else until it is trained.
+    """Add BitNet's extra norms (``sub_norm``), with weight 1, before o_proj and down_proj, so that
+    the model can be trained further as a ternary model (BitDistill, arXiv 2510.13998). The result
+    shares the weights. Its outputs differ from the original model's until it is trained.
 
     Raises:
-        UserError: the model's norms are not placed as Llama's (``pre_norm``).
+        UserError: the model's norms are not placed as in Llama (``pre_norm``).
     """
     if model.config.norm_placement != "pre_norm":
         raise UserError(
@@ -93,7 +93,7 @@ def add_sub_norms(model: Transformer) -> Transformer:
 
 
 def _is_gguf(source: Path) -> bool:
-    """Whether a file is GGUF, by its name or by how it begins."""
+    """Whether a file is GGUF, by its name or its first bytes."""
     with user_input(str(source)):
         if not source.is_file():
             return False
@@ -159,7 +159,7 @@ def _stored(source: Path, kind: Kind | None) -> dict[str, Stored]:
             scales = read_scales(path, file.metadata())
         for name, (dtype, dims) in found.items():
             if name.endswith(".rotary_emb.inv_freq"):
-                continue  # of old checkpoints: a constant, computed from rope_theta
+                continue  # in old checkpoints: a constant, computed from rope_theta
             ours = name.removeprefix("model.")
             coded = kind in ("offline", "packed") and ours.endswith("_proj.weight")
             if dtype not in (("U8",) if coded else _FLOATS):
@@ -192,7 +192,7 @@ def _reader(path: Path, name: str) -> Callable[[int], Tensor]:
 
 
 def _codes(read: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-    """A reader of codes int8 ``[N, K]``, from one of their bytes."""
+    """Turn a reader of packed bytes into a reader of codes int8 ``[N, K]``."""
     return lambda rows: unpack_rows(read(rows // 4))
 
 

@@ -1,6 +1,6 @@
 """The model card of an export: README.md with the front matter that a hub reads.
 
-Every number on it comes from the model's config or from the run's metrics; what is unknown is left
+Every number on it comes from the model's config or from the run's metrics; unknown ones are left
 out.
 """
 

@@ -1,7 +1,7 @@
-"""config.json of a Hugging Face checkpoint: checked key by key, and turned into our sizes.
+"""Check config.json of a Hugging Face checkpoint key by key, and turn it into our sizes.
 
-transformers (extra `hf`) supplies the defaults of a model type: offline, without remote code. What
-our model does not have is refused by name.
+transformers (extra `hf`) supplies the defaults of a model type: offline, without remote code.
+Features that our model does not have are errors that name the feature.
 """
 
 import json
@@ -21,7 +21,7 @@ _ACTIVATIONS: dict[str, Literal["relu2", "silu"]] = {
     "relu2": "relu2",
 }
 _MAX_JSON_BYTES = 2**26
-"""Largest config.json or index in bytes; the index of a large model's shards has a few MB."""
+"""Largest config.json or index, in bytes; the shard index of a large model has a few MB."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,11 +82,11 @@ _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ),
     ),
 }
-"""Keys of a config.json, what our model needs them to be, and the check."""
+"""Keys of a config.json -> the type that our model needs, and the check."""
 
 
 def check_keys(path: Path, content: dict[str, Any]) -> None:
-    """Raise UserError, naming it, for the first key of a config.json that is of a wrong kind."""
+    """Raise UserError, naming the key, for the first key of a config.json with a wrong type."""
     for key, (wanted, check) in _KEYS.items():
         if key in content and not check(content[key]):
             shown = json.dumps(content[key])
@@ -95,8 +95,8 @@ def check_keys(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_config(source: Path, master_weights: bool) -> tuple[Any, Kind | None]:
-    """transformers' config of the folder, with all defaults of its model type; and how its matrices
-    are stored, None for full precision."""
+    """transformers' config of the folder, with all defaults of its model type, and how the matrices
+    are stored (None: in full precision)."""
     path = source / "config.json"
     content = read_json(path)
     check_type(source, str(content.get("model_type")))
@@ -122,7 +122,7 @@ def read_config(source: Path, master_weights: bool) -> tuple[Any, Kind | None]:
 
 
 def shape_of(theirs: Any, source: Path, kind: Kind | None) -> Shape:
-    """The model's sizes. Raises UserError for what our model cannot have."""
+    """The model's sizes. Raises UserError for anything that our model cannot have."""
     rope = dict(getattr(theirs, "rope_parameters", None) or {})
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     heads = theirs.num_attention_heads

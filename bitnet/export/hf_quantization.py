@@ -1,13 +1,13 @@
-"""How a Hugging Face checkpoint stores ternary matrices, by its ``quantization_config``.
+"""Read a Hugging Face checkpoint's ternary matrices as its ``quantization_config`` says.
 
     linear_class    quantization_mode   a matrix is stored as                 our model is
     autobitlinear   online              float weights, quantized each forward latent (trainable)
     autobitlinear   offline             codes, and the scale                  packed
     bitlinear       (either)            codes, and 1 / the scale              packed
 
-The layout of the codes is explained in bitnet/export/hf_write.py. A scale is taken as it is. From
-an inverse s, the scale is 1 / s, rounded to fp32, unless the file's metadata has one of which s is
-the inverse: that is the number which an export of ours began with.
+bitnet/export/hf_write.py explains the layout of the codes. A scale is taken as it is. From an
+inverse s, the scale is 1 / s, rounded to fp32. But if the file's metadata has a scale whose inverse
+is s, that scale is used: it is the number from which our export computed s.
 """
 
 import json
@@ -25,7 +25,7 @@ Kind = Literal["online", "offline", "packed"]
 SCALES = "bitnet_scales"
 """Key of a safetensors file's metadata: JSON, the name of each matrix -> its scale."""
 _NOT_MATRICES = {"lm_head", "embed_tokens", "model.embed_tokens"}
-"""What ``modules_to_not_convert`` may name, since our model has it in full precision too."""
+"""Modules that ``modules_to_not_convert`` may name: our model has them in full precision too."""
 
 
 def read_kind(source: Path, content: Mapping[str, Any], master_weights: bool) -> Kind | None:
@@ -36,7 +36,7 @@ def read_kind(source: Path, content: Mapping[str, Any], master_weights: bool) ->
         master_weights: take the weights of a checkpoint without ``quantization_config`` as the
             master weights of a ternary model.
     Raises:
-        UserError: a quantization that our model does not have, or a BitNet without any.
+        UserError: a quantization that our model does not have, or a BitNet without quantization.
     """
     quantization = content.get("quantization_config")
     if quantization is None:
@@ -86,7 +86,7 @@ def unpack_rows(packed: Tensor) -> Tensor:
     """uint8 ``[N / 4, K]``, four rows in a byte -> codes int8 ``[N, K]``.
 
     Raises:
-        ValueError: a code that is none of -1, 0, +1.
+        ValueError: a code is not -1, 0 or +1.
     """
     digits = torch.stack([packed >> 2 * i & 3 for i in range(4)])
     if bool((digits == 3).any()):
@@ -95,7 +95,7 @@ def unpack_rows(packed: Tensor) -> Tensor:
 
 
 def read_scales(path: Path, metadata: Mapping[str, str] | None) -> dict[str, float]:
-    """The scales that a file's metadata has, by the names of their matrices."""
+    """The scales in a file's metadata, by the names of their matrices."""
     text = (metadata or {}).get(SCALES, "{}")
     with user_input(f"{path}: metadata {SCALES}: cannot be read"):
         scales = json.loads(text)
@@ -103,7 +103,7 @@ def read_scales(path: Path, metadata: Mapping[str, str] | None) -> dict[str, flo
 
 
 def of_inverse(inverse: Tensor, known: float | None) -> Tensor:
-    """The scale fp32 ``[1]`` of an inverse: ``known``, where the inverse is that of it."""
+    """The scale fp32 ``[1]`` for an inverse: ``known``, if the inverse is that of ``known``."""
     if known is not None:
         scale = torch.tensor([known], dtype=torch.float32, device="cpu")
         if torch.equal(scale.reciprocal(), inverse):

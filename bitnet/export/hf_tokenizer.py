@@ -1,21 +1,21 @@
-"""A tokenizer as Hugging Face's files, with the ids that it has here.
+"""Write a tokenizer as Hugging Face's files, with the same ids as here.
 
-A tokenizer.json of ours stays as it is but for one thing: as in :func:`encode_prompt`, the
-end-of-document token stands *before* a text, where ours stands after one. A sentencepiece model is
-written as a tokenizer.json too, since transformers reads a bare tokenizer.model differently from
-version to version, and gives other ids:
+Our tokenizer.json is written with one change: as in :func:`encode_prompt`, the end-of-document
+token is put *before* a text, not after it. A sentencepiece model is written as a tokenizer.json
+too, because different versions of transformers read a bare tokenizer.model differently and give
+other ids:
 
     text -> "▁" before it, "▁" for each space -> BPE with byte fallback -> ids
 
-sentencepiece joins two neighbours if the result is a piece, best score first. tokenizers wants each
-pair of parts in a list of merges, so every way to cut a piece into two pieces is one, in the order
-of the scores. Whether both give the same ids is not assumed: :func:`save_tokenizer` compares them
-on probes, and refuses.
+sentencepiece joins two neighbours if the result is a piece, best score first. tokenizers needs each
+pair of parts in a list of merges, so every way to cut a piece into two pieces is a merge, in the
+order of the scores. :func:`save_tokenizer` does not assume that both give the same ids: it compares
+them on probes, and raises if they differ.
 
 A special token's name in a text is text here, as in training (``split_special_tokens``). In a model
 with a chat template it is the token: transformers renders a chat to one text and encodes that. Only
 a literal U+2581, sentencepiece's mark for a space, becomes a space in transformers, and bytes here.
-tokenizer.model is written as well: from it :func:`bitnet.export.hf.load_hf` makes our tokenizer.
+tokenizer.model is written too: :func:`bitnet.export.hf.load_hf` makes our tokenizer from it.
 """
 
 import json
@@ -45,16 +45,16 @@ PROBES = (
     " ",
     "\n",
 )
-"""Texts on which two tokenizers are compared."""
+"""Texts to compare two tokenizers on."""
 _SPACE = "\u2581"
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    """Write tokenizer.json and tokenizer_config.json into a folder; tokenizer.model and
-    chat_template.jinja if there is one.
+    """Write tokenizer.json and tokenizer_config.json into a folder; also tokenizer.model and
+    chat_template.jinja if the tokenizer has them.
 
     Raises:
-        UserError: the files would give other ids, which are named; or the `hf` extra is missing.
+        UserError: the files would give other ids (named); or the `hf` extra is missing.
     """
     try:
         from tokenizers import Tokenizer as Backend
@@ -79,7 +79,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     if not isinstance(tokenizer, JsonTokenizer):
         (folder / tokenizer.file_name).write_bytes(tokenizer.model_bytes)
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # which takes tokenizer.json as it is
+        "tokenizer_class": "PreTrainedTokenizerFast",  # it takes tokenizer.json unchanged
         **_special_tokens(tokenizer, eos),
         "split_special_tokens": tokenizer.chat_template is None,
         "clean_up_tokenization_spaces": False,
@@ -88,16 +88,16 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     if tokenizer.chat_template is not None:
-        source = tokenizer.chat_template.source.encode()  # bytes: its line ends are its own
+        source = tokenizer.chat_template.source.encode()  # bytes keep its own line ends
         (folder / "chat_template.jinja").write_bytes(source)
 
 
 def _special_tokens(tokenizer: Tokenizer, eos: str) -> dict[str, str | None]:
-    """The tokens that transformers knows by a name, and gives to a chat template under it.
+    """The tokens that transformers knows by name, and passes to a chat template by that name.
 
     Raises:
-        UserError: the template has a token that the vocabulary does not have; transformers would
-            add it, with an id that the model does not have.
+        UserError: the template has a token that the vocabulary lacks; transformers would add it
+            with an id that the model does not have.
     """
     if (template := tokenizer.chat_template) is None:
         return {"bos_token": eos, "eos_token": eos, "pad_token": eos}
@@ -111,7 +111,7 @@ def _special_tokens(tokenizer: Tokenizer, eos: str) -> dict[str, str | None]:
 
 
 def probes(tokenizer: Tokenizer) -> Iterator[str]:
-    """:data:`PROBES`, without what the vocabulary has no bytes for."""
+    """:data:`PROBES`, without characters whose bytes the vocabulary lacks."""
     for probe in PROBES:
         try:
             tokenizer.encode(probe)
@@ -123,11 +123,11 @@ def probes(tokenizer: Tokenizer) -> Iterator[str]:
 def load_hf_tokenizer(source: Path) -> Tokenizer:
     """The checkpoint's tokenizer: tokenizer.model, if that is sentencepiece's, or tokenizer.json.
 
-    Its ends of a text must be those of config.json and generation_config.json, which are written
-    into a tokenizer.json; the first of config.json ends a document in training.
+    Its end tokens must be those of config.json and generation_config.json, which are written into a
+    tokenizer.json. The first end token of config.json ends a document in training.
 
-    Qwen's tokenizer.json brings a text into Unicode's normal form C first, which loses what was
-    written. Here it does not: other text than in that form has other ids, and stays as it is."""
+    Qwen's tokenizer.json first converts a text to Unicode's normal form C, which loses the original
+    text. Here it does not: text in any other form gets other ids, and is not changed."""
     ends, first = _ends(source)
     path = source / "tokenizer.model"
     if path.is_file() and read_file(path).startswith(b"\n"):
@@ -149,7 +149,7 @@ def load_hf_tokenizer(source: Path) -> Tokenizer:
                 first = JsonTokenizer(path, model_bytes).eos_id
             model_bytes = with_eos(model_bytes, added[first], [added[end] for end in ends])
     tokenizer = JsonTokenizer(path, model_bytes)
-    if ends and {first, *ends} != set(tokenizer.eos_ids):  # the library numbers tokens without gaps
+    if ends and {first, *ends} != set(tokenizer.eos_ids):  # the library numbers without gaps
         raise UserError(
             f"{source}: its eos_token_id {ends} cannot be had: the tokenizer gives its added "
             "tokens other ids than the file says"
@@ -165,7 +165,7 @@ def _without_nfc(model_bytes: bytes) -> bytes:
 
 
 def _ends(source: Path) -> tuple[list[int], int | None]:
-    """The tokens that end a text, each once; and the first of config.json, if it has one."""
+    """The tokens that end a text, without duplicates; and the first one of config.json, or None."""
     ends: dict[int, None] = {}
     first: int | None = None
     for name in ("config.json", "generation_config.json"):
@@ -222,7 +222,7 @@ def _eos_before(eos: str, eos_id: int) -> dict[str, Any]:
 
 
 def _sentencepiece(pieces: SentencePieceProcessor) -> dict[str, Any]:
-    """The content of the tokenizer.json of a sentencepiece model of type bpe."""
+    """The content of the tokenizer.json for a sentencepiece model of type bpe."""
     numbers = range(pieces.get_piece_size())
     vocab = {pieces.id_to_piece(i): i for i in numbers}
     special = [i for i in numbers if pieces.is_control(i) or pieces.is_unknown(i)]

@@ -1,11 +1,11 @@
 """Check an exported Hugging Face folder against the model, in transformers itself.
 
 Both programs add the same integers, but transformers quantizes activations by x * (127 / max) where
-our models divide, and in ``online`` it rounds w * (1 / mean): a value that lies between two codes
-may become the other one. A small model has no such value in a few thousand tokens, and its logits
-agree to 1e-6 of their spread. A large one has some in every text: one code more moves what follows
-by up to what rounding to int8 is worth, some 1% of the spread. An error of a format (an inverse
-scale, another norm, no quantization) moves it by 100%. The bounds lie between.
+our models divide, and in ``online`` it rounds w * (1 / mean). So a value halfway between two codes
+may get the other code. A small model has no such value in a few thousand tokens, and its logits
+agree to 1e-6 of their spread. A large model has some in every text. One changed code moves the
+later values by at most the effect of rounding to int8, some 1% of the spread. A format error (an
+inverse scale, another norm, no quantization) moves them by 100%. The bounds are in between.
 """
 
 import math
@@ -28,10 +28,10 @@ from bitnet.model import Transformer
 from bitnet.schema import UserError
 
 MEDIAN, NEARLY_ALL = 0.01, 0.1
-"""Bounds of the median and of the 99.9% quantile of |difference|, in standard deviations of the
+"""Bounds on the median and on the 99.9% quantile of |difference|, in standard deviations of the
 logits."""
 TOKENS = 64
-"""Tokens to compare the logits of, and greedy tokens, or as many as the context holds."""
+"""Tokens whose logits are compared, and greedy tokens, or as many as the context holds."""
 PROMPTS = ("", "The ", "def __init__(self")
 CHATS: tuple[list[Message], ...] = (
     [{"role": "user", "content": "to be?"}],
@@ -45,7 +45,7 @@ CHATS: tuple[list[Message], ...] = (
 
 
 def verify_hf(model: Transformer, tokenizer: Tokenizer, path: Path) -> Verification:
-    """Compare codes and scales read back, then token ids, logits and greedy tokens in transformers.
+    """Read back codes and scales; then compare token ids, logits, greedy tokens in transformers.
 
     Raises:
         UserError: the folder cannot be read back.
@@ -54,14 +54,14 @@ def verify_hf(model: Transformer, tokenizer: Tokenizer, path: Path) -> Verificat
     loaded, _ = load_hf(path)
     compare_codes(model, loaded, result)
     try:
-        import accelerate  # noqa: F401 - transformers asks for it when it loads
+        import accelerate  # noqa: F401 - transformers needs it for loading
         import transformers
     except ImportError:
         result.skipped.append(
             'transformers is not here: ids, logits, tokens; pip install "bitnet-train[hf]"'
         )
         return result
-    # compiled, its functions would need a C++ compiler and half a minute
+    # eager: compiled functions would need a C++ compiler and half a minute
     with torch.compiler.set_stance("force_eager"), _quiet(transformers.utils.logging):
         encoder = transformers.AutoTokenizer.from_pretrained(path)
         _compare_ids(encoder, tokenizer, result)
@@ -74,7 +74,7 @@ def verify_hf(model: Transformer, tokenizer: Tokenizer, path: Path) -> Verificat
 
 @contextmanager
 def _quiet(log: Any) -> Iterator[None]:
-    """No progress bars and no advice from transformers within the block."""
+    """Turn off transformers' progress bars and advice within the block."""
     bars, level = log.is_progress_bar_enabled(), log.get_verbosity()
     log.disable_progress_bar()
     log.set_verbosity_error()
@@ -88,7 +88,7 @@ def _quiet(log: Any) -> Iterator[None]:
 
 def _compare_ids(theirs: Any, tokenizer: Tokenizer, result: Verification) -> None:
     texts = list(probes(tokenizer))
-    if tokenizer.chat_template is not None:  # a special token's name is the token there
+    if tokenizer.chat_template is not None:  # then a special token's name is the token
         texts = [text for text in texts if not any(name in text for name in tokenizer.specials)]
     for text in texts:
         ids, expected = theirs(text)["input_ids"], encode_prompt(tokenizer, text)
@@ -105,7 +105,7 @@ def _compare_chats(theirs: Any, tokenizer: Tokenizer, result: Verification) -> N
     for chat in CHATS:
         try:
             text = template.render(chat)
-        except UserError:  # not every template takes a system message
+        except UserError:  # not every template accepts a system message
             continue
         found = theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
@@ -134,7 +134,7 @@ def _compare_logits(model: Transformer, theirs: Any, result: Verification) -> No
 
 
 def quantile(values: Tensor, share: float) -> float:
-    """The value that a share of the values ``[N]`` does not exceed."""
+    """The value that the given share of the values ``[N]`` does not exceed."""
     return float(values.kthvalue(math.ceil(share * values.numel())).values)
 
 

@@ -1,24 +1,24 @@
-"""Write a model as a Hugging Face folder, which transformers loads without code of ours.
+"""Write a model as a Hugging Face folder, which transformers loads without our code.
 
 A model with ``sub_norm`` becomes a BitNetForCausalLM, one with ``pre_norm`` a LlamaForCausalLM, or
 with ``qk_norm`` a Qwen3ForCausalLM. All have a ``quantization_config``: without it transformers
-would silently run the same weights in full precision. It has three ways to compute a ternary matrix
-W of the scale gamma, our kinds:
+would silently run the same weights in full precision. transformers has three ways to compute with a
+ternary matrix W with scale gamma; they are our kinds:
 
     kind      in transformers          a file holds               y =
     online    autobitlinear, online    W, fp32                    codes(W) x_q * gamma(W)
     offline   autobitlinear, offline   codes, weight_scale = s    codes x_q * s,  s = gamma
     packed    bitlinear                codes, weight_scale = s    codes x_q / s,  s = 1 / gamma
 
-The scale of ``packed`` is the *inverse*. Rounded to fp32, 1 / (1 / gamma) is not gamma for one
-number in six, so the scales themselves stand in the file's metadata, which transformers does not
-read. From them our own import (:mod:`bitnet.export.hf_quantization`) gets back what was exported,
-bit for bit.
+The scale of ``packed`` is the *inverse*. Rounded to fp32, 1 / (1 / gamma) differs from gamma for
+one number in six. So the scales themselves are also in the file's metadata, which transformers does
+not read. Our own import (:mod:`bitnet.export.hf_quantization`) uses them to restore the exported
+model bit for bit.
 
 With ``qkv_bias`` these classes have a bias of o_proj too, which is written as zeros. (Qwen2's own
 class has none, but transformers reads every tokenizer of that class by Qwen's rules.)
 
-Codes: uint8 ``[N / 4, K]``; row i N/4 + j stands in bits 2i and 2i + 1 of byte row j, as code + 1.
+Codes: uint8 ``[N / 4, K]``; row i N/4 + j is in bits 2i and 2i + 1 of byte row j, as code + 1.
 Embeddings and norms are fp32. N rows, K columns.
 """
 
@@ -51,17 +51,17 @@ _CARRIED: dict[str, tuple[Any, ...]] = {
     "norm_placement": ("sub_norm", "pre_norm"),
     "granularity": ("tensor",),
 }
-"""Settings of a model -> the values that transformers' classes can carry."""
+"""Settings of a model -> the values that transformers' classes support."""
 
 
 def save_hf(model: Transformer, tokenizer: Tokenizer, path: Path, kind: str, facts: Facts) -> None:
-    """Write a Hugging Face folder, whole or not at all.
+    """Write a Hugging Face folder, completely or not at all.
 
     Arguments:
         model: ternary, latent or packed (not as ``online``), on any device.
-        path: the folder, which does not exist. kind: of :data:`KINDS`.
+        path: the folder, which must not exist. kind: one of :data:`KINDS`.
     Raises:
-        UserError: a setting of the model that transformers does not have, a packed model as
+        UserError: a setting of the model that transformers does not support, a packed model as
             ``online``, a tokenizer that cannot be written; or the `hf` extra is missing.
         OSError: the disk is full, ...; nothing is left at ``path``.
     """
@@ -82,7 +82,7 @@ def save_hf(model: Transformer, tokenizer: Tokenizer, path: Path, kind: str, fac
 
 
 def unfit(model: Transformer, kind: str) -> str:
-    """Why transformers cannot carry a model, as a sentence; "" if it can."""
+    """A sentence on why transformers cannot run a model; "" if it can."""
     config = model.config
     for key, carried in _CARRIED.items():
         if (value := getattr(config, key)) not in carried:
@@ -120,7 +120,7 @@ _KEYS = {
     "mlp.up_proj": "model.d_ff",
     "mlp.down_proj": "model.d_model",
 }
-"""The setting that decides a matrix's rows."""
+"""Matrix -> the setting that determines its number of rows."""
 
 
 def pack_rows(codes: Tensor) -> Tensor:

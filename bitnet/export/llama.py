@@ -1,9 +1,9 @@
-"""What a Llama-family checkpoint must hold, in any format: names, shapes, dtypes.
+"""The required contents of a Llama-family checkpoint in any format: names, shapes, dtypes.
 
-Llama computes what our ``pre_norm`` model computes, Qwen2 that with ``qkv_bias``, Qwen3 that with
-``qk_norm``, and BitNet what ``sub_norm`` does. Their tensor names are ours, so importing means
-checking and renaming. Everything is checked from headers, in one pass over the names, before a
-tensor is read or a layer is made: a config may claim 10^9 layers. Matrices are floats, or ternary
+Llama computes the same as our ``pre_norm`` model, Qwen2 the same with ``qkv_bias``, Qwen3 the same
+with ``qk_norm``, and BitNet the same as ``sub_norm``. Their tensor names are ours, so importing
+means checking and renaming. Everything is checked from headers, in one pass over the names, before
+a tensor is read or a layer is made: a config may claim 10^9 layers. Matrices are floats, or ternary
 codes with a scale (bitnet/export/hf_quantization.py).
 """
 
@@ -22,7 +22,7 @@ from bitnet.model import ModelConfig, Transformer
 from bitnet.schema import UserError, nearest, user_input
 
 MODEL_TYPES = ("bitnet", "llama", "mistral", "qwen2", "qwen3")
-"""Model types of config.json that compute what our model computes."""
+"""Model types of config.json that compute the same as our model."""
 _O_PROJ = "self_attn.o_proj"
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
@@ -35,7 +35,7 @@ class Stored:
     """Its name in the file, for messages."""
     shape: tuple[int, ...]
     read: Callable[[int], Tensor]
-    """Returns its first ``n`` rows in fp32, copied; of codes, int8."""
+    """Returns a copy of its first ``n`` rows in fp32; int8 for codes."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Shape:
     """Whether the file has biases of o_proj too, as transformers' other classes do. They must be 0:
     our model has none."""
     ternary: bool = False
-    """Whether the layers' matrices are ternary: latent floats that are quantized in each forward,
-    or, if ``coded``, codes and a scale."""
+    """Whether the layers' matrices are ternary: latent floats quantized in each forward, or, if
+    ``coded``, codes and a scale."""
     coded: bool = False
 
     def matrices(self) -> dict[str, tuple[int, int]]:
@@ -83,8 +83,8 @@ class Shape:
         }
 
     def tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Our names of all tensors, and their shapes: an iterator, since a damaged file may claim
-        any number of layers."""
+        """Our names and the shapes of all tensors. An iterator, since a damaged file may claim any
+        number of layers."""
         d = self.d_model
         yield _EMBEDDING, (self.vocab_size, d)
         yield "norm.weight", (d,)
@@ -115,7 +115,7 @@ class Shape:
 
 
 def check_type(source: Path, model_type: str) -> None:
-    """Raise UserError, naming the nearest valid one, for a model type that cannot be imported."""
+    """Raise UserError, naming the nearest valid type, for a model type that cannot be imported."""
     if model_type not in MODEL_TYPES:
         raise UserError(
             f"{source}: model_type {model_type!r} cannot be imported; the nearest supported is "
@@ -124,7 +124,7 @@ def check_type(source: Path, model_type: str) -> None:
 
 
 def check_tensors(source: Path, shape: Shape, stored: Mapping[str, Stored]) -> None:
-    """Compare a file's tensors, by our names, with those of such a model.
+    """Compare a file's tensors, by our names, with those of a model of this shape.
 
     Raises:
         UserError: one is missing, unknown or of another shape.
@@ -153,13 +153,13 @@ def build(
 ) -> Transformer:
     """Build the model, after :func:`check_tensors` has passed.
 
-    Rows of the embedding beyond the tokenizer's ids are padding that no text produces; they are
-    not read, so that model and tokenizer agree on the vocabulary. Where the config ties the head to
-    the embedding but the file has two different matrices, both are kept.
+    Rows of the embedding beyond the tokenizer's ids are padding that no text uses. They are not
+    read, so that model and tokenizer agree on the vocabulary. If the config ties the head to the
+    embedding but the file has two different matrices, both are kept.
 
     Raises:
         UserError: sizes that our model cannot have, a tensor that cannot be read or is not finite,
-            a scale of 0 or below, a tokenizer of more tokens than the model has.
+            a scale of 0 or below, a tokenizer with more tokens than the model.
     """
     rows = tokenizer.vocab_size
     if rows > shape.vocab_size:

@@ -1,14 +1,15 @@
 """A whole model in one safetensors file: weights, config and tokenizer.
 
     model.safetensors
-        header    the tensors' dtypes, shapes and places; metadata "bitnet": what a folder's
-                  config.json says (contents.py), its checksums being those of the tensors
+        header    the tensors' dtypes, shapes and offsets; metadata "bitnet": the content of a
+                  folder's config.json (contents.py), with the checksums of the tensors
         tensors   as in a folder; and the tokenizer's file, and the chat template's if there is one,
                   as uint8 [n], under the file's name
 
 Ternary matrices are packed as in a folder: five base-3 digits per byte, 1.6 bits per weight, and an
-fp32 scale. Loading checks the sha256 of every tensor, which the description lists, and its own. So
-a tensor that is damaged, exchanged or added is found. Nothing in the file can execute code.
+fp32 scale. Loading checks the sha256 of every tensor, listed in the description, and the
+description's own. So damaged, exchanged and added tensors are found. Nothing in the file can
+execute code.
 """
 
 import hashlib
@@ -43,11 +44,11 @@ from bitnet.qat.recipe import Recipe
 from bitnet.schema import UserError, check_file, nearest, user_input
 
 KEY = "bitnet"
-"""Of the metadata."""
+"""Key of the metadata."""
 FILES = (*TOKENIZER_FILES, chat_template.FILE)
 """Names of tensors that hold the bytes of a file."""
 _MAX_DESCRIPTION = 2**24
-"""Bytes; it lists each tensor."""
+"""Largest description in bytes; it lists each tensor."""
 
 
 def save_one_file(
@@ -56,8 +57,8 @@ def save_one_file(
     tokenizer: Tokenizer | None,
     quant: Recipe = FULL_PRECISION,
 ) -> Path:
-    """Write a model as one file, whole or not at all; arguments and errors are those of
-    :func:`bitnet.export.folder.save_model`. A file that exists is replaced."""
+    """Write a model as one file, completely or not at all. Arguments and errors are as for
+    :func:`bitnet.export.folder.save_model`. Replaces an existing file."""
     path = Path(path)
     weights, tensors = stored_form(model, quant)
     if tokenizer is not None:
@@ -71,13 +72,13 @@ def save_one_file(
     description = json.dumps(describe(model, weights, quant, checksums))
     with new_file(path) as aside:
         save_tensors(aside, tensors, {KEY: description})
-        aside.chmod(0o644)  # safetensors creates files that only the owner reads
+        aside.chmod(0o644)  # files of safetensors are readable by the owner only
     return path
 
 
 def read_description(path: Path) -> FolderConfig:
-    """The description of a file, after a look at its size and its tensors' names. Raises UserError
-    if it is missing, damaged or foreign."""
+    """Read the description of a file after checking its size and its tensors' names. Raises
+    UserError if it is missing, damaged or of another program."""
     check_file(path)
     damaged = f"{path}: not a safetensors file, or a damaged one"
     with user_input(damaged), safe_open(path, "pt") as file:
@@ -118,7 +119,7 @@ def load_one_file(path: Path, kernel: Kernel = "auto") -> tuple[Transformer, Tok
                 yield name, tensor
 
     try:
-        kinds = kinds_of(load_file(path))  # a mapping: no value is read
+        kinds = kinds_of(load_file(path))  # a memory mapping: no value is read
         for name in FILES:
             kinds.pop(name, None)
         model = assemble(config, kinds, read(), kernel, path, str(path))
@@ -135,7 +136,7 @@ def load_one_file(path: Path, kernel: Kernel = "auto") -> tuple[Transformer, Tok
 
 
 def _sha256(tensor: Tensor) -> str:
-    """Of a tensor's bytes, its dtype and its shape."""
+    """The sha256 of a tensor's bytes, dtype and shape."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     checksum = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
     checksum.update(data.numpy().data)

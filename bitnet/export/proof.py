@@ -1,10 +1,10 @@
-"""The proof that a packed model computes what the trained one computes, bit for bit.
+"""The proof that a packed model computes the same as the trained one, bit for bit.
 
 Packing keeps integers and one fp32 scale per tensor (or row, or group), so nothing may differ: the
-codes, the int32 accumulators of each layer (on the activations that the layer really sees, and on
-random int8 of the whole range), the logits, and the greedy tokens. The accumulators are also
-compared with a float64 product, exact below 2^53: the two integer paths could be wrong together.
-The integer form of a model quantized by a recipe (bitnet/qat) must pass the same comparison: codes,
+codes, the int32 accumulators of each layer (on the layer's real activations, and on random int8 of
+the whole range), the logits, and the greedy tokens. The accumulators are also compared with a
+float64 product, exact below 2^53, since the two integer paths could have the same error. The
+integer form of a model quantized by a recipe (bitnet/qat) must pass the same comparison: codes,
 scales and zero points of each layer, logits and tokens. The int32 product of its codes with random
 int8 activations must equal the float64 product.
 """
@@ -26,12 +26,12 @@ from bitnet_kernels import ternary_matmul
 from bitnet_kernels.reference import absmax_int8, int8_matmul
 
 RANDOM_TOKENS = 16
-"""Rows of random int8 activations for each layer, beside those of the prompts."""
+"""Rows of random int8 activations for each layer, in addition to those of the prompts."""
 
 
 @dataclass
 class Proof:
-    """Counts of what was compared, and every difference found."""
+    """Counts of the comparisons, and every difference found."""
 
     matrices: int = 0
     """Quantized matrices whose codes and scales were compared."""
@@ -60,7 +60,7 @@ def prove(
     Arguments:
         latent: with BitLinear or QAT layers. packed: the same with TernaryLinear or Int layers, on
             the same device; neither is changed.
-        prompts: token ids, each at least one and short enough for ``new_tokens`` more.
+        prompts: token ids; each prompt has at least one and leaves room for ``new_tokens``.
         new_tokens: greedy tokens per prompt.
     Raises:
         UserError: ``latent`` has no quantized layer. ValueError: no prompts, or an empty one.
@@ -180,7 +180,7 @@ def _random_int8(codes: Tensor) -> Tensor:
 
 
 def _compare_rest(latent: Transformer, packed: Transformer, proof: Proof) -> None:
-    """Embeddings, norms and head: everything that packing leaves as it is."""
+    """Compare embeddings, norms and head: everything that packing leaves unchanged."""
     theirs = dict(packed.named_parameters())
     for name, parameter in latent.named_parameters():
         owner = latent.get_submodule(name.rpartition(".")[0])

@@ -1,4 +1,4 @@
-"""Load a model in any of the formats that can be read."""
+"""Load a model in any readable format."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ def load_source(path: Path | str) -> tuple[Transformer, Tokenizer]:
     """Load a full-precision model with its tokenizer, to quantize it.
 
     Arguments:
-        path: a model folder of ours (latent, without a recipe), a local Hugging Face folder, or a
-            .gguf file.
+        path: our model folder (latent, without a recipe), a local Hugging Face folder, or a .gguf
+            file.
     Raises:
         UserError: none of these, damaged, already quantized, or an architecture that cannot be
             imported.
@@ -27,10 +27,10 @@ def load_source(path: Path | str) -> tuple[Transformer, Tokenizer]:
 
 
 def import_model(path: Path | str, master_weights: bool = False) -> tuple[Transformer, Tokenizer]:
-    """As :func:`load_source`, but a checkpoint of another program may be a ternary one.
+    """As :func:`load_source`, but a checkpoint of another program may be ternary.
 
     Arguments:
-        master_weights: as of :func:`bitnet.export.hf.load_hf`.
+        master_weights: as for :func:`bitnet.export.hf.load_hf`.
     """
     path = Path(path)
     file = path / CONFIG
@@ -49,7 +49,7 @@ def import_model(path: Path | str, master_weights: bool = False) -> tuple[Transf
 
 def check_finite(model: Transformer, where: Path) -> None:
     """Raise UserError, beginning with ``where``, for a model with NaN or infinity in a parameter:
-    other programs would load it without a word."""
+    other programs would load it silently."""
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise UserError(
@@ -58,15 +58,15 @@ def check_finite(model: Transformer, where: Path) -> None:
 
 
 def find_model(path: Path) -> Path:
-    """The model folder that a path names: itself, or the ``model`` folder of a run.
+    """The model folder of a path: the path itself, or the ``model`` folder of a run.
 
     Raises:
-        UserError: a run that has no model yet.
+        UserError: a run without a model yet.
     """
-    with user_input(str(path)):  # no path, or a circle of links
+    with user_input(str(path)):  # an invalid path, or a cycle of links
         if not path.is_dir() or (path / CONFIG).is_file():
             return path
-    if not (path / "config.toml").is_file():  # no run: loading says what it is
+    if not (path / "config.toml").is_file():  # not a run: loading reports what is wrong
         return path
     if (path / "model" / CONFIG).is_file():
         return path / "model"

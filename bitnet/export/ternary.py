@@ -1,8 +1,8 @@
-"""Ternary matrices on their way between our model and files of other formats.
+"""Convert ternary matrices between our model and files of other formats.
 
-Out: a layer's codes and its one scale, of a BitLinear (as its forward computes them) or a
-TernaryLinear (as they are). In: a matrix of dense floats whose codes are its signs, and whose scale
-is the one absolute value that it has. N rows, K columns.
+Out: a layer's codes and its one scale, from a BitLinear (as its forward computes them) or a
+TernaryLinear (as stored). In: a matrix of dense floats. Its signs are the codes, and its only
+absolute value is the scale. N rows, K columns.
 """
 
 import torch
@@ -16,8 +16,8 @@ def codes_and_scale(layer: nn.Module, where: str) -> tuple[Tensor, Tensor]:
     """Codes int8 ``[N, K]`` and the scale fp32 ``[]`` of a ternary layer, on the CPU.
 
     Raises:
-        UserError: it is no ternary layer, or has a bias, a norm or more than one scale; or its
-            scale is no finite number above 0. The error begins with ``where``.
+        UserError: the layer is not ternary, or has a bias, a norm or more than one scale; or the
+            scale is not a finite number above 0. The error begins with ``where``.
     """
     if not isinstance(layer, BitLinear | TernaryLinear):
         raise UserError(f"{where}: expected a ternary layer")

@@ -1,8 +1,8 @@
-"""What ``bitnet export --verify`` compared, and the comparison that every format shares.
+"""The results of ``bitnet export --verify``, and the comparison that all formats share.
 
-Codes and scales are integers and fp32 numbers that a format stores or recomputes: they must be
-equal, whatever the format. How the logits of another program may differ depends on its arithmetic,
-so each format's own verifier says it.
+A format stores or recomputes codes (integers) and scales (fp32); in every format they must be
+equal. How much the logits of another program may differ depends on its arithmetic, so each format's
+own verifier sets the bound.
 """
 
 from collections.abc import Collection, Iterator
@@ -20,11 +20,11 @@ class Verification:
     """One line per comparison."""
 
     compared: list[str] = field(default_factory=list)
-    """What was compared and agrees, with its figures."""
+    """Comparisons that agree, with their numbers."""
     differences: list[str] = field(default_factory=list)
-    """What differs."""
+    """Comparisons that differ."""
     skipped: list[str] = field(default_factory=list)
-    """What could not be compared here, and what to install for it."""
+    """Comparisons that are impossible here, and what to install for them."""
 
     @property
     def holds(self) -> bool:
@@ -32,7 +32,7 @@ class Verification:
         return not self.differences
 
     def record(self, agrees: bool, line: str) -> None:
-        """Add a line where it belongs."""
+        """Add a line to ``compared`` or ``differences``."""
         (self.compared if agrees else self.differences).append(line)
 
 
@@ -51,8 +51,8 @@ def compare_codes(
     result: Verification,
     fp16: Collection[str] = (),
 ) -> None:
-    """Compare codes, scales and the parameters around them with those of the model that was read
-    back from the file.
+    """Compare codes, scales and the other parameters with those of the model read back from the
+    file.
 
     Arguments:
         fp16: parameters that the file may hold rounded to fp16.
