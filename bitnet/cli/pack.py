@@ -61,7 +61,7 @@ def pack_command(
 
 
 def beside(folder: Path, suffix: str) -> Path:
-    """For example ``FOLDER-packed``; finds the folder's name if its path ends in ``.`` or ``..``."""
+    """Such as ``FOLDER-packed``; finds the folder's name if the path ends in ``.`` or ``..``."""
     if folder.name in ("", ".."):  # Path("x/.") has the name x
         folder = folder.resolve()
     return folder.with_name(folder.name + suffix)

@@ -1,11 +1,11 @@
-"""Activation quantizers: "absmax", whose scale is found in each token, and "static", whose scale is
-fixed beforehand.
+"""Activation quantizers: "absmax" computes a scale per token, "static" uses a scale fixed
+beforehand.
 
     value = (codes - zero_point) * scale        codes int8, scale fp32, zero_point int32 or none
 
 "absmax" is symmetric and has one scale per token (for convolutions, per sample). "static" has one
-scale for all, from the range that an observer found (observers.py), symmetric or affine. Rounding
-is half to even, and scales are clamped as those of weights are (quantizers.py).
+scale for all tokens, from an observed range (observers.py), symmetric or affine. Rounding is half
+to even, and scales are clamped like those of weights (quantizers.py).
 
 Shapes: M tokens, K in_features.
 """
@@ -52,7 +52,7 @@ def static_range(
     Arguments:
         low, high: fp32 ``[]`` (or any one shape).
     Returns:
-        scale fp32; zero_point int32, or None for symmetric codes. A range that is not finite has
+        scale fp32; zero_point int32, or None for symmetric codes. A range that is not finite gives
         scale NaN.
     """
     low, high = low.float(), high.float()
@@ -65,7 +65,8 @@ def static_range(
 def static_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """Codes under the scale and zero point of :func:`static_range`: float ``[...]`` -> int8.
 
-    Values outside the range, infinities too, get the code of its nearest end; NaN gets that of 0.
+    Values outside the range, including infinities, get the code of the nearest end; NaN gets the
+    code of 0.
     """
     codes = unclamped(x.nan_to_num(0.0), scale, zero_point)
     return to_int8(codes, code_range(bits, zero_point is None))
@@ -82,7 +83,7 @@ def activation_codes(
 
     Arguments:
         x: float ``[..., K]``.
-        scale, zero_point: of :func:`static_range`; required for "static" and refused otherwise.
+        scale, zero_point: of :func:`static_range`; required for "static", otherwise an error.
         per_sample: for "absmax": one scale per index of the first axis, as a convolution needs,
             instead of one per token.
     Returns:
@@ -90,7 +91,7 @@ def activation_codes(
         ``[]``; the zero point. NaN or infinity in x makes its scale NaN (the only scale of static
         activations), since codes would hide it.
     Raises:
-        ValueError: "none" has no codes; a scale missing or superfluous. TypeError: x is not
+        ValueError: "none" has no codes; a missing or superfluous scale. TypeError: x is not
         floating point.
     """
     if not x.is_floating_point():
@@ -114,8 +115,8 @@ def fake_quantize_activation(
     zero_point: Tensor | None = None,
     per_sample: bool = False,
 ) -> Quantized:
-    """:func:`activation_codes` and their value, with the identity as gradient; "static": with a
-    gradient of 0 outside the range.
+    """:func:`activation_codes` and their value. The gradient is the identity; for "static", it is 0
+    outside the range.
 
     Arguments, errors: as :func:`activation_codes`.
     """

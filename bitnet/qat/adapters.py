@@ -1,17 +1,17 @@
-"""Low-rank adapters: train a model by small matrices beside its own (LoRA, arXiv 2106.09685).
+"""Low-rank adapters: train small matrices beside a model's own (LoRA, arXiv 2106.09685).
 
     y = base(x) + (alpha / rank) * B (A x)        A [r, K] Kaiming uniform, B [N, r] zero at first
 
     lora    the base stays an nn.Linear. In a prepared model it is a QATLinear (or BitLinear), which
             keeps quantizing: *LoRA-QAT*, adapters that learn to correct the quantization error
-    qlora   the base is stored in NF4 or ternary codes and dequantized when it is used, so that only
-            its codes and scales stay in memory (arXiv 2305.14314); it never changes
+    qlora   the base is stored in NF4 or ternary codes and dequantized on use, so that only its
+            codes and scales stay in memory (arXiv 2305.14314); it never changes
 
-Merging adds s B A (s = alpha / rank) to the base's weight and removes the adapter. With a base in
-full precision the outputs stay the same up to rounding. With a quantizer they change: W + s B A is
-rounded again, and a small s B A may vanish below half a step. :func:`merge_adapters` reports by how
-much, for each layer. It does not see that the adapter's share of the output now comes from
-quantized activations too: measure the loss before and after.
+Merging adds s B A (s = alpha / rank) to the base's weight and removes the adapter. With a
+full-precision base the outputs stay the same up to rounding. With a quantizer they change:
+W + s B A is rounded again, and a small s B A may vanish below half a step. :func:`merge_adapters`
+reports the weight's change for each layer. But the adapter's part of the output now comes from
+quantized activations too, which the report omits: measure the loss before and after.
 
 M tokens, K in_features, N out_features, r rank.
 """
@@ -55,13 +55,13 @@ BITNET = Recipe(weights="absmean", granularity="tensor")
 
 @dataclass(frozen=True, config=STRICT)
 class AdapterConfig:
-    """The ``[adapter]`` section: low-rank adapters and what they stand beside."""
+    """The ``[adapter]`` section: low-rank adapters and their base layers."""
 
     kind: Literal["none", "lora", "qlora"] = "none"
-    """"none"; "lora": adapters beside the model's layers, also quantized ones; "qlora": beside a
-    frozen base of few bits"""
+    """"none"; "lora": adapters beside the model's layers, also quantized ones; "qlora": adapters
+    beside a frozen low-bit base"""
     rank: Positive = 16
-    """rank of the adapters; one above in_features or out_features is allowed but of no use"""
+    """rank of the adapters; a rank above in_features or out_features is allowed but useless"""
     alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 32.0
     """the adapters' outputs are multiplied by alpha / rank"""
     targets: Annotated[ListOf[str], Field(min_length=1)] = Field(
@@ -71,17 +71,17 @@ class AdapterConfig:
     base: Literal["nf4", "ternary"] = "nf4"
     """format of a "qlora" base: 4.5 or 2 bits per weight"""
     train_base: bool = False
-    """with "lora": train the rest of the model too; false: the adapters alone"""
+    """with "lora": train the rest of the model too; false: only the adapters"""
 
 
 class FrozenTernaryLinear(FrozenLinear):
     """A frozen linear layer in packed ternary codes, 2 bits per weight.
 
-    The codes are found once, by absmean with the recipe's granularity and alpha. Unlike in
-    :class:`bitnet.TernaryLinear`, which stores the same, activations are not quantized.
+    The codes are computed once, by absmean with the recipe's granularity and alpha. It stores the
+    same as :class:`bitnet.TernaryLinear`, but does not quantize activations.
 
     State: ``packed`` uint8 ``[N, ceil(K/64)*16]``, ``scale`` fp32 ``[]``, ``[N]`` or ``[N, G]``,
-    ``bias``. Raises ValueError where the weights are not finite.
+    ``bias``. Raises ValueError if the weights are not finite.
     """
 
     SCALE = "scale"
@@ -94,7 +94,7 @@ class FrozenTernaryLinear(FrozenLinear):
         codes, scale = absmean_ternary(
             linear.weight.detach(), recipe.granularity, recipe.group_size, recipe.alpha
         )
-        if codes.is_meta:  # has no codes to check and pack
+        if codes.is_meta:  # no values to check and pack
             packed = codes.new_empty(len(codes), packed_columns(codes.shape[1]), dtype=torch.uint8)
         elif not bool(scale.isfinite().all()):
             raise ValueError("weight: holds NaN or infinity; such a weight has no ternary form")
@@ -119,8 +119,8 @@ def _frozen(linear: nn.Linear, ternary: Recipe | None) -> FrozenLinear:
 class LoRALinear(CalledLayer, nn.Module):
     """A linear layer and its adapter: ``y = base(x) + (alpha / rank) * (x A.T) B.T``.
 
-    The adapter is fp32 and computes in the input's dtype or under autocast in its; it starts at
-    B = 0, as the base alone.
+    The adapter is fp32 and computes in the input's dtype, or in autocast's if that is on. It starts
+    with B = 0, so the output is the base's.
 
     Arguments:
         base: an nn.Linear, QATLinear, BitLinear or FrozenLinear.
@@ -144,8 +144,8 @@ class LoRALinear(CalledLayer, nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base's dtype, device and shape, for code that reads them. Reading the values raises
-        TypeError: a product with them would leave out the adapter, or its gradient."""
+        """The base weight's dtype, device and shape, for code that reads them. Reading values
+        raises TypeError: a product with them would leave out the adapter, or its gradient."""
         base = self.base.weight
 
         def refuse() -> Tensor:
@@ -158,7 +158,7 @@ class LoRALinear(CalledLayer, nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's."""
+        """The base's bias."""
         return self.base.bias
 
     @property
@@ -177,7 +177,7 @@ class LoRALinear(CalledLayer, nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """``(alpha / rank) * B A``, which merging adds to the weight: fp32 ``[N, K]``."""
+        """``(alpha / rank) * B A``, fp32 ``[N, K]``; merging adds it to the weight."""
         return self.scaling * (self.lora_b.float() @ self.lora_a.float())
 
     def extra_repr(self) -> str:
@@ -186,20 +186,20 @@ class LoRALinear(CalledLayer, nn.Module):
 
 
 def add_adapters(model: nn.Module, config: AdapterConfig, recipe: Recipe = BITNET) -> nn.Module:
-    """Put a :class:`LoRALinear` in the place of each target, in place; return the model.
+    """Replace each target by a :class:`LoRALinear`, in place; return the model.
 
-    Everything that is not an adapter is frozen (``requires_grad`` off: embeddings, norms and head
-    too), unless ``config.train_base``. A is drawn from torch's global generator, layer by layer.
-    On the meta device the structure is made, without values.
+    Everything except the adapters is frozen (``requires_grad`` off, also for embeddings, norms and
+    head), unless ``config.train_base``. A is drawn from torch's global generator, layer by layer.
+    On the meta device only the structure is made, without values.
 
     Arguments:
         model: holds the targets: plain nn.Linear, or (lora) QATLinear or BitLinear, after prepare.
         config: what to add; kind "none" changes nothing.
         recipe: granularity, group size and alpha of a ternary base.
     Raises:
-        ValueError: a pattern that no such layer has (names the nearest), adapters already there, a
-        target of another kind, with a norm inside, with a shared weight or with weights that are
-        not finite (named); ``train_base`` of a qlora; a recipe that is not absmean.
+        ValueError: a pattern that matches no such layer (names the nearest); existing adapters; a
+        target of another kind, with an inner norm, with a shared weight or with weights that are
+        not finite (named); ``train_base`` with qlora; a recipe that is not absmean.
     """
     if config.kind == "none":
         return model
@@ -246,7 +246,7 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 
 def _targets(model: nn.Module, config: AdapterConfig) -> set[nn.Module]:
-    """The layers that the patterns name, each of a kind that can be adapted."""
+    """The layers that the patterns match, each of a kind that can be adapted."""
     linear = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
@@ -279,15 +279,15 @@ class LayerMerge(NamedTuple):
     """The effect of merging one layer."""
 
     error: float
-    """``||Q(W + s B A) - (Q(W) + s B A)|| / ||Q(W) + s B A||`` (Frobenius): the change that
-    rounding again makes in the weight. 0 for a full-precision base. A qlora base merges into full
-    precision; the number is the change if the result *were* stored in the base's format again"""
+    """``||Q(W + s B A) - (Q(W) + s B A)|| / ||Q(W) + s B A||`` (Frobenius): the change of the
+    weight by rounding again. 0 for a full-precision base. A qlora base merges into full precision;
+    the number is the change if the result *were* stored in the base's format again"""
     codes_changed: float
-    """share of the codes that rounding again changes"""
+    """share of the codes that change by rounding again"""
     bytes_before: int
-    """of the base's weight: parameters, or codes and scales"""
+    """bytes of the base's weight: parameters, or codes and scales"""
     bytes_after: int
-    """of the merged weight"""
+    """bytes of the merged weight"""
 
 
 class MergeReport(NamedTuple):
@@ -296,7 +296,7 @@ class MergeReport(NamedTuple):
     layers: dict[str, LayerMerge]
 
     def __str__(self) -> str:
-        """Mean over the layers, and the worst."""
+        """The mean over the layers, and the worst layer."""
         merges, n = list(self.layers.values()), len(self.layers)
         worst = max(self.layers, key=lambda name: self.layers[name].error)
         before, after = sum(m.bytes_before for m in merges), sum(m.bytes_after for m in merges)
@@ -305,7 +305,7 @@ class MergeReport(NamedTuple):
             f"{self.layers[worst].error:.2%} at most ({worst}); "
             f"{sum(m.codes_changed for m in merges) / n:.2%} of the codes changed"
         )
-        if after > before:  # a frozen base is decoded, and nothing rounded again
+        if after > before:  # a frozen base is decoded; nothing is rounded again
             return f"{n} layers merged exactly, {before:,} -> {after:,} bytes; rounded anew: {cost}"
         return f"{n} layers merged and rounded anew: {cost}"
 
@@ -314,12 +314,12 @@ class MergeReport(NamedTuple):
 def merge_adapters(model: nn.Module) -> MergeReport:
     """Add every adapter to its base and remove it, in place.
 
-    The layers have their former types again. A lora's base keeps its Parameters; a qlora's becomes
-    an nn.Linear in the dtype that it had. ``requires_grad`` stays as it is.
+    The layers get their former types back. A lora base keeps its Parameters; a qlora base becomes
+    an nn.Linear in its former dtype. ``requires_grad`` does not change.
 
     Raises:
         ValueError: no adapters; adapters or weights that are not finite, or a base that was packed
-        or converted meanwhile (the layer is named, and nothing is merged).
+        or converted meanwhile (names the layer; nothing is merged).
     """
     layers = dict(_adapted(model))
     if not layers or "" in layers:
@@ -368,7 +368,7 @@ def _merge(layer: LoRALinear) -> tuple[nn.Linear, LayerMerge]:
 
 
 def _quantized(linear: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Codes (in full precision a constant 0) and the fp32 weight of the forward."""
+    """The codes (in full precision a constant 0) and the fp32 weight of the forward."""
     if isinstance(linear, QATLinear):
         codes, scale, zero_point = linear.quantize()
         return codes, dequantize(codes, scale, zero_point, linear.recipe.group_size)

@@ -1,4 +1,4 @@
-"""AWQ (Lin et al., arXiv 2306.00978): quantize weights of large inputs with finer steps.
+"""AWQ (Lin et al., arXiv 2306.00978): finer quantization steps for the weights of large inputs.
 
 A few input channels carry most of a layer's output. Multiplying column j of W by s_j > 1 and
 dividing input channel j by it leaves the product unchanged. The rounding error of that column
@@ -8,18 +8,18 @@ one ratio per layer,
     s_j = mean|x_j|^ratio,   ratio in {0, 1/20, ..., 19/20}
     minimizing |Q(W diag(s)) diag(s)^-1 X - W X|^2                                   (eqs. 4, 5)
 
-summed over the matrices that read the input. It needs no pass over the tokens: their sum is
-tr(dW X^T X dW^T). Ratio 0 is rounding to nearest, so on the calibration inputs of a layer AWQ is
-never worse. s is divided by sqrt(max s * min s), as the paper's code does, so that inputs keep
-their magnitude.
+summed over the matrices that read the input. It needs no pass over the tokens: the sum over tokens
+is tr(dW X^T X dW^T). Ratio 0 is rounding to nearest, so on the calibration inputs of a layer AWQ is
+never worse. s is divided by sqrt(max s * min s), as in the paper's code, so that inputs keep their
+magnitude.
 
 1/s is folded into the producer of the input (``ptq.sites``): a norm's weight, up_proj's rows for
 down_proj, v_proj's rows for o_proj if each head has its own values. If there is no producer (o_proj
 after grouped queries without a sub norm), weights are rounded to nearest. A channel that was always
-0 keeps s = 1. Means below 1e-4 of the largest are raised to that, so that no channel grows without
-bound that other text may use. The paper also searches for a clipped weight range, which is left out
-here. Ternary weights gain little: their codes clip the columns that were made larger, so the search
-often ends at ratio 0.
+0 keeps s = 1. Means below 1e-4 of the largest are raised to that value, to bound the growth of a
+channel that other text may use. The paper also searches for a clipped weight range, which is left
+out here. Ternary weights gain little: their codes clip the enlarged columns, so the search often
+ends at ratio 0.
 
 K in_features, N out_features.
 """
@@ -56,19 +56,19 @@ def awq(
 
     Arguments:
         model: full precision; not changed.
-        recipe: weights "int" or "absmean"; the search considers the weights alone.
+        recipe: weights "int" or "absmean"; the search considers only weights.
         calibration: int64 ``[S, T]``, token windows.
-        n_grid: ratios tried.
-        on_layer: called after each layer with how many are done, of how many.
+        n_grid: number of ratios to try.
+        on_layer: called after each layer with the numbers of done and of all layers.
     Raises:
-        ValueError: as ``ptq.layer_by_layer``; other weights than these.
+        ValueError: as ``ptq.layer_by_layer``; any other weights.
     """
     check_rounding("awq", recipe)
 
     def method(block: Block, walk: Walk) -> dict[str, Codes]:
         layers = quantized_linears(block)
         found = list(zip(sites(block), walk.statistics(block, True), strict=True))
-        # consumers first: v_proj and up_proj are searched with the rows that they will have
+        # consumers first, so that v_proj and up_proj are searched with their final rows
         for site, inputs in reversed(found):
             weights = [layers[name].weight for name in site.consumers if name in layers]
             if site.producer is not None and weights:
@@ -83,7 +83,7 @@ def awq(
 def awq_scales(
     weights: Sequence[Tensor], gram: Tensor, mean: Tensor, recipe: Recipe, n_grid: int = 20
 ) -> Tensor:
-    """The best s of the grid: fp32 ``[K]``, positive.
+    """The best s in the grid: fp32 ``[K]``, positive.
 
     Arguments:
         weights: float ``[N, K]``, the matrices that read the input; N may differ.
@@ -105,7 +105,7 @@ def awq_scales(
 
 
 def ratio_scales(mean: Tensor, ratio: float) -> Tensor:
-    """mean^ratio / sqrt(max * min), 1 where the mean is 0: fp32 ``[K]``."""
+    """mean^ratio / sqrt(max * min), or 1 where the mean is 0: fp32 ``[K]``."""
     live = mean > 0
     if not bool(live.any()):
         return torch.ones_like(mean)

@@ -1,6 +1,6 @@
 """Batch norms, folded into the layer before them: ``Conv + BatchNorm -> Conv``.
 
-    fold_batch_norm(model.eval())       before prepare(), so that weights are quantized as they run
+    fold_batch_norm(model.eval())       before prepare(), so that the folded weights are quantized
 
 In eval mode a batch norm is an affine map of each channel. With running mean m and variance v, and
 its weight g and bias c,
@@ -30,23 +30,24 @@ _BATCH_NORMS: dict[type[nn.Module], type[nn.Module]] = {
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        leaf = isinstance(m, BitLinear | RMSNorm)  # whose forwards look at their input
+        leaf = isinstance(m, BitLinear | RMSNorm)  # their forwards branch on the input
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
 
 def batch_norm_pairs(model: nn.Module) -> tuple[list[tuple[str, str]], dict[str, str]]:
     """Find the batch norms that :func:`fold_batch_norm` can fold, by torch.fx symbolic tracing.
 
-    A linear layer's output is taken to be ``[batch, features]`` where a BatchNorm1d follows.
+    If a BatchNorm1d follows a linear layer, the layer's output is assumed to be
+    ``[batch, features]``.
 
     Returns:
-        ``(layer, batch norm)`` names, and for each other batch norm why it has to stay.
+        ``(layer, batch norm)`` names, and for each other batch norm the reason why it must stay.
     Raises:
         ValueError: the model cannot be traced (its forward branches on values, ...).
     """
     try:
         graph = _Tracer().trace(model)
-    except Exception as error:  # whatever the model's forward raises on a tracer's proxies
+    except Exception as error:  # the model's forward may raise anything on a tracer's proxies
         raise ValueError(
             "model: torch.fx cannot trace it; name what to fold: "
             f'fold_batch_norm(model, pairs=[("conv1", "bn1")]) ({error})'
@@ -82,7 +83,7 @@ def batch_norm_pairs(model: nn.Module) -> tuple[list[tuple[str, str]], dict[str,
 
 
 def _unfoldable(model: nn.Module, layer_name: str, norm_name: str) -> str:
-    """Why a pair cannot be folded; "" where it can."""
+    """The reason why a pair cannot be folded; "" if it can."""
     layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
     if type(layer) not in _BATCH_NORMS or type(norm) is not _BATCH_NORMS[type(layer)]:
         return f"a {type(norm).__name__} does not fold into a {type(layer).__name__}"
@@ -102,10 +103,10 @@ def _unfoldable(model: nn.Module, layer_name: str, norm_name: str) -> str:
 def fold_batch_norm(model: nn.Module, pairs: Sequence[tuple[str, str]] | None = None) -> nn.Module:
     """Fold batch norms into the layer before them, in place; each becomes an ``nn.Identity``.
 
-    The model then computes in training mode what it did in eval mode.
+    In training mode the model then computes what it computed before in eval mode.
 
     The weights are the same whether ``replace_linear`` comes before or after. A BitLinear quantizes
-    W' anew and finds other codes, unless it has one scale per row (``granularity="row"``), so fold
+    W' again and gets other codes, unless it has one scale per row (``granularity="row"``), so fold
     before training it.
 
     Arguments:

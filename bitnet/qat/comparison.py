@@ -33,7 +33,7 @@ METHODS = ("rtn", *CALIBRATED)
 BITS = ("8", "6", "4", "3", "2", "1.58")
 """Bits per weight; 1.58: ternary with BitNet's scale, mean|W|."""
 ENOUGH, WORTH = 0.01, 0.10
-"""Growth of perplexity below which PTQ is enough, and from which on QAT is needed."""
+"""Growth of perplexity: below the first, PTQ is enough; from the second on, QAT is needed."""
 
 
 class Row(NamedTuple):
@@ -44,14 +44,14 @@ class Row(NamedTuple):
     loss: float
     perplexity: float
     growth: float
-    """perplexity divided by that of full precision, minus 1"""
+    """perplexity divided by full precision's, minus 1"""
     bits_per_byte: float
     matrix_megabytes: float
-    """of the layers' matrices with their scales"""
+    """size of the layers' matrices with their scales"""
     seconds: float
-    """to quantize"""
+    """time to quantize"""
     tokens: int
-    """predicted in the evaluation"""
+    """tokens predicted in the evaluation"""
     recipe: str
 
 
@@ -79,8 +79,8 @@ def quantize(
     """Quantize a copy of the model by one of METHODS.
 
     Arguments:
-        calibration: int64 ``[S, T]``, for all methods but rtn. on_layer: called with layers done
-            and layers in all.
+        calibration: int64 ``[S, T]``, for all methods except rtn. on_layer: called with the numbers
+            of done and of all layers.
     """
     if method == "rtn":
         return round_to_nearest(model, recipe)
@@ -95,7 +95,7 @@ def row_of(
     seconds: float,
     full: Row | None,
 ) -> Row:
-    """The row of an evaluated model; ``full`` is that of full precision, None for itself."""
+    """The row of an evaluated model; ``full``: the row of full precision, None for that row."""
     before = full.perplexity if full else result.perplexity
     return Row(
         method=method,
@@ -112,7 +112,7 @@ def row_of(
 
 
 def matrix_bytes(model: Transformer) -> int:
-    """Bytes of the layers' matrices in memory, scales and zero points included."""
+    """Bytes of the layers' matrices in memory, including scales and zero points."""
     total = 0
     for block in model.layers:
         for name in model.config.matrices():
@@ -132,7 +132,7 @@ def grown(growth: float) -> str:
 
 
 def verdicts(rows: Iterable[Row]) -> Iterator[str]:
-    """One line per bit width, by its best method."""
+    """One line per bit width, judged by its best method."""
     quantized = [row for row in rows if row.method != FULL]
     for bits in dict.fromkeys(row.bits for row in quantized):
         of_width = [row for row in quantized if row.bits == bits]

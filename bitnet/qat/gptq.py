@@ -1,13 +1,14 @@
-"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, and correct the error of each
+"""GPTQ (Frantar et al., arXiv 2210.17323): round column by column, and correct each column's error
 in the columns that are not rounded yet.
 
 A layer's output error over the calibration inputs is tr(dW H dW^T) with the Hessian H = 2 X^T X.
-Rounding column j by the error e = w_j - w_hat_j costs least if the columns F still free move by
+Rounding column j with the error e = w_j - w_hat_j costs least if the columns F not yet rounded move
+by
 
     dW_F = -e / [H_F^-1]_jj * [H_F^-1]_j,F                                           (eq. 2)
 
-(Optimal Brain Surgeon). All rows are rounded in the same order and so share H_F. The rows of H_F^-1
-that are needed are, up to a factor, those of the upper Cholesky factor U of H^-1, U^T U = H^-1:
+(Optimal Brain Surgeon). All rows are rounded in the same order, so they share H_F. The required
+rows of H_F^-1 equal, up to a factor, the rows of the upper Cholesky factor U of H^-1, U^T U = H^-1:
 [H_F^-1]_j,F / [H_F^-1]_jj = U_j,F / U_jj. So
 
     e_j = (w_j - w_hat_j) / U_jj;   W_j+1: -= e_j U_j,j+1:
@@ -16,11 +17,11 @@ where columns beyond a block of 128 get the block's updates together, as one pro
 
 Choices. Damping is 1% of the mean diagonal, as in the paper. U is computed in fp64, the rest in
 fp32. Scales per tensor or row are computed before rounding. The scale of a *group* is computed when
-the group is reached, from weights that all earlier columns have moved (blocks end where groups
-end). An input channel that is always 0 in the calibration ("dead") has no part in H: its weights
-are rounded to nearest. The paper's code sets them to 0, which ruins a channel that only this text
-leaves silent. ``act_order`` rounds columns with a larger diagonal first; groups are still adjacent
-columns, so their scales are then computed before rounding.
+the group is reached, from weights updated by all earlier columns (blocks end where groups end). An
+input channel that is always 0 in the calibration ("dead") does not count in H; its weights are
+rounded to nearest. The paper's code sets them to 0, which ruins a channel that is 0 only in this
+text. ``act_order`` rounds columns with a larger diagonal first; groups are still adjacent columns,
+so their scales are then computed before rounding.
 
 K in_features, N out_features.
 """
@@ -57,12 +58,12 @@ def gptq(
 
     Arguments:
         model: full precision; not changed.
-        recipe: weights "int" or "absmean"; activations are quantized as it says.
-        calibration: int64 ``[S, T]``, token windows; the paper takes 128 of 2048.
+        recipe: weights "int" or "absmean"; activations are quantized by the recipe.
+        calibration: int64 ``[S, T]``, token windows; the paper uses 128 windows of 2048.
         damping, act_order, block_size: see :func:`gptq_matrix`.
-        on_layer: called after each layer with how many are done, of how many.
+        on_layer: called after each layer with the numbers of done and of all layers.
     Raises:
-        ValueError: as ``ptq.layer_by_layer``; other weights than these.
+        ValueError: as ``ptq.layer_by_layer``; any other weights.
     """
     check_rounding("gptq", recipe)
 
@@ -97,13 +98,13 @@ def gptq_matrix(
         hessian: ``[K, K]``, X^T X times any positive factor.
         recipe: weights "int" or "absmean".
         damping: added to the diagonal, as a share of its mean over the live channels.
-        act_order: round columns in the order of decreasing diagonal.
+        act_order: round columns in order of decreasing diagonal.
         block_size: columns updated together; affects only speed and fp32 rounding.
     Returns:
         Codes int8 ``[N, K]``, scale, zero point, as ``WeightQuantizer.quantize``.
     Raises:
-        ValueError: other weights than these; a Hessian that is not finite, or not positive definite
-            with this damping.
+        ValueError: any other weights; a Hessian that is not finite, or not positive definite with
+            this damping.
     """
     check_rounding("gptq", recipe)
     if block_size < 1 or damping < 0:
@@ -118,7 +119,7 @@ def gptq_matrix(
     upper = _inverse_factor(hessian[order][:, order], damping)
 
     by_group = recipe.granularity == "group"
-    late = by_group and not act_order  # each group's scale is found when the group is reached
+    late = by_group and not act_order  # computes each group's scale when the group is reached
     grids = [] if late else _grids(*quantizer.scale(w))
     grid_of = (order // recipe.group_size).tolist() if by_group else [0] * columns
     w = w[:, order]
@@ -151,7 +152,7 @@ def gptq_matrix(
 
 
 def _grids(scale: Tensor, zero: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-    """Scale and zero point, of each group where they are ``[N, G]``."""
+    """Scale and zero point; one pair per group if they are ``[N, G]``."""
     if scale.dim() < 2:
         return [(scale, zero)]
     scales = scale.split(1, 1)
@@ -161,13 +162,13 @@ def _grids(scale: Tensor, zero: Tensor | None) -> list[tuple[Tensor, Tensor | No
 
 
 def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """U of the head of this file: fp32 ``[K, K]``, upper, U^T U = (H + damping)^-1."""
+    """U as at the top of this file: fp32 ``[K, K]``, upper, U^T U = (H + damping)^-1."""
     h = hessian.double()
     diagonal = h.diagonal()
     if not bool(diagonal.isfinite().all()):
         raise ValueError("hessian: holds NaN or infinity")
     live = diagonal > 0
-    # the mean of no channels is NaN; without a live channel any positive number will do
+    # the mean of no channels is NaN; without a live channel any positive number works
     mean = diagonal[live].mean() if bool(live.any()) else h.new_ones(())
     h = h + torch.diag(damping * mean + torch.where(live, 0.0, mean))
     factor, failed = torch.linalg.cholesky_ex(h)

@@ -1,4 +1,4 @@
-"""Grids of codes under scales: the arithmetic that quantizers of weights and activations share.
+"""Grids of codes and scales: the shared arithmetic of weight and activation quantizers.
 
     value = (codes - zero_point) * scale        code = clamp(round(x / scale) + zero_point)
 
@@ -25,11 +25,11 @@ class Codes(NamedTuple):
     """fp32. Weights: ``[]``, ``[N]`` or ``[N, G]``. Activations: ``[M]`` (per token), ``[B]`` (per
     sample, for convolutions) or ``[]`` (static)"""
     zero_point: Tensor | None
-    """int32 of the same shape; None where symmetric"""
+    """int32 in the shape of scale; None if symmetric"""
 
 
 def code_range(bits: int, symmetric: bool) -> range:
-    """The codes of ``bits`` bits; symmetric ones leave out the lowest."""
+    """The codes of ``bits`` bits; symmetric codes leave out the lowest."""
     highest = 2 ** (bits - 1) - 1
     return range(-highest if symmetric else -highest - 1, highest + 1)
 
@@ -40,8 +40,8 @@ def reduce(
     group_size: int,
     statistic: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    """A statistic, given as a function of (tensor, dim), of the values under each scale: ``[N, K]``
-    -> ``[]``, ``[N]`` or ``[N, G]``. A shorter last group is reduced over its own columns."""
+    """Compute a statistic, a function of (tensor, dim), of the values of each scale: ``[N, K]`` ->
+    ``[]``, ``[N]`` or ``[N, G]``. A shorter last group is reduced over its own columns."""
     if granularity == "tensor":
         return statistic(x.flatten(), -1)
     if granularity == "row":
@@ -55,34 +55,34 @@ def reduce(
 
 
 def count(weight: Tensor, granularity: Granularity, group_size: int) -> Tensor:
-    """The number of weights under each scale, fp32, broadcastable to the scale."""
+    """The number of weights per scale, fp32, broadcastable to the scale."""
     row = torch.ones(1, weight.shape[1], device=weight.device, dtype=torch.float32)
     columns = reduce(row, granularity, group_size, Tensor.sum)
     return columns * weight.shape[0] if granularity == "tensor" else columns
 
 
 def spread(per_scale: Tensor, group_size: int, like: Tensor) -> Tensor:
-    """Scales (or zero points) ``[]``, ``[N]`` or ``[N, G]``, broadcastable to ``like``: ``[N, K]``,
-    or of any shape where there is one scale."""
+    """Make scales (or zero points) ``[]``, ``[N]`` or ``[N, G]`` broadcastable to ``like``:
+    ``[N, K]``, or any shape if there is one scale."""
     if per_scale.dim() == 2:
         return spread_groups(per_scale, group_size, like.shape[1])
     return per_scale.unsqueeze(1) if per_scale.dim() == 1 else per_scale
 
 
 def clamped(statistic: Tensor) -> Tensor:
-    """A statistic, made >= 1e-5 so that one can divide by it; NaN where it is not finite."""
+    """A statistic clamped to >= 1e-5, to be a divisor; NaN where it is not finite."""
     return torch.where(statistic.isfinite(), statistic.clamp(min=EPS), torch.nan)
 
 
 def symmetric_scale(absmax: Tensor, bits: int) -> Tensor:
     """The scale that maps the largest magnitude to the highest code."""
-    # Divided by a tensor: by a number, torch on CUDA would multiply with the reciprocal.
+    # Divide by a tensor: for a number, torch on CUDA would multiply by the reciprocal.
     return clamped(absmax) / absmax.new_full((), code_range(bits, True)[-1])
 
 
 def affine_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale fp32 and zero point int32 of codes from low to high. The range is widened to hold 0,
-    which a code represents exactly (arXiv 1712.05877, section 2.1)."""
+    """Scale fp32 and zero point int32 of codes from low to high. The range is widened to include 0,
+    which one code represents exactly (arXiv 1712.05877, section 2.1)."""
     levels = code_range(bits, False)
     lowest, highest = levels[0], levels[-1]
     low = low.clamp(max=0)
@@ -92,13 +92,13 @@ def affine_scale(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def unclamped(x: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int = 1) -> Tensor:
-    """``round(x / scale) + zero_point``, fp32; x is ``[N, K]`` where scale is not ``[]``."""
+    """``round(x / scale) + zero_point``, fp32; x is ``[N, K]`` unless scale is ``[]``."""
     codes = (x.float() / spread(scale, group_size, x)).round()
     return codes if zero_point is None else codes + spread(zero_point, group_size, x)
 
 
 def within(codes: Tensor, levels: range) -> Tensor:
-    """Which codes need no clamping, bool."""
+    """Mask of the codes that need no clamping, bool."""
     return (codes >= levels[0]) & (codes <= levels[-1])
 
 
@@ -108,7 +108,7 @@ def to_int8(codes: Tensor, levels: range) -> Tensor:
 
 
 def ternary_codes(w: Tensor, threshold: Tensor) -> Tensor:
-    """1 above the threshold, -1 below its negative, else 0; int8."""
+    """1 above the threshold, -1 below -threshold, else 0; int8."""
     return (w > threshold).to(torch.int8) - (w < -threshold).to(torch.int8)
 
 

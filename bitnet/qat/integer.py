@@ -3,9 +3,9 @@
     layer = integer_layer(qat_layer, qat_layer.quantize())      after QAT
     layer = integer_layer(qat_layer, codes)                     with codes of GPTQ, AWQ, ...
 
-An integer layer holds no float weights. Its outputs equal those of the QAT layer in eval mode to
-the last bit, since both call the same product on the same codes (product.py). Codes are packed bit
-by bit into rows of bytes and unpacked in each forward.
+An integer layer holds no float weights. Its outputs equal the QAT layer's in eval mode to the last
+bit, since both call the same product on the same codes (product.py). Codes are packed bit by bit
+into rows of bytes and unpacked in each forward.
 """
 
 from collections.abc import Callable
@@ -34,21 +34,21 @@ from bitnet.qat.recipe import Recipe
 from bitnet.quant import output_dtype
 
 _BLOCK = 8
-"""Codes per block: 8 codes of b bits are b whole bytes."""
+"""Codes per block: 8 codes of b bits fill b whole bytes."""
 
 
 def pack_bits(codes: Tensor, bits: int, offset: int) -> Tensor:
     """Pack ``codes + offset``, each an unsigned number of ``bits`` bits, without gaps.
 
-    A row is a string of bits from the lowest bit of its first byte on: code k takes bits
-    ``k * bits`` to ``k * bits + bits - 1``, its lowest first.
+    The bits of a row are counted from the lowest bit of its first byte: code k takes bits
+    ``k * bits`` to ``k * bits + bits - 1``, its lowest bit first.
 
     Arguments:
-        codes: int8 ``[N, K]``; bits: 1 to 8; offset: makes the lowest code 0.
+        codes: int8 ``[N, K]``. bits: 1 to 8. offset: makes the lowest code 0.
     Returns:
         uint8 ``[N, ceil(K * bits / 8)]``; bits past the last code are 0.
     Raises:
-        TypeError, ValueError: another dtype or shape; a code that does not fit.
+        TypeError, ValueError: a wrong dtype or shape; a code that does not fit.
     """
     _check_bits(bits)
     if codes.dtype != torch.int8:
@@ -107,17 +107,17 @@ class IntLayer(CalledLayer, nn.Module):
 
     Arguments:
         layer: the QAT layer, which gives recipe, bias, dtype and mode; not changed.
-        found: the codes of its weight, int8 ``[N, K]``, with their scale and zero point.
+        found: codes of its weight, int8 ``[N, K]``, with scale and zero point.
     State:
         ``packed`` uint8 ``[N, ceil(K * storage_bits / 8)]``; ``scale`` fp32 ``[]``, ``[N]`` or
         ``[N, G]``; ``zero_point`` int8 of that shape, or None; ``bias`` ``[N]`` or None;
-        ``input_scale`` fp32 ``[]`` and ``input_zero_point`` int32 ``[]``, where activations are
-        static. Scales stay fp32 under ``.to(dtype)``.
+        ``input_scale`` fp32 ``[]`` and ``input_zero_point`` int32 ``[]`` if activations are static.
+        Scales stay fp32 under ``.to(dtype)``.
     Attributes:
-        dtype: of the weight that it was made from; follows ``.to(dtype)``, as :attr:`weight` does.
+        dtype: of the original weight; changes with ``.to(dtype)``, as :attr:`weight` does.
     Raises:
         ValueError: codes, scale or zero point that do not fit the recipe; a scale that is not
-        finite; static activations that nothing has calibrated.
+        finite; static activations that are not calibrated.
     """
 
     packed: Tensor
@@ -153,7 +153,7 @@ class IntLayer(CalledLayer, nn.Module):
 
     @property
     def _odd(self) -> bool:
-        """Whether codes are the odd numbers (-3, -1, 1, 3; -1, 1), of which half are stored."""
+        """Whether codes are odd numbers (-3, -1, 1, 3; -1, 1), stored as (code - 1) / 2."""
         return self.recipe.quantizer.levels.step == 2
 
     @property
@@ -165,14 +165,14 @@ class IntLayer(CalledLayer, nn.Module):
         return 2 * codes + 1 if self._odd else codes
 
     def quantize(self) -> Codes:
-        """Codes int8 ``[N, K]``, scale, and zero point int32 or None, as they were given."""
+        """The given codes int8 ``[N, K]``, scale, and zero point int32 or None."""
         zero = None if self.zero_point is None else self.zero_point.to(torch.int32)
         return Codes(self._unpack(self.packed), self.scale, zero)
 
     @property
     def weight(self) -> Tensor:
-        """The dequantized weight in the torch layer's shape, computed when its values are used
-        (:mod:`bitnet.dequantized`)."""
+        """The dequantized weight in the shape of the torch layer's, computed when its values are
+        used (:mod:`bitnet.dequantized`)."""
         return dequantized(self._dequantize, self._weight_shape, self.dtype, self.packed.device)
 
     @property
@@ -238,7 +238,7 @@ class _IntProduct(IntLayer):
         self.op = layer.op
 
     def forward(self, input: Tensor) -> Tensor:
-        """As the QAT layer's in eval mode; no gradient for the weights."""
+        """The QAT layer's forward in eval mode; no gradient for the weights."""
         if is_unusual(input):
             return by_its_kind(self, input)
         x, recipe = self.op.batched(input), self.recipe
@@ -276,7 +276,7 @@ class IntEmbedding(IntLayer):
     """``nn.Embedding`` of packed rows: int ``[...]`` -> ``[..., K]`` in ``dtype``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Only the rows asked for are unpacked."""
+        """Look up rows; only the requested rows are unpacked."""
         rows = input.flatten()
         scale, zero_point = self.scale, self.zero_point
         if scale.dim():
@@ -299,7 +299,7 @@ def integer_layer(layer: QATLayer, found: Codes) -> nn.Module:
     """The inference form of a QAT layer with the given codes, which need not be its own (GPTQ).
 
     Ternary linear layers with 8-bit dynamic activations become :class:`bitnet.TernaryLinear`, which
-    has kernels; all others the ``Int`` form of their kind.
+    has kernels; all others become the ``Int`` form of their kind.
 
     Raises:
         ValueError: as :class:`IntLayer`; a subclass that overrides forward.

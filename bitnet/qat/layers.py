@@ -9,12 +9,13 @@ optimizers, checkpoints and tied weights keep working. Its forward depends on tw
     in between                    the float operation on w + lambda_w (w_hat - w), x likewise
     1, 1 (from the start)         the values of the integer layer
 
-which a schedule may move (schedule.py). In the last state the *value* is the exact integer product
-of the codes (product.py), so the converted layer (integer.py) gives the same outputs to the last
-bit. The *gradient* is that of the float operation at x_hat and w_hat, passed straight-through.
-Without quantized activations (``activations = "none"``) it is the float operation on w_hat.
+which a schedule may change (schedule.py). With 1, 1 the *value* is the exact integer product of the
+codes (product.py), so the converted layer (integer.py) gives the same outputs to the last bit. The
+*gradient* is that of the float operation at x_hat and w_hat, passed straight-through. Without
+quantized activations (``activations = "none"``) the value is the float operation on w_hat.
 
-In BitNet's recipe a QATLinear is a :class:`bitnet.BitLinear` to the last bit, gradients too.
+With BitNet's recipe a QATLinear equals a :class:`bitnet.BitLinear` to the last bit, including
+gradients.
 """
 
 from collections.abc import Callable
@@ -34,15 +35,15 @@ from bitnet.quant import output_dtype, ternary_linear_ste
 
 
 class QATLayer(CalledLayer, nn.Module):
-    """The base of QAT layers, which ``from_float`` makes.
+    """The base class of QAT layers; ``from_float`` makes them.
 
     Attributes:
         recipe: what is quantized, and how.
         lambda_w, lambda_a: how far weights and activations are quantized, 0 to 1.
-        weight_step: the learned scale of "lsq" and "seq*", else None. fp32, and stays it under
+        weight_step: the learned scale of "lsq" and "seq*", else None. Stays fp32 under
             ``.to(dtype)``.
-        input_observer: of static activations, else None. It observes in training mode until it
-            is frozen.
+        input_observer: the observer of static activations, else None. It observes in training
+            mode until it is frozen.
     """
 
     recipe: Recipe
@@ -52,14 +53,14 @@ class QATLayer(CalledLayer, nn.Module):
     weight_step: nn.Parameter | None
     input_observer: Observer | None
     called = False
-    """Whether a forward has run that was not compiled: see :func:`bitnet.coverage`."""
+    """Whether an eager forward has run; see :func:`bitnet.coverage`."""
 
     def _mark_called(self) -> None:
         if not torch.compiler.is_compiling() and not self.called:
             self.called = True
 
     def _adopt(self, module: nn.Module, recipe: Recipe, observed: bool) -> Self:
-        """Take a module's weight, bias and mode."""
+        """Take over a module's weight, bias and mode."""
         for name, parameter in module.named_parameters(recurse=False):
             setattr(self, name, parameter)
         self.recipe, self.lambda_w, self.lambda_a = recipe, 1.0, 1.0
@@ -78,14 +79,14 @@ class QATLayer(CalledLayer, nn.Module):
 
     @torch.no_grad()
     def initialize_step(self) -> None:
-        """Set the learned scale, if there is one, from the present weights: for a schedule that
-        quantizes after a stretch of full precision."""
+        """Set the learned scale, if there is one, from the present weights, for a schedule that
+        quantizes after a phase of full precision."""
         if self.weight_step is not None:
             self.weight_step.copy_(self.recipe.quantizer.initial_step(self.weight.flatten(1)))
 
     @torch.no_grad()
     def quantize(self) -> Codes:
-        """Codes int8 ``[N, K]``, scale and zero point (or None) of the weight now; a
+        """Codes int8 ``[N, K]``, scale and zero point (or None) of the present weight. A
         convolution's weight is the matrix ``[out_channels, in_channels / groups * kernel]``."""
         matrix, quantizer = self.weight.flatten(1), self.recipe.quantizer
         if matrix.is_meta:
@@ -93,10 +94,10 @@ class QATLayer(CalledLayer, nn.Module):
         return quantizer.quantize(matrix, self.weight_step)
 
     def input_range(self, check: bool = True) -> tuple[Tensor | None, Tensor | None]:
-        """Scale fp32 ``[]`` and zero point (or None) of static activations; (None, None) of others.
+        """Scale fp32 ``[]`` and zero point (or None) of static activations; else (None, None).
 
-        Raises ValueError where the observer has seen nothing, unless ``check`` is false; the
-        check may wait for the device.
+        Raises ValueError if the observer has seen nothing, unless ``check`` is false. The check
+        may wait for the device.
         """
         observer, recipe = self.input_observer, self.recipe
         if observer is None:
@@ -114,7 +115,7 @@ class QATLayer(CalledLayer, nn.Module):
         return static_range(low, high, recipe.activation_bits, recipe.activation_symmetric)
 
     def _fake_weight(self) -> tuple[Codes, Tensor]:
-        """Codes, and the differentiable fp32 matrix that the forward uses."""
+        """The codes, and the differentiable fp32 matrix that the forward uses."""
         w = self.weight.flatten(1).float()  # a bf16 w_hat would round its scale
         codes, scale, zero_point, hat = self.recipe.quantizer.fake_quantize(w, self.weight_step)
         return Codes(codes, scale, zero_point), _between(w, hat, self.lambda_w)
@@ -131,7 +132,7 @@ class QATLayer(CalledLayer, nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """As the torch layer's, with the recipe."""
+        """Show what the torch layer shows, and the recipe."""
         return f"{super().extra_repr()}, recipe={self.recipe}"
 
 
@@ -148,14 +149,14 @@ class ProductLayer(QATLayer):
     op: Op
 
     def forward(self, input: Tensor) -> Tensor:
-        """As the torch layer's; with autocast in its dtype.
+        """The torch layer's forward, quantized; under autocast in autocast's dtype.
 
-        NaN or infinity in a token (for convolutions, in a sample) makes that token's outputs NaN
-        and no others; with static activations, those of the whole batch.
+        NaN or infinity in a token (for convolutions, in a sample) makes only that token's outputs
+        NaN; with static activations, the outputs of the whole batch.
 
         Raises:
-            TypeError, ValueError: an input of another dtype or shape; a static range that nothing
-            has calibrated (in training mode only where its observer is frozen or disabled).
+            TypeError, ValueError: an input with a wrong dtype or shape; a static range that is not
+            calibrated (in training mode only if its observer is frozen or disabled).
         """
         self._mark_called()
         if is_unusual(input):
@@ -187,7 +188,7 @@ class ProductLayer(QATLayer):
         return self.op.unbatched(y, input)
 
     def _bitnet(self, x: Tensor) -> Tensor:
-        """The same values by BitLinear's function, which saves codes, not floats, for the backward
+        """The same values by BitLinear's function. It saves codes, not floats, for the backward
         and rounds gradients in BitLinear's order."""
         recipe = self.recipe
         return ternary_linear_ste(
@@ -206,7 +207,7 @@ class QATLinear(ProductLayer, nn.Linear):
 
     @classmethod
     def from_float(cls, module: nn.Linear, recipe: Recipe) -> Self:
-        """With the same Parameters; hooks are not carried over."""
+        """Make a QAT layer with the same Parameters; hooks are dropped."""
         bias = module.bias is not None
         layer = cls(module.in_features, module.out_features, bias, "meta")
         layer.op = LinearOp(module.in_features, module.out_features)
@@ -216,8 +217,8 @@ class QATLinear(ProductLayer, nn.Linear):
 class _QATConv(ProductLayer):
     @classmethod
     def from_float(cls, module: nn.Conv1d | nn.Conv2d, recipe: Recipe) -> Self:
-        """With the same Parameters; hooks are not carried over. ValueError: padding that is not
-        zeros."""
+        """Make a QAT layer with the same Parameters; hooks are dropped. Raises ValueError for
+        padding that is not zeros."""
         if module.padding_mode != "zeros":
             raise ValueError(
                 f"padding_mode: only 'zeros' has an integer form here, got {module.padding_mode!r}"
@@ -242,9 +243,10 @@ class QATEmbedding(QATLayer, nn.Embedding):
 
     @classmethod
     def from_float(cls, module: nn.Embedding, recipe: Recipe) -> Self:
-        """With the same Parameter; hooks are not carried over. ValueError: ``max_norm``, which
-        rewrites the weight in its forward, and sparse gradients, which have no straight-through
-        form here. "sign" and "seq" have no code for 0, so their padding row is not 0."""
+        """Make a QAT layer with the same Parameter; hooks are dropped. Raises ValueError for
+        ``max_norm``, which rewrites the weight in the forward, and for sparse gradients, which have
+        no straight-through form here. "sign" and "seq" have no code for 0, so their padding row is
+        not 0."""
         if module.max_norm is not None or module.sparse:
             raise ValueError("an nn.Embedding with max_norm or sparse gradients is not supported")
         layer = cls(
@@ -257,7 +259,7 @@ class QATEmbedding(QATLayer, nn.Embedding):
         return layer._adopt(module, recipe, observed=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Rows of w_hat; ``lambda_a`` has no meaning here."""
+        """Look up rows of w_hat; ``lambda_a`` has no effect here."""
         self._mark_called()
         if self.lambda_w == 0:
             return super().forward(input)

@@ -1,21 +1,21 @@
 """NF4, the 4-bit float of QLoRA (arXiv 2305.14314), and frozen linear layers.
 
-    blocks of 64 weights in row order, across the ends of rows; the last may be shorter
+    blocks of 64 weights in row order, across row boundaries; the last may be shorter
     absmax = max|w| of the block, fp32             level = the nearest of 16 to w / absmax
     w_hat  = LEVELS[code] * absmax
 
 The levels are quantiles of a normal distribution: Phi^-1 at 9 and at 8 points evenly spaced from
 1/2 to 0.9677083 (the mean of 1 - 1/30 and 1 - 1/32), the second half negated, 0 once, all divided
-by the largest. There are 8 levels above 0 and 7 below it, each the nearest of 2 to 9% of Gaussian
-weights; 0, -1 and 1 are exact, so a block's largest weight is exact too.
+by the largest. There are 8 levels above 0 and 7 below it; each is the nearest level for 2 to 9% of
+Gaussian weights. 0, -1 and 1 are exact, so a block's largest weight is exact too.
 
 A weight takes 4 bits and 1/64 of an fp32, 0.5625 bytes. The paper also quantizes the absmax values,
-which would save another 0.05; this is left out, so absmax stays exact. Codes, bytes and absmax are
-laid out as in bitsandbytes (two codes per byte, the first in the high half), so tensors of one can
-be loaded into the other.
+which would save another 0.05 bytes; this is left out, so absmax stays exact. Codes, bytes and
+absmax have the layout of bitsandbytes (two codes per byte, the first in the high half), so either
+program can load the other's tensors.
 
 A frozen layer keeps its codes and dequantizes them for each product, forward and backward:
-y = x @ W_hat.T, dx = dy @ W_hat, no dW. So W_hat exists for one layer at a time.
+y = x @ W_hat.T, dx = dy @ W_hat, no dW. So W_hat exists for only one layer at a time.
 
 N out_features, K in_features.
 """
@@ -33,7 +33,7 @@ from bitnet.placement import CalledLayer, by_its_kind, is_unusual
 from bitnet.quant import output_dtype
 
 BLOCK = 64
-"""Weights that share an absmax."""
+"""Number of weights that share an absmax."""
 LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -57,7 +57,7 @@ LEVELS = (
 _MIDPOINTS = torch.tensor(
     [(a + b) / 2 for a, b in pairwise(LEVELS)], dtype=torch.float32, device="cpu"
 )
-_PAIRS = torch.tensor(  # [256, 2] by byte
+_PAIRS = torch.tensor(  # [256, 2]: byte -> two levels
     [(a, b) for a in LEVELS for b in LEVELS], dtype=torch.float32, device="cpu"
 )
 
@@ -65,7 +65,7 @@ _PAIRS = torch.tensor(  # [256, 2] by byte
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
     """Codes and block scales of a weight.
 
-    A value on the midpoint of two levels, as fp32 has it, goes to the lower. A block of zeros has
+    A value exactly on the fp32 midpoint of two levels goes to the lower level. A block of zeros has
     absmax 0 and the code of level 0.
 
     Arguments:
@@ -85,7 +85,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
     if not weight.is_meta and not bool(absmax.isfinite().all()):
         raise ValueError("weight: holds NaN or infinity; such a weight has no NF4 form")
     units = blocks / torch.where(absmax > 0, absmax, 1.0).unsqueeze(1)
-    # bucketize counts the midpoints below each value, which is the code of the nearest level
+    # bucketize counts the midpoints below each value: this count is the nearest level's code
     codes = torch.bucketize(units, _MIDPOINTS.to(units.device), out_int32=True).to(torch.uint8)
     high, low = codes.view(-1, 2).unbind(1)
     return ((high << 4) | low)[: math.ceil(len(flat) / 2)], absmax, weight.shape
@@ -98,7 +98,7 @@ def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
 
 
 def dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size) -> Tensor:
-    """``LEVELS[code] * absmax``: what :func:`quantize` returned -> fp32 of ``shape``.
+    """``LEVELS[code] * absmax``: the results of :func:`quantize` -> fp32 of ``shape``.
 
     Raises:
         ValueError: the sizes of ``packed`` and ``absmax`` do not fit ``shape``.
@@ -117,7 +117,7 @@ def dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size) -> Tensor:
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x @ W_hat.T of a weight that is dequantized when needed, and not kept."""
+    """x @ W_hat.T for a weight that is dequantized for each product and not kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: "FrozenLinear", dtype: torch.dtype) -> Tensor:
@@ -131,9 +131,9 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class FrozenLinear(CalledLayer, nn.Module):
-    """A linear layer of stored codes that passes gradients to its input and has none itself.
+    """A linear layer of stored codes. It passes gradients to its input; its weight has none.
 
-    It multiplies floats, in the autocast dtype or that of the input.
+    It multiplies floats, in the autocast dtype or the input's dtype.
     """
 
     SCALE = ""
@@ -183,7 +183,7 @@ class FrozenLinear(CalledLayer, nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Sizes and the bytes stored."""
+        """Show the sizes and the stored bytes."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, weight_bytes={self.weight_bytes}"
@@ -191,10 +191,10 @@ class FrozenLinear(CalledLayer, nn.Module):
 
 
 class NF4Linear(FrozenLinear):
-    """A frozen linear layer in NF4 (see the head of this file), 0.5625 bytes per weight.
+    """A frozen linear layer in NF4 (see the top of this file), 0.5625 bytes per weight.
 
     State: ``packed`` uint8 ``[ceil(NK / 2)]``, ``absmax`` fp32 ``[ceil(NK / 64)]``, ``bias``.
-    Raises ValueError where the weights are not finite.
+    Raises ValueError if the weights are not finite.
     """
 
     SCALE = "absmax"

@@ -1,4 +1,4 @@
-"""Observers find the range of a layer's activations, for scales that are fixed beforehand.
+"""Observers find the range of a layer's activations, for static scales.
 
     observer = make_observer(recipe)
     observer.observe(x)                       for each batch; never waits for a GPU
@@ -9,14 +9,14 @@
 | "minmax"         | of all values seen                                                         |
 | "moving_average" | of a batch, averaged: old * momentum + new * (1 - momentum)                |
 | "percentile"     | the middle p percent of a batch, averaged the same way: outliers cut       |
-| "mse"            | that with the least squared error of quantization, summed over the batches |
+| "mse"            | with the least squared error of quantization, summed over the batches      |
 
 A frozen observer keeps its range, and so its scale. A batch with NaN or infinity, or without
-values, leaves the range as it was.
+values, does not change the range.
 
-Where ``torch.distributed`` is initialized, the batches of all ranks count as one, so that all ranks
-keep one range: minimum and maximum are over the ranks, squared errors are summed, and averages take
-the mean of the ranks' ranges. As with ``nn.SyncBatchNorm``, every rank has to run the forward.
+If ``torch.distributed`` is initialized, the batches of all ranks count as one, so that all ranks
+have the same range: minimum and maximum are over the ranks, squared errors are summed, and averages
+use the mean of the ranks' ranges. As with ``nn.SyncBatchNorm``, every rank must run the forward.
 """
 
 import math
@@ -33,14 +33,14 @@ from bitnet_kernels.reference import EPS
 
 
 class Observer(nn.Module):
-    """Finds the range of the values shown to it; the subclasses say how.
+    """Finds the range of the values that it sees; the subclasses define how.
 
     State: ``low``, ``high`` fp32 ``[]``, both 0 until a batch was seen (they stay fp32 under
     ``.to(dtype)``); ``n_seen`` int64 ``[]``, batches that counted; ``bad`` int64 ``[]``, batches
-    left out for NaN or infinity. ``frozen`` is a plain attribute, which keeps the range as it is. A
+    left out for NaN or infinity. The plain attribute ``frozen`` stops changes of the range. A
     checkpoint does not hold it, so a schedule sets it again after loading one.
 
-    Under gradient checkpointing a layer's forward runs again in the backward, so in training each
+    Under gradient checkpointing a layer's forward runs again in the backward. So in training each
     batch counts twice: in ``n_seen``, and in a moving average as two steps (momentum squared).
     """
 
@@ -59,16 +59,16 @@ class Observer(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
-        """Take a float batch of any shape into account; nothing where frozen."""
+        """Observe a float batch of any shape; does nothing if frozen."""
         if self.frozen or (x.numel() == 0 and not _distributed(x)):
             return
         x = x.detach().float()
         finite = x.isfinite().all()
         seen = torch.full_like(finite, x.numel() > 0)
-        if _distributed(x):  # one bad batch spoils what all ranks see, one with values counts
+        if _distributed(x):  # one bad batch spoils all ranks' batches; one with values is enough
             bad, seen = _over_ranks(torch.stack([~finite, seen]).int(), dist.ReduceOp.MAX).bool()
             x, finite = torch.where(finite, x, 0.0), ~bad
-        # Both sides are computed and one is taken: a branch would wait for the device.
+        # Compute both results and select one: a branch would wait for the device.
         new = self._update(torch.where(finite, x, 0.0))
         for name, value in new.items():
             buffer: Tensor = getattr(self, name)
@@ -77,12 +77,12 @@ class Observer(nn.Module):
         self.bad += ~finite
 
     def _update(self, x: Tensor) -> dict[str, Tensor]:
-        """Buffers, by name, as they are after a finite batch."""
+        """The new buffers, by name, after a finite batch."""
         raise NotImplementedError
 
     def calibrated(self) -> bool:
         """Whether a batch was seen; true on the meta device, which has no values. Waits for the
-        device until one was seen, and no more from then on."""
+        device only until a batch was seen."""
         if not self._calibrated and not self.n_seen.is_meta:
             self._calibrated = int(self.n_seen) > 0
         return self._calibrated or self.n_seen.is_meta
@@ -112,7 +112,7 @@ class Observer(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """Whether it is frozen."""
+        """Show whether it is frozen."""
         return f"frozen={self.frozen}"
 
 
@@ -154,12 +154,12 @@ class MovingAverage(Observer):
 
 
 class Percentile(MovingAverage):
-    """As :class:`MovingAverage`, of ranges that leave out (100 - percentile) / 2 percent of a
+    """As :class:`MovingAverage`, with ranges that leave out (100 - percentile) / 2 percent of a
     batch's values at each end.
 
-    The ends are values of the batch, the outer ones where the share falls between two: at least
-    ``percentile`` percent lie inside. Selection takes all values (``torch.quantile`` stops at
-    2^24), and without a full sort.
+    The ends are values of the batch. If the share falls between two values, the outer one is used:
+    at least ``percentile`` percent are inside. Selection works on any number of values
+    (``torch.quantile`` stops at 2^24) and does not sort them fully.
     """
 
     def __init__(self, momentum: float, percentile: float) -> None:
@@ -174,14 +174,14 @@ class Percentile(MovingAverage):
 
 
 class MeanSquaredError(Observer):
-    """The clip c of [-c, c], within the range seen, with the least squared error of the codes.
+    """The clip c of [-c, c], within the seen range, with the least squared error of the codes.
 
     The candidates are c = 2^(e/12) for 61 consecutive integers e. The largest c is the first that
-    holds all values seen; the smallest is 1/32 of it. Each candidate keeps its sum of squared
-    errors over the batches; no batch is kept. A greater maximum adds larger candidates. Those clip
-    nothing of the earlier batches, so their error there is of rounding, which grows with c^2.
+    holds all seen values; the smallest is 1/32 of it. Each candidate keeps its sum of squared
+    errors over the batches; no batch is kept. A greater maximum adds larger candidates. These clip
+    no value of earlier batches, so they have only rounding error there, which grows with c^2.
 
-    Each batch is quantized 61 times, so this is for calibration rather than for every step.
+    Each batch is quantized 61 times, so use this for calibration, not in every training step.
     """
 
     PER_OCTAVE = 12
@@ -209,14 +209,14 @@ class MeanSquaredError(Observer):
         absmax = torch.maximum(-low, high).clamp(min=EPS)
         top = torch.maximum(self.top, (absmax.log2() * self.PER_OCTAVE).ceil().long())
         below = torch.arange(self.N_CANDIDATES, device=x.device, dtype=torch.int64)
-        new = (top - self.top - below).clamp(min=0)  # places above the old top, of the new ones
+        new = (top - self.top - below).clamp(min=0)  # positions of new candidates above the old top
         errors = self.errors[(below - (top - self.top)).clamp(min=0)]
         errors = errors * torch.exp2(new.double() * (2 / self.PER_OCTAVE))
         clips = torch.exp2((top - below).double() / self.PER_OCTAVE).float()
         lows, highs = torch.maximum(-clips, low), torch.minimum(clips, high)
         added = torch.stack([self._error(x, *ends) for ends in zip(lows, highs, strict=True)])
         errors = errors + _over_ranks(added, dist.ReduceOp.SUM)
-        best = errors.argmin(0, keepdim=True)  # to select by: an index of [] would be read back
+        best = errors.argmin(0, keepdim=True)  # keepdim: a scalar index would be read back
         return {
             "low": lows.index_select(0, best)[0],
             "high": highs.index_select(0, best)[0],
@@ -247,7 +247,7 @@ def _over_ranks(values: Tensor, op: "dist.ReduceOp.RedOpType") -> Tensor:
 
 
 def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the largest value, over all ranks."""
+    """The smallest and the largest value over all ranks."""
     if not _distributed(x):
         return x.aminmax()
     none = x.new_full((), -math.inf)
@@ -257,7 +257,7 @@ def _ends(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def make_observer(recipe: Recipe) -> Observer:
-    """The observer that a recipe with static activations asks for."""
+    """Make the observer for a recipe with static activations."""
     if recipe.observer == "minmax":
         return MinMax()
     if recipe.observer == "moving_average":

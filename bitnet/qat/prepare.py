@@ -3,14 +3,14 @@
     fold_batch_norm(model)                     Conv + BatchNorm -> one Conv, before anything else
     model = prepare(model, Recipe(...))        selected layers become QAT layers, in place
     calibrate(model, batches)                  static activations: observe, no training
-    ...train...                                or not: then this is post-training quantization
+    ...train...                                without it, this is post-training quantization
     model = convert(model)                     QAT layers become integer layers, in place
 
-Only plain torch layers are replaced: a subclass may use its weight in another way (the output
-projection of ``nn.MultiheadAttention`` is never *called*, so a QAT layer there would have no
-effect). Hooks on a replaced module are not carried over; Parameters are the same objects before and
-after prepare. On the meta device prepare and convert build the structure of a quantized model, into
-which a saved one can be loaded.
+Only plain torch layers are replaced: a subclass may use its weight differently
+(``nn.MultiheadAttention`` never *calls* its output projection, so a QAT layer there would have no
+effect). Hooks on a replaced module are dropped. Parameters are the same objects before and after
+prepare. On the meta device prepare and convert build the structure of a quantized model, into which
+a saved model can be loaded.
 """
 
 import copy
@@ -40,28 +40,26 @@ from bitnet.qat.recipe import Recipe
 from bitnet.qat.select import select
 
 QUANTIZED = (QATLayer, IntLayer, TernaryLinear)
-"""Layers that prepare() does not take."""
+"""Layers that prepare() does not accept."""
 
 
 def prepare(model: nn.Module, recipe: Recipe) -> nn.Module:
     """Replace the layers that a recipe selects by QAT layers with the same Parameters, in place.
 
-    Selected are the kinds in ``recipe.modules``; of these, those that ``include`` matches (all, if
-    it is empty) and ``skip`` does not. With ``keep_first_last`` the first and the last of *all*
-    linear layers, convolutions and embeddings, in the order of registration, stay as they are; one
-    that is registered twice counts in both places.
-    Tied weights stay tied, and share a learned scale.
+    The recipe selects the kinds in ``modules`` that ``include`` matches (all, if it is empty) and
+    ``skip`` does not match. With ``keep_first_last`` the first and the last of *all* linear layers,
+    convolutions and embeddings, in order of registration, are not replaced. A layer registered
+    twice counts in both places. Tied weights stay tied, and share a learned scale.
 
     Arguments:
-        model: float; a layer itself is replaced by the returned one. Each layer keeps its train or
+        model: float; a single layer is replaced by the returned one. Each layer keeps its train or
             eval mode.
     Returns:
         The model.
     Raises:
         ValueError: nothing is selected; the model has QAT or integer layers already; a pattern
-            that no module's name matches, or one of ``include`` that selects nothing; a layer
-            that has no quantized form: empty, or with a weight that a hook or a parametrization
-            computes (named).
+            matches no module's name, or a pattern of ``include`` selects nothing; a layer (named)
+            has no quantized form: it is empty, or a hook or a parametrization computes its weight.
     """
     if not recipe.enabled:
         raise ValueError('recipe: weights = "none" quantizes nothing')
@@ -116,21 +114,21 @@ def _qat_layer(module: nn.Module, recipe: Recipe) -> QATLayer:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[object, ...]]) -> None:
-    """Show a prepared model data, so that its observers find the ranges of static activations.
+    """Run a prepared model on data, so that its observers find the ranges of static activations.
 
     The model runs in eval mode and full precision (both lambdas 0); its modes are restored
     afterwards. Earlier observations still count. Without static activations no batch is read.
-    Where ``torch.distributed`` is initialized all ranks calibrate together, with the same number of
+    If ``torch.distributed`` is initialized, all ranks calibrate together, with the same number of
     batches, and find one range.
 
     Arguments:
-        batches: each a tensor, the model's input, or a tuple of its forward's arguments.
+        batches: each is a tensor, the model's input, or a tuple of its forward's arguments.
     Raises:
-        TypeError: a tensor in place of the batches; a batch of another type, such as the lists
+        TypeError: a tensor instead of batches; a batch of another type, such as the lists
             ``[x, y]`` of a DataLoader.
-        ValueError: the model is not prepared; no batch; a layer whose observer is frozen,
-            that was never called, whose input held NaN or infinity, or whose inputs were
-            all empty (named).
+        ValueError: the model is not prepared; there is no batch; a layer (named) has a frozen
+            observer, was never called, got an input with NaN or infinity, or got only empty
+            inputs.
     """
     if isinstance(batches, Tensor):
         raise TypeError("batches: expected a list of batches, got one Tensor; pass [tensor]")
@@ -173,8 +171,9 @@ def calibrate(model: nn.Module, batches: Iterable[Tensor | tuple[object, ...]]) 
 
 @contextmanager
 def _observing(model: nn.Module, layers: dict[str, QATLayer]) -> Iterator[set[str]]:
-    """The model in eval mode and full precision, its observers fed with the layers' inputs; yields
-    the names of the layers that were called. Restores modes and lambdas, even on an error."""
+    """Put the model in eval mode and full precision, and feed its observers with the layers'
+    inputs. Yields the names of the layers that were called. Restores modes and lambdas, even on an
+    error."""
     called: set[str] = set()
 
     def hook_of(name: str, observer: Observer) -> Callable[..., None]:
@@ -209,15 +208,15 @@ def convert(model: nn.Module) -> nn.Module:
     """Replace every QAT layer by its integer form, in place, with equal outputs to the last bit.
 
     Ternary linear layers with 8-bit dynamic activations become :class:`bitnet.TernaryLinear`; the
-    others the ``Int`` form of their kind. The integer form is that of full quantization,
-    whatever the lambdas are. Each of several tied layers gets a copy of the codes.
+    others become the ``Int`` form of their kind. The integer form is fully quantized, for any
+    lambdas. Each of several tied layers gets a copy of the codes.
 
     Returns:
-        The model; a QAT layer itself is replaced by the returned one.
+        The model; a single QAT layer is replaced by the returned one.
     Raises:
-        ValueError: the model has no QAT layers (not prepared, or converted already), or adapters;
-            weights that are not finite, or static activations that nothing has calibrated (the
-            layer named).
+        ValueError: the model has no QAT layers (not prepared, or converted already), or has
+            adapters; a layer (named) has weights that are not finite, or static activations that
+            are not calibrated.
     """
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -240,8 +239,8 @@ def convert(model: nn.Module) -> nn.Module:
 
 
 def with_bitlinears(model: nn.Module) -> nn.Module | None:
-    """The same model with :class:`bitnet.BitLinear` for QATLinear, sharing its tensors; None where
-    a QAT layer computes anything else than BitLinear, or there is none."""
+    """The same model with :class:`bitnet.BitLinear` instead of QATLinear, sharing its tensors. None
+    if a QAT layer does not compute the same as BitLinear, or if there is none."""
     layers = [module for module in model.modules() if isinstance(module, QATLayer)]
     if not layers or not all(isinstance(m, QATLinear) and m.recipe.is_bitnet for m in layers):
         return None

@@ -1,4 +1,4 @@
-"""The exact integer product of a quantized layer, and the float one that gives its gradient.
+"""The exact integer product of a quantized layer, and the float product that gives its gradient.
 
 With codes ``x_q``, ``w_q`` and zero points ``z_x``, ``z_w`` (0 where symmetric), a linear layer is
 
@@ -8,9 +8,9 @@ With codes ``x_q``, ``w_q`` and zero points ``z_x``, ``z_w`` (0 where symmetric)
 
 This is the rule of ternary layers (docs/quantization.md) for any codes: since ``acc`` is exact,
 fake quantization in training and integers in inference agree to the last bit, on every device. With
-group-wise scales each group of columns is rescaled by itself, and the terms are added in ascending
-order. A convolution is the same product on the patches of its input (im2col); padding adds the code
-of the real number 0, which is ``z_x``.
+group-wise scales each group of columns is rescaled separately, and the terms are added in ascending
+order. A convolution is the same product on the patches of its input (im2col); padding adds ``z_x``,
+the code of the real number 0.
 
 Shapes: M tokens, K in_features, N out_features, G groups of columns; B samples, C channels. For a
 convolution K = C / groups * kernel_height * kernel_width, and M = B * output_height * output_width.
@@ -30,18 +30,18 @@ from bitnet_kernels import reference
 from bitnet_kernels.cpu import int_mm
 
 _INT32_K = (2**31 - 1) // 255**2
-"""The largest K whose sum of products (codes less zero points) int32 holds."""
+"""The largest K for which int32 holds the sum of products (of codes minus zero points)."""
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Exact ``a @ b.mT`` of any int8 codes.
+    """Exact ``a @ b.mT`` for any int8 codes.
 
     Arguments:
         a: int8 ``[..., M, K]``; b: int8 ``[..., N, K]`` with the same leading dimensions.
     Returns:
-        ``[..., M, N]`` int32; int64 where K > 33025, where zero points could overflow int32.
+        ``[..., M, N]`` int32; int64 for K > 33025, where zero points could overflow int32.
     """
     if a.device.type == "cuda" and a.dim() > 2:
         return torch.stack([int_matmul(*pair) for pair in zip(a, b, strict=True)])
@@ -57,7 +57,7 @@ def int_matmul(a: Tensor, b: Tensor) -> Tensor:
 def quantized_linear(
     x: Codes, w: Codes, bias: Tensor | None, dtype: torch.dtype, group_size: int = 128
 ) -> Tensor:
-    """The integer product and its rescale; see the head of this file.
+    """The integer product and its rescale; see the top of this file.
 
     With ternary codes and no zero points it equals ``bitnet_kernels.reference.scaled_matmul``.
 
@@ -94,14 +94,14 @@ def _rescaled(x: Codes, w: Codes, bias: Tensor | None, dtype: torch.dtype) -> Te
 
 
 def _across_rows(per_output: Tensor) -> Tensor:
-    """``[..., N]`` -> ``[..., 1, N]``; a scalar stays one."""
+    """``[..., N]`` -> ``[..., 1, N]``; a scalar stays a scalar."""
     return per_output.unsqueeze(-2) if per_output.dim() else per_output
 
 
 class Op(Protocol):
-    """The arithmetic of a kind of layer: in integers, in floats, and the gradients of the latter.
+    """The arithmetic of a kind of layer: in integers, in floats, and the float gradients.
 
-    A layer's weight is the matrix ``[N, K]`` here, its input and output are batched.
+    Here a layer's weight is the matrix ``[N, K]``; its input and output are batched.
     """
 
     @property
@@ -109,11 +109,11 @@ class Op(Protocol):
         """Whether dynamic activations have one scale per sample instead of one per token."""
 
     def batched(self, x: Tensor) -> Tensor:
-        """Check an input's dtype and shape, and give it the one leading dimension that the rest
-        expects. Raises TypeError, ValueError."""
+        """Check an input's dtype and shape, and give it the one leading dimension that the other
+        methods expect. Raises TypeError, ValueError."""
 
     def unbatched(self, y: Tensor, x: Tensor) -> Tensor:
-        """The output for input ``x`` as it came."""
+        """The output in the form for the original input ``x``."""
 
     def exact(
         self, x: Codes, w: Codes, bias: Tensor | None, dtype: torch.dtype, group_size: int
@@ -124,7 +124,7 @@ class Op(Protocol):
         """The float operation in ``dtype``."""
 
     def gradients(self, dy: Tensor, x: Tensor, w: Tensor, needs: list[bool]) -> _Gradients:
-        """Of :meth:`floating` for x, w and the bias, computed in dy's dtype."""
+        """The gradients of :meth:`floating` for x, w and the bias, computed in dy's dtype."""
 
 
 class LinearOp(NamedTuple):
@@ -178,7 +178,7 @@ class ConvOp(NamedTuple):
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[int, ...]
-    """before and after, the last dimension first, as F.pad has it"""
+    """before and after, the last dimension first, as in F.pad"""
     dilation: tuple[int, ...]
     groups: int
 
@@ -215,13 +215,13 @@ class ConvOp(NamedTuple):
         return x if x.dim() == dims + 2 else x.unsqueeze(0)
 
     def unbatched(self, y: Tensor, x: Tensor) -> Tensor:
-        """``[B, N, *size]``, without B where the input had none."""
+        """``[B, N, *size]``, without B if the input had none."""
         return y if x.dim() == len(self.kernel) + 2 else y.squeeze(0)
 
     def exact(
         self, x: Codes, w: Codes, bias: Tensor | None, dtype: torch.dtype, group_size: int
     ) -> Tensor:
-        """:func:`quantized_linear` of the patches, a product for each group of channels."""
+        """:func:`quantized_linear` of the patches, one product per group of channels."""
         g = self.groups
         patches, size = self._patches(x.codes, x.zero_point)
         batch = x.codes.shape[0]
@@ -237,14 +237,14 @@ class ConvOp(NamedTuple):
         )
         y = y.reshape(g, batch, *size, w.codes.shape[0] // g)
         y = rearrange(y, "g b ... n -> b (g n) ...")
-        # A copy, as torch has it in memory: autograd lets no view be modified that _Exact returns.
+        # A copy in torch's memory order: autograd forbids changes of a view that _Exact returns.
         return y.clone(memory_format=torch.contiguous_format)
 
     def _patches(self, codes: Tensor, zero_point: Tensor | None) -> tuple[Tensor, torch.Size]:
         """int8 ``[B, C, *size]`` -> patches ``[groups, M, K]``, and the output's size."""
         if zero_point is None:
             codes = F.pad(codes, self.padding)
-        else:  # adding it after the padding needs no look at its value
+        else:  # adding it after the padding needs no read of its value
             codes = (F.pad(codes.int() - zero_point, self.padding) + zero_point).to(torch.int8)
         for axis, (kernel, stride, dilation) in enumerate(
             zip(self.kernel, self.stride, self.dilation, strict=True), 2
@@ -289,7 +289,7 @@ class ConvOp(NamedTuple):
 
 
 def _by_group(per_output: Tensor, groups: int) -> Tensor:
-    """``[N, ...]`` -> ``[groups, N / groups, ...]``; a scalar stays one."""
+    """``[N, ...]`` -> ``[groups, N / groups, ...]``; a scalar stays a scalar."""
     return per_output.unflatten(0, (groups, -1)) if per_output.dim() else per_output
 
 
@@ -299,7 +299,7 @@ def _check_float(x: Tensor) -> None:
 
 
 class _Exact(torch.autograd.Function):
-    """The exact product forward; backward, the gradients of the float operation at the quantized
+    """Forward: the exact product. Backward: the gradients of the float operation at the quantized
     values, which the quantizers' straight-through functions pass on."""
 
     @staticmethod
@@ -340,6 +340,6 @@ def exact_product(
     bias: Tensor | None,
     group_size: int,
 ) -> Tensor:
-    """``op.exact`` with gradients for x_hat, w_hat and the bias; in the dtype of
+    """``op.exact`` with gradients for x_hat, w_hat and the bias, in the dtype of
     :func:`bitnet.quant.output_dtype`."""
     return _Exact.apply(x_hat, w_hat, bias, op, output_dtype(x_hat), group_size, *x, *w)

@@ -6,12 +6,12 @@
     quantized = smoothquant(model, recipe, calibration)  smoothquant.py: rescaled, by a formula
 
 These are the baselines of quantization-aware training. All take a full-precision
-:class:`bitnet.model.Transformer`, leave it as it is, and return a copy in eval mode whose selected
+:class:`bitnet.model.Transformer`, do not change it, and return a copy in eval mode whose selected
 matrices are integer layers. The copy runs, is saved and reports sizes like a converted QAT model,
-so methods differ in codes and scales alone.
+so methods differ only in codes and scales.
 
-The methods share :func:`sites`, the matrices of a block that read one input with the producer of
-that input, and :class:`Walk`, which passes the calibration tokens through the layers and keeps the
+The methods share :func:`sites` (the matrices of a block that read the same input, with its
+producer) and :class:`Walk`, which passes the calibration tokens through the layers and keeps the
 inputs of one block at a time. The methods need only sums over a layer's inputs: mean and maximum of
 |x_j|, and X^T X.
 
@@ -35,7 +35,7 @@ from bitnet.qat.quantizers import WEIGHT_QUANTIZERS
 from bitnet.qat.recipe import Recipe
 
 OnLayer = Callable[[int, int], None]
-"""Called after each layer with the numbers of layers done and in all."""
+"""Called after each layer with the numbers of done and of all layers."""
 _TOKENS_AT_ONCE = 8192
 
 
@@ -43,12 +43,12 @@ _TOKENS_AT_ONCE = 8192
 def round_to_nearest(
     model: Transformer, recipe: Recipe, calibration: Tensor | None = None
 ) -> Transformer:
-    """Every selected weight to its nearest code: ``convert(prepare(copy of model, recipe))``.
+    """Round every selected weight to its nearest code: ``convert(prepare(copy of model, recipe))``.
 
     Arguments:
         calibration: int64 ``[S, T]``; needed for static activations, else ignored.
     Raises:
-        ValueError: as :func:`check_model`; no calibration where the activations need one.
+        ValueError: as :func:`check_model`; no calibration although the activations need it.
     """
     check_model(model)
     work = as_transformer(prepare(copy.deepcopy(model), recipe))
@@ -61,7 +61,7 @@ def round_to_nearest(
 
 
 def check_model(model: Transformer) -> None:
-    """Raises ValueError, saying why, for a model that these methods cannot start from."""
+    """Raise ValueError, with the reason, for a model that these methods cannot start from."""
     if model.config.norm_placement == "in_linear":
         raise ValueError(
             "model: norm_placement = 'in_linear' has its norms inside the linear layers, which "
@@ -80,7 +80,7 @@ def check_model(model: Transformer) -> None:
 
 
 def check_calibration(model: Transformer, calibration: Tensor) -> None:
-    """Raises ValueError for anything but int64 ``[S, T]`` of the model's tokens, S and T >= 1."""
+    """Raise ValueError for anything but int64 ``[S, T]`` of the model's tokens, S and T >= 1."""
     config = model.config
     if calibration.dim() != 2 or calibration.dtype != torch.int64 or calibration.numel() == 0:
         raise ValueError(
@@ -101,7 +101,7 @@ def check_calibration(model: Transformer, calibration: Tensor) -> None:
 
 
 def check_rounding(method: str, recipe: Recipe) -> None:
-    """Raises ValueError for weights that a method which rounds column by column does not take."""
+    """Raise ValueError for weights that a column-by-column method does not support."""
     if not recipe.quantizer.rounds_columns:
         taken = [repr(name) for name, kind in WEIGHT_QUANTIZERS.items() if kind.rounds_columns]
         raise ValueError(
@@ -110,28 +110,28 @@ def check_rounding(method: str, recipe: Recipe) -> None:
 
 
 def blocks(model: Transformer) -> list[Block]:
-    """The model's layers, to the type checker."""
+    """The model's layers, typed as Blocks."""
     return [layer for layer in model.layers if isinstance(layer, Block)]
 
 
 class Site(NamedTuple):
-    """The linear layers of a block that read one and the same input."""
+    """The linear layers of a block that read the same input."""
 
     consumers: tuple[str, ...]
-    """Their names in the block."""
+    """Names of these layers in the block."""
     producer: nn.Module | None
     """The module that can rescale the input per channel without any other effect: an RMSNorm (its
     weight) or a linear layer (its rows). None: there is no such module."""
 
     def linears(self, block: Block) -> list[nn.Linear]:
-        """The consumers themselves."""
+        """The consumers as modules."""
         found = [block.get_submodule(name) for name in self.consumers]
         return [layer for layer in found if isinstance(layer, nn.Linear)]
 
     def fold(self, block: Block, scales: Tensor) -> None:
-        """Divide the input by ``scales``, positive ``[K]``, and multiply it into the consumers.
+        """Divide the input by ``scales``, positive ``[K]``, and multiply the consumers by it.
 
-        The block computes what it did, but for rounding in the dtype of its weights.
+        The block computes the same as before, up to rounding in the dtype of its weights.
         """
         assert isinstance(self.producer, RMSNorm | nn.Linear)
         for parameter in self.producer.parameters(recurse=False):  # weight, and a linear's bias
@@ -144,8 +144,8 @@ class Site(NamedTuple):
 def sites(block: Block) -> list[Site]:
     """The four sites of a block, in the order of computation.
 
-    Without a norm before an output projection, its input is linear in the rows of the matrix
-    before: down_proj's in those of up_proj (act(gate) * up), o_proj's in those of v_proj (attention
+    Without a norm before an output projection, its input is linear in the rows of the previous
+    matrix: down_proj's in up_proj's rows (act(gate) * up), and o_proj's in v_proj's rows (attention
     averages values) unless several query heads share them (grouped queries).
     """
     attention, mlp = block.self_attn, block.mlp
@@ -168,9 +168,9 @@ class Statistics:
 
     Attributes:
         mean, peak: mean and maximum of |x_j|, fp32 ``[K]``.
-        gram: mean of x x^T over the tokens, fp32 ``[K, K]``; only where asked for. GPTQ's Hessian
-            (2 X^T X over all) up to a factor, and the weight of every squared output error:
-            the mean of |dW x|^2 is the trace of dW gram dW^T.
+        gram: mean of x x^T over the tokens, fp32 ``[K, K]``; only if requested. It is GPTQ's
+            Hessian (2 X^T X over all tokens) up to a factor. It also weights every squared output
+            error: the mean of |dW x|^2 is the trace of dW gram dW^T.
     """
 
     def __init__(self, features: int, with_gram: bool, device: torch.device) -> None:
@@ -182,7 +182,7 @@ class Statistics:
             self._gram = torch.zeros(features, features, device=device, dtype=torch.float32)
 
     def add(self, x: Tensor) -> None:
-        """Count float ``[..., K]`` in."""
+        """Add inputs, float ``[..., K]``."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self._tokens += len(rows)
         self._total += rows.abs().sum(0)
@@ -220,14 +220,14 @@ class Walk:
         self._layer = 0
 
     def inputs(self) -> Iterator[tuple[object, ...]]:
-        """Arguments of the next block, for one portion of the windows after the other."""
+        """Yield the arguments of the next block, for one portion of the windows after another."""
         for x_BTD in self._x_STD.split(self._rows):
             yield x_BTD, *self._turn, None, None
 
     def statistics(self, block: Block, with_gram: bool) -> list[Statistics]:
-        """The statistics of the inputs of ``sites(block)``, the block being the next one.
+        """The statistics of the inputs of ``sites(block)``; ``block`` must be the next one.
 
-        Raises ValueError, naming the layer, where an input is not finite.
+        Raises ValueError, naming the layer, if an input is not finite.
         """
         found, handles = [], []
         for site in sites(block):
@@ -275,13 +275,13 @@ def layer_by_layer(
     method: Callable[[Block, Walk], dict[str, Codes]],
     on_layer: OnLayer | None = None,
 ) -> Transformer:
-    """Quantize a copy of the model block by block, on the outputs of the quantized blocks before.
+    """Quantize a copy of the model block by block, on the outputs of the earlier quantized blocks.
 
     Arguments:
         calibration: int64 ``[S, T]``.
-        method: takes a block in full precision, whose selected matrices are QATLinear, and the
-            walk, whose next block it is; returns the codes of each of these matrices. It may
-            rescale the block's weights if the block computes the same.
+        method: takes a full-precision block, whose selected matrices are QATLinear, and the walk,
+            positioned at that block. Returns the codes of each of these matrices. It may rescale
+            the block's weights if the block still computes the same.
     Raises:
         ValueError: as :func:`check_model`, :func:`check_calibration` and prepare(); a module
             outside the layers (embedding, head) is selected.

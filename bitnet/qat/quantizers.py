@@ -1,4 +1,4 @@
-"""Weight quantizers: from floats to integer codes and scales, and the way back.
+"""Weight quantizers: from floats to integer codes and scales, and back.
 
     value = (codes - zero_point) * scale        codes int8, scale fp32, zero_point int32 or None
 
@@ -16,14 +16,14 @@
 
 Each row is a class, and :data:`WEIGHT_QUANTIZERS` maps the names to the classes. A recipe's
 quantizer (:attr:`bitnet.qat.recipe.Recipe.quantizer`) is a frozen object that holds the recipe's
-options for weights and answers every question about them; no other file compares names.
-docs/qat.md, "Add a quantizer", adds one.
+options for weights and has a method for every question about them; no other file compares names.
+docs/qat.md, "Add a quantizer", shows how to add one.
 
 Rounding is half to even, statistics are fp32. A statistic is clamped to >= 1e-5 (the statistic, not
-the scale), so weights of zeros cause no division by zero. NaN or infinity under a scale makes that
-scale NaN.
+the scale), so weights of zeros cause no division by zero. NaN or infinity among the weights of a
+scale makes that scale NaN.
 
-The gradient is that of straight_through.py; :class:`_LearnedStep` has that of learned scales.
+straight_through.py has the gradient; :class:`_LearnedStep` has the gradient of learned scales.
 
 Shapes: N out_features, K in_features, G = ceil(K / group_size) groups of columns. A scale has the
 shape ``[]``, ``[N]`` or ``[N, G]`` by granularity.
@@ -59,7 +59,7 @@ from bitnet_kernels.reference import EPS
 TWN_ALPHA = 0.7
 """Threshold of TWN in units of mean|W| (arXiv 1605.04711, eq. 6)."""
 SEQ_CLIP = 1 - 1e-2
-"""Where SEQ clips W / alpha: short of 1, so that rounding stays on the outermost level."""
+"""SEQ clips W / alpha here: below 1, so that rounding stays on the outermost level."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ class WeightQuantizer:
     """Quantizes float weights ``[N, K]``. Each subclass is one row of the table above.
 
     A subclass defines :attr:`levels`, :meth:`statistic` and :meth:`codes`. The fields are the keys
-    of ``[quant]`` that concern weights (see :class:`bitnet.qat.recipe.Recipe`), of which a
-    quantizer uses those that it needs.
+    of ``[quant]`` for weights (see :class:`bitnet.qat.recipe.Recipe`). A quantizer uses only the
+    fields that it needs.
     """
 
     bits: int = 4
@@ -80,11 +80,11 @@ class WeightQuantizer:
     grad_mask_c: float = 1.0
 
     learned: ClassVar[bool] = False
-    """Whether the scale is a parameter, which the methods take as ``step``."""
+    """Whether the scale is a parameter, passed to the methods as ``step``."""
     ternary: ClassVar[bool] = False
-    """Whether codes are -1, 0, 1 in 1.58 bits, as the ternary kernels take them."""
+    """Whether codes are -1, 0, 1 in 1.58 bits, the form for the ternary kernels."""
     rounds_columns: ClassVar[bool] = False
-    """Whether GPTQ and AWQ may round with it: each code depends on its own weight and a scale."""
+    """Whether GPTQ and AWQ may use it: each code depends only on its own weight and a scale."""
 
     @property
     def levels(self) -> range:
@@ -96,8 +96,8 @@ class WeightQuantizer:
         raise NotImplementedError
 
     def codes(self, w: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """int8 codes of fp32 weights under a given scale. With :attr:`rounds_columns` the weights
-        may be any columns ``[N, K']``, with the scales of the groups of those columns."""
+        """int8 codes of fp32 weights for a given scale. With :attr:`rounds_columns` the weights may
+        be any columns ``[N, K']``, with the scales of their groups."""
         raise NotImplementedError
 
     @property
@@ -107,7 +107,7 @@ class WeightQuantizer:
 
     @property
     def storage_bits(self) -> int:
-        """Bits per weight where codes are packed one by one: 2 for ternary codes."""
+        """Bits per weight if codes are packed one by one: 2 for ternary codes."""
         return (len(self.levels) - 1).bit_length()
 
     @property
@@ -116,12 +116,12 @@ class WeightQuantizer:
         return 1.58 if self.ternary else float(self.storage_bits)
 
     def reduce(self, x: Tensor, statistic: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """A statistic, given as a function of (tensor, dim), of the values under each scale:
+        """Compute a statistic, a function of (tensor, dim), of the values of each scale:
         ``[N, K]`` -> ``[]``, ``[N]`` or ``[N, G]``."""
         return reduce(x, self.granularity, self.group_size, statistic)
 
     def spread(self, per_scale: Tensor, like: Tensor) -> Tensor:
-        """Scales or zero points, broadcastable to the weights ``like``."""
+        """Make scales or zero points broadcastable to the weights ``like``."""
         return spread(per_scale, self.group_size, like)
 
     @torch.no_grad()
@@ -130,11 +130,11 @@ class WeightQuantizer:
 
         Arguments:
             weight: float ``[N, K]``, N, K >= 1.
-            step: the parameter of a learned scale, in the shape of the scale and of any sign; None
+            step: the parameter of a learned scale, in the shape of the scale, with any sign; None
                 for other quantizers.
         Raises:
             ValueError: a weight that is not a non-empty matrix; a step that is missing,
-            superfluous or of another shape. TypeError: a weight that is not floating point.
+            superfluous or of a wrong shape. TypeError: a weight that is not floating point.
         """
         self._check(weight, step)
         w = weight.float()
@@ -144,7 +144,7 @@ class WeightQuantizer:
     @torch.no_grad()
     def quantize(self, weight: Tensor, step: Tensor | None = None) -> Codes:
         """Codes int8 ``[N, K]``, scale and zero point of a weight, without gradient. Arguments and
-        errors are those of :meth:`scale`."""
+        errors as for :meth:`scale`."""
         scale, zero_point = self.scale(weight, step)
         return Codes(self.codes(weight.float(), scale, zero_point), scale, zero_point)
 
@@ -154,10 +154,11 @@ class WeightQuantizer:
         return {"tensor": (), "row": (n,), "group": (n, groups)}[self.granularity]
 
     def without_values(self, weight: Tensor) -> Codes:
-        """Codes, scale and zero point of a weight without memory: shapes and dtypes alone.
+        """Codes, scale and zero point of a weight without memory: only shapes and dtypes.
 
-        torch has most operators for meta tensors in Python: :meth:`quantize` would import its
-        compiler, which takes seconds, and then 50 ms for a layer. Errors as :meth:`scale`.
+        torch implements most operators for meta tensors in Python: :meth:`quantize` would import
+        torch's compiler, which takes seconds, and then take 50 ms per layer. Errors as for
+        :meth:`scale`.
         """
         _check_weight(weight)
         shape = self.scale_shape(*weight.shape)
@@ -168,8 +169,8 @@ class WeightQuantizer:
     def fake_quantize(self, weight: Tensor, step: Tensor | None = None) -> Quantized:
         """:meth:`quantize` and the codes' value, differentiable in the weight and the step.
 
-        The weight gets the gradient of its value where :meth:`mask` lets it pass. Arguments and
-        errors as :meth:`scale`.
+        The weight gets the gradient of its value where :meth:`mask` is true. Arguments and errors
+        as for :meth:`scale`.
         """
         found = self.quantize(weight, step)
         zero = None if found.zero_point is None else self.spread(found.zero_point, weight)
@@ -180,7 +181,7 @@ class WeightQuantizer:
 
     @torch.no_grad()
     def mask(self, weight: Tensor, found: Codes) -> Tensor | None:
-        """The weights that receive a gradient, bool ``[N, K]``; None where all do.
+        """The weights that receive a gradient, bool ``[N, K]``; None if all do.
 
         By ``grad_mask``: "clip" as :meth:`unsaturated`; "trust" where
         |W - W_hat| <= grad_mask_c * scale (QuEST, arXiv 2502.05003).
@@ -192,7 +193,7 @@ class WeightQuantizer:
         return self._within_c_scales(weight.float() - dequantize(*found, self.group_size), found)
 
     def unsaturated(self, weight: Tensor, found: Codes) -> Tensor | None:
-        """The mask "clip": where |W| <= grad_mask_c * scale; None where all weights pass."""
+        """The mask "clip": where |W| <= grad_mask_c * scale; None if all weights pass."""
         return self._within_c_scales(weight.float(), found)
 
     def _within_c_scales(self, w: Tensor, found: Codes) -> Tensor:
@@ -223,12 +224,12 @@ class Int(WeightQuantizer):
 
     @property
     def affine(self) -> bool:
-        """Whether not symmetric."""
+        """Whether codes have zero points: if not symmetric."""
         return not self.symmetric
 
     @torch.no_grad()
     def scale(self, weight: Tensor, step: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """From the largest magnitude, or from minimum and maximum."""
+        """Scale from the largest magnitude, or from minimum and maximum."""
         self._check(weight, step)
         w = weight.float()
         if self.affine:
@@ -256,10 +257,10 @@ class _Ternary(WeightQuantizer):
 
 
 class Absmedian(_Ternary):
-    """Ternary: the sign of what exceeds ``alpha`` times the median magnitude."""
+    """Ternary: the sign of weights whose magnitude exceeds ``alpha`` times the median magnitude."""
 
     def statistic(self, w: Tensor) -> Tensor:
-        """The median magnitude; of an even count the lower of the middle two."""
+        """The median magnitude; for an even count the lower of the middle two."""
         return self.reduce(w.abs(), lambda x, dim: x.median(dim).values)
 
     def codes(self, w: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
@@ -299,7 +300,7 @@ class TWN(_Ternary):
         return total / self.reduce(kept.float(), Tensor.sum).clamp(min=1)
 
     def codes(self, w: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """0 up to the threshold, which depends on the weights and not on the scale."""
+        """0 up to the threshold, which depends on the weights, not on the scale."""
         return ternary_codes(w, self._threshold(w))
 
 
@@ -321,7 +322,7 @@ class Sign(WeightQuantizer):
 
 
 class LearnedScale(WeightQuantizer):
-    """Codes under ``scale = unit * |step|``, where the step is a parameter of either sign.
+    """Codes with ``scale = unit * |step|``; the step is a parameter of either sign.
 
     A subclass defines :attr:`levels`, :attr:`unit`, :attr:`floor`, :meth:`first`, :meth:`inside`
     and :meth:`codes`.
@@ -333,7 +334,7 @@ class LearnedScale(WeightQuantizer):
 
     @property
     def floor(self) -> float:
-        """The least |step| that counts."""
+        """The smallest |step|; smaller ones are clamped to it."""
         return EPS
 
     def first(self, magnitude: Tensor) -> Tensor:
@@ -364,7 +365,7 @@ class LearnedScale(WeightQuantizer):
 
     def fake_quantize(self, weight: Tensor, step: Tensor | None = None) -> Quantized:
         """As :meth:`WeightQuantizer.fake_quantize`, with the gradients of :class:`_LearnedStep`:
-        that of the weight is 0 outside the range, whatever the mask."""
+        the weight's gradient is 0 outside the range, for any mask."""
         codes, scale, _ = self.quantize(weight, step)
         return Quantized(codes, scale, None, _LearnedStep.apply(weight, step, codes, scale, self))
 
@@ -373,7 +374,7 @@ class LearnedScale(WeightQuantizer):
 
 
 class LSQ(LearnedScale):
-    """Integers of ``bits`` bits under a learned scale, which is |step|."""
+    """Integers of ``bits`` bits with a learned scale, |step|."""
 
     @property
     def levels(self) -> range:
@@ -382,7 +383,7 @@ class LSQ(LearnedScale):
 
     @property
     def floor(self) -> float:
-        """The |step| with which the highest code stands for 1e-5."""
+        """The |step| for which the highest code has the value 1e-5."""
         return EPS / self.levels[-1]
 
     def first(self, magnitude: Tensor) -> Tensor:
@@ -400,7 +401,7 @@ class LSQ(LearnedScale):
 
 
 class SEQTernary(LearnedScale):
-    """Ternary under a learned scale (ParetoQ's "stretched elastic quantization")."""
+    """Ternary with a learned scale (ParetoQ's "stretched elastic quantization")."""
 
     ternary = True
     unit = 2 / 3
@@ -419,7 +420,7 @@ class SEQTernary(LearnedScale):
         return v.round()
 
     def codes(self, w: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
-        """The nearest to W / alpha, which is clipped to 0.99 on both sides."""
+        """The nearest code to W / alpha, which is clipped to -0.99 .. 0.99."""
         end = SEQ_CLIP / self.unit
         return to_int8(self.round((w / self.spread(scale, w)).clamp(-end, end)), self.levels)
 
@@ -429,7 +430,7 @@ class SEQTernary(LearnedScale):
 
 
 class SEQ(SEQTernary):
-    """2 bits without a code for 0 under a learned scale (ParetoQ): values -1.5, -0.5, 0.5, 1.5 in
+    """2 bits with a learned scale, without a code for 0 (ParetoQ): values -1.5, -0.5, 0.5, 1.5 in
     units of alpha / 2, which are the odd codes in units of alpha / 4."""
 
     ternary = False
@@ -455,7 +456,7 @@ WEIGHT_QUANTIZERS: dict[str, type[WeightQuantizer]] = {
     "seq": SEQ,
     "seq_ternary": SEQTernary,
 }
-"""The quantizers by the name that ``quant.weights`` gives them."""
+"""The quantizers by their names in ``quant.weights``."""
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -466,12 +467,12 @@ class _LearnedStep(torch.autograd.Function):
         inside the range:    d hat / dW = 1    d hat / d scale = codes - v
         outside it:          d hat / dW = 0    d hat / d scale = codes
 
-    where the range of "lsq" is lowest < v < highest and that of "seq" |W / alpha| <= 0.99. The
-    step's gradient is multiplied by g = 1 / sqrt(n Qp), n weights under the scale, Qp the highest
-    value in units of the step, which keeps the step's updates in proportion to those of the
-    weights. A step below the floor gets the gradient too, or it could never grow again.
+    where the range is lowest < v < highest for "lsq" and |W / alpha| <= 0.99 for "seq". The step's
+    gradient is multiplied by g = 1 / sqrt(n Qp), with n weights per scale and Qp the highest value
+    in units of the step. This keeps the step's updates in proportion to the weights' updates. A
+    step below the floor gets the gradient too, or it could never grow again.
 
-    Saved for the backward are the weight, which exists anyway, the int8 codes, and scales.
+    The backward needs the weight, which exists anyway, the int8 codes, and scales.
     """
 
     @staticmethod

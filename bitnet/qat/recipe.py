@@ -1,12 +1,12 @@
-"""A recipe: what to quantize and how, the ``[quant]`` section of a config.
+"""A recipe says what to quantize, and how: the ``[quant]`` section of a config.
 
     Recipe(weights="int", bits=4, granularity="group")              4-bit weights, int8 activations
     Recipe(weights="absmean", granularity="tensor")                 BitNet b1.58, W1.58A8
     Recipe(weights="int", bits=8, activations="static")             for a microcontroller
 
 Fake quantization (layers.py), the PTQ baselines (ptq.py) and the integer form (integer.py) all read
-the same recipe, so their results differ in the method alone. select.py finds the layers of a model
-that a recipe quantizes.
+the same recipe, so only the method differs. select.py finds the layers of a model that a recipe
+quantizes.
 """
 
 from dataclasses import fields
@@ -50,7 +50,7 @@ class Recipe:
     (BitNet b1.58), "absmedian", "twn", "seq_ternary"; "sign": 1 bit; learned scales: "lsq" of
     `bits`, "seq" of 2 bits"""
     bits: Annotated[int, Field(ge=2, le=8)] = 4
-    """bits per weight of "int" and "lsq"; the other quantizers have a fixed number"""
+    """bits per weight for "int" and "lsq"; the other quantizers have a fixed number"""
     symmetric: bool = True
     """weights "int": codes around 0; false: affine, with a zero point"""
     granularity: Granularity = "row"
@@ -58,23 +58,23 @@ class Recipe:
     group_size: Positive = 128
     """columns per group, for granularity "group"."""
     alpha: Annotated[float, Field(gt=0, lt=2)] = 0.5
-    """ternary thresholds in units of the statistic ("absmean", "absmedian"); "twn" has 0.7"""
+    """ternary threshold in units of the statistic ("absmean", "absmedian"); "twn" has 0.7"""
     grad_mask: GradMask = "none"
-    """weights that receive no gradient: "none" (every weight receives one), "clip" (saturated ones)
-    or "trust" (those far from their quantized value); see bitnet/qat/quantizers.py"""
+    """weights without a gradient: "none" (all weights get one), "clip" (saturated weights) or
+    "trust" (weights far from their quantized value); see bitnet/qat/quantizers.py"""
     grad_mask_c: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """bound of that mask in units of the scale"""
     activations: ActivationQuantizer = "absmax"
-    """"absmax": one scale per token, from its values; "static": one scale, from observers; "none":
-    weights only"""
+    """"absmax": one scale per token, from its values; "static": one fixed scale, from observers;
+    "none": weights only"""
     activation_bits: Annotated[int, Field(ge=4, le=8)] = 8
     """bits per activation"""
     activation_symmetric: bool = True
     """static activations: codes around 0; false: affine, with a zero point"""
     observer: ObserverKind = "moving_average"
-    """static activations: how their range is found"""
+    """static activations: how to find their range"""
     observer_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """observers "moving_average" and "percentile": weight of the old range in an update"""
+    """observers "moving_average" and "percentile": weight of the old range in each update"""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     """observer "percentile": percentage of the values inside the range"""
     modules: ListOf[ModuleKind] = Field(default_factory=_matrices)
@@ -82,9 +82,9 @@ class Recipe:
     include: ListOf[str] = Field(default_factory=list)
     """names, paths or patterns of modules to quantize; empty: all"""
     skip: ListOf[str] = Field(default_factory=list)
-    """names, paths or patterns of modules to leave in full precision"""
+    """names, paths or patterns of modules to keep in full precision"""
     keep_first_last: bool = True
-    """leave the model's first and last layer (of any kind) in full precision"""
+    """keep the model's first and last layer (of any kind) in full precision"""
 
     @property
     def enabled(self) -> bool:
@@ -111,24 +111,24 @@ class Recipe:
 
     @property
     def static(self) -> bool:
-        """Whether the activations' scale is fixed beforehand, by an observer."""
+        """Whether the activations have a fixed scale, from an observer."""
         return self.activations == "static"
 
     @property
     def is_ternary_linear(self) -> bool:
-        """Whether a linear layer of this recipe is a :class:`bitnet.TernaryLinear` in integers:
-        ternary weights, 8-bit dynamic activations."""
+        """Whether a linear layer of this recipe becomes a :class:`bitnet.TernaryLinear`: ternary
+        weights, 8-bit dynamic activations."""
         dynamic = self.activations == "absmax" and self.activation_bits == 8
         return self.enabled and self.quantizer.ternary and dynamic
 
     @property
     def is_bitnet(self) -> bool:
-        """Whether a layer of this recipe computes what :class:`bitnet.BitLinear` does."""
+        """Whether a layer of this recipe computes the same as :class:`bitnet.BitLinear`."""
         absmean = self.enabled and isinstance(self.quantizer, Absmean) and self.alpha == 0.5
         return absmean and self.is_ternary_linear
 
     def __str__(self) -> str:
-        """Short, as in tables: ``W4A8 int row``."""
+        """A short form for tables: ``W4A8 int row``."""
         if not self.enabled:
             return "full precision"
         bits = f"{self.weight_bits:.3g}"

@@ -19,16 +19,16 @@ _LAYERS = tuple(_KINDS.values())
 def select(model: nn.Module, recipe: Recipe) -> set[int]:
     """The ids of the modules to replace, as :func:`bitnet.qat.prepare.prepare` describes them.
 
-    A layer whose weight is parametrized counts as the plain layer that it was before; prepare
-    refuses it.
+    A layer with a parametrized weight counts as its original plain layer; prepare then raises for
+    it.
 
     Raises:
-        ValueError: nothing is selected; a pattern that no module's name matches, or one of
-            ``include`` that selects nothing (says why).
+        ValueError: nothing is selected; a pattern matches no module's name, or a pattern of
+            ``include`` selects nothing (with the reason).
     """
     check_patterns(model, recipe.include, "include")
     check_patterns(model, recipe.skip, "skip")
-    named = list(model.named_modules(remove_duplicate=False))  # under any of their names
+    named = list(model.named_modules(remove_duplicate=False))  # a module may have several names
     layers = [module for _, module in named if isinstance(module, _LAYERS) or is_conv1d(module)]
     ends = {id(m) for m in (layers[:1] + layers[-1:] if recipe.keep_first_last else [])}
     skipped = {id(module) for name, module in named if matches(name, recipe.skip)}
@@ -41,7 +41,7 @@ def select(model: nn.Module, recipe: Recipe) -> set[int]:
             raise ValueError(f"{name or 'model'}: a {kind} {why_full_precision(module)}")
 
     def obstacle(module: nn.Module) -> str:
-        """Why a module is not selected whatever ``include`` says; "" where it can be."""
+        """The reason why a module cannot be selected by any ``include``; "" if it can."""
         plain = nn.Linear if is_conv1d(module) else type_before_parametrizations(module)
         if plain not in kinds:
             return f"is a {type(module).__name__}, which modules = {recipe.modules} does not cover"

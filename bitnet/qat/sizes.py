@@ -15,17 +15,17 @@ class LayerSize(NamedTuple):
     fp32: int
     """with every weight in fp32"""
     stored: int
-    """as they are, scales and zero points included"""
+    """as stored, including scales and zero points"""
 
 
 class SizeReport(NamedTuple):
-    """Bytes of a model by module; a tensor that modules share counts in the first."""
+    """Bytes of a model by module; a shared tensor counts in the first module."""
 
     layers: dict[str, LayerSize]
 
     @property
     def total(self) -> LayerSize:
-        """Over all modules."""
+        """The sum over all modules."""
         sizes = self.layers.values()
         return LayerSize(sum(size.fp32 for size in sizes), sum(size.stored for size in sizes))
 

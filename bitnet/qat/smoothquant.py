@@ -8,12 +8,12 @@ times larger than the rest. Dividing channel j of the input by
 and multiplying column j of the weights by it leaves the product unchanged; alpha = 0.5 splits the
 difficulty evenly. w_j are the columns of all matrices that read the input. 1/s is folded into the
 norm that produces the input, so smoothing costs nothing at inference. An input that no norm
-produces (o_proj and down_proj without sub norms) stays as it is, as in the paper. Then everything
+produces (o_proj and down_proj without sub norms) is not smoothed, as in the paper. Then everything
 is rounded to nearest. The method is meant for 8-bit weights and activations; with fewer bits it
 shows how much of the loss comes from the activations.
 
-Statistics are those of the full-precision model. A channel or column that is all 0 keeps s = 1, and
-s is kept within 1e-5 .. 1e5.
+Statistics come from the full-precision model. A channel or column of zeros keeps s = 1, and s is
+clamped to 1e-5 .. 1e5.
 
 K in_features, N out_features.
 """
@@ -46,9 +46,10 @@ def smoothquant(
         recipe: any weights and activations.
         calibration: int64 ``[S, T]``, token windows.
         alpha: the share of the difficulty that moves into the weights, 0 to 1.
-        on_layer: called after each layer with how many are done, of how many.
+        on_layer: called after each layer with the numbers of done and of all layers.
     Raises:
-        ValueError: as ``ptq.check_model``, ``ptq.check_calibration`` and ``prepare``; alpha.
+        ValueError: as ``ptq.check_model``, ``ptq.check_calibration`` and ``prepare``; an invalid
+            alpha.
     """
     return round_to_nearest(smooth(model, calibration, alpha, on_layer), recipe, calibration)
 

@@ -1,8 +1,8 @@
 """The straight-through estimator: the value of codes, with the gradient of the float.
 
-The quantized value replaces the float in the forward; the backward passes its gradient to the
-float, except where a mask says that moving the float would not have moved the value. One autograd
-function does it, not ``x + (q(x) - x).detach()``, which rounds once more.
+The quantized value replaces the float in the forward. The backward passes its gradient to the
+float, except where a mask says that a change of the float would not have changed the value. One
+autograd function does it, not ``x + (q(x) - x).detach()``, which rounds once more.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class Quantized(NamedTuple):
 
     ``hat`` is computed in fp32, cast to the input's dtype, and differentiable. codes (int8, the
     input's shape), scale (fp32) and zero_point (int32 in the shape of scale, None for symmetric
-    codes) carry no gradient.
+    codes) have no gradient.
     """
 
     codes: Tensor
@@ -29,10 +29,10 @@ class Quantized(NamedTuple):
 
 
 class StraightThrough(torch.autograd.Function):
-    """The value of the codes; backward, the gradient goes to ``x`` where the mask lets it pass.
+    """Forward: the value of the codes. Backward: the gradient goes to ``x`` where the mask is true.
 
-    The value is computed here: a tensor that a function gets and returns is a view to autograd,
-    which forbids in-place operators on it.
+    The value is computed here: autograd treats a tensor that a function gets and returns as a view,
+    and forbids in-place operators on it.
     """
 
     @staticmethod
@@ -44,13 +44,13 @@ class StraightThrough(torch.autograd.Function):
         zero_point: Tensor | None,
         passes: Tensor | None,
     ) -> Tensor:
-        """float x of any shape; the rest can be broadcast to it -> the value in x's dtype."""
+        """float x of any shape, the rest broadcastable to it -> the value in x's dtype."""
         ctx.save_for_backward(passes)
         return values(codes, scale, zero_point).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """dx = dy where the mask passes."""
+        """dx = dy where the mask is true."""
         (passes,) = ctx.saved_tensors
         return (dy if passes is None else dy * passes), *(4 * [None])
