@@ -20,7 +20,8 @@ number of parameters N. These rules follow:
     tokens          20 N (Chinchilla, arXiv 2203.15556)
 
 `train.init_from` starts from a saved model. The model's folder then gives the tokenizer, [quant]
-and every [model] key left at its default. A key that disagrees with the folder is an error.
+and the [model] keys of the architecture that are left at their default. A key that disagrees with
+the folder is an error, except model.max_seq_len.
 
 Four sections quantize a full-precision model during training (bitnet/qat/):
     [quant]    which tensors are quantized, and how (recipe.py); needs model.linear = "fp"

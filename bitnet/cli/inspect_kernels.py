@@ -166,7 +166,7 @@ def shortened(opcodes: list[str]) -> str:
 
 def write_listing(folder: Path, spec: Any, sm: int) -> None:
     """Write ``FOLDER/sad-M=1.sm_90.sass``."""
-    with user_input(f"--out {folder}"):
+    with user_input(f"--sass {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w=.-]+", "-", spec.name)
     write_atomic(folder / f"{name}.sm_{sm}.sass", listing(spec, sm).encode())

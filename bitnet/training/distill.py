@@ -133,7 +133,7 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gradient_MV,) = ctx.saved_tensors
-        gradient = (gradient_MV * (grad * ctx.scale)).view(ctx.shape)
+        gradient = (gradient_MV * (grad * ctx.scale)).reshape(ctx.shape)
         return gradient.to(ctx.dtype), None, None
 
 

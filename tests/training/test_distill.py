@@ -109,6 +109,8 @@ def test_chunks_of_rows_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> 
     log_q, log_p = (F.log_softmax(x / 2, -1) for x in (student.detach(), teacher))
     wanted = 2 * (log_q.exp() - log_p.exp()) / 21
     torch.testing.assert_close(of_whole, wanted)
+    turned = logit_loss(student.transpose(0, 1), teacher.transpose(0, 1), 2.0)  # other strides
+    assert torch.equal(torch.autograd.grad(turned, student)[0], of_whole)
 
 
 def test_losses_are_fp32_whatever_comes_in() -> None:
