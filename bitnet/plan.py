@@ -5,10 +5,10 @@ time, the largest depth is proposed whose tokens fit; given the tokens too, the 
 20 of them per parameter. Speed is measured by real optimizer steps at small depths. Above those it
 is the same FLOP/s, which is rather too low: larger products run better.
 
-What to expect of such a run is what the study measured (docs/evidence.md), and only where it did:
-``scaling.json``, which docs/results/scaling.py writes, has the gap between ternary and full
-precision for each cell of weights and tokens. A cell speaks for runs up to a doubling away, in
-weights and in tokens per weight; of others nothing is predicted.
+What to expect of such a run is what the study predicts (docs/evidence.md), and only near to what it
+measured. ``scaling.json``, which docs/results/scaling.py writes, has fits of what ternary costs and
+of the bits per byte of ternary models. They speak for runs within the range of the measured cells,
+in weights and in tokens per weight, and up to a doubling beyond; of others nothing is predicted.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ TOKENS_PER_PARAMETER = 20
 TRAINING = 0.9
 """Share of the time that is training; the rest goes to evaluations and checkpoints."""
 REACH = 1.0
-"""Doublings from a cell of the study to a run for which it speaks."""
+"""Doublings beyond the range of the study up to which it predicts."""
 MEASURED = (1, 2, 3, 4)
 """Depths whose speed is measured."""
 _DEEPEST = 48
@@ -51,6 +51,40 @@ class Cell(NamedTuple):
     high: float
 
 
+class Fit(NamedTuple):
+    """A quantity as a product of powers of the weights and of the tokens per weight."""
+
+    coefficients: Sequence[float]
+    """[3]: logarithm of the value at ``at``, and its change per doubling of the weights and of the
+    tokens per weight"""
+    covariance: Sequence[Sequence[float]]
+    """[3, 3], of the coefficients"""
+    deviation: float
+    """of a cell's mean from the fit"""
+    t: float
+    """Student's, for intervals of 95%"""
+    at: Sequence[float]
+    """weights, tokens per weight"""
+
+    def predict(self, weights: float, tokens: float) -> tuple[float, float]:
+        """The value for a new run, and half the width of its 95% prediction interval (least
+        squares, to first order)."""
+        x = (1.0, math.log2(weights / self.at[0]), math.log2(tokens / weights / self.at[1]))
+        value = math.exp(sum(a * b for a, b in zip(x, self.coefficients, strict=True)))
+        of_fit = sum(x[i] * self.covariance[i][j] * x[j] for i in range(3) for j in range(3))
+        return value, self.t * math.sqrt(self.deviation**2 + value**2 * of_fit)
+
+
+class Study(NamedTuple):
+    """What the study found."""
+
+    cells: list[Cell]
+    gap: Fit
+    """ternary minus full precision, nats per token"""
+    bits_per_byte: Fit
+    """of packed ternary models, on books"""
+
+
 class Plan(NamedTuple):
     """A run that fits."""
 
@@ -67,24 +101,31 @@ class Plan(NamedTuple):
         return self.config.model.num_parameters()["matrices"]
 
 
-def load_cells() -> list[Cell]:
-    """The study's cells, which come with the package."""
+def load_study() -> Study:
+    """The study's findings, which come with the package."""
     text = files("bitnet").joinpath("scaling.json").read_text(encoding="utf-8")
-    return [Cell(**cell) for cell in json.loads(text)["cells"]]
+    found = json.loads(text)
+    return Study(
+        [Cell(**cell) for cell in found["cells"]],
+        Fit(**found["gap"], at=found["at"]),
+        Fit(**found["bits_per_byte"], at=found["at"]),
+    )
 
 
 def nearest(cells: Sequence[Cell], weights: float, tokens: float) -> Cell | None:
-    """The cell that speaks for a run of so many weights and tokens; None if all are too far."""
+    """The cell closest to a run of so many weights and tokens; None if the run lies more than
+    ``REACH`` doublings outside the range of the cells."""
+    run = (weights, tokens / weights)
+    places = [(cell.weights, cell.tokens_per_weight) for cell in cells]
+    for value, measured in zip(run, zip(*places, strict=True), strict=True):
+        if not min(measured) / 2**REACH <= value <= max(measured) * 2**REACH:
+            return None
 
-    def doublings(cell: Cell) -> tuple[float, float]:
-        per_weight = tokens / weights
-        return (
-            abs(math.log2(weights / cell.weights)),
-            abs(math.log2(per_weight / cell.tokens_per_weight)),
-        )
+    def doublings(cell: Cell) -> float:
+        place = (cell.weights, cell.tokens_per_weight)
+        return sum(abs(math.log2(a / b)) for a, b in zip(run, place, strict=True))
 
-    near = [cell for cell in cells if max(doublings(cell)) <= REACH]
-    return min(near, key=lambda cell: sum(doublings(cell)), default=None)
+    return min(cells, key=doublings)
 
 
 def shape_words(paths: Sequence[Path | str], overrides: Sequence[str], depth: int) -> list[str]:

@@ -158,6 +158,8 @@ def test_the_page_on_processes_shows_the_tables_of_the_csvs(
         ("scaling", "README.md"),
         ("scaling", "docs/evidence.md"),
         ("telemetry", "docs/evidence.md"),
+        ("ablations", "docs/evidence.md"),
+        ("equal_bytes", "docs/evidence.md"),
     ],
 )
 def test_the_pages_on_evidence_show_the_tables_of_the_csvs(

@@ -1,14 +1,16 @@
 """Plans for speeds and cells that are made up, so that each figure is known by hand."""
 
+from math import log
 from types import SimpleNamespace
 
 import pytest
 
 from bitnet.plan import (
     Cell,
+    Fit,
     all_depths,
     at_depth,
-    load_cells,
+    load_study,
     measured_speed,
     nearest,
     propose,
@@ -30,10 +32,19 @@ def cell(weights: int, per_weight: float) -> Cell:
     [(N, 5, True), (N, 9.9, True), (N, 10.1, False), (1.9 * N, 2.6, True), (2.1 * N, 5, False),
      (N, 2.4, False)],
 )  # fmt: skip
-def test_a_cell_speaks_for_runs_a_doubling_away(
+def test_a_study_speaks_for_runs_up_to_a_doubling_beyond_it(
     weights: float, per_weight: float, covered: bool
 ) -> None:
     assert (nearest([cell(N, 5.0)], weights, weights * per_weight) is not None) == covered
+
+
+def test_a_study_speaks_for_the_range_between_its_cells() -> None:
+    """Cells in two corners: the range is that of sizes and that of tokens per weight."""
+    cells = [cell(N, 80.0), cell(8 * N, 5.0)]
+    assert nearest(cells, 3 * N, 60 * N) == cells[1]
+    assert nearest(cells, 8 * N, 8 * 80 * N) == cells[0]  # three doublings away, not four
+    assert nearest(cells, 17 * N, 17 * 20 * N) is None
+    assert nearest(cells, 3 * N, 3 * 161 * N) is None
 
 
 def test_the_nearest_of_two_cells_speaks() -> None:
@@ -98,9 +109,28 @@ def test_a_speed_is_the_median_step_without_the_first(monkeypatch: pytest.Monkey
     assert measured_speed(config, 0.0) == 128 / 5  # of 1 and 5 the upper median
 
 
-def test_the_package_carries_the_cells_of_the_study() -> None:
-    found = load_cells()
-    assert found
-    for one in found:
+def test_a_fit_predicts_by_doublings() -> None:
+    """0.1 at the middle, half per doubling of the weights, 1.5 times per doubling of the tokens per
+    weight. The interval by hand: at the middle the constant's variance counts alone; two doublings
+    of the tokens and one of the weights away, 0.0009 + 0.0016 of it, times the value squared."""
+    covariance = [[0.0009, 0, 0], [0, 0.0016, 0], [0, 0, 0]]
+    fit = Fit([log(0.1), log(0.5), log(1.5)], covariance, 0.12, 2.0, (N, 20))
+    middle = 2 * (0.12**2 + 0.1**2 * 0.0009) ** 0.5
+    assert fit.predict(N, 20 * N) == pytest.approx((0.1, middle))
+    away = 0.1 * 0.5 * 1.5  # 2 N weights on 80 N tokens: 40 per weight
+    assert fit.predict(2 * N, 80 * N) == pytest.approx(
+        (away, 2 * (0.12**2 + away**2 * 0.0025) ** 0.5)
+    )
+
+
+def test_the_package_carries_what_the_study_found() -> None:
+    study = load_study()
+    assert study.cells
+    for one in study.cells:
         assert one.low <= one.gap <= one.high
-        assert nearest(found, one.weights, one.weights * one.tokens_per_weight) == one
+        tokens = one.weights * one.tokens_per_weight
+        assert nearest(study.cells, one.weights, tokens) == one
+        for value, half in (
+            f.predict(one.weights, tokens) for f in (study.gap, study.bits_per_byte)
+        ):
+            assert 0 < half < value + 1

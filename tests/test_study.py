@@ -63,22 +63,41 @@ def test_a_text_that_repeats_itself_is_searched_too(overlap: Any) -> None:
     assert max(found.length for found in report.shared) == len("ab " * 200) - 1
 
 
-def rows(scaling: Any, arm: str, losses: dict[float, float]) -> list[dict[str, str]]:
-    tokens = str(scaling.tokens_for("0.1M", 5))
-    common = {"arm": arm, "size": "0.1M", "tokens": tokens, "seed": "0"}
-    return [common | {"lr": f"{lr:g}", "loss": str(loss)} for lr, loss in losses.items()]
+def row(
+    scaling: Any, arm: str, size: str, per_weight: float, lr: float, loss: float, seed: int = 0
+) -> dict[str, str]:
+    tokens = str(scaling.tokens_for(size, per_weight))
+    values = {"arm": arm, "size": size, "tokens": tokens, "lr": lr, "seed": seed, "commit": "x"}
+    values |= {"loss": repr(loss), "bits_per_byte": repr(loss)}
+    return {key: str(value) for key, value in values.items()}
 
 
-def test_the_sweep_goes_on_past_an_end_that_is_best(scaling: Any) -> None:
-    found = {0.01: 3.0, 0.02: 2.9, 0.04: 2.8}
-    assert scaling.to_sweep(rows(scaling, "ternary", found), "ternary") == [0.08]
-    found[0.08] = 3.1
-    done = rows(scaling, "ternary", found)
-    assert scaling.to_sweep(done, "ternary") == []
-    wanted = scaling.jobs(done)
-    assert {job.lr for job in wanted if job.arm == "ternary" and job.size != "0.4M"} == {0.04}
-    assert {job.lr for job in wanted if job.arm == "ternary"} == {0.02, 0.04, 0.08}
-    assert {job.lr for job in wanted if job.arm == "fp"} == {0.005, 0.01, 0.02}
+def test_a_sweep_ends_where_half_and_twice_the_best_rate_are_worse(scaling: Any) -> None:
+    """Losses with a minimum at 0.01, from a start at 0.04: half, half again, and twice is known."""
+    losses = {0.08: 3.3, 0.04: 3.1, 0.02: 3.0, 0.01: 2.9, 0.005: 3.2}
+    found: dict[float, float] = {}
+    asked = []
+    while (lr := scaling.next_rate(found, 0.04)) is not None:
+        asked.append(lr)
+        found[lr] = losses[lr]
+    assert asked == [0.04, 0.02, 0.01, 0.005]
+    assert scaling.next_rate({0.04: 3.0, 0.02: 3.1}, 0.04) == 0.08  # half is worse: now twice
+    assert scaling.best_of(found, 0.04) == 0.01
+
+
+def test_a_size_is_swept_from_the_best_rate_of_the_one_below(scaling: Any) -> None:
+    of = [row(scaling, "fp", "0.1M", 20, lr, abs(lr - 0.02)) for lr in (0.01, 0.02, 0.04)]
+    assert {(j.arm, j.size, j.lr) for j in scaling.jobs(of) if j.size == "0.4M"} == set()
+    assert ("ternary", 0.04) in {(j.arm, j.lr) for j in scaling.jobs(of)}  # its own sweep begins
+    assert {j.seed for j in scaling.jobs(of) if j.arm == "fp"} == {1, 2, 0}
+    of += [row(scaling, "ternary", "0.1M", 20, lr, abs(lr - 0.04)) for lr in (0.02, 0.04, 0.08)]
+    asked = {(j.arm, j.tokens, j.lr) for j in scaling.jobs(of) if j.size == "0.4M"}
+    tokens = scaling.tokens_for("0.4M", 5)
+    assert asked == {("fp", tokens, 0.02), ("ternary", tokens, 0.04)}
+    checked = {
+        (j.arm, j.lr) for j in scaling.jobs(of) if j.tokens == scaling.tokens_for("0.1M", 80)
+    }
+    assert checked == {("fp", 0.02), ("fp", 0.01), ("ternary", 0.04), ("ternary", 0.02)}
 
 
 def test_a_run_has_whole_steps_and_the_tokens_of_its_size(scaling: Any) -> None:
@@ -111,7 +130,7 @@ def test_models_of_equal_bytes_differ_by_two_percent_at_most(
         matrices = 2 * (2 * d * d + 2 * d * kv + 3 * d * ff)
         return matrices * bits / 8 + 2 * 1024 * d + 4 * scales
 
-    assert "model.d_model=104" in equal_bytes.SHAPES["int4"]
+    assert "model.d_model=104" in equal_bytes.INT4
     ternary = total(128, 64, 384, 1.6, 14)
     int4 = total(104, 26, 296, 4, 2 * (3 * 104 + 2 * 26 + 2 * 296))
     assert abs(int4 / ternary - 1) < 0.02
@@ -152,48 +171,79 @@ def test_stochastic_rounding_keeps_the_mean_and_bf16_values(
 
 def made_up(scaling: Any, gap: Any) -> list[dict[str, str]]:
     """Rows of both arms, in which ternary loses what ``gap(weights, tokens per weight, seed)``
-    says."""
+    says; 0.02 is the best rate."""
     found = []
-    for size, per_weight in (("0.1M", 5), ("0.1M", 20), ("0.4M", 5), ("0.4M", 20), ("1.2M", 5)):
-        for arm, rates in (("fp", (0.005, 0.01, 0.02)), ("ternary", (0.01, 0.02, 0.04))):
-            swept = (size, per_weight) == scaling.FIRST
-            for lr in rates if swept else rates[1:2]:
-                for seed in range(3) if lr == rates[1] else range(1):
-                    loss = 3.0 + 0.1 * seed + (lr != rates[1])
+    for size, per_weight in (("0.1M", 20), ("0.1M", 80), ("0.4M", 5), ("0.4M", 20), ("1.2M", 5)):
+        for arm in scaling.ARMS:
+            swept = per_weight == scaling.SWEPT.get(size)
+            for lr in (0.01, 0.02, 0.04) if swept else (0.02,):
+                for seed in range(3) if lr == 0.02 else range(1):
+                    loss = 3.0 + 0.1 * seed + (lr != 0.02)
                     if arm == "ternary":
                         loss += gap(scaling.WEIGHTS[size], per_weight, seed)
-                    row = {"arm": arm, "size": size, "lr": f"{lr:g}", "seed": str(seed)}
-                    row |= {"loss": repr(loss), "bits_per_byte": repr(loss), "commit": "abc"}
-                    row["tokens"] = str(scaling.tokens_for(size, per_weight))
-                    found.append(row)
+                    found.append(row(scaling, arm, size, per_weight, lr, loss, seed))
     return found
 
 
-def test_a_fit_finds_the_line_that_was_put_in(scaling: Any) -> None:
+def test_a_fit_finds_the_powers_that_were_put_in(scaling: Any) -> None:
     def gap(weights: int, per_weight: float, _: int) -> float:
-        return float(0.1 - 0.02 * math.log2(weights / 393_216) + 0.03 * math.log2(per_weight / 5))
+        return float(0.1 * (weights / 393_216) ** -0.5 * (per_weight / 20) ** 0.25)
 
     points = scaling.cells(made_up(scaling, gap))
-    found = scaling.fit(points)
-    assert found["coefficients"] == pytest.approx([0.1, -0.02, 0.03], abs=2e-4)
-    assert found["misfit"] < 2e-4  # tokens come in whole steps, so 5.01 per weight
-    assert found["seed_spread"] < 1e-9
-    assert scaling.fit(points[:4]) == {}  # four cells: too few
-    assert scaling.fit([points[0]] * 6) == {}  # six in one place
+    assert all(cell.measured for cell in points)
+    gaps = [cell.gaps() for cell in points]
+    found = scaling.fit(points, gaps)
+    wanted = [math.log(0.1), -0.5 * math.log(2), 0.25 * math.log(2)]
+    assert found["coefficients"] == pytest.approx(wanted, abs=2e-3)
+    assert found["deviation"] < 2e-4  # tokens come in whole steps, so 5.01 per weight
+    assert scaling.fit(points[:4], gaps[:4]) is None  # four cells: too few
+    assert scaling.fit([points[0]] * 6, [gaps[0]] * 6) is None  # six in one place
 
 
-def test_the_intervals_of_a_fit_are_those_of_least_squares(scaling: Any) -> None:
-    """Seeds at -e, 0, +e: their spread is e, and the covariance that of the textbook,
-    (e / sqrt 3)^2 (X'X)^-1."""
-    rows = made_up(scaling, lambda n, d, seed: 0.1 + 0.01 * (seed - 1))
-    found = scaling.fit(scaling.cells(rows))
-    assert found["seed_spread"] == pytest.approx(0.01)
-    points = [(n, d) for n, d in ((106_496, 5), (106_496, 20), (393_216, 5), (393_216, 20))]
-    points.append((1_179_648, 5))
-    x = np.array([[1, math.log2(n / 393_216), math.log2(d / 5)] for n, d in points])
-    variances = np.diag(np.linalg.inv(x.T @ x)) * 0.01**2 / 3
-    for (low, high), variance in zip(found["intervals"], variances, strict=True):
-        assert high - low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.05)
+def test_a_fit_is_the_least_squares_of_values_and_not_of_logarithms(scaling: Any) -> None:
+    """Gaps near 0 and below have no logarithm. Nudging a coefficient either way adds error."""
+    points = scaling.cells(made_up(scaling, lambda n, d, seed: 0.1))
+    gaps = [[0.11, 0.12, 0.10], [0.13], [0.012, -0.001, 0.02], [0.02], [-0.004]]
+    means = np.array([sum(g) / len(g) for g in gaps])
+    found = scaling.fit(points, gaps)
+    x, best = scaling.design(points), np.array(found["coefficients"])
+
+    def error(c: Any) -> float:
+        return float(((np.exp(x @ c) - means) ** 2).sum())
+
+    for i in range(3):
+        for nudge in (-1e-2, 1e-2):
+            assert error(best + nudge * np.eye(3)[i]) > error(best)
+    assert found["deviation"] ** 2 >= error(best) / 2 * 0.999
+
+
+def test_a_fit_is_as_unsure_as_its_seeds(scaling: Any) -> None:
+    """Equal gaps of 0.1, with seeds at -e, 0, +e: their spread is e, that of the mean of three
+    e / sqrt 3, and the covariance that of least squares on exp(x c), e^2 / 3 / 0.1^2 (X'X)^-1."""
+    points = scaling.cells(made_up(scaling, lambda n, d, seed: 0.1 + 0.01 * (seed - 1)))
+    found = scaling.fit(points, [cell.gaps() for cell in points])
+    assert found["deviation"] == pytest.approx(0.01 / math.sqrt(3))
+    assert found["t"] == 4.303  # five cells, three coefficients
+    at = [(math.log2(one.weights / 393_216), math.log2(one.per_weight / 20)) for one in points]
+    x = np.array([(1, *place) for place in at])
+    wanted = np.linalg.inv(x.T @ x) * 1e-4 / 3 / 0.1**2
+    assert np.array(found["covariance"]) == pytest.approx(wanted)
+
+
+def test_intervals_hold_as_often_as_they_say(scaling: Any) -> None:
+    """500 studies whose cells scatter around a value: a new cell lies in 95% of the intervals that
+    `bitnet plan` would name, 475; the standard deviation of that count is 5."""
+    from bitnet.plan import Fit
+
+    dice = np.random.default_rng(0)
+    points = scaling.cells(made_up(scaling, lambda n, d, seed: 0.1))
+    hits = 0
+    for _ in range(500):
+        seeds = [[float(value)] * 3 for value in 2 + 0.02 * dice.normal(size=len(points))]
+        found = Fit(**scaling.fit(points, seeds), at=scaling.AT)
+        value, half = found.predict(786_432, 15 * 786_432)
+        hits += abs(2 + 0.02 * dice.normal() - value) <= half
+    assert abs(hits - 475) < 22
 
 
 def test_the_published_fits_are_those_of_the_papers(scaling: Any) -> None:
@@ -203,27 +253,42 @@ def test_the_published_fits_are_those_of_the_papers(scaling: Any) -> None:
         assert round(100 * (ternary / full - 1)) == percent
 
 
-def test_a_size_at_which_another_rate_is_better_is_not_carried(scaling: Any) -> None:
-    def row(arm: str, size: str, lr: str, loss: str) -> dict[str, str]:
-        tokens = str(scaling.tokens_for(size, 5.0))
-        shown = {"arm": arm, "size": size, "lr": lr, "loss": loss, "tokens": tokens}
-        return {**shown, "seed": "0", "commit": "x"}
+def test_a_cell_is_tuned_where_no_rate_is_better(scaling: Any) -> None:
+    """Both sizes swept; then a check with more tokens finds a better rate for the baseline."""
+    rates = (0.02, 0.04, 0.08)
+    rows = [
+        row(scaling, arm, size, per_weight, lr, 3 + abs(lr - 0.04))
+        for arm in scaling.ARMS
+        for size, per_weight in (("0.1M", 20.0), ("0.4M", 5.0))
+        for lr in rates
+    ]
+    rows += [row(scaling, arm, "0.1M", 80.0, 0.04, 2.9) for arm in scaling.ARMS]
+    assert [cell.tuned for cell in scaling.cells(rows)] == [True, True, True]
+    rows.append(row(scaling, "fp", "0.1M", 80.0, 0.02, 2.8))
+    assert [cell.tuned for cell in scaling.cells(rows)] == [True, False, True]
+    assert "| 0.1M, badly tuned | 80 |" in scaling.table(rows)
+    assert "| 0.1M | 20 |" in scaling.table(rows)
+    assert len(scaling.summary(rows)["cells"]) == 2
+    without = [r for r in rows if (r["size"], r["arm"], r["lr"]) != ("0.4M", "ternary", "0.02")]
+    assert [cell.tuned for cell in scaling.cells(without)] == [True, False, False]
 
-    swept = [row(arm, "0.1M", lr, "4") for arm in scaling.ARMS for lr in ("0.01", "0.02", "0.04")]
-    swept += [row(arm, "0.1M", "0.08", "3.9") for arm in scaling.ARMS]
-    chosen = [row(arm, "0.4M", "0.08", "3.5") for arm in scaling.ARMS]
-    rows = [*swept, *chosen, row("ternary", "0.4M", "0.16", "3.6")]
-    assert [cell["weights"] for cell in scaling.summary(rows)["cells"]] == [106496, 393216]
-    rows.append(row("fp", "0.4M", "0.04", "3.4"))
-    assert scaling.badly_tuned(rows) == {"0.4M"}
-    assert [cell["weights"] for cell in scaling.summary(rows)["cells"]] == [106496]
-    assert "| 0.4M, badly tuned | 5 |" in scaling.table(rows)
+
+def test_a_short_run_tells_nothing_of_ternary(scaling: Any) -> None:
+    rows = made_up(scaling, lambda n, d, seed: 0.1)
+    rows += [row(scaling, arm, "0.1M", 5.0, 0.02, 4.0) for arm in scaling.ARMS]
+    short = [cell for cell in scaling.cells(rows) if not cell.measured]
+    assert [(cell.size, round(cell.per_weight), cell.tuned) for cell in short] == [
+        ("0.1M", 5, True)
+    ]
+    assert "| 0.1M, too short | 5 |" in scaling.table(rows)
+    assert len(scaling.summary(rows)["cells"]) == 5
 
 
-def test_the_package_carries_the_cells_of_the_rows(scaling: Any) -> None:
+def test_the_package_carries_the_fits_of_the_rows(scaling: Any) -> None:
     found = scaling.summary(scaling.read(scaling.CSV))
     stored = json.loads(scaling.FIT.read_text(encoding="utf-8"))
-    assert stored["cells"] == found["cells"]
-    assert stored["fit"].keys() == found["fit"].keys()
-    for key, value in stored["fit"].items():
-        assert np.array(value) == pytest.approx(np.array(found["fit"][key]), rel=1e-4, abs=1e-6)
+    assert (stored["cells"], stored["at"]) == (found["cells"], list(found["at"]))
+    for name in ("gap", "bits_per_byte"):
+        assert stored[name].keys() == found[name].keys()
+        for key, value in stored[name].items():
+            assert np.array(value) == pytest.approx(np.array(found[name][key]), rel=1e-4, abs=1e-6)

@@ -9,7 +9,7 @@ from bitnet.cli.common import split_args
 from bitnet.plan import (
     MEASURED,
     all_depths,
-    load_cells,
+    load_study,
     measured_speed,
     nearest,
     propose,
@@ -44,9 +44,9 @@ def plan_command(
     are assumed to reach the FLOP/s of the largest measured one. Other programs on the machine
     slow the measurement as they would the run.
 
-    What ternary costs is said where the scaling study measured it (docs/evidence.md): as the gap
-    in nats per token to the full-precision baseline, at the nearest size and tokens. Nothing is
-    predicted for runs more than a doubling away from what was measured.
+    The loss to expect, and what ternary costs against full precision, come from fits to the
+    scaling study, with 95% intervals (docs/evidence.md). Nothing is predicted for runs more than
+    a doubling outside the range that it measured.
 
     Example: bitnet plan --hours 2
 
@@ -75,20 +75,25 @@ def plan_command(
     shape = shape_words(paths, overrides, config.model.depth)
     command = [*words, *shape, f"train.steps={config.train.steps}"]
     console.print(f"  bitnet train {shlex.join(command)}")
-    cells = load_cells()
-    cell = nearest(cells, plan.weights, config.train.tokens)
+    study = load_study()
+    cells, tokens = study.cells, config.train.tokens
+    cell = nearest(cells, plan.weights, tokens)
     if cell is None:
         low, high = (human(pick(cell.weights for cell in cells)) for pick in (min, max))
         few, many = (pick(cell.tokens_per_weight for cell in cells) for pick in (min, max))
         console.print(
             f"The study covers {low} to {high} weights in matrices at {few:.0f} to {many:.0f} "
             f"tokens per weight. This run has {human(plan.weights)} and "
-            f"{config.train.tokens / plan.weights:.0f}: too far to say what ternary costs."
+            f"{tokens / plan.weights:.0f}: too far to say what ternary costs."
         )
-    else:
-        console.print(
-            f"Nearest in the study: {human(cell.weights)} weights in matrices, "
-            f"{cell.tokens_per_weight:.0f} tokens per weight: ternary is {cell.gap:+.3f} nats per "
-            f"token from full precision ({cell.low:+.3f} to {cell.high:+.3f}, "
-            f"{cell.seeds} seed{'s' * (cell.seeds > 1)})."
-        )
+        return
+    gap, about = study.gap.predict(plan.weights, tokens)
+    bits, near = study.bits_per_byte.predict(plan.weights, tokens)
+    console.print(
+        f"To expect, by the scaling study: {bits:.2f} bits per byte ({bits - near:.2f} to "
+        f"{bits + near:.2f}) on books like its own, and {gap:+.3f} nats per token from full "
+        f"precision ({gap - about:+.3f} to {gap + about:+.3f}). Nearest run that was measured: "
+        f"{human(cell.weights)} weights in matrices, {cell.tokens_per_weight:.0f} tokens per "
+        f"weight, {cell.gap:+.3f} ({cell.low:+.3f} to {cell.high:+.3f}, {cell.seeds} "
+        f"seed{'s' * (cell.seeds > 1)})."
+    )

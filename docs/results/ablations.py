@@ -5,7 +5,8 @@
 
 Each variant differs from the ternary model of scaling.py in what its options say, at 0.1M weights
 and 20 tokens per weight, with the same tokens in the same order, 3 seeds, and the learning rate of
-the base. Another rate may suit a variant better; none is searched.
+the base; full precision has its own. Another rate may suit a variant better; none is searched.
+Distillation is that of the logits: learning attention relations takes eight times as long here.
 """
 
 import statistics
@@ -13,20 +14,21 @@ import sys
 from pathlib import Path
 
 import scaling
-from scaling import ARMS
-from study import Job, Row, Rows, main, read, tokens_for
+from study import Job, Rows, main, read, tokens_for
 
 WHERE = ("0.1M", 20.0)
 """Size and tokens per weight."""
 CSV = Path(__file__).resolve().parent / "ablations.csv"
 QAT = ("model.linear=fp", "quant.weights=absmean", "quant.granularity=tensor")
-TEACHER = "runs/study/{name}/model"
+BASE, TEACHER = "base", "full precision"
 VARIANTS: dict[str, tuple[str, ...]] = {
+    BASE: (),
+    TEACHER: scaling.ARMS["fp"],
     "AdamW": ("optim.optimizer=adamw",),
     "SiLU": ("model.activation=silu",),
     "no weight decay": ("optim.weight_decay=0.0",),
     "full precision for 30%": (*QAT, "qat.start=0.3"),
-    "distilled": (f"distill.teacher={TEACHER}",),
+    "distilled": ("distill.teacher=runs/study/full-precision-0/model", "distill.attention=0.0"),
     "cosine": ("optim.lr_schedule=cosine",),
     "pre-norm": ("model.norm_placement=pre_norm",),
     "scale per row": ("model.granularity=row",),
@@ -45,48 +47,46 @@ SEEDS = (0, 1, 2)
 
 
 def jobs(_: Rows) -> list[Job]:
-    """All variants, once the sweep of scaling.py is complete."""
-    found = scaling.read(scaling.CSV)
-    if any(scaling.to_sweep(found, arm) for arm in ARMS):
+    """All variants, once the sweep of scaling.py at this size is complete."""
+    found, size = read(scaling.CSV), WHERE[0]
+    if not scaling.complete(found, size):
         raise SystemExit("scaling.py comes first: its sweep chooses the learning rates")
-    lr = scaling.best_lr(found, "ternary")
-    return [job(name, lr, seed) for name in VARIANTS for seed in SEEDS]
+    rates = {arm: scaling.best_lr(found, arm, size) for arm in scaling.ARMS}
+    return [
+        job(name, rates["fp" if name == TEACHER else "ternary"], seed)
+        for name in VARIANTS
+        for seed in SEEDS
+    ]
+
+
+def name(variant: str, seed: int) -> str:
+    """The name of a run."""
+    return f"{variant.replace(' ', '-').replace('%', '')}-{seed}"
 
 
 def job(variant: str, lr: float, seed: int) -> Job:
     """One run."""
     size, per_weight = WHERE
-    teacher = scaling.job("fp", size, per_weight, scaling.best_lr(read(scaling.CSV), "fp"), 0).name
-    options = tuple(option.format(name=teacher) for option in VARIANTS[variant])
     adamw, bf16 = variant == "AdamW", variant == "latents in bf16"
+    distilled = variant == "distilled"
     return Job(
-        name=f"{variant.replace(' ', '-').replace('%', '')}-{seed}",
+        name=name(variant, seed),
         arm=variant,
         size=size,
         tokens=tokens_for(size, per_weight),
         lr=4e-3 if adamw else lr,
         seed=seed,
-        options=options,
+        options=VARIANTS[variant],
         script="docs/results/bf16_latents.py" if bf16 else "train.py",
-        steps_as=1.6 if variant == "distilled" else 1.0,
+        steps_as=1.6 if distilled else 1.0,
+        after=(name(TEACHER, 0),) if distilled else (),
         rate_key="optim.lr" if adamw else "optim.muon_lr",
     )
 
 
-def base() -> list[Row]:
-    """The rows of the ternary model itself, of scaling.csv."""
-    rows, (size, per_weight) = read(scaling.CSV), WHERE
-    tokens = str(tokens_for(size, per_weight))
-    return [
-        row
-        for row in scaling.of_grid(rows)
-        if (row["arm"], row["size"], row["tokens"]) == ("ternary", size, tokens)
-    ]
-
-
-def effects(rows: Rows, of: Rows, variant: str) -> list[float]:
+def effects(rows: Rows, variant: str) -> list[float]:
     """Loss of a variant minus that of the base of the same seed, in nats, sorted."""
-    losses = {row["seed"]: float(row["loss"]) for row in of}
+    losses = {row["seed"]: float(row["loss"]) for row in rows if row["arm"] == BASE}
     return sorted(
         float(row["loss"]) - losses[row["seed"]]
         for row in rows
@@ -94,11 +94,11 @@ def effects(rows: Rows, of: Rows, variant: str) -> list[float]:
     )
 
 
-def table(rows: Rows | None = None, of: Rows | None = None) -> str:
+def table(rows: Rows | None = None) -> str:
     """Markdown: each variant's loss against the base, the median and range of the seeds, and what
     that says beside the spread of the base's seeds."""
-    rows, of = read(CSV) if rows is None else rows, base() if of is None else of
-    losses = sorted(float(row["loss"]) for row in of)
+    rows = read(CSV) if rows is None else rows
+    losses = sorted(float(row["loss"]) for row in rows if row["arm"] == BASE)
     spread = losses[-1] - losses[0]
     lines = [
         "| variant | nats per token against the base | seeds | reading |",
@@ -106,13 +106,13 @@ def table(rows: Rows | None = None, of: Rows | None = None) -> str:
         f"| base | {statistics.median(losses):.4f} itself ({losses[0]:.4f} to {losses[-1]:.4f}) "
         f"| {len(losses)} | spread of the seeds {spread:.4f} |",
     ]
-    found = [(name, effects(rows, of, name)) for name in VARIANTS]
-    for name, values in sorted(
+    found = [(one, effects(rows, one)) for one in VARIANTS if one != BASE]
+    for variant, values in sorted(
         (pair for pair in found if pair[1]), key=lambda pair: statistics.median(pair[1])
     ):
         middle = statistics.median(values)
         lines.append(
-            f"| {name} | {middle:+.4f} ({values[0]:+.4f} to {values[-1]:+.4f}) | {len(values)} "
+            f"| {variant} | {middle:+.4f} ({values[0]:+.4f} to {values[-1]:+.4f}) | {len(values)} "
             f"| {reading(values, spread)} |"
         )
     return "\n".join(lines)

@@ -3,10 +3,11 @@
     python docs/results/equal_bytes.py --data TRAIN --held-out TEXT --hours 1   # the missing rows
     python docs/results/equal_bytes.py table                                    # from the CSV
 
-The ternary models are those of scaling.py with 0.4M weights. Beside each, after the same tokens: a
-model whose matrices are trained for int4 (LSQ, a scale per row, int8 activations), and one in full
-precision, with so much fewer weights that all parameters take about as many bytes. Matrices count
-1.6, 4 and 16 bits per weight, embedding and norms 16 in each; scales of rows are counted.
+The ternary models are those of scaling.py with 0.4M weights. Beside each, on the same tokens: two
+whose matrices are trained for int4 (a scale per row, learned as in LSQ or from the largest weight,
+absmax; int8 activations), and one in full precision, with so much fewer weights that all parameters
+take about as many bytes. Matrices count 1.6, 4 and 16 bits per weight, embedding and norms 16 in
+each; scales of rows are counted.
 """
 
 import statistics
@@ -14,7 +15,6 @@ import sys
 from pathlib import Path
 
 import scaling
-from scaling import ARMS
 from study import SHAPE, Job, Row, Rows, main, read, tokens_for
 
 CSV = Path(__file__).resolve().parent / "equal_bytes.csv"
@@ -22,36 +22,54 @@ SIZE = "0.4M"
 PER_WEIGHT = (5.0, 20.0)
 """Tokens per weight of the ternary model; the others see as many tokens."""
 SEEDS = (0, 1, 2)
+INT4 = (
+    *(f"model.{key}" for key in ("n_layers=2", "d_model=104", "n_heads=4", "n_kv_heads=1")),
+    *("model.d_ff=296", "model.linear=fp", "quant.bits=4"),
+)
 SHAPES: dict[str, tuple[str, ...]] = {
-    "int4": (
-        *(f"model.{key}" for key in ("n_layers=2", "d_model=104", "n_heads=4", "n_kv_heads=1")),
-        *("model.d_ff=296", "model.linear=fp", "quant.weights=lsq", "quant.bits=4"),
-    ),
+    "int4, absmax": (*INT4, "quant.weights=int"),
     "16 bits": (*SHAPE["0.1M"], "model.linear=fp"),
+    "int4": (*INT4, "quant.weights=lsq"),
 }
 """Shapes that store as many bytes as the ternary model: 104 and 64 wide instead of 128."""
 
 
-def jobs(_: Rows) -> list[Job]:
-    """The runs beside the ternary ones, once the sweep of scaling.py is complete."""
+SHOWN = {"int4": "int4, LSQ"}
+"""Names of the table where they are not those of the arms."""
+
+
+def jobs(rows: Rows) -> list[Job]:
+    """The runs beside the ternary ones. The rates of int4 are swept as those of scaling.py are; 16
+    bits has the shape of scaling.py's baseline with 0.1M weights, and its rate."""
     found = read(scaling.CSV)
-    if any(scaling.to_sweep(found, arm) for arm in ARMS):
+    if not scaling.complete(found, SIZE):
         raise SystemExit("scaling.py comes first: its sweep chooses the learning rates")
-    lr = scaling.best_lr(found, "fp")
-    return [
-        Job(
-            name=f"{arm.replace(' ', '-')}-{per_weight:g}-{seed}",
-            arm=arm,
-            size=SIZE,
-            tokens=tokens_for(SIZE, per_weight),
-            lr=lr,
-            seed=seed,
-            options=options,
-        )
+    start, wanted = scaling.best_lr(found, "fp", SIZE), []
+    rates = {"16 bits": scaling.best_lr(found, "fp", "0.1M")}
+    for arm in (arm for arm in SHAPES if arm not in rates):
+        missing = scaling.next_rate(sweep(rows, arm), start)
+        if missing is None:
+            rates[arm] = scaling.best_of(sweep(rows, arm), start)
+        else:
+            wanted.append(job(arm, PER_WEIGHT[0], missing, 0))
+    return wanted + [
+        job(arm, per_weight, rates[arm], seed)
         for per_weight in PER_WEIGHT
+        for arm in SHAPES
+        if arm in rates
         for seed in SEEDS
-        for arm, options in SHAPES.items()
     ]
+
+
+def sweep(rows: Rows, arm: str) -> dict[float, float]:
+    """Rate -> loss of an arm."""
+    return scaling.losses_of(rows, arm, tokens_for(SIZE, PER_WEIGHT[0]), SIZE)
+
+
+def job(arm: str, per_weight: float, lr: float, seed: int) -> Job:
+    """One run."""
+    name = f"{arm.replace(', ', '-').replace(' ', '-')}-{per_weight:g}-{lr:g}-{seed}"
+    return Job(name, arm, SIZE, tokens_for(SIZE, per_weight), lr, seed, SHAPES[arm])
 
 
 def beside() -> list[Row]:
@@ -60,23 +78,34 @@ def beside() -> list[Row]:
     return [row for row in rows if (row["arm"], row["size"]) == ("ternary", SIZE)]
 
 
+def chosen(rows: Rows) -> list[Row]:
+    """The rows at the best rate of each arm."""
+    best = {arm: scaling.best_of(sweep(rows, arm), 0.0) for arm in SHAPES}
+    return [row for row in rows if float(row["lr"]) == best[row["arm"]]]
+
+
 def table(rows: Rows | None = None) -> str:
     """Markdown: bytes and bits per byte of text, the median and range of the seeds."""
-    rows = [*beside(), *read(CSV)] if rows is None else rows
+    rows = [*beside(), *chosen(read(CSV))] if rows is None else rows
     lines = [
         "| tokens | model | weights in matrices | bytes | bits per byte of text | seeds |",
         "|---|---|---|---|---|---|",
     ]
     for tokens in sorted({int(row["tokens"]) for row in rows}):
+        after = [row for row in rows if row["tokens"] == str(tokens)]
+        if {row["arm"] for row in after} == {"ternary"}:
+            continue
         for arm in ("ternary", *SHAPES):
-            of = [row for row in rows if (row["arm"], row["tokens"]) == (arm, str(tokens))]
+            of = [row for row in after if row["arm"] == arm]
             if not of:
                 continue
             values = sorted(float(row["bits_per_byte"]) for row in of)
+            shown = f"{statistics.median(values):.3f}"
+            if len(values) > 1:
+                shown += f" ({values[0]:.3f} to {values[-1]:.3f})"
             lines.append(
-                f"| {tokens / 1e6:.1f}M | {arm} | {int(of[0]['weights']):,} "
-                f"| {int(of[0]['stored_bytes']):,} | {statistics.median(values):.4f} "
-                f"({values[0]:.4f} to {values[-1]:.4f}) | {len(of)} |"
+                f"| {tokens / 1e6:.1f}M | {SHOWN.get(arm, arm)} | {int(of[0]['weights']):,} "
+                f"| {int(of[0]['stored_bytes']):,} | {shown} | {len(of)} |"
             )
     return "\n".join(lines)
 

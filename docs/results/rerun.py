@@ -2,9 +2,9 @@
 
     python docs/results/rerun.py --data TRAIN --held-out TEXT        # two rows of scaling.csv
 
-The rows are picked at random, once: another call compares the same ones. Each is trained anew in
-another folder by its own command, packed and evaluated. On the machine that made the row the loss
-has to be the same to the last bit; another CPU may round in another order.
+The rows are picked at random, by a seed, among those in the CSV. Each is trained again in another
+folder by its own command, packed and evaluated. On the machine that made the row the loss has to be
+the same to the last bit; another CPU may round in another order.
 """
 
 import argparse

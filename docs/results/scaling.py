@@ -4,57 +4,58 @@
     python docs/results/scaling.py table | plot | fit                         # from the CSV
 
 Ternary and full-precision models of the same shape see the same tokens in the same order. The
-learning rate of the matrices (Muon) is swept for each arm at 0.1M weights and 5 tokens per weight,
-one seed, by factors of 2, and on past an end that is the best. Other sizes get the same rate, since
-the spectral norm of Muon's update does not depend on the width. That fails for full precision at
-0.4M weights, where half the rate is better; such sizes are marked (:func:`badly_tuned`). AdamW's
-rate, for embedding and norms, is the library's (`bitnet.config.default_lr`), 4e-3 at all these
-sizes, for both arms.
+learning rate of the matrices (Muon) is swept for each arm at the two smallest sizes, by factors of
+2, with seed 0, until half and twice the best rate are both worse. The sweep runs 1,000 steps: after
+260 the seeds differ by more than the rates. Other runs of the size get the same rate, and larger
+sizes that of the largest swept one. ``CHECKED`` names where half the rate is tried too; a cell for
+which another rate is better is marked as badly tuned. AdamW's rate, for embedding and norms, is the
+library's (`bitnet.config.default_lr`), 4e-3 at all these sizes, for both arms.
 
-``fit`` writes bitnet/scaling.json: the cells, of which `bitnet plan` tells, and from ``LEAST``
-cells on a fit of the gap, linear in doublings of the weights N and of the tokens per weight D/N.
-Over so small a range a power law is no better founded. The intervals are a bootstrap over seeds:
-each cell's mean moves by the pooled spread of its seeds.
+``fit`` writes bitnet/scaling.json, by which `bitnet plan` predicts: from ``LEAST`` tuned cells on,
+the gap and the bits per byte of ternary models, each a product of powers of the weights N and of
+the tokens per weight D/N. The intervals are those of least squares (:func:`fit`).
 """
 
 import json
 import math
 import statistics
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from study import RESULTS, ROOT, WEIGHTS, Job, Row, Rows, main, read, tokens_for
+from study import BATCH, RESULTS, ROOT, WEIGHTS, Job, Row, Rows, main, read, tokens_for
 
 CSV = RESULTS / "scaling.csv"
 FIT = ROOT / "bitnet" / "scaling.json"
 ARMS = {"ternary": (), "fp": ("model.linear=fp",)}
-SWEEP = {"ternary": (0.02, 0.04, 0.01), "fp": (0.01, 0.02, 0.005)}
-"""Rates of the matrices that are tried first."""
-FIRST = ("0.1M", 5.0)
-"""Where the rates are swept."""
-CHECKED = ("0.4M", 5.0)
-"""Where the rates on both sides of the chosen one are trained too: does the rule hold there?"""
+START = 0.04
+"""The rate at which the sweep of the smallest size begins; others begin at the best one below."""
+SWEPT = {"0.1M": 20.0, "0.4M": 5.0}
+"""Sizes at which the rates are swept, and the tokens per weight there."""
+LEAST_STEPS = 900
+"""Steps of a run that tells what ternary costs; after 260 seeds differ by 0.2 nats."""
 GRID = (
     # size, tokens per weight, seeds
-    ("0.1M", 5.0, (1, 2)),
     ("0.1M", 20.0, (0, 1, 2)),
     ("0.4M", 5.0, (0, 1, 2)),
-    ("0.1M", 80.0, (0,)),
+    ("0.1M", 5.0, (0, 1, 2)),
+    ("0.4M", 20.0, (0,)),
     ("1.2M", 5.0, (0,)),
-    ("0.4M", 20.0, (0, 1, 2)),
+    ("0.1M", 80.0, (0,)),
+    ("0.4M", 20.0, (1, 2)),
     ("1.2M", 5.0, (1, 2)),
     ("0.1M", 80.0, (1, 2)),
+    ("1.2M", 20.0, (0,)),
+    ("0.4M", 80.0, (0, 1, 2)),
     ("2.8M", 5.0, (0,)),
-    ("0.4M", 80.0, (0,)),
-    ("1.2M", 20.0, (0, 1, 2)),
-    ("0.4M", 80.0, (1, 2)),
+    ("1.2M", 20.0, (1, 2)),
     ("2.8M", 20.0, (0,)),
-    ("1.2M", 80.0, (0, 1, 2)),
-    ("2.8M", 80.0, (0,)),
 )
-"""What is trained after the sweep, the most telling for its time first."""
+"""What is trained, the most telling for its time first; a size is swept before its other runs."""
+CHECKED = (("0.1M", 80.0), ("1.2M", 5.0))
+"""Cells in which half the chosen rate is trained too, after all seeds."""
 
 
 def job(arm: str, size: str, per_weight: float, lr: float, seed: int) -> Job:
@@ -63,66 +64,84 @@ def job(arm: str, size: str, per_weight: float, lr: float, seed: int) -> Job:
     return Job(name, arm, size, tokens_for(size, per_weight), lr, seed, ARMS[arm])
 
 
-def swept(rows: Rows, arm: str) -> dict[float, float]:
-    """Rate -> loss of the runs of the sweep, by rate."""
-    size, per_weight = FIRST
-    tokens = str(tokens_for(size, per_weight))
+def losses_of(rows: Rows, arm: str, tokens: int, size: str) -> dict[float, float]:
+    """Rate -> loss of an arm after so many tokens, seed 0, by rate."""
     return {
         float(row["lr"]): float(row["loss"])
         for row in sorted(rows, key=lambda row: float(row["lr"]))
-        if (row["arm"], row["size"], row["tokens"], row["seed"]) == (arm, size, tokens, "0")
+        if (row["arm"], row["size"], row["tokens"], row["seed"]) == (arm, size, str(tokens), "0")
     }
 
 
-def to_sweep(rows: Rows, arm: str) -> list[float]:
-    """The rates that the sweep of an arm still lacks: the first three, then what lies beyond an end
-    that is the best."""
-    found = swept(rows, arm)
-    if missing := [lr for lr in SWEEP[arm] if lr not in found]:
-        return missing
-    best, ends = best_lr(rows, arm), (min(found), max(found))
-    return [best / 2] if best == ends[0] else [best * 2] if best == ends[1] else []
+def best_of(found: Mapping[float, float], start: float) -> float:
+    """The rate with the lowest loss of a sweep; before its first run, where it begins."""
+    return min(found, key=lambda lr: found[lr], default=start)
 
 
-def best_lr(rows: Rows, arm: str) -> float:
-    """The rate with the lowest loss of the sweep."""
-    found = swept(rows, arm)
-    return min(found, key=lambda lr: found[lr])
+def next_rate(found: Mapping[float, float], start: float) -> float | None:
+    """The rate that a sweep needs next: half the best so far, then twice; None once both are worse,
+    which completes it."""
+    best = best_of(found, start)
+    return next((lr for lr in (best, best / 2, best * 2) if lr not in found), None)
+
+
+def best_lr(rows: Rows, arm: str, size: str) -> float:
+    """The rate of an arm at a size: the best of its sweep, or without one yet, that of the size
+    below."""
+    sizes = list(WEIGHTS)
+    smaller = sizes[: sizes.index(size)]
+    start = best_lr(rows, arm, smaller[-1]) if smaller else START
+    if size not in SWEPT:
+        return start
+    return best_of(losses_of(rows, arm, tokens_for(size, SWEPT[size]), size), start)
+
+
+def to_sweep(rows: Rows, arm: str, size: str) -> float | None:
+    """The rate that the sweep of an arm and size needs next; None: it is complete."""
+    if size not in SWEPT:
+        return None
+    found = losses_of(rows, arm, tokens_for(size, SWEPT[size]), size)
+    return next_rate(found, best_lr(rows, arm, size))
+
+
+def complete(rows: Rows, size: str) -> bool:
+    """Whether both arms are swept at a size and those below."""
+    sizes = list(WEIGHTS)
+    below = sizes[: sizes.index(size) + 1]
+    return all(to_sweep(rows, arm, one) is None for arm in ARMS for one in below)
 
 
 def jobs(rows: Rows) -> list[Job]:
-    """The sweep, and once an arm's is complete, its part of the grid."""
-    size, per_weight = FIRST
-    left = {arm: to_sweep(rows, arm) for arm in ARMS}
-    wanted = [job(arm, size, per_weight, lr, 0) for arm in ARMS for lr in left[arm]]
+    """The runs of the grid; before those of a size, what its sweep lacks. A size waits for the
+    sweeps of those below."""
+    wanted: dict[str, Job] = {}
+
+    def want(arm: str, size: str, per_weight: float, lr: float, seed: int) -> None:
+        one = job(arm, size, per_weight, lr, seed)
+        wanted.setdefault(one.name, one)
+
+    sizes = list(WEIGHTS)
     for size, per_weight, seeds in GRID:
+        below = sizes.index(size) - 1
+        if below >= 0 and not complete(rows, sizes[below]):
+            continue
+        left = {arm: to_sweep(rows, arm, size) for arm in ARMS}
+        for arm, lr in left.items():
+            if lr is not None:
+                want(arm, size, SWEPT[size], lr, 0)
+        swept = [arm for arm in ARMS if left[arm] is None]
         for seed in seeds:
-            for arm in ARMS:
-                if not left[arm]:
-                    wanted.append(job(arm, size, per_weight, best_lr(rows, arm), seed))
-        if (size, per_weight) == CHECKED:
-            for arm in ARMS:
-                for factor in (2.0, 0.5) if not left[arm] else ():
-                    lr = best_lr(rows, arm) * factor
-                    wanted.append(job(arm, size, per_weight, lr, 0))
-    return wanted
-
-
-def badly_tuned(rows: Rows) -> set[str]:
-    """The sizes at which an arm does better at another rate than the one carried there: their gaps
-    measure the rate as well."""
-    first = {(r["arm"], r["size"], r["tokens"]): r for r in of_grid(rows) if r["seed"] == "0"}
-    found = set()
-    for row in rows:
-        chosen = first.get((row["arm"], row["size"], row["tokens"]))
-        if chosen and row["seed"] == "0" and float(row["loss"]) < float(chosen["loss"]):
-            found.add(row["size"])
-    return found
+            for arm in swept:
+                want(arm, size, per_weight, best_lr(rows, arm, size), seed)
+        if (size, per_weight) in CHECKED and 0 not in seeds:
+            for arm in swept:
+                want(arm, size, per_weight, best_lr(rows, arm, size) / 2, 0)
+    return list(wanted.values())
 
 
 def of_grid(rows: Rows) -> list[Row]:
     """The rows at the chosen rates."""
-    return [row for row in rows if float(row["lr"]) == best_lr(rows, row["arm"])]
+    return [row for row in rows if float(row["lr"]) == best_lr(rows, row["arm"], row["size"])]
 
 
 class Cell(NamedTuple):
@@ -134,10 +153,28 @@ class Cell(NamedTuple):
     ternary: list[float]
     """nats per token of each seed"""
     fp: list[float]
+    bits_per_byte: list[float]
+    """of the ternary models"""
+    tuned: bool
+    """whether the sweeps are complete, and no rate tried on as many tokens beats the chosen one"""
+
+    @property
+    def measured(self) -> bool:
+        """Whether it tells what ternary costs: tuned, and long enough for that."""
+        return self.tuned and self.weights * self.per_weight >= LEAST_STEPS * BATCH
 
     def gaps(self) -> list[float]:
         """Ternary minus full precision, in nats, by seed."""
         return [ternary - fp for ternary, fp in zip(self.ternary, self.fp, strict=True)]
+
+
+def tuned(rows: Rows, size: str, tokens: int) -> bool:
+    """Whether the gap of a cell measures ternary, and not a rate as well."""
+    for arm in ARMS:
+        chosen = best_lr(rows, arm, size)
+        if best_of(losses_of(rows, arm, tokens, size), chosen) != chosen:
+            return False
+    return complete(rows, size)
 
 
 def cells(rows: Rows) -> list[Cell]:
@@ -158,13 +195,19 @@ def cells(rows: Rows) -> list[Cell]:
                 tokens / WEIGHTS[size],
                 [float(arms["ternary"][seed]["loss"]) for seed in both],
                 [float(arms["fp"][seed]["loss"]) for seed in both],
+                [float(arms["ternary"][seed]["bits_per_byte"]) for seed in both],
+                tuned(rows, size, tokens),
             )
         )
     return sorted(found, key=lambda cell: (cell.weights, cell.per_weight))
 
 
-AT = (WEIGHTS["0.4M"], 5.0)
+AT = (WEIGHTS["0.4M"], 20.0)
 """Where the constant of a fit stands: weights, tokens per weight."""
+LEAST = 5
+"""Cells that a fit of three coefficients needs, over two sizes and two numbers of tokens."""
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Quantiles of Student's t, 95% two-sided, for 1, 2, ... degrees of freedom (any table of them)."""
 
 
 def design(points: list[Cell]) -> np.ndarray:
@@ -176,46 +219,60 @@ def design(points: list[Cell]) -> np.ndarray:
     return np.array(rows)
 
 
-LEAST = 5
-"""Cells that a fit of three coefficients needs, over two sizes and two numbers of tokens."""
+def squared(x: np.ndarray, coefficients: np.ndarray, means: np.ndarray) -> float:
+    """The squared error of exp(x c)."""
+    return float(((np.exp(x @ coefficients) - means) ** 2).sum())
 
 
-def fit(points: list[Cell], draws: int = 4000) -> dict[str, Any]:
-    """The gap by least squares over the cells' means; {} if there are too few cells.
+def fit(points: list[Cell], seeds: list[list[float]]) -> dict[str, Any] | None:
+    """Values of the cells' seeds as exp(x c), with the rows x of :func:`design`: least squares over
+    the cells' means, by Gauss-Newton steps that are halved until they help. None: too few cells.
 
     Returns:
-        ``coefficients`` [3] in nats: at ``AT``, for a doubling of the weights, for a doubling of
-        the tokens per weight; their 95% ``intervals`` [3, 2]; the ``misfit`` (root mean square of
-        what remains at the cells, by degrees of freedom) and the pooled ``seed_spread``, a standard
-        deviation.
+        ``coefficients`` c [3]: logarithm of the value at ``AT``, change per doubling of the weights
+        and of the tokens per weight. ``covariance`` [3, 3] of them: ``deviation``^2 (J'J)^-1, with
+        J the derivatives by c. ``deviation``: of a cell's mean from the fit, by degrees of freedom,
+        and at least what the spread of seeds explains, so that few cells that happen to fit do not
+        make it sure. ``t``: Student's, for 95%. A new cell lies within t sqrt(deviation^2 + j
+        covariance j') of the fit, j its derivatives.
     """
     x = design(points)
     if len(points) < LEAST or np.linalg.matrix_rank(x) < x.shape[1]:
-        return {}
-    means = np.array([statistics.fmean(cell.gaps()) for cell in points])
-    counts = np.array([len(cell.gaps()) for cell in points])
-    squares = [sum((g - statistics.fmean(c.gaps())) ** 2 for g in c.gaps()) for c in points]
-    spread = math.sqrt(sum(squares) / max(1, int((counts - 1).sum())))
-    solve = np.linalg.pinv(x)
-    best = solve @ means
+        return None
+    means = np.array([statistics.fmean(values) for values in seeds])
+    counts = np.array([len(values) for values in seeds])
+    squares = sum(len(v) * statistics.pvariance(v) for v in seeds)
+    of_seeds = squares / max(1, int((counts - 1).sum())) * float(np.mean(1 / counts))
+    # logarithms to begin with; a mean below a twentieth of the largest would say too much there
+    best = np.linalg.pinv(x) @ np.log(np.maximum(means, means.max() / 20))
+    for _ in range(100):
+        values = np.exp(x @ best)
+        step = np.linalg.pinv(x * values[:, None]) @ (means - values)
+        while np.abs(step).max() > 1e-9 and squared(x, best + step, means) > squared(
+            x, best, means
+        ):
+            step = step / 2
+        best = best + step
+        if np.abs(step).max() <= 1e-9:
+            break
+    values = np.exp(x @ best)
     free = len(points) - x.shape[1]
-    misfit = math.sqrt(float(((means - x @ best) ** 2).sum()) / free)
-    noise = np.random.default_rng(0).normal(size=(draws, len(points)))
-    drawn = (means + noise * spread / np.sqrt(counts)) @ solve.T
+    variance = max(squared(x, best, means) / free, of_seeds)
+    slopes = x * values[:, None]
     return {
         "coefficients": best.tolist(),
-        "intervals": np.quantile(drawn, (0.025, 0.975), axis=0).T.tolist(),
-        "misfit": misfit,
-        "seed_spread": spread,
+        "covariance": (variance * np.linalg.inv(slopes.T @ slopes)).tolist(),
+        "deviation": math.sqrt(variance),
+        "t": T95[free - 1],
     }
 
 
 def summary(rows: Rows) -> dict[str, Any]:
     """What bitnet/scaling.json holds; floats to 6 digits, so that all machines write the same."""
-    badly = badly_tuned(rows)
-    points = [cell for cell in cells(rows) if cell.size not in badly]
+    points = [cell for cell in cells(rows) if cell.measured]
     found = {
         "commit": rows[0]["commit"],
+        "at": AT,
         "cells": [
             {
                 "weights": cell.weights,
@@ -227,7 +284,8 @@ def summary(rows: Rows) -> dict[str, Any]:
             }
             for cell in points
         ],
-        "fit": fit(points),
+        "gap": fit(points, [cell.gaps() for cell in points]),
+        "bits_per_byte": fit(points, [cell.bits_per_byte for cell in points]),
     }
     rounded: dict[str, Any] = json.loads(
         json.dumps(found), parse_float=lambda text: float(f"{float(text):.6g}")
@@ -249,7 +307,7 @@ with QAT for the last tenth of the tokens."""
 def table(rows: Rows | None = None) -> str:
     """Markdown: the gap of each cell, the median and range of the seeds, beside published fits."""
     rows = read(CSV) if rows is None else rows
-    points, badly = cells(rows), badly_tuned(rows)
+    points = cells(rows)
     lines = [
         "| weights in matrices | tokens per weight | full precision | ternary, packed "
         "| gap, nats per token | gap | seeds |",
@@ -261,9 +319,9 @@ def table(rows: Rows | None = None) -> str:
         if len(gaps) > 1:
             shown += f" ({gaps[0]:+.4f} to {gaps[-1]:+.4f})"
         share = 100 * statistics.fmean(gaps) / statistics.fmean(cell.fp)
-        size = f"{cell.size}, badly tuned" if cell.size in badly else cell.size
+        mark = "" if cell.measured else ", too short" if cell.tuned else ", badly tuned"
         lines.append(
-            f"| {size} | {cell.per_weight:.0f} | {statistics.fmean(cell.fp):.3f} "
+            f"| {cell.size}{mark} | {cell.per_weight:.0f} | {statistics.fmean(cell.fp):.3f} "
             f"| {statistics.fmean(cell.ternary):.3f} | {shown} | {share:+.1f}% | {len(gaps)} |"
         )
     for weights in (99e6, 3.9e9):
@@ -286,7 +344,8 @@ def plot(rows: Rows, out: Path) -> Path:
 
     points, figure = cells(rows), Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    line = fit(points)
+    sure = [cell for cell in points if cell.measured]
+    line = fit(sure, [cell.gaps() for cell in sure])
     for i, size in enumerate(dict.fromkeys(cell.size for cell in points)):
         of = [cell for cell in points if cell.size == size]
         places = [cell.per_weight for cell in of]
@@ -307,10 +366,11 @@ def plot(rows: Rows, out: Path) -> Path:
         )
         if line:
             a, b, c = line["coefficients"]
-            ends = [min(p.per_weight for p in points), max(p.per_weight for p in points)]
+            ends = min(p.per_weight for p in sure), max(p.per_weight for p in sure)
             at = a + b * math.log2(WEIGHTS[size] / AT[0])
-            heights = [at + c * math.log2(d / AT[1]) for d in ends]
-            axes.plot(ends, heights, color=f"C{i}", lw=1, alpha=0.6)
+            along = np.geomspace(*ends, 50)
+            heights = [math.exp(at + c * math.log2(d / AT[1])) for d in along]
+            axes.plot(along, heights, color=f"C{i}", lw=1, alpha=0.6)
     axes.axhline(0, color="0.6", lw=0.8)
     axes.set_xscale("log", base=2)
     ticks = sorted({round(cell.per_weight) for cell in points})

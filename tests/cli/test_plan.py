@@ -1,10 +1,11 @@
 """``bitnet plan`` with speeds that are given, so that only the command runs."""
 
+import math
 from collections.abc import Callable
 
 import pytest
 
-from bitnet.plan import Cell
+from bitnet.plan import Cell, Fit, Study
 
 Bitnet = Callable[..., tuple[int, str, str]]
 SMALL = ("data.vocab_size=1024", "data.path=no-such-data")
@@ -12,15 +13,19 @@ SMALL = ("data.vocab_size=1024", "data.path=no-such-data")
 
 @pytest.fixture(autouse=True)
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """5,000 tokens per second at depth 1, less for larger ones as FLOPs rise; one cell."""
+    """5,000 tokens per second at depth 1, less for larger ones by FLOPs; a study of one cell."""
 
     def speed(config: object, _: float) -> float:
         return 5000.0
 
     monkeypatch.setattr("bitnet.cli.plan.measured_speed", speed)
-    monkeypatch.setattr(
-        "bitnet.cli.plan.load_cells", lambda: [Cell(393_216, 27.0, 3, 0.05, 0.04, 0.06)]
+    zero = [[0.0] * 3] * 3
+    study = Study(
+        [Cell(393_216, 27.0, 3, 0.05, 0.04, 0.06)],
+        Fit([math.log(0.07), 0.0, 0.0], zero, 0.005, 2.0, (393_216, 20)),
+        Fit([math.log(2.1), 0.0, 0.0], zero, 0.02, 2.0, (393_216, 20)),
     )
+    monkeypatch.setattr("bitnet.cli.plan.load_study", lambda: study)
 
 
 def test_it_proposes_a_run_with_its_command_and_what_is_known(bitnet: Bitnet) -> None:
@@ -31,7 +36,12 @@ def test_it_proposes_a_run_with_its_command_and_what_is_known(bitnet: Bitnet) ->
         f"bitnet train quickstart {' '.join(SMALL)} model.depth=2 model.n_layers=0 train.steps="
         in out
     )
-    assert "ternary is +0.050 nats per token from full precision (+0.040 to +0.060, 3 seeds)" in out
+    assert "2.10 bits per byte (2.06 to 2.14) on books like its own" in out
+    assert "+0.070 nats per token from full precision (+0.060 to +0.080)" in out
+    assert (
+        "393.2k weights in matrices, 27 tokens per weight, +0.050 (+0.040 to +0.060, 3 seeds)"
+        in out
+    )
 
 
 def test_it_says_nothing_of_runs_that_are_far_from_the_study(bitnet: Bitnet) -> None:
