@@ -44,8 +44,9 @@ def plan_command(
     are assumed to reach the FLOP/s of the largest measured one. Other programs on the machine
     slow the measurement as they would the run.
 
-    The loss to expect, and what ternary costs against full precision, come from fits to the
-    scaling study, with 95% intervals (docs/evidence.md). Nothing is predicted for runs more than
+    The loss that such a run would have on the books of the scaling study, and what ternary costs
+    against full precision there, come from fits to its runs, with 95% intervals
+    (docs/evidence.md); other text has other losses. Nothing is predicted for runs more than
     a doubling outside the range that it measured.
 
     Example: bitnet plan --hours 2
@@ -90,8 +91,8 @@ def plan_command(
     gap, about = study.gap.predict(plan.weights, tokens)
     bits, near = study.bits_per_byte.predict(plan.weights, tokens)
     console.print(
-        f"To expect, by the scaling study: {bits:.2f} bits per byte ({bits - near:.2f} to "
-        f"{bits + near:.2f}) on books like its own, and {gap:+.3f} nats per token from full "
+        f"On the books of the scaling study such a run would end at {bits:.2f} bits per byte "
+        f"({bits - near:.2f} to {bits + near:.2f}), {gap:+.3f} nats per token from full "
         f"precision ({gap - about:+.3f} to {gap + about:+.3f}). Nearest run that was measured: "
         f"{human(cell.weights)} weights in matrices, {cell.tokens_per_weight:.0f} tokens per "
         f"weight, {cell.gap:+.3f} ({cell.low:+.3f} to {cell.high:+.3f}, {cell.seeds} "

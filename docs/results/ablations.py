@@ -6,7 +6,7 @@
 Each variant differs from the ternary model of scaling.py in what its options say, at 0.1M weights
 and 20 tokens per weight, with the same tokens in the same order, 3 seeds, and the learning rate of
 the base; full precision has its own. Another rate may suit a variant better; none is searched.
-Distillation is that of the logits: learning attention relations takes eight times as long here.
+Distillation is that of the logits: learning attention relations takes seven times as long here.
 """
 
 import statistics

@@ -6,7 +6,7 @@
 Ternary and full-precision models of the same shape see the same tokens in the same order. The
 learning rate of the matrices (Muon) is swept for each arm at the two smallest sizes, by factors of
 2, with seed 0, until half and twice the best rate are both worse. The sweep runs 1,000 steps: after
-260 the seeds differ by more than the rates. Other runs of the size get the same rate, and larger
+260 ternary seeds span 0.2 nats. Other runs of the size get the same rate, and larger
 sizes that of the largest swept one. ``CHECKED`` names where half the rate is tried too; a cell for
 which another rate is better is marked as badly tuned. AdamW's rate, for embedding and norms, is the
 library's (`bitnet.config.default_lr`), 4e-3 at all these sizes, for both arms.
@@ -35,7 +35,7 @@ START = 0.04
 SWEPT = {"0.1M": 20.0, "0.4M": 5.0}
 """Sizes at which the rates are swept, and the tokens per weight there."""
 LEAST_STEPS = 900
-"""Steps of a run that tells what ternary costs; after 260 seeds differ by 0.2 nats."""
+"""Steps of a run that tells what ternary costs; after 260 ternary seeds span 0.2 nats."""
 GRID = (
     # size, tokens per weight, seeds
     ("0.1M", 20.0, (0, 1, 2)),
@@ -271,7 +271,7 @@ def summary(rows: Rows) -> dict[str, Any]:
     """What bitnet/scaling.json holds; floats to 6 digits, so that all machines write the same."""
     points = [cell for cell in cells(rows) if cell.measured]
     found = {
-        "commit": rows[0]["commit"],
+        "commits": sorted({row["commit"] for row in rows}),
         "at": AT,
         "cells": [
             {
@@ -318,7 +318,7 @@ def table(rows: Rows | None = None) -> str:
         shown = f"{statistics.median(gaps):+.4f}"
         if len(gaps) > 1:
             shown += f" ({gaps[0]:+.4f} to {gaps[-1]:+.4f})"
-        share = 100 * statistics.fmean(gaps) / statistics.fmean(cell.fp)
+        share = 100 * statistics.median(gaps) / statistics.fmean(cell.fp)
         mark = "" if cell.measured else ", too short" if cell.tuned else ", badly tuned"
         lines.append(
             f"| {cell.size}{mark} | {cell.per_weight:.0f} | {statistics.fmean(cell.fp):.3f} "

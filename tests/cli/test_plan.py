@@ -36,7 +36,7 @@ def test_it_proposes_a_run_with_its_command_and_what_is_known(bitnet: Bitnet) ->
         f"bitnet train quickstart {' '.join(SMALL)} model.depth=2 model.n_layers=0 train.steps="
         in out
     )
-    assert "2.10 bits per byte (2.06 to 2.14) on books like its own" in out
+    assert "would end at 2.10 bits per byte (2.06 to 2.14)" in out
     assert "+0.070 nats per token from full precision (+0.060 to +0.080)" in out
     assert (
         "393.2k weights in matrices, 27 tokens per weight, +0.050 (+0.040 to +0.060, 3 seeds)"
