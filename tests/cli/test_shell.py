@@ -172,6 +172,11 @@ def test_a_closed_terminal_ends_a_command_without_an_error(tmp_path: Path) -> No
         "    finally:\n        print('x' * 10_000, flush=True)\n"
         f"        open({str(tmp_path / 'cleaned')!r}, 'x')"
     )
+
+    def in_a_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup runs the tests, it is ignored
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     with (tmp_path / "errors").open("w") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-c", f"import time\nfrom bitnet.cli.shell import *\n{code}"],
@@ -179,7 +184,7 @@ def test_a_closed_terminal_ends_a_command_without_an_error(tmp_path: Path) -> No
             stdout=terminal,
             stderr=stderr,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            preexec_fn=in_a_terminal,
         )
     os.close(terminal)
     assert os.read(ours, 100).startswith(b"begun")

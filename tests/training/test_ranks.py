@@ -41,7 +41,7 @@ def tiny(optimizer: str = "adamw", every: int = 0, tensor: int = 1, **options: A
     parts: dict[str, Any] = {
         "train": {"batch_tokens": 8 * SEQ_LEN, "micro_batch": 2, "device": "cpu"},
         "data": {"seq_len": SEQ_LEN},
-        "optim": {"lr": 1e-3, "optimizer": optimizer},
+        "optim": {"lr": 1e-3, "muon_lr": 0.02, "optimizer": optimizer},
         "distributed": {"activation_checkpointing": every, "tensor_parallel": tensor},
     }
     sections = {k: dataclasses.replace(getattr(found, k), **v) for k, v in parts.items()}

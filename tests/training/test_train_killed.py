@@ -101,6 +101,11 @@ def test_a_closed_terminal_saves_and_ends(config_file: Path, tmp_path: Path) -> 
     """Nothing can be printed any more, and shells send a second SIGHUP; a checkpoint is saved."""
     ours, terminal = os.openpty()
     errors = tmp_path / "errors.txt"
+
+    def in_a_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where nohup runs the tests, it is ignored
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     with errors.open("w") as stderr:
         process = subprocess.Popen(
             [sys.executable, str(TRAIN), str(config_file), f"run.dir={tmp_path}", *NEVER_DONE],
@@ -108,7 +113,7 @@ def test_a_closed_terminal_saves_and_ends(config_file: Path, tmp_path: Path) -> 
             stdout=terminal,
             stderr=stderr,
             start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # it is the session's terminal
+            preexec_fn=in_a_terminal,
         )
     os.close(terminal)
     metrics = tmp_path / "tiny" / "metrics.jsonl"
