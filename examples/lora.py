@@ -4,8 +4,8 @@
     python examples/lora.py
 
 A packed layer has nothing to train, but gradients flow through it to its input, as through a
-BitLinear. So the adapters of all layers learn. peft can adapt an unknown class of layers if it is
-told which of its own layers to use.
+BitLinear. So the adapters of all layers learn. peft can adapt an unknown class of layers if you
+name the peft layer that stands for it.
 """
 
 import warnings

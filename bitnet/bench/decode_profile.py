@@ -152,8 +152,8 @@ _Work = tuple[int | None, int | None]
 def _unnested(
     events: Sequence[Mapping[str, Any]],
 ) -> list[tuple[Mapping[str, Any], float, _Work]]:
-    """Each event with its own time, bytes and FLOPs. An operation that is carried out by others has
-    no bytes of its own, unless it is a product, which keeps its work."""
+    """Each event with its own time, bytes and FLOPs. If other operations carry
+    one out, they have its bytes and FLOPs, except that a product keeps its own."""
 
     class Open(NamedTuple):
         event: Mapping[str, Any]

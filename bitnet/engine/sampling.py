@@ -1,9 +1,9 @@
 """Choosing the next token: the distribution, and a draw from it with one uniform number.
 
 A draw inverts the cumulative distribution: it takes the first token whose cumulative probability
-exceeds the number. So a text is a function of the logits and the numbers. Each prompt has a
-generator of its own for the numbers, always on the CPU; neither the global random state nor another
-prompt changes them. Nothing here waits for the device.
+exceeds the number. So a text is a function of the logits and the numbers. Each prompt has
+its own generator of random numbers, always on the CPU. Neither the global random state nor another
+prompt changes its numbers. Nothing here waits for the device.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Ternary products by the native library: the arguments of ``native/product.c``.
 
 The callers have checked shapes, dtypes and devices (:mod:`bitnet_kernels.ops.ternary`). This module
-provides what the C code expects: row-major tensors, memory of its own for each output, a workspace.
+provides what the C code expects: row-major tensors, one new tensor per output, and a workspace.
 A call runs on as many threads as torch uses.
 
 M tokens, K in_features, N out_features.

@@ -71,7 +71,7 @@ static size_t lay_out(const bn_model *model, call *c) {
     c->tokens.bits = take(base, &used, m * (size_t)bn_padded((int64_t)k));
     c->tokens.scale = take(base, &used, m * sizeof(float));
     c->tokens.sum = take(base, &used, m * sizeof(int32_t));
-    /* Per thread: one token of its own, and the scratch of a product or attention. */
+    /* Per thread: space for one token, and the scratch of a product or attention. */
     size_t product = bn_linear_scratch((int64_t)k), attend = bn_attend_scratch(model->columns, BLOCK);
     size_t own = aligned(k * sizeof(float)) + 2 * (size_t)bn_padded((int64_t)k) + 2 * BN_CACHE_LINE;
     c->scratch_bytes = aligned(own + (product > attend ? product : attend));
