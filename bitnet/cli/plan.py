@@ -46,8 +46,9 @@ def plan_command(
 
     The loss that such a run would have on the books of the scaling study, and what ternary costs
     against full precision there, come from fits to its runs, with 95% intervals
-    (docs/evidence.md); other text has other losses. Nothing is predicted for runs more than
-    a doubling outside the range that it measured.
+    (docs/evidence.md); other text has other losses. The study trained ternary models with Muon:
+    nothing is predicted for full precision, AdamW, or runs more than a doubling outside the
+    range that it measured.
 
     Example: bitnet plan --hours 2
 
@@ -76,6 +77,13 @@ def plan_command(
     shape = shape_words(paths, overrides, config.model.depth)
     command = [*words, *shape, f"train.steps={config.train.steps}"]
     console.print(f"  bitnet train {shlex.join(command)}")
+    if config.model.linear != "ternary" or config.optim.optimizer != "muon":
+        console.print(
+            "The scaling study predicts ternary models trained with Muon. This run has "
+            f'model.linear = "{config.model.linear}" and '
+            f'optim.optimizer = "{config.optim.optimizer}": nothing is known of its loss.'
+        )
+        return
     study = load_study()
     cells, tokens = study.cells, config.train.tokens
     cell = nearest(cells, plan.weights, tokens)

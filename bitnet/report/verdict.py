@@ -1,7 +1,8 @@
 """Which run is better, by how much, and whether its ternary weights have settled: in words.
 
 *Better* compares the loss on validation text, in bits per byte, after the same number of tokens, at
-the last evaluation that both runs have. A difference below :data:`CHANCE` does not count.
+the last evaluation that both runs have. Runs without such an evaluation are compared at the last of
+each, with a caveat. A difference below :data:`CHANCE` does not count.
 
 *Settled* reads two curves of the telemetry: the share of codes that changed between two readings
 (flip rate), and the share of zeros. Weights have settled when the flip rate has fallen to

@@ -394,7 +394,13 @@ def draw(words: list[str]) -> None:
         elif word == "plot":
             print(plot(rows, CSV.with_suffix(".png")))
         else:
-            text = json.dumps(summary(rows), indent=1) + "\n"
+            found = summary(rows)
+            if not (found["gap"] and found["bits_per_byte"]):
+                raise SystemExit(
+                    f"fit: needs {LEAST} tuned cells over two sizes and two numbers of "
+                    f"tokens; there are {len(found['cells'])}"
+                )
+            text = json.dumps(found, indent=1) + "\n"
             FIT.write_text(text, encoding="utf-8")
             print(text)
 

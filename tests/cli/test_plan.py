@@ -56,3 +56,12 @@ def test_too_little_time_is_one_line(bitnet: Bitnet) -> None:
     code, out, err = bitnet("plan", "--hours", "0.01", "--tokens", "999999999", *SMALL)
     assert (code, out) == (2, "")
     assert "--hours 0.01: is too short; 999,999,999 tokens at depth 1 take" in err
+
+
+@pytest.mark.parametrize("word", ["model.linear=fp", "optim.optimizer=adamw"])
+def test_it_predicts_only_what_the_study_trained(bitnet: Bitnet, word: str) -> None:
+    code, out, err = bitnet("plan", "--hours", "1", *SMALL, word)
+    assert code == 0, err
+    assert out.startswith("depth 2: ")
+    assert word.replace("=", ' = "') + '"' in out
+    assert "would end at" not in out
