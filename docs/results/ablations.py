@@ -9,6 +9,7 @@ the base; full precision has its own. Another rate may suit a variant better; no
 Distillation is that of the logits: learning attention relations takes seven times as long here.
 """
 
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -41,8 +42,13 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "full precision for 10%": (*QAT, "qat.start=0.1"),
     "full precision for 50%": (*QAT, "qat.start=0.5"),
     "norm in each layer": ("model.norm_placement=in_linear",),
+    "AdamW's rate x 2": ("optim.lr=8e-3",),
+    "AdamW's rate / 2": ("optim.lr=2e-3",),
+    "full precision, AdamW's rate x 2": (*scaling.ARMS["fp"], "optim.lr=8e-3"),
+    "full precision, AdamW's rate / 2": (*scaling.ARMS["fp"], "optim.lr=2e-3"),
 }
-"""Name -> what differs from study.toml; the most interesting first."""
+"""Name -> what differs from study.toml; the most interesting first. With Muon, AdamW trains
+embedding and norms."""
 SEEDS = (0, 1, 2)
 
 
@@ -53,7 +59,7 @@ def jobs(_: Rows) -> list[Job]:
         raise SystemExit("scaling.py comes first: its sweep chooses the learning rates")
     rates = {arm: scaling.best_lr(found, arm, size) for arm in scaling.ARMS}
     return [
-        job(name, rates["fp" if name == TEACHER else "ternary"], seed)
+        job(name, rates["fp" if name.partition(",")[0] == TEACHER else "ternary"], seed)
         for name in VARIANTS
         for seed in SEEDS
     ]
@@ -61,7 +67,8 @@ def jobs(_: Rows) -> list[Job]:
 
 def name(variant: str, seed: int) -> str:
     """The name of a run."""
-    return f"{variant.replace(' ', '-').replace('%', '')}-{seed}"
+    words = variant.replace("x 2", "double").replace("/ 2", "half").replace(" ", "-")
+    return f"{re.sub('[^a-zA-Z0-9-]', '', words)}-{seed}"
 
 
 def job(variant: str, lr: float, seed: int) -> Job:

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from bitnet.config import load_config
 from bitnet.summary import human
 
 FOLDER = Path(__file__).parent
@@ -51,25 +52,32 @@ def rows(name: str, **wanted: str) -> list[dict[str, str]]:
     return found
 
 
+def quickstart(kind: str) -> list[dict[str, str]]:
+    """Rows of quickstart.csv at the rate of the config."""
+    config = FOLDER.parent.parent / "configs" / ("fp" if kind == "fp" else "") / "quickstart.toml"
+    rate = load_config([config]).resolve().optim.muon_lr
+    return rows("quickstart.csv", linear=kind, muon_lr=f"{rate:g}")
+
+
 def quality() -> Panel:
     """Bits per byte of the packed quickstart model and of its baseline."""
 
     def bar(label: str, kind: str, color: str = OTHER) -> Bar:
-        runs = [float(row["bits_per_byte"]) for row in rows("quickstart.csv", linear=kind)]
+        runs = [float(row["bits_per_byte"]) for row in quickstart(kind)]
         value = statistics.median(runs)
         spread = f" ({min(runs):.3f} to {max(runs):.3f})" if len(runs) > 1 else ", one seed"
         return Bar(label, value, f"{value:.3f}{spread}", color)
 
     bars = (bar("full precision", "fp"), bar("ternary, packed", "ternary", OURS))
     title = "Bits per byte on unseen files (lower is better)"
-    row = rows("quickstart.csv", linear="ternary")[0]
+    row = quickstart("ternary")[0]
     parameters, tokens = float(row["fp32_bytes"]) / 4e6, float(row["tokens"]) / 1e6
     return Panel(title, f"{parameters:.1f}M parameters, {tokens:.1f}M tokens", bars)
 
 
 def size() -> Panel:
     """Bytes of the layers' matrices and of the whole model in files."""
-    fp, packed = (rows("quickstart.csv", linear=kind)[0] for kind in ("fp", "ternary"))
+    fp, packed = (quickstart(kind)[0] for kind in ("fp", "ternary"))
     bars = tuple(
         Bar(label, float(row[key]), human(float(row[key]), "B"), color)
         for label, row, key, color in (

@@ -2,6 +2,7 @@
 
     python docs/results/quickstart.py          # about 30 minutes on 2 idle cores; adds to the CSV
     python docs/results/quickstart.py --threads 1 --seeds 0
+    python docs/results/quickstart.py --threads 1 --kinds fp --muon-lr 0.01    # another rate
     python docs/results/overview.py            # draws the README's picture from it
 
 Three seeds of each take turns, so that a machine that slows down slows both. A seed decides the
@@ -9,7 +10,8 @@ initial weights and the order of the data: both models of a seed see the same to
 order. Quality is that of the whole validation split. The ternary model is packed and proved equal
 first (``bitnet pack``), and the packed one is evaluated. Each run is written when it is done, and a
 run that the CSV has already is left out, so the same command goes on where it was interrupted. The
-number of threads decides the order of sums, and so the last digits.
+number of threads decides the order of sums, and so the last digits. Rows at another rate than the
+config's are there to compare rates; the README's figures leave them out.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from pathlib import Path
 import torch
 
 from bitnet.bench import rows
+from bitnet.config import load_config
 from bitnet.data.loader import TokenDataset, sequential_windows
 from bitnet.evaluate import evaluate_windows
 from bitnet.export.folder import load, sizes
@@ -35,15 +38,22 @@ ROOT = Path(__file__).parent.parent.parent
 CSV = Path(__file__).parent / "quickstart.csv"
 CONFIGS = {"ternary": "configs/quickstart.toml", "fp": "configs/fp/quickstart.toml"}
 COLUMNS = (
-    *("device", "threads", "linear", "seed", "tokens", "bits_per_byte", "loss"),
+    *("device", "threads", "linear", "muon_lr", "seed", "tokens", "bits_per_byte", "loss"),
     *("tokens_per_second", "peak_memory_bytes", "fp32_bytes", "stored_bytes"),
     *("fp32_matrix_bytes", "stored_matrix_bytes", "torch", "commit", "date", "command"),
 )
 
 
-def measure(kind: str, seed: int, threads: int, folder: Path) -> rows.Figures:
+def rate_of(kind: str) -> float:
+    """The Muon rate of a config."""
+    return load_config([ROOT / CONFIGS[kind]]).resolve().optim.muon_lr
+
+
+def measure(kind: str, rate: float, seed: int, threads: int, folder: Path) -> rows.Figures:
     """Train one run in ``folder``; return its row of the CSV."""
     options = [f"run.seed={seed}", f"train.threads={threads}"]
+    if rate != rate_of(kind):
+        options.append(f"optim.muon_lr={rate:g}")
     command = ["train.py", CONFIGS[kind], *options]
     places = [f"run.dir={folder}", "run.name=run", "log.wandb=disabled"]
     commit = machine.commit()
@@ -66,6 +76,7 @@ def measure(kind: str, seed: int, threads: int, folder: Path) -> rows.Figures:
             "device": machine.describe(torch.device("cpu")).name,
             "threads": threads,
             "linear": kind,
+            "muon_lr": f"{rate:g}",
             "seed": seed,
             "tokens": steps[-1]["tokens"],
             "bits_per_byte": result.bits_per_byte,
@@ -89,15 +100,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--kinds", nargs="+", choices=CONFIGS, default=[*CONFIGS])
+    parser.add_argument("--muon-lr", type=float, help="instead of the config's")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for seed in options.seeds:
-        for kind in CONFIGS:
+        for kind in options.kinds:
+            rate = options.muon_lr or rate_of(kind)
+            key = (kind, f"{rate:g}", str(seed))
             done = rows.read(CSV, COLUMNS)
-            if any((row["linear"], row["seed"]) == (kind, str(seed)) for row in done):
+            if any((row["linear"], row["muon_lr"], row["seed"]) == key for row in done):
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                row = measure(kind, seed, options.threads, Path(folder))
+                row = measure(kind, rate, seed, options.threads, Path(folder))
             rows.write(CSV, [*rows.read(CSV, COLUMNS), row], COLUMNS)
 
 
