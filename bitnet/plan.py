@@ -6,9 +6,10 @@ time, the largest depth is proposed whose tokens fit; given the tokens too, the 
 is the same FLOP/s, which is rather too low: larger products run better.
 
 What to expect of such a run is what the study predicts (docs/evidence.md), and only near to what it
-measured. ``scaling.json``, which docs/results/scaling.py writes, has fits of what ternary costs and
-of the bits per byte of ternary models. They speak for runs within the range of the measured cells,
-in weights and in tokens per weight, and up to a doubling beyond; of others nothing is predicted.
+measured. ``scaling.json``, which docs/results/scaling.py writes, has the study's tuned cells and,
+where those are enough, fits of what ternary costs and of the bits per byte of ternary models. They
+speak for runs within the range of the measured cells, in weights and in tokens per weight, and up
+to a doubling beyond; of others nothing is predicted.
 """
 
 import dataclasses
@@ -79,9 +80,9 @@ class Study(NamedTuple):
     """What the study found."""
 
     cells: list[Cell]
-    gap: Fit
-    """ternary minus full precision, nats per token"""
-    bits_per_byte: Fit
+    gap: Fit | None
+    """ternary minus full precision, nats per token; None: too few cells"""
+    bits_per_byte: Fit | None
     """of packed ternary models, on books"""
 
 
@@ -105,11 +106,9 @@ def load_study() -> Study:
     """The study's findings, which come with the package."""
     text = files("bitnet").joinpath("scaling.json").read_text(encoding="utf-8")
     found = json.loads(text)
-    return Study(
-        [Cell(**cell) for cell in found["cells"]],
-        Fit(**found["gap"], at=found["at"]),
-        Fit(**found["bits_per_byte"], at=found["at"]),
-    )
+    fits = (found[name] for name in ("gap", "bits_per_byte"))
+    gap, bits = (Fit(**fit, at=found["at"]) if fit else None for fit in fits)
+    return Study([Cell(**cell) for cell in found["cells"]], gap, bits)
 
 
 def nearest(cells: Sequence[Cell], weights: float, tokens: float) -> Cell | None:

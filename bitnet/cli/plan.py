@@ -96,13 +96,20 @@ def plan_command(
             f"{tokens / plan.weights:.0f}: too far to say what ternary costs."
         )
         return
-    gap, about = study.gap.predict(plan.weights, tokens)
-    bits, near = study.bits_per_byte.predict(plan.weights, tokens)
+    if study.gap is None or study.bits_per_byte is None:
+        said = "The scaling study has too few tuned runs to predict how such a run would end."
+    else:
+        gap, about = study.gap.predict(plan.weights, tokens)
+        bits, near = study.bits_per_byte.predict(plan.weights, tokens)
+        said = (
+            f"On the books of the scaling study such a run would end at {bits:.2f} bits per byte "
+            f"({bits - near:.2f} to {bits + near:.2f}), {gap:+.3f} nats per token from full "
+            f"precision ({gap - about:+.3f} to {gap + about:+.3f})."
+        )
+    spread = f"{cell.low:+.3f} to {cell.high:+.3f}, {cell.seeds} seeds"
+    spread = spread if cell.seeds > 1 else "one seed"
     console.print(
-        f"On the books of the scaling study such a run would end at {bits:.2f} bits per byte "
-        f"({bits - near:.2f} to {bits + near:.2f}), {gap:+.3f} nats per token from full "
-        f"precision ({gap - about:+.3f} to {gap + about:+.3f}). Nearest run that was measured: "
-        f"{human(cell.weights)} weights in matrices, {cell.tokens_per_weight:.0f} tokens per "
-        f"weight, {cell.gap:+.3f} ({cell.low:+.3f} to {cell.high:+.3f}, {cell.seeds} "
-        f"seed{'s' * (cell.seeds > 1)})."
+        f"{said} Nearest run that was measured: {human(cell.weights)} weights in matrices, "
+        f"{cell.tokens_per_weight:.0f} tokens per weight, {cell.gap:+.3f} nats per token from full "
+        f"precision ({spread})."
     )

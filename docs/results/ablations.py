@@ -54,10 +54,10 @@ SEEDS = (0, 1, 2)
 
 def jobs(_: Rows) -> list[Job]:
     """All variants, once the sweep of scaling.py at this size is complete."""
-    found, size = read(scaling.CSV), WHERE[0]
-    if not scaling.complete(found, size):
+    found, size, tokens = read(scaling.CSV), WHERE[0], tokens_for(*WHERE)
+    if not scaling.swept(found, size, tokens):
         raise SystemExit("scaling.py comes first: its sweep chooses the learning rates")
-    rates = {arm: scaling.best_lr(found, arm, size) for arm in scaling.ARMS}
+    rates = {arm: scaling.lr_of(found, arm, size, tokens) for arm in scaling.ARMS}
     return [
         job(name, rates["fp" if name.partition(",")[0] == TEACHER else "ternary"], seed)
         for name in VARIANTS

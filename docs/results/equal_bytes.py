@@ -19,8 +19,9 @@ from study import SHAPE, Job, Row, Rows, main, read, tokens_for
 
 CSV = Path(__file__).resolve().parent / "equal_bytes.csv"
 SIZE = "0.4M"
-PER_WEIGHT = (5.0, 20.0)
+PER_WEIGHT = 5.0
 """Tokens per weight of the ternary model; the others see as many tokens."""
+TOKENS = tokens_for(SIZE, PER_WEIGHT)
 SEEDS = (0, 1, 2)
 INT4 = (
     *(f"model.{key}" for key in ("n_layers=2", "d_model=104", "n_heads=4", "n_kv_heads=1")),
@@ -40,42 +41,38 @@ SHOWN = {"int4": "int4, LSQ"}
 
 def jobs(rows: Rows) -> list[Job]:
     """The runs beside the ternary ones. The rates of int4 are swept as those of scaling.py are; 16
-    bits has the shape of scaling.py's baseline with 0.1M weights, and its rate."""
+    bits has the shape of scaling.py's baseline with 0.1M weights, and its rate after 20 tokens per
+    weight, which are nearly as many."""
     found = read(scaling.CSV)
-    if not scaling.complete(found, SIZE):
+    if not scaling.swept(found, SIZE, TOKENS):
         raise SystemExit("scaling.py comes first: its sweep chooses the learning rates")
-    start, wanted = scaling.best_lr(found, "fp", SIZE), []
-    rates = {"16 bits": scaling.best_lr(found, "fp", "0.1M")}
+    start, wanted = scaling.lr_of(found, "fp", SIZE, TOKENS), []
+    rates = {"16 bits": scaling.lr_of(found, "fp", "0.1M", tokens_for("0.1M", 20.0))}
     for arm in (arm for arm in SHAPES if arm not in rates):
         missing = scaling.next_rate(sweep(rows, arm), start)
         if missing is None:
             rates[arm] = scaling.best_of(sweep(rows, arm), start)
         else:
-            wanted.append(job(arm, PER_WEIGHT[0], missing, 0))
-    return wanted + [
-        job(arm, per_weight, rates[arm], seed)
-        for per_weight in PER_WEIGHT
-        for arm in SHAPES
-        if arm in rates
-        for seed in SEEDS
-    ]
+            wanted.append(job(arm, missing, 0))
+    return wanted + [job(arm, rates[arm], seed) for arm in SHAPES if arm in rates for seed in SEEDS]
 
 
 def sweep(rows: Rows, arm: str) -> dict[float, float]:
     """Rate -> loss of an arm."""
-    return scaling.losses_of(rows, arm, tokens_for(SIZE, PER_WEIGHT[0]), SIZE)
+    return scaling.losses_of(rows, arm, TOKENS, SIZE)
 
 
-def job(arm: str, per_weight: float, lr: float, seed: int) -> Job:
+def job(arm: str, lr: float, seed: int) -> Job:
     """One run."""
-    name = f"{arm.replace(', ', '-').replace(' ', '-')}-{per_weight:g}-{lr:g}-{seed}"
-    return Job(name, arm, SIZE, tokens_for(SIZE, per_weight), lr, seed, SHAPES[arm])
+    name = f"{arm.replace(', ', '-').replace(' ', '-')}-{PER_WEIGHT:g}-{lr:g}-{seed}"
+    return Job(name, arm, SIZE, TOKENS, lr, seed, SHAPES[arm])
 
 
 def beside() -> list[Row]:
     """The rows of the ternary models, of scaling.csv."""
     rows = scaling.of_grid(read(scaling.CSV))
-    return [row for row in rows if (row["arm"], row["size"]) == ("ternary", SIZE)]
+    ours = ("ternary", SIZE, str(TOKENS))
+    return [row for row in rows if (row["arm"], row["size"], row["tokens"]) == ours]
 
 
 def chosen(rows: Rows) -> list[Row]:
@@ -93,8 +90,6 @@ def table(rows: Rows | None = None) -> str:
     ]
     for tokens in sorted({int(row["tokens"]) for row in rows}):
         after = [row for row in rows if row["tokens"] == str(tokens)]
-        if {row["arm"] for row in after} == {"ternary"}:
-            continue
         for arm in ("ternary", *SHAPES):
             of = [row for row in after if row["arm"] == arm]
             if not of:

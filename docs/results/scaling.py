@@ -3,17 +3,19 @@
     python docs/results/scaling.py --data TRAIN --held-out TEXT --hours 2     # the missing rows
     python docs/results/scaling.py table | plot | fit                         # from the CSV
 
-Ternary and full-precision models of the same shape see the same tokens in the same order. The
-learning rate of the matrices (Muon) is swept for each arm at the two smallest sizes, by factors of
-2, with seed 0, until half and twice the best rate are both worse. The sweep runs 1,000 steps: after
-260 ternary seeds span 0.2 nats. Other runs of the size get the same rate, and larger
-sizes that of the largest swept one. ``CHECKED`` names where half the rate is tried too; a cell for
-which another rate is better is marked as badly tuned. AdamW's rate, for embedding and norms, is the
-library's (`bitnet.config.default_lr`), 4e-3 at all these sizes, for both arms.
+Ternary and full-precision models of the same shape see the same tokens in the same order. For each
+size, number of tokens and arm, the learning rate of the matrices (Muon) is swept by factors of 2,
+with seed 0, until a quarter, half and twice the best rate are worse. Only then other seeds follow,
+at that rate. A sweep begins at the best rate of the cell that took the next smaller number of
+operations. Cells of fewer than ``LEAST_STEPS`` steps need no sweep: after 260 steps ternary seeds
+span 0.2 nats. A cell whose sweep is not complete is marked as not tuned. AdamW's rate, for
+embedding and norms, is the library's (`bitnet.config.default_lr`), 4e-3 at all these sizes, for
+both arms.
 
-``fit`` writes bitnet/scaling.json, by which `bitnet plan` predicts: from ``LEAST`` tuned cells on,
-the gap and the bits per byte of ternary models, each a product of powers of the weights N and of
-the tokens per weight D/N. The intervals are those of least squares (:func:`fit`).
+``fit`` writes bitnet/scaling.json, by which `bitnet plan` predicts: the tuned cells and, from
+``LEAST`` of them on, the gap and the bits per byte of ternary models, each a product of powers of
+the weights N and of the tokens per weight D/N. The intervals are those of least squares
+(:func:`fit`).
 """
 
 import json
@@ -31,9 +33,7 @@ CSV = RESULTS / "scaling.csv"
 FIT = ROOT / "bitnet" / "scaling.json"
 ARMS = {"ternary": (), "fp": ("model.linear=fp",)}
 START = 0.04
-"""The rate at which the sweep of the smallest size begins; others begin at the best one below."""
-SWEPT = {"0.1M": 20.0, "0.4M": 5.0}
-"""Sizes at which the rates are swept, and the tokens per weight there."""
+"""The rate at which the first sweep begins."""
 LEAST_STEPS = 900
 """Steps of a run that tells what ternary costs; after 260 ternary seeds span 0.2 nats."""
 GRID = (
@@ -41,21 +41,14 @@ GRID = (
     ("0.1M", 20.0, (0, 1, 2)),
     ("0.4M", 5.0, (0, 1, 2)),
     ("0.1M", 5.0, (0, 1, 2)),
-    ("0.4M", 20.0, (0,)),
-    ("1.2M", 5.0, (0,)),
-    ("0.1M", 80.0, (0,)),
-    ("0.4M", 20.0, (1, 2)),
-    ("1.2M", 5.0, (1, 2)),
-    ("0.1M", 80.0, (1, 2)),
-    ("1.2M", 20.0, (0,)),
-    ("0.4M", 80.0, (0, 1, 2)),
+    ("0.4M", 20.0, (0, 1, 2)),
+    ("1.2M", 5.0, (0, 1, 2)),
+    ("0.1M", 80.0, (0, 1, 2)),
     ("2.8M", 5.0, (0,)),
-    ("1.2M", 20.0, (1, 2)),
-    ("2.8M", 20.0, (0,)),
+    ("1.2M", 20.0, (0,)),
+    ("0.4M", 80.0, (0,)),
 )
-"""What is trained, the most telling for its time first; a size is swept before its other runs."""
-CHECKED = (("0.1M", 80.0), ("1.2M", 5.0))
-"""Cells in which half the chosen rate is trained too, after all seeds."""
+"""What is trained, the most telling for its time first."""
 
 
 def job(arm: str, size: str, per_weight: float, lr: float, seed: int) -> Job:
@@ -79,69 +72,59 @@ def best_of(found: Mapping[float, float], start: float) -> float:
 
 
 def next_rate(found: Mapping[float, float], start: float) -> float | None:
-    """The rate that a sweep needs next: half the best so far, then twice; None once both are worse,
-    which completes it."""
+    """The rate that a sweep needs next: half the best so far, a quarter, then twice; None once all
+    are worse, which completes it. A quarter too, since a sweep by one seed is not smooth."""
     best = best_of(found, start)
-    return next((lr for lr in (best, best / 2, best * 2) if lr not in found), None)
+    return next((lr for lr in (best, best / 2, best / 4, best * 2) if lr not in found), None)
 
 
-def best_lr(rows: Rows, arm: str, size: str) -> float:
-    """The rate of an arm at a size: the best of its sweep, or without one yet, that of the size
-    below."""
-    sizes = list(WEIGHTS)
-    smaller = sizes[: sizes.index(size)]
-    start = best_lr(rows, arm, smaller[-1]) if smaller else START
-    if size not in SWEPT:
-        return start
-    return best_of(losses_of(rows, arm, tokens_for(size, SWEPT[size]), size), start)
+def lr_of(rows: Rows, arm: str, size: str, tokens: int) -> float:
+    """The rate of an arm in a cell: the best of those tried there with seed 0; before the first
+    run, that of the cell that took the next smaller number of operations (weights x tokens)."""
+    here = (WEIGHTS[size] * tokens, size, tokens)
+    cells = [(cell, tokens_for(cell, per_weight)) for cell, per_weight, _ in GRID]
+    below = [found for found in ((WEIGHTS[s] * t, s, t) for s, t in cells) if found < here]
+    start = lr_of(rows, arm, *max(below)[1:]) if below else START
+    return best_of(losses_of(rows, arm, tokens, size), start)
 
 
-def to_sweep(rows: Rows, arm: str, size: str) -> float | None:
-    """The rate that the sweep of an arm and size needs next; None: it is complete."""
-    if size not in SWEPT:
+def to_sweep(rows: Rows, arm: str, size: str, tokens: int) -> float | None:
+    """The rate that the sweep of an arm in a cell needs next; None: it is complete."""
+    found = losses_of(rows, arm, tokens, size)
+    if found and tokens < LEAST_STEPS * BATCH:
         return None
-    found = losses_of(rows, arm, tokens_for(size, SWEPT[size]), size)
-    return next_rate(found, best_lr(rows, arm, size))
+    return next_rate(found, lr_of(rows, arm, size, tokens))
 
 
-def complete(rows: Rows, size: str) -> bool:
-    """Whether both arms are swept at a size and those below."""
-    sizes = list(WEIGHTS)
-    below = sizes[: sizes.index(size) + 1]
-    return all(to_sweep(rows, arm, one) is None for arm in ARMS for one in below)
+def swept(rows: Rows, size: str, tokens: int) -> bool:
+    """Whether both arms are swept in a cell."""
+    return all(to_sweep(rows, arm, size, tokens) is None for arm in ARMS)
 
 
 def jobs(rows: Rows) -> list[Job]:
-    """The runs of the grid; before those of a size, what its sweep lacks. A size waits for the
-    sweeps of those below."""
-    wanted: dict[str, Job] = {}
-
-    def want(arm: str, size: str, per_weight: float, lr: float, seed: int) -> None:
-        one = job(arm, size, per_weight, lr, seed)
-        wanted.setdefault(one.name, one)
-
-    sizes = list(WEIGHTS)
+    """The runs of the grid; of a cell and arm that is not swept, the rate that its sweep needs."""
+    wanted = []
     for size, per_weight, seeds in GRID:
-        below = sizes.index(size) - 1
-        if below >= 0 and not complete(rows, sizes[below]):
-            continue
-        left = {arm: to_sweep(rows, arm, size) for arm in ARMS}
-        for arm, lr in left.items():
-            if lr is not None:
-                want(arm, size, SWEPT[size], lr, 0)
-        swept = [arm for arm in ARMS if left[arm] is None]
-        for seed in seeds:
-            for arm in swept:
-                want(arm, size, per_weight, best_lr(rows, arm, size), seed)
-        if (size, per_weight) in CHECKED and 0 not in seeds:
-            for arm in swept:
-                want(arm, size, per_weight, best_lr(rows, arm, size) / 2, 0)
-    return list(wanted.values())
+        tokens = tokens_for(size, per_weight)
+        left = {arm: to_sweep(rows, arm, size, tokens) for arm in ARMS}
+        wanted += [job(arm, size, per_weight, lr, 0) for arm, lr in left.items() if lr is not None]
+        wanted += [
+            job(arm, size, per_weight, lr_of(rows, arm, size, tokens), seed)
+            for seed in seeds
+            for arm in ARMS
+            if left[arm] is None
+        ]
+    return wanted
 
 
 def of_grid(rows: Rows) -> list[Row]:
     """The rows at the chosen rates."""
-    return [row for row in rows if float(row["lr"]) == best_lr(rows, row["arm"], row["size"])]
+    return [
+        row
+        for row in rows
+        if float(row["lr"])
+        == best_of(losses_of(rows, row["arm"], int(row["tokens"]), row["size"]), 0.0)
+    ]
 
 
 class Cell(NamedTuple):
@@ -156,7 +139,7 @@ class Cell(NamedTuple):
     bits_per_byte: list[float]
     """of the ternary models"""
     tuned: bool
-    """whether the sweeps are complete, and no rate tried on as many tokens beats the chosen one"""
+    """whether its sweeps are complete"""
 
     @property
     def measured(self) -> bool:
@@ -166,15 +149,6 @@ class Cell(NamedTuple):
     def gaps(self) -> list[float]:
         """Ternary minus full precision, in nats, by seed."""
         return [ternary - fp for ternary, fp in zip(self.ternary, self.fp, strict=True)]
-
-
-def tuned(rows: Rows, size: str, tokens: int) -> bool:
-    """Whether the gap of a cell measures ternary, and not a rate as well."""
-    for arm in ARMS:
-        chosen = best_lr(rows, arm, size)
-        if best_of(losses_of(rows, arm, tokens, size), chosen) != chosen:
-            return False
-    return complete(rows, size)
 
 
 def cells(rows: Rows) -> list[Cell]:
@@ -196,7 +170,7 @@ def cells(rows: Rows) -> list[Cell]:
                 [float(arms["ternary"][seed]["loss"]) for seed in both],
                 [float(arms["fp"][seed]["loss"]) for seed in both],
                 [float(arms["ternary"][seed]["bits_per_byte"]) for seed in both],
-                tuned(rows, size, tokens),
+                swept(rows, size, tokens),
             )
         )
     return sorted(found, key=lambda cell: (cell.weights, cell.per_weight))
@@ -305,7 +279,8 @@ with QAT for the last tenth of the tokens."""
 
 
 def table(rows: Rows | None = None) -> str:
-    """Markdown: the gap of each cell, the median and range of the seeds, beside published fits."""
+    """Markdown: the gap of each tuned cell, the median and range of the seeds, beside published
+    fits."""
     rows = read(CSV) if rows is None else rows
     points = cells(rows)
     lines = [
@@ -318,11 +293,13 @@ def table(rows: Rows | None = None) -> str:
         shown = f"{statistics.median(gaps):+.4f}"
         if len(gaps) > 1:
             shown += f" ({gaps[0]:+.4f} to {gaps[-1]:+.4f})"
-        share = 100 * statistics.median(gaps) / statistics.fmean(cell.fp)
-        mark = "" if cell.measured else ", too short" if cell.tuned else ", badly tuned"
+        share = f"{100 * statistics.median(gaps) / statistics.fmean(cell.fp):+.1f}%"
+        if not cell.tuned:  # one arm may be nearer to its best rate than the other
+            shown = share = ""
+        mark = "" if cell.measured else ", too short" if cell.tuned else ", not tuned"
         lines.append(
             f"| {cell.size}{mark} | {cell.per_weight:.0f} | {statistics.fmean(cell.fp):.3f} "
-            f"| {statistics.fmean(cell.ternary):.3f} | {shown} | {share:+.1f}% | {len(gaps)} |"
+            f"| {statistics.fmean(cell.ternary):.3f} | {shown} | {share} | {len(gaps)} |"
         )
     for weights in (99e6, 3.9e9):
         ternary, full = trilm(weights)
@@ -339,10 +316,11 @@ def table(rows: Rows | None = None) -> str:
 
 
 def plot(rows: Rows, out: Path) -> Path:
-    """The gap against tokens per weight, with the range of seeds, and the fit at each size."""
+    """The gap of tuned cells against tokens per weight, with the range of seeds, and the fit."""
     from matplotlib.figure import Figure
 
-    points, figure = cells(rows), Figure(figsize=(7, 4.2), layout="constrained")
+    points = [cell for cell in cells(rows) if cell.tuned]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     sure = [cell for cell in points if cell.measured]
     line = fit(sure, [cell.gaps() for cell in sure])
@@ -394,13 +372,7 @@ def draw(words: list[str]) -> None:
         elif word == "plot":
             print(plot(rows, CSV.with_suffix(".png")))
         else:
-            found = summary(rows)
-            if not (found["gap"] and found["bits_per_byte"]):
-                raise SystemExit(
-                    f"fit: needs {LEAST} tuned cells over two sizes and two numbers of "
-                    f"tokens; there are {len(found['cells'])}"
-                )
-            text = json.dumps(found, indent=1) + "\n"
+            text = json.dumps(summary(rows), indent=1) + "\n"
             FIT.write_text(text, encoding="utf-8")
             print(text)
 

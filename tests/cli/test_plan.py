@@ -39,8 +39,8 @@ def test_it_proposes_a_run_with_its_command_and_what_is_known(bitnet: Bitnet) ->
     assert "would end at 2.10 bits per byte (2.06 to 2.14)" in out
     assert "+0.070 nats per token from full precision (+0.060 to +0.080)" in out
     assert (
-        "393.2k weights in matrices, 27 tokens per weight, +0.050 (+0.040 to +0.060, 3 seeds)"
-        in out
+        "393.2k weights in matrices, 27 tokens per weight, +0.050 nats per token from full "
+        "precision (+0.040 to +0.060, 3 seeds)" in out
     )
 
 
@@ -65,3 +65,14 @@ def test_it_predicts_only_what_the_study_trained(bitnet: Bitnet, word: str) -> N
     assert out.startswith("depth 2: ")
     assert word.replace("=", ' = "') + '"' in out
     assert "would end at" not in out
+
+
+def test_without_fits_it_tells_what_was_measured(
+    bitnet: Bitnet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study([Cell(393_216, 27.0, 1, 0.05, 0.05, 0.05)], None, None)
+    monkeypatch.setattr("bitnet.cli.plan.load_study", lambda: study)
+    code, out, err = bitnet("plan", "--hours", "1", *SMALL)
+    assert code == 0, err
+    assert "has too few tuned runs to predict how such a run would end. Nearest run" in out
+    assert "+0.050 nats per token from full precision (one seed)." in out
