@@ -157,6 +157,7 @@ def test_the_page_on_processes_shows_the_tables_of_the_csvs(
     [
         ("scaling", "README.md"),
         ("scaling", "docs/evidence.md"),
+        ("scaling rates", "docs/evidence.md"),
         ("telemetry", "docs/evidence.md"),
         ("ablations", "docs/evidence.md"),
         ("equal_bytes", "docs/evidence.md"),
@@ -165,11 +166,12 @@ def test_the_page_on_processes_shows_the_tables_of_the_csvs(
 def test_the_pages_on_evidence_show_the_tables_of_the_csvs(
     study: str, page: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    script, _, table = study.partition(" ")
     monkeypatch.syspath_prepend(DOCS / "results")  # a study of several files
-    table = runpy.run_path(str(DOCS / "results" / f"{study}.py"), run_name=study)["table"]()
-    text = (DOCS.parent / page).read_text(encoding="utf-8")
-    shown = text.partition(f"<!-- {study}:begin -->\n")[2].partition(f"\n<!-- {study}:end -->")[0]
-    assert shown == table != ""
+    names = runpy.run_path(str(DOCS / "results" / f"{script}.py"), run_name=script)
+    text, mark = (DOCS.parent / page).read_text(encoding="utf-8"), table or script
+    shown = text.partition(f"<!-- {mark}:begin -->\n")[2].partition(f"\n<!-- {mark}:end -->")[0]
+    assert shown == names[table or "table"]() != ""
 
 
 def test_a_report_draws_the_page_on_training(

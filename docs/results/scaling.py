@@ -1,7 +1,7 @@
 """What ternary costs on real text, by model size and tokens: scaling.csv, scaling.png.
 
     python docs/results/scaling.py --data TRAIN --held-out TEXT --hours 2     # the missing rows
-    python docs/results/scaling.py table | plot | fit                         # from the CSV
+    python docs/results/scaling.py table | rates | plot | fit                 # from the CSV
 
 Ternary and full-precision models of the same shape see the same tokens in the same order. For each
 size, number of tokens and arm, the learning rate of the matrices (Muon) is swept by factors of 2,
@@ -315,6 +315,38 @@ def table(rows: Rows | None = None) -> str:
     return "\n".join(lines)
 
 
+def rates(rows: Rows | None = None) -> str:
+    """Markdown: losses of seed 0 by Muon's rate, in the cells whose runs are long enough; the best
+    of a line in bold."""
+    rows = read(CSV) if rows is None else rows
+    tried = sorted({float(row["lr"]) for row in rows}, reverse=True)
+    found = {}
+    for cell in cells(rows):
+        tokens = tokens_for(cell.size, round(cell.per_weight))
+        if tokens >= LEAST_STEPS * BATCH:
+            for arm in ("fp", "ternary"):
+                place = (cell.size, f"{cell.per_weight:.0f}", arm)
+                found[place] = losses_of(rows, arm, tokens, cell.size)
+    tried = [lr for lr in tried if any(lr in losses for losses in found.values())]
+    lines = [
+        "| weights | tokens per weight | model | " + " | ".join(f"{lr:g}" for lr in tried) + " |",
+        "|---" * (3 + len(tried)) + "|",
+    ]
+    for (size, per_weight, arm), losses in found.items():
+        name = "full precision" if arm == "fp" else arm
+        best = min(losses.values())
+        shown = [
+            ""
+            if lr not in losses
+            else f"**{best:.3f}**"
+            if losses[lr] == best
+            else f"{losses[lr]:.3f}"
+            for lr in tried
+        ]
+        lines.append(f"| {size} | {per_weight} | {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def plot(rows: Rows, out: Path) -> Path:
     """The gap of tuned cells against tokens per weight, with the range of seeds, and the fit."""
     from matplotlib.figure import Figure
@@ -367,8 +399,8 @@ def draw(words: list[str]) -> None:
     """What the words name, from the CSV."""
     rows = read(CSV)
     for word in words:
-        if word == "table":
-            print(table(rows))
+        if word in ("table", "rates"):
+            print(table(rows) if word == "table" else rates(rows))
         elif word == "plot":
             print(plot(rows, CSV.with_suffix(".png")))
         else:
@@ -378,7 +410,7 @@ def draw(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and {*sys.argv[1:]} <= {"table", "plot", "fit"}:
+    if sys.argv[1:] and {*sys.argv[1:]} <= {"table", "rates", "plot", "fit"}:
         draw(sys.argv[1:])
     else:
         main(CSV, jobs, __doc__ or "")
