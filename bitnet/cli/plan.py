@@ -44,11 +44,10 @@ def plan_command(
     are assumed to reach the FLOP/s of the largest measured one. Other programs on the machine
     slow the measurement as they would the run.
 
-    The loss that such a run would have on the books of the scaling study, and what ternary costs
-    against full precision there, come from fits to its runs, with 95% intervals
-    (docs/evidence.md); other text has other losses. The study trained ternary models with Muon:
-    nothing is predicted for full precision, AdamW, or runs more than a doubling outside the
-    range that it measured.
+    It also names the nearest run of the scaling study (docs/evidence.md) and, once the study has
+    enough tuned runs, the loss on its books and the cost of ternary weights, with 95% intervals;
+    other text has other losses. The study trained ternary models with Muon: nothing is said of
+    full precision, AdamW, or runs more than a doubling outside the range that it measured.
 
     Example: bitnet plan --hours 2
 
