@@ -87,10 +87,11 @@ def plan_command(
     cells, tokens = study.cells, config.train.tokens
     cell = nearest(cells, plan.weights, tokens)
     if cell is None:
-        low, high = (human(pick(cell.weights for cell in cells)) for pick in (min, max))
-        few, many = (pick(cell.tokens_per_weight for cell in cells) for pick in (min, max))
+        sizes = [human(pick(cell.weights for cell in cells)) for pick in (min, max)]
+        lengths = [f"{pick(cell.tokens_per_weight for cell in cells):.0f}" for pick in (min, max)]
+        covered = [" to ".join(dict.fromkeys(ends)) for ends in (sizes, lengths)]
         console.print(
-            f"The study covers {low} to {high} weights in matrices at {few:.0f} to {many:.0f} "
+            f"The study covers {covered[0]} weights in matrices at {covered[1]} "
             f"tokens per weight. This run has {human(plan.weights)} and "
             f"{tokens / plan.weights:.0f}: too far to say what ternary costs."
         )

@@ -47,7 +47,7 @@ def test_it_proposes_a_run_with_its_command_and_what_is_known(bitnet: Bitnet) ->
 def test_it_says_nothing_of_runs_that_are_far_from_the_study(bitnet: Bitnet) -> None:
     code, out, err = bitnet("plan", "--hours", "200", "quickstart", *SMALL)
     assert code == 0, err
-    assert "The study covers 393.2k to 393.2k weights in matrices at 27 to 27 tokens" in out
+    assert "The study covers 393.2k weights in matrices at 27 tokens per weight. This run" in out
     assert "too far to say what ternary costs." in out
     assert "(at the FLOP/s of depth 4)" in out
 
