@@ -19,6 +19,7 @@ from bitnet.summary import human
 FOLDER = Path(__file__).parent
 OUT = FOLDER / "overview.svg"
 CPU = "cpu-intel-r-xeon-r-processor-avx-512-bf16-2-cpus"
+QUICKSTART = "AMD EPYC (AVX-512 BF16), 2 CPUs"
 OURS, OTHER = "#2563eb", "#a3acb9"
 WIDTH, HEIGHT = 440, 178
 """Pixels of a panel."""
@@ -53,10 +54,10 @@ def rows(name: str, **wanted: str) -> list[dict[str, str]]:
 
 
 def quickstart(kind: str) -> list[dict[str, str]]:
-    """Rows of quickstart.csv at the rate of the config."""
+    """Rows of quickstart.csv at the rate of the config, of the CPU that has run both models."""
     config = FOLDER.parent.parent / "configs" / ("fp" if kind == "fp" else "") / "quickstart.toml"
     rate = load_config([config]).resolve().optim.muon_lr
-    return rows("quickstart.csv", linear=kind, muon_lr=f"{rate:g}")
+    return rows("quickstart.csv", linear=kind, muon_lr=f"{rate:g}", device=QUICKSTART)
 
 
 def quality() -> Panel:

@@ -9,8 +9,8 @@ Three seeds of each take turns, so that a machine that slows down slows both. A 
 initial weights and the order of the data: both models of a seed see the same tokens in the same
 order. Quality is that of the whole validation split. The ternary model is packed and proved equal
 first (``bitnet pack``), and the packed one is evaluated. Each run is written when it is done, and a
-run that the CSV has already is left out, so the same command goes on where it was interrupted. The
-number of threads decides the order of sums, and so the last digits. Rows at another rate than the
+run that the CSV has from this CPU is left out, so a command that was cut off goes on. The number of
+threads decides the order of sums, and so the last digits. Rows at another rate than the
 config's are there to compare rates; the README's figures leave them out.
 """
 
@@ -104,12 +104,16 @@ def main() -> None:
     parser.add_argument("--muon-lr", type=float, help="instead of the config's")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    device = machine.describe(torch.device("cpu")).name
     for seed in options.seeds:
         for kind in options.kinds:
             rate = options.muon_lr or rate_of(kind)
-            key = (kind, f"{rate:g}", str(seed))
+            key = (device, kind, f"{rate:g}", str(seed))
             done = rows.read(CSV, COLUMNS)
-            if any((row["linear"], row["muon_lr"], row["seed"]) == key for row in done):
+            if any(
+                tuple(row[k] for k in ("device", "linear", "muon_lr", "seed")) == key
+                for row in done
+            ):
                 continue
             with tempfile.TemporaryDirectory() as folder:
                 row = measure(kind, rate, seed, options.threads, Path(folder))

@@ -294,7 +294,7 @@ def table(rows: Rows | None = None) -> str:
         if len(gaps) > 1:
             shown += f" ({gaps[0]:+.4f} to {gaps[-1]:+.4f})"
         share = f"{100 * statistics.median(gaps) / statistics.fmean(cell.fp):+.1f}%"
-        if not cell.tuned:  # one arm may be nearer to its best rate than the other
+        if not cell.measured:  # one arm may be nearer to its best rate, or seeds differ too much
             shown = share = ""
         mark = "" if cell.measured else ", too short" if cell.tuned else ", not tuned"
         lines.append(
