@@ -348,14 +348,13 @@ def rates(rows: Rows | None = None) -> str:
 
 
 def plot(rows: Rows, out: Path) -> Path:
-    """The gap of tuned cells against tokens per weight, with the range of seeds, and the fit."""
+    """The gap of measured cells against tokens per weight, the range of seeds, and the fit."""
     from matplotlib.figure import Figure
 
-    points = [cell for cell in cells(rows) if cell.tuned]
+    points = [cell for cell in cells(rows) if cell.measured]
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    sure = [cell for cell in points if cell.measured]
-    line = fit(sure, [cell.gaps() for cell in sure])
+    line = fit(points, [cell.gaps() for cell in points])
     for i, size in enumerate(dict.fromkeys(cell.size for cell in points)):
         of = [cell for cell in points if cell.size == size]
         places = [cell.per_weight for cell in of]
@@ -376,7 +375,7 @@ def plot(rows: Rows, out: Path) -> Path:
         )
         if line:
             a, b, c = line["coefficients"]
-            ends = min(p.per_weight for p in sure), max(p.per_weight for p in sure)
+            ends = min(p.per_weight for p in points), max(p.per_weight for p in points)
             at = a + b * math.log2(WEIGHTS[size] / AT[0])
             along = np.geomspace(*ends, 50)
             heights = [math.exp(at + c * math.log2(d / AT[1])) for d in along]
