@@ -50,6 +50,8 @@ class Cell(NamedTuple):
     """ternary minus full precision, nats per token: the median of the seeds"""
     low: float
     high: float
+    muon_lr: float
+    """the best rate of ternary there, at 2,048 tokens per step"""
 
 
 class Fit(NamedTuple):

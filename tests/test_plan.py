@@ -24,7 +24,7 @@ PATHS = [presets()["quickstart"]]  # which sets its layers by itself
 
 
 def cell(weights: int, per_weight: float) -> Cell:
-    return Cell(weights, per_weight, 3, 0.05, 0.04, 0.06)
+    return Cell(weights, per_weight, 3, 0.05, 0.04, 0.06, 0.01)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bitnet.cli.common import split_args
+from bitnet.config import load_config
 from bitnet.plan import (
     MEASURED,
     all_depths,
@@ -44,10 +45,11 @@ def plan_command(
     are assumed to reach the FLOP/s of the largest measured one. Other programs on the machine
     slow the measurement as they would the run.
 
-    It also names the nearest run of the scaling study (docs/evidence.md) and, once the study has
-    enough tuned runs, the loss on its books and the cost of ternary weights, with 95% intervals;
-    other text has other losses. The study trained ternary models with Muon: nothing is said of
-    full precision, AdamW, or runs more than a doubling outside the range that it measured.
+    It also names the nearest run of the scaling study (docs/evidence.md), whose best rate for
+    Muon the command takes unless you set one, and predicts the loss on the study's books and
+    the cost of ternary weights, with 95% intervals; other text has other losses. The study
+    trained ternary models with Muon: nothing is said of full precision, AdamW, or runs more
+    than a doubling outside the range that it measured.
 
     Example: bitnet plan --hours 2
 
@@ -73,19 +75,22 @@ def plan_command(
         f"{human(config.train.tokens)}; about {plan.hours:.2g} hours, "
         f"{plan.tokens_per_second:,.0f} tokens/s ({how})"
     )
-    shape = shape_words(paths, overrides, config.model.depth)
-    command = [*words, *shape, f"train.steps={config.train.steps}"]
+    study, tokens = load_study(), config.train.tokens
+    cells, cell = study.cells, nearest(study.cells, plan.weights, tokens)
+    known = config.model.linear == "ternary" and config.optim.optimizer == "muon"
+    given = load_config(paths, overrides).optim.muon_lr
+    command = [*words, *shape_words(paths, overrides, config.model.depth)]
+    if known and cell and not given:
+        command.append(f"optim.muon_lr={cell.muon_lr:g}")
+    command.append(f"train.steps={config.train.steps}")
     console.print(f"  bitnet train {shlex.join(command)}")
-    if config.model.linear != "ternary" or config.optim.optimizer != "muon":
+    if not known:
         console.print(
             "The scaling study predicts ternary models trained with Muon. This run has "
             f'model.linear = "{config.model.linear}" and '
             f'optim.optimizer = "{config.optim.optimizer}": nothing is known of its loss.'
         )
         return
-    study = load_study()
-    cells, tokens = study.cells, config.train.tokens
-    cell = nearest(cells, plan.weights, tokens)
     if cell is None:
         sizes = [human(pick(cell.weights for cell in cells)) for pick in (min, max)]
         lengths = [f"{pick(cell.tokens_per_weight for cell in cells):.0f}" for pick in (min, max)]
@@ -108,8 +113,10 @@ def plan_command(
         )
     spread = f"{cell.low:+.3f} to {cell.high:+.3f}, {cell.seeds} seeds"
     spread = spread if cell.seeds > 1 else "one seed"
+    rate = f"optim.muon_lr={cell.muon_lr:g}"
+    rate += f" (this run has {given:g})" if given and given != cell.muon_lr else ""
     console.print(
         f"{said} Nearest run that was measured: {human(cell.weights)} weights in matrices, "
         f"{cell.tokens_per_weight:.0f} tokens per weight, {cell.gap:+.3f} nats per token from full "
-        f"precision ({spread})."
+        f"precision ({spread}). It was best at {rate}, with 2,048 tokens per step."
     )

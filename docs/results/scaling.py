@@ -131,8 +131,7 @@ class Cell(NamedTuple):
     """Both arms at one size and number of tokens, in the seeds that both have."""
 
     size: str
-    weights: int
-    per_weight: float
+    tokens: int
     ternary: list[float]
     """nats per token of each seed"""
     fp: list[float]
@@ -142,9 +141,19 @@ class Cell(NamedTuple):
     """whether its sweeps are complete"""
 
     @property
+    def weights(self) -> int:
+        """Weights in the matrices."""
+        return WEIGHTS[self.size]
+
+    @property
+    def per_weight(self) -> float:
+        """Tokens per weight."""
+        return self.tokens / self.weights
+
+    @property
     def measured(self) -> bool:
         """Whether it tells what ternary costs: tuned, and long enough for that."""
-        return self.tuned and self.weights * self.per_weight >= LEAST_STEPS * BATCH
+        return self.tuned and self.tokens >= LEAST_STEPS * BATCH
 
     def gaps(self) -> list[float]:
         """Ternary minus full precision, in nats, by seed."""
@@ -165,8 +174,7 @@ def cells(rows: Rows) -> list[Cell]:
         found.append(
             Cell(
                 size,
-                WEIGHTS[size],
-                tokens / WEIGHTS[size],
+                tokens,
                 [float(arms["ternary"][seed]["loss"]) for seed in both],
                 [float(arms["fp"][seed]["loss"]) for seed in both],
                 [float(arms["ternary"][seed]["bits_per_byte"]) for seed in both],
@@ -255,6 +263,7 @@ def summary(rows: Rows) -> dict[str, Any]:
                 "gap": statistics.median(cell.gaps()),
                 "low": min(cell.gaps()),
                 "high": max(cell.gaps()),
+                "muon_lr": lr_of(rows, "ternary", cell.size, cell.tokens),
             }
             for cell in points
         ],
@@ -322,11 +331,10 @@ def rates(rows: Rows | None = None) -> str:
     tried = sorted({float(row["lr"]) for row in rows}, reverse=True)
     found = {}
     for cell in cells(rows):
-        tokens = tokens_for(cell.size, round(cell.per_weight))
-        if tokens >= LEAST_STEPS * BATCH:
+        if cell.tokens >= LEAST_STEPS * BATCH:
             for arm in ("fp", "ternary"):
                 place = (cell.size, f"{cell.per_weight:.0f}", arm)
-                found[place] = losses_of(rows, arm, tokens, cell.size)
+                found[place] = losses_of(rows, arm, cell.tokens, cell.size)
     tried = [lr for lr in tried if any(lr in losses for losses in found.values())]
     lines = [
         "| weights | tokens per weight | model | " + " | ".join(f"{lr:g}" for lr in tried) + " |",

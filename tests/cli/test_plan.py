@@ -21,7 +21,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitnet.cli.plan.measured_speed", speed)
     zero = [[0.0] * 3] * 3
     study = Study(
-        [Cell(393_216, 27.0, 3, 0.05, 0.04, 0.06)],
+        [Cell(393_216, 27.0, 3, 0.05, 0.04, 0.06, 0.005)],
         Fit([math.log(0.07), 0.0, 0.0], zero, 0.005, 2.0, (393_216, 20)),
         Fit([math.log(2.1), 0.0, 0.0], zero, 0.02, 2.0, (393_216, 20)),
     )
@@ -33,15 +33,22 @@ def test_it_proposes_a_run_with_its_command_and_what_is_known(bitnet: Bitnet) ->
     assert code == 0, err
     assert out.startswith("depth 2: ")
     assert (
-        f"bitnet train quickstart {' '.join(SMALL)} model.depth=2 model.n_layers=0 train.steps="
-        in out
+        f"bitnet train quickstart {' '.join(SMALL)} model.depth=2 model.n_layers=0 "
+        "optim.muon_lr=0.005 train.steps=" in out
     )
     assert "would end at 2.10 bits per byte (2.06 to 2.14)" in out
     assert "+0.070 nats per token from full precision (+0.060 to +0.080)" in out
     assert (
         "393.2k weights in matrices, 27 tokens per weight, +0.050 nats per token from full "
-        "precision (+0.040 to +0.060, 3 seeds)" in out
+        "precision (+0.040 to +0.060, 3 seeds). It was best at optim.muon_lr=0.005, with" in out
     )
+
+
+def test_a_rate_that_was_given_stays_and_is_compared(bitnet: Bitnet) -> None:
+    code, out, err = bitnet("plan", "--hours", "1", *SMALL, "optim.muon_lr=0.02")
+    assert code == 0, err
+    assert out.count("optim.muon_lr=0.02") == 1
+    assert "It was best at optim.muon_lr=0.005 (this run has 0.02), with" in out
 
 
 def test_it_says_nothing_of_runs_that_are_far_from_the_study(bitnet: Bitnet) -> None:
@@ -49,6 +56,7 @@ def test_it_says_nothing_of_runs_that_are_far_from_the_study(bitnet: Bitnet) -> 
     assert code == 0, err
     assert "The study covers 393.2k weights in matrices at 27 tokens per weight. This run" in out
     assert "too far to say what ternary costs." in out
+    assert "muon_lr" not in out
     assert "(at the FLOP/s of depth 4)" in out
 
 
@@ -65,12 +73,13 @@ def test_it_predicts_only_what_the_study_trained(bitnet: Bitnet, word: str) -> N
     assert out.startswith("depth 2: ")
     assert word.replace("=", ' = "') + '"' in out
     assert "would end at" not in out
+    assert "muon_lr" not in out
 
 
 def test_without_fits_it_tells_what_was_measured(
     bitnet: Bitnet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study = Study([Cell(393_216, 27.0, 1, 0.05, 0.05, 0.05)], None, None)
+    study = Study([Cell(393_216, 27.0, 1, 0.05, 0.05, 0.05, 0.005)], None, None)
     monkeypatch.setattr("bitnet.cli.plan.load_study", lambda: study)
     code, out, err = bitnet("plan", "--hours", "1", *SMALL)
     assert code == 0, err
