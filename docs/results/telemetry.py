@@ -4,10 +4,10 @@
     python docs/results/telemetry.py collect                        # telemetry.csv, from runs/study
     python docs/results/telemetry.py table | plot                   # from the CSVs
 
-The ternary model with 0.1M weights is trained on 5 tokens per weight at rates of the matrices from
+The ternary model with 0.1M weights is trained on 20 tokens per weight at rates of the matrices from
 far too low to far too high, one seed (rates.csv). From metrics.jsonl of each: the training loss,
-and zeros, flip rate and dead zone every 10 steps (bitnet/training/telemetry.py). A number predicts
-if, after a fifth of the run, it tells a bad rate from a good one.
+and zeros, flip rate and dead zone every ``EVERY`` steps (bitnet/training/telemetry.py). A number
+predicts if, after a fifth of the run, it tells a bad rate from a good one.
 """
 
 import json
@@ -20,7 +20,9 @@ from study import RESULTS, ROOT, Job, Row, Rows, main, read, tokens_for, write
 CSV = RESULTS / "telemetry.csv"
 RATES_CSV = RESULTS / "rates.csv"
 RATES = (0.0025, 0.01, 0.04, 0.16, 0.64, 0.005, 0.02, 0.08, 0.32)
-SIZE, PER_WEIGHT = "0.1M", 5.0
+SIZE, PER_WEIGHT = "0.1M", 20.0
+EVERY = 20
+"""Steps between two readings."""
 EARLY = 0.2
 """The share of a run after which the table reads it."""
 NUMBERS = ("zeros", "flip_rate", "dead_zone")
@@ -30,7 +32,7 @@ COLUMNS = ("lr", "step", "steps", "loss", *NUMBERS)
 def jobs(_: Rows) -> list[Job]:
     """A run per rate."""
     tokens = tokens_for(SIZE, PER_WEIGHT)
-    options = ("log.telemetry_every=10",)
+    options = (f"log.telemetry_every={EVERY}",)
     return [Job(f"rate-{lr:g}", "ternary", SIZE, tokens, lr, 0, options) for lr in RATES]
 
 
@@ -67,8 +69,8 @@ def table() -> str:
     """Markdown: readings after a fifth of the run, beside the loss at its end."""
     rows, ends = read(CSV), read(RATES_CSV)
     lines = [
-        "| learning rate | held-out loss at the end | loss after 20% | zeros | flips in 10 steps "
-        "| dead zone |",
+        "| learning rate | held-out loss at the end | loss after 20% | zeros "
+        f"| flips in {EVERY} steps | dead zone |",
         "|---|---|---|---|---|---|",
     ]
     best = min(float(row["loss"]) for row in ends)
