@@ -72,7 +72,8 @@ class OptimConfig:
     wd_zero_fraction: _Fraction = 0.6
     """share of the run after which weight decay is 0 (zero_at, cosine)"""
     muon_lr: _NotNegative = 0.0
-    """muon: peak learning rate of the hidden matrices; 0 = 0.02, or 0.002 from a saved model"""
+    """muon: peak learning rate of the hidden matrices; 0 = 0.02, or 0.002 from a saved model. Small
+    batches and long runs want less (docs/evidence.md)"""
     muon_momentum: _Momentum = 0.95
     """muon: decay of the mean gradient (Nesterov)"""
     muon_ns_steps: Annotated[int, Field(ge=1, lt=100)] = 5
