@@ -34,6 +34,8 @@ TRAINING = 0.9
 """Share of the time that is training; the rest goes to evaluations and checkpoints."""
 REACH = 1.0
 """Doublings beyond the range of the study up to which it predicts."""
+STUDY_BATCH = 2048
+"""Tokens per step in the study, on which the best rate depends."""
 MEASURED = (1, 2, 3, 4)
 """Depths whose speed is measured."""
 _DEEPEST = 48
@@ -207,7 +209,7 @@ def propose(
             train = dataclasses.replace(train, tokens=tokens, steps=steps)
         needed = train.steps * train.batch_tokens / speed / 3600 / TRAINING
         if needed > hours:
-            refused = f"{train.tokens:,} tokens at depth {i + 1} take {needed:.2g} hours here"
+            refused = f"{train.tokens:,} tokens at depth {i + 1} take {needed:.3g} hours here"
             break
         chosen = dataclasses.replace(config, train=train)
         best = Plan(chosen, speed, i < len(speeds), needed)

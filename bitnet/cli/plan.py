@@ -9,6 +9,7 @@ from bitnet.cli.common import split_args
 from bitnet.config import load_config
 from bitnet.plan import (
     MEASURED,
+    STUDY_BATCH,
     all_depths,
     load_study,
     measured_speed,
@@ -48,8 +49,8 @@ def plan_command(
     It also names the nearest run of the scaling study (docs/evidence.md), whose best rate for
     Muon the command takes unless you set one, and predicts the loss on the study's books and
     the cost of ternary weights, with 95% intervals; other text has other losses. The study
-    trained ternary models with Muon: nothing is said of full precision, AdamW, or runs more
-    than a doubling outside the range that it measured.
+    predicts ternary models trained with Muon at about 2,048 tokens per step, up to a doubling
+    outside its range of weights and its range of tokens per weight. Nothing is said of others.
 
     Example: bitnet plan --hours 2
 
@@ -72,23 +73,33 @@ def plan_command(
     console.print(
         f"depth {config.model.depth}: {human(config.model.num_parameters()['total'])} parameters; "
         f"{config.train.steps:,} steps of {config.train.batch_tokens:,} tokens = "
-        f"{human(config.train.tokens)}; about {plan.hours:.2g} hours, "
+        f"{human(config.train.tokens)}; about {plan.hours:.3g} hours, "
         f"{plan.tokens_per_second:,.0f} tokens/s ({how})"
     )
     study, tokens = load_study(), config.train.tokens
     cells, cell = study.cells, nearest(study.cells, plan.weights, tokens)
-    known = config.model.linear == "ternary" and config.optim.optimizer == "muon"
+    batch = config.train.batch_tokens
+    known = (
+        config.model.linear == "ternary"
+        and config.optim.optimizer == "muon"
+        and STUDY_BATCH / 4 <= batch <= STUDY_BATCH * 4
+    )
     given = load_config(paths, overrides).optim.muon_lr
-    command = [*words, *shape_words(paths, overrides, config.model.depth)]
+    own = [word for word in words if not word.startswith(("train.steps=", "train.tokens="))]
+    command = [*own, *shape_words(paths, overrides, config.model.depth)]
     if known and cell and not given:
         command.append(f"optim.muon_lr={cell.muon_lr:g}")
+    if load_config(paths).train.tokens:
+        command.append("train.tokens=0")
     command.append(f"train.steps={config.train.steps}")
     console.print(f"  bitnet train {shlex.join(command)}")
     if not known:
         console.print(
-            "The scaling study predicts ternary models trained with Muon. This run has "
-            f'model.linear = "{config.model.linear}" and '
-            f'optim.optimizer = "{config.optim.optimizer}": nothing is known of its loss.'
+            "The scaling study predicts ternary models trained with Muon at about "
+            f"{STUDY_BATCH:,} tokens per step. This run has "
+            f'model.linear = "{config.model.linear}", '
+            f'optim.optimizer = "{config.optim.optimizer}" and train.batch_tokens = {batch}: '
+            "no loss is predicted for it."
         )
         return
     if cell is None:
@@ -98,7 +109,8 @@ def plan_command(
         console.print(
             f"The study covers {covered[0]} weights in matrices at {covered[1]} "
             f"tokens per weight. This run has {human(plan.weights)} and "
-            f"{tokens / plan.weights:.0f}: too far to say what ternary costs."
+            f"{tokens / plan.weights:.0f}: too far to say what ternary costs or which "
+            "optim.muon_lr is best."
         )
         return
     if study.gap is None or study.bits_per_byte is None:
@@ -107,9 +119,10 @@ def plan_command(
         gap, about = study.gap.predict(plan.weights, tokens)
         bits, near = study.bits_per_byte.predict(plan.weights, tokens)
         said = (
-            f"On the books of the scaling study such a run would end at {bits:.2f} bits per byte "
-            f"({bits - near:.2f} to {bits + near:.2f}), {gap:+.3f} nats per token from full "
-            f"precision ({gap - about:+.3f} to {gap + about:+.3f})."
+            "On the books of the scaling study, at its best Muon rate, such a run would end at "
+            f"{bits:.2f} bits per byte ({bits - near:.2f} to {bits + near:.2f}), "
+            f"{gap:+.3f} nats per token from full precision "
+            f"({gap - about:+.3f} to {gap + about:+.3f})."
         )
     spread = f"{cell.low:+.3f} to {cell.high:+.3f}, {cell.seeds} seeds"
     spread = spread if cell.seeds > 1 else "one seed"
@@ -118,5 +131,5 @@ def plan_command(
     console.print(
         f"{said} Nearest run that was measured: {human(cell.weights)} weights in matrices, "
         f"{cell.tokens_per_weight:.0f} tokens per weight, {cell.gap:+.3f} nats per token from full "
-        f"precision ({spread}). It was best at {rate}, with 2,048 tokens per step."
+        f"precision ({spread}). It was best at {rate}, with {STUDY_BATCH:,} tokens per step."
     )

@@ -6,8 +6,10 @@
 
 The ternary model with 0.1M weights is trained on 20 tokens per weight at rates of the matrices from
 far too low to far too high, one seed (rates.csv). From metrics.jsonl of each: the training loss,
-and zeros, flip rate and dead zone every ``EVERY`` steps (bitnet/training/telemetry.py). A number
-predicts if, after a fifth of the run, it tells a bad rate from a good one.
+and zeros, flip rate and dead zone every ``EVERY`` steps (bitnet/training/telemetry.py). Beside them
+stand the runs of scaling.py at 80 tokens per weight, which are read every 50 steps, as far as their
+folders are there. A number predicts if, after a fifth of the run, it tells a bad rate from a good
+one.
 """
 
 import json
@@ -15,18 +17,19 @@ import statistics
 import sys
 from pathlib import Path
 
+import scaling
 from study import RESULTS, ROOT, Job, Row, Rows, main, read, tokens_for, write
 
 CSV = RESULTS / "telemetry.csv"
 RATES_CSV = RESULTS / "rates.csv"
 RATES = (0.0025, 0.01, 0.04, 0.16, 0.64, 0.005, 0.02, 0.08, 0.32)
-SIZE, PER_WEIGHT = "0.1M", 20.0
+SIZE, PER_WEIGHT, LONG = "0.1M", 20.0, 80.0
 EVERY = 20
 """Steps between two readings."""
 EARLY = 0.2
 """The share of a run after which the table reads it."""
 NUMBERS = ("zeros", "flip_rate", "dead_zone")
-COLUMNS = ("lr", "step", "steps", "loss", *NUMBERS)
+COLUMNS = ("tokens_per_weight", "lr", "step", "steps", "loss", *NUMBERS)
 
 
 def jobs(_: Rows) -> list[Job]:
@@ -39,8 +42,10 @@ def jobs(_: Rows) -> list[Job]:
 def collect() -> list[Row]:
     """The readings of the runs that have ended, with the mean loss of the last five lines."""
     found = []
-    for row in sorted(read(RATES_CSV), key=lambda row: float(row["lr"])):
+    for row in ends():
         path = ROOT / "runs" / "study" / row["name"] / "metrics.jsonl"
+        if float(row["tokens_per_weight"]) == LONG and not path.exists():
+            continue
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         steps = [line for line in lines if "loss" in line]
         for i, line in enumerate(steps):
@@ -51,34 +56,57 @@ def collect() -> list[Row]:
             shown = {
                 name: "" if value is None else f"{value:.5f}" for name, value in numbers.items()
             }
-            head = {"lr": row["lr"], "step": str(line["step"]), "steps": str(steps[-1]["step"])}
+            head = {key: row[key] for key in ("tokens_per_weight", "lr")}
+            head |= {"step": str(line["step"]), "steps": str(steps[-1]["step"])}
             found.append({**head, "loss": f"{loss:.5f}", **shown})
     return found
 
 
-def after(rows: Rows, lr: str, share: float) -> Row:
-    """The first reading of a rate after a share of the run."""
-    return next(
+def ends() -> list[Row]:
+    """The finished runs of both lengths, the short ones first, by rate."""
+    of_scaling = [
         row
-        for row in rows
-        if row["lr"] == lr and int(row["step"]) >= share * int(row["steps"]) and row["flip_rate"]
+        for row in read(scaling.CSV)
+        if (row["arm"], row["size"], row["seed"]) == ("ternary", SIZE, "0")
+        and float(row["tokens_per_weight"]) == LONG
+    ]
+    return sorted(
+        [*read(RATES_CSV), *of_scaling],
+        key=lambda row: (float(row["tokens_per_weight"]), float(row["lr"])),
+    )
+
+
+def after(rows: Rows, run: Row, share: float) -> Row | None:
+    """The first reading of a run after a share of it; None: its telemetry was not kept."""
+    return next(
+        (
+            row
+            for row in rows
+            if all(row[key] == run[key] for key in ("tokens_per_weight", "lr"))
+            and int(row["step"]) >= share * int(row["steps"])
+            and row["flip_rate"]
+        ),
+        None,
     )
 
 
 def table() -> str:
     """Markdown: readings after a fifth of the run, beside the loss at its end."""
-    rows, ends = read(CSV), read(RATES_CSV)
+    rows, runs = read(CSV), ends()
     lines = [
-        "| learning rate | held-out loss at the end | loss after 20% | zeros "
-        f"| flips in {EVERY} steps | dead zone |",
-        "|---|---|---|---|---|---|",
+        "| tokens per weight | learning rate | held-out loss at the end | loss after 20% | zeros "
+        "| flips | dead zone |",
+        "|---|---|---|---|---|---|---|",
     ]
-    best = min(float(row["loss"]) for row in ends)
-    for row in sorted(ends, key=lambda row: float(row["lr"])):
-        early = after(rows, row["lr"], EARLY)
+    for row in runs:
+        early, length = after(rows, row, EARLY), row["tokens_per_weight"]
+        if early is None:
+            continue
+        best = min(float(run["loss"]) for run in runs if run["tokens_per_weight"] == length)
         mark = " (best)" if float(row["loss"]) == best else ""
         lines.append(
-            f"| {row['lr']}{mark} | {float(row['loss']):.3f} | {float(early['loss']):.2f} "
+            f"| {length} | {row['lr']}{mark} | {float(row['loss']):.3f} "
+            f"| {float(early['loss']):.2f} "
             f"| {float(early['zeros']):.3f} | {float(early['flip_rate']):.4f} "
             f"| {float(early['dead_zone']):.4f} |"
         )
@@ -90,7 +118,7 @@ def plot(out: Path) -> Path:
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    rows = read(CSV)
+    rows = [row for row in read(CSV) if float(row["tokens_per_weight"]) == PER_WEIGHT]
     rates = sorted({row["lr"] for row in rows}, key=float)
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     titles = {"loss": "training loss", "flip_rate": "flip rate", "zeros": "zeros"}

@@ -55,9 +55,17 @@ def test_it_says_nothing_of_runs_that_are_far_from_the_study(bitnet: Bitnet) -> 
     code, out, err = bitnet("plan", "--hours", "200", "quickstart", *SMALL)
     assert code == 0, err
     assert "The study covers 393.2k weights in matrices at 27 tokens per weight. This run" in out
-    assert "too far to say what ternary costs." in out
-    assert "muon_lr" not in out
+    assert "too far to say what ternary costs or which optim.muon_lr is best." in out
+    assert "muon_lr=" not in out
     assert "(at the FLOP/s of depth 4)" in out
+
+
+def test_the_command_has_the_tokens_of_the_plan_alone(bitnet: Bitnet) -> None:
+    for word in ("train.tokens=5000000", "train.steps=7"):
+        code, out, err = bitnet("plan", "--hours", "1", *SMALL, word)
+        assert code == 0, err
+        assert word not in out
+        assert out.count("train.steps=") == 1
 
 
 def test_too_little_time_is_one_line(bitnet: Bitnet) -> None:
@@ -66,12 +74,16 @@ def test_too_little_time_is_one_line(bitnet: Bitnet) -> None:
     assert "--hours 0.01: is too short; 999,999,999 tokens at depth 1 take" in err
 
 
-@pytest.mark.parametrize("word", ["model.linear=fp", "optim.optimizer=adamw"])
+@pytest.mark.parametrize(
+    "word", ["model.linear=fp", "optim.optimizer=adamw", "train.batch_tokens=16384"]
+)
 def test_it_predicts_only_what_the_study_trained(bitnet: Bitnet, word: str) -> None:
     code, out, err = bitnet("plan", "--hours", "1", *SMALL, word)
     assert code == 0, err
     assert out.startswith("depth 2: ")
-    assert word.replace("=", ' = "') + '"' in out
+    key, value = word.split("=")
+    assert f'{key} = "{value}"' in out or f"{key} = {value}:" in out
+    assert "no loss is predicted" in out
     assert "would end at" not in out
     assert "muon_lr" not in out
 
