@@ -115,6 +115,12 @@ def test_a_run_has_whole_steps_and_the_tokens_of_its_size(scaling: Any) -> None:
     assert {"model.depth=3", "model.linear=fp", "optim.muon_lr=0.01", "run.seed=2"} < set(words)
 
 
+def test_the_plan_knows_the_batch_of_the_study(scaling: Any) -> None:
+    from bitnet.plan import STUDY_BATCH
+
+    assert scaling.BATCH == STUDY_BATCH
+
+
 def test_the_sizes_are_those_of_the_configs(scaling: Any) -> None:
     import study
 

@@ -6,10 +6,13 @@ from typing import Annotated
 import typer
 
 from bitnet.cli.common import split_args
-from bitnet.config import load_config
+from bitnet.config import Config, load_config
 from bitnet.plan import (
     MEASURED,
     STUDY_BATCH,
+    Cell,
+    Plan,
+    Study,
     all_depths,
     load_study,
     measured_speed,
@@ -76,43 +79,56 @@ def plan_command(
         f"{human(config.train.tokens)}; about {plan.hours:.3g} hours, "
         f"{plan.tokens_per_second:,.0f} tokens/s ({how})"
     )
-    study, tokens = load_study(), config.train.tokens
-    cells, cell = study.cells, nearest(study.cells, plan.weights, tokens)
-    batch = config.train.batch_tokens
-    known = (
-        config.model.linear == "ternary"
-        and config.optim.optimizer == "muon"
-        and STUDY_BATCH / 4 <= batch <= STUDY_BATCH * 4
-    )
+    study = load_study()
+    cell = nearest(study.cells, plan.weights, config.train.tokens)
     given = load_config(paths, overrides).optim.muon_lr
-    own = [word for word in words if not word.startswith(("train.steps=", "train.tokens="))]
+    length = ("train.steps", "train.tokens")
+    own = [word for word in words if word.partition("=")[0].strip() not in length]
     command = [*own, *shape_words(paths, overrides, config.model.depth)]
-    if known and cell and not given:
+    if is_known(config) and cell and not given:
         command.append(f"optim.muon_lr={cell.muon_lr:g}")
     if load_config(paths).train.tokens:
         command.append("train.tokens=0")
     command.append(f"train.steps={config.train.steps}")
     console.print(f"  bitnet train {shlex.join(command)}")
-    if not known:
-        console.print(
+    console.print(expectation(plan, study, cell, given))
+
+
+def is_known(config: Config) -> bool:
+    """Whether the study trained such runs: ternary, Muon, batches within a factor of 4 of its."""
+    return (
+        config.model.linear == "ternary"
+        and config.optim.optimizer == "muon"
+        and STUDY_BATCH / 4 <= config.train.batch_tokens <= STUDY_BATCH * 4
+    )
+
+
+def expectation(plan: Plan, study: Study, cell: Cell | None, given: float) -> str:
+    """What the study says of a plan.
+
+    Arguments:
+        cell: the nearest; None: the plan is too far from all.
+        given: ``optim.muon_lr`` as the user set it; 0: not set.
+    """
+    config, cells, tokens = plan.config, study.cells, plan.config.train.tokens
+    if not is_known(config):
+        return (
             "The scaling study predicts ternary models trained with Muon at about "
             f"{STUDY_BATCH:,} tokens per step. This run has "
             f'model.linear = "{config.model.linear}", '
-            f'optim.optimizer = "{config.optim.optimizer}" and train.batch_tokens = {batch}: '
-            "no loss is predicted for it."
+            f'optim.optimizer = "{config.optim.optimizer}" and '
+            f"train.batch_tokens = {config.train.batch_tokens}: no loss is predicted for it."
         )
-        return
     if cell is None:
         sizes = [human(pick(cell.weights for cell in cells)) for pick in (min, max)]
         lengths = [f"{pick(cell.tokens_per_weight for cell in cells):.0f}" for pick in (min, max)]
         covered = [" to ".join(dict.fromkeys(ends)) for ends in (sizes, lengths)]
-        console.print(
+        return (
             f"The study covers {covered[0]} weights in matrices at {covered[1]} "
             f"tokens per weight. This run has {human(plan.weights)} and "
             f"{tokens / plan.weights:.0f}: too far to say what ternary costs or which "
             "optim.muon_lr is best."
         )
-        return
     if study.gap is None or study.bits_per_byte is None:
         said = "The scaling study has too few tuned runs to predict how such a run would end."
     else:
@@ -128,7 +144,7 @@ def plan_command(
     spread = spread if cell.seeds > 1 else "one seed"
     rate = f"optim.muon_lr={cell.muon_lr:g}"
     rate += f" (this run has {given:g})" if given and given != cell.muon_lr else ""
-    console.print(
+    return (
         f"{said} Nearest run that was measured: {human(cell.weights)} weights in matrices, "
         f"{cell.tokens_per_weight:.0f} tokens per weight, {cell.gap:+.3f} nats per token from full "
         f"precision ({spread}). It was best at {rate}, with {STUDY_BATCH:,} tokens per step."

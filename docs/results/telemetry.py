@@ -7,9 +7,9 @@
 The ternary model with 0.1M weights is trained on 20 tokens per weight at rates of the matrices from
 far too low to far too high, one seed (rates.csv). From metrics.jsonl of each: the training loss,
 and zeros, flip rate and dead zone every ``EVERY`` steps (bitnet/training/telemetry.py). Beside them
-stand the runs of scaling.py at 80 tokens per weight, which are read every 50 steps, as far as their
-folders are there. A number predicts if, after a fifth of the run, it tells a bad rate from a good
-one.
+stand the runs of scaling.py at 80 tokens per weight, which are read every 50 steps. ``collect``
+keeps the readings of runs whose folders are gone. A number predicts if, after a fifth of the run,
+it tells a bad rate from a good one.
 """
 
 import json
@@ -41,10 +41,11 @@ def jobs(_: Rows) -> list[Job]:
 
 def collect() -> list[Row]:
     """The readings of the runs that have ended, with the mean loss of the last five lines."""
-    found = []
+    found, kept = list[Row](), read(CSV)
     for row in ends():
         path = ROOT / "runs" / "study" / row["name"] / "metrics.jsonl"
-        if float(row["tokens_per_weight"]) == LONG and not path.exists():
+        if not path.exists():
+            found += [one for one in kept if of(one, row)]
             continue
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         steps = [line for line in lines if "loss" in line]
@@ -76,15 +77,18 @@ def ends() -> list[Row]:
     )
 
 
+def of(reading: Row, run: Row) -> bool:
+    """Whether a reading is of a run."""
+    return all(reading[key] == run[key] for key in ("tokens_per_weight", "lr"))
+
+
 def after(rows: Rows, run: Row, share: float) -> Row | None:
     """The first reading of a run after a share of it; None: its telemetry was not kept."""
     return next(
         (
             row
             for row in rows
-            if all(row[key] == run[key] for key in ("tokens_per_weight", "lr"))
-            and int(row["step"]) >= share * int(row["steps"])
-            and row["flip_rate"]
+            if of(row, run) and int(row["step"]) >= share * int(row["steps"]) and row["flip_rate"]
         ),
         None,
     )

@@ -1,11 +1,15 @@
 """``bitnet plan`` with speeds that are given, so that only the command runs."""
 
 import math
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from bitnet.config import load_config
 from bitnet.plan import Cell, Fit, Study
+from bitnet.presets import presets
 
 Bitnet = Callable[..., tuple[int, str, str]]
 SMALL = ("data.vocab_size=1024", "data.path=no-such-data")
@@ -66,6 +70,16 @@ def test_the_command_has_the_tokens_of_the_plan_alone(bitnet: Bitnet) -> None:
         assert code == 0, err
         assert word not in out
         assert out.count("train.steps=") == 1
+
+
+def test_tokens_of_a_config_do_not_contradict_the_command(bitnet: Bitnet, tmp_path: Path) -> None:
+    file = tmp_path / "own.toml"
+    file.write_text("[train]\ntokens = 5_000_000\n", encoding="utf-8")
+    code, out, err = bitnet("plan", "--hours", "1", "quickstart", str(file), *SMALL)
+    assert code == 0, err
+    words = shlex.split(out.split("bitnet train ")[1].splitlines()[0])
+    run = load_config([presets()["quickstart"], file], [w for w in words if "=" in w]).resolve()
+    assert f"train.steps={run.train.steps}" in words
 
 
 def test_too_little_time_is_one_line(bitnet: Bitnet) -> None:
